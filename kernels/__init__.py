@@ -1,0 +1,19 @@
+"""Kernels of the Vision Mamba block; installs as `mambapeft_kernels`.
+
+Imports torch and (where present) triton or cuda-core only, and knows neither the backbone nor PEFT.
+Every op has a `naive.py` that is its definition, and one file for each faster backend.
+"""
+
+from mambapeft_kernels.backends import BACKENDS, available_backends, describe, resolve_backend
+from mambapeft_kernels.mixer import Direction, ssm_mixer
+from mambapeft_kernels.norm import add_rms_norm
+
+__all__ = [
+    "BACKENDS",
+    "Direction",
+    "add_rms_norm",
+    "available_backends",
+    "describe",
+    "resolve_backend",
+    "ssm_mixer",
+]

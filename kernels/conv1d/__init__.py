@@ -1,0 +1,1 @@
+"""Depthwise causal convolution over tokens, followed by SiLU."""
