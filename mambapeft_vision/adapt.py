@@ -1,0 +1,305 @@
+"""A backbone and methods become one model: freeze, attach, group, save, load, merge.
+
+The only file that knows both sides.
+"""
+
+import hashlib
+import importlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mambapeft_vision.atomic import atomic_path, write_json
+from mambapeft_vision.errors import UserError
+from mambapeft_vision.methods.base import Method, backbone_parameters, bake_weights
+
+ADAPTER_FILE = "adapter.safetensors"
+CONFIG_FILE = "adapter_config.json"
+FORMAT_VERSION = 1
+_METHOD_TARGET = re.compile(r"mambapeft_vision\.methods\.[a-z][a-z0-9_]*\.[A-Z][A-Za-z0-9]*")
+
+
+class AdaptedModel(nn.Module):
+    """A frozen backbone with methods attached and a fresh zero head for the task.
+
+    Args:
+        backbone: a `Vim` (or another backbone with the same ports); it is changed in place.
+        methods: by name; names are the keys of `method:` in the config. Their order does not matter.
+        num_classes: of the task.
+        seed: of the methods' initial tensors; each method's draw depends on the seed and its name alone.
+    """
+
+    def __init__(self, backbone: nn.Module, methods: Mapping[str, Method], num_classes: int, seed: int = 0) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise UserError(f"num_classes={num_classes!r}; expected a whole number >= 1")
+        self.backbone = backbone
+        self.backbone_sha256 = backbone_sha256(backbone)
+        backbone.requires_grad_(False)
+        backbone.reset_classifier(num_classes)
+        self.methods = nn.ModuleDict()
+        self.merge_report: dict[str, str] | None = None  # after merge(): what stayed attached, and why
+        for name in sorted(methods):
+            self._attach(name, methods[name], seed)
+        backbone.head.requires_grad_(True)
+
+    def _attach(self, name: str, method: Method, seed: int) -> None:
+        if not re.fullmatch(r"[A-Za-z]\w*", name):
+            raise UserError(f"method name {name!r}; expected letters, digits and underscores")
+        method.name = name
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_stable_seed(seed, name))
+            method.attach(self.backbone)
+        self.methods[name] = method
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] normalised images → [B, num_classes] logits."""
+        return self.backbone(images)
+
+    # -- ownership ------------------------------------------------------------------------------------------
+
+    def owned(self) -> dict[str, nn.Parameter]:
+        """Every tensor that a method trains, as `<method>.<name>`."""
+        return {f"{name}.{key}": p for name, m in self.methods.items() for key, p in m.owned().items()}
+
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        return {f"head.{key}": p for key, p in self.backbone.head.named_parameters()}
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Everything the optimiser gets: methods' tensors and the head."""
+        return {**self.owned(), **self.head_parameters()}
+
+    def counts(self) -> dict[str, Any]:
+        """Trained numbers: in total without the head, by method, of the head, and the frozen rest."""
+        by_method = {name: sum(p.numel() for p in m.owned().values()) for name, m in self.methods.items()}
+        owned = {id(p) for p in self.owned().values()}
+        frozen = [p for n, p in backbone_parameters(self.backbone).items() if not n.startswith("head.")]
+        return {
+            "trainable": sum(by_method.values()),
+            "by_method": by_method,
+            "head": sum(p.numel() for p in self.head_parameters().values()),
+            "frozen": sum(p.numel() for p in frozen if id(p) not in owned),
+        }
+
+    def param_groups(
+        self, lr: float, weight_decay: float, head_lr_mult: float = 1.0, head_decay_mult: float = 1.0
+    ) -> list[dict[str, Any]]:
+        """Optimiser groups, one for each pair of multipliers; the head's bias never decays."""
+        head = self.backbone.head
+        requests = [g for m in self.methods.values() for g in m.param_groups()]
+        requests.append({"params": [head.weight], "lr_mult": head_lr_mult, "decay_mult": head_decay_mult})
+        requests.append({"params": [head.bias], "lr_mult": head_lr_mult, "decay_mult": 0.0})
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for request in requests:
+            groups.setdefault((request["lr_mult"], request["decay_mult"]), []).extend(request["params"])
+        self._check_groups(groups)
+        return [
+            {"params": ps, "lr": lr * lr_mult, "weight_decay": weight_decay * decay_mult}
+            for (lr_mult, decay_mult), ps in groups.items()
+            if ps
+        ]
+
+    def _check_groups(self, groups: Mapping[Any, list[nn.Parameter]]) -> None:
+        grouped = [id(p) for ps in groups.values() for p in ps]
+        names = {id(p): name for name, p in self.trained().items()}
+        if len(grouped) != len(set(grouped)) or set(grouped) != set(names):
+            wrong = [n for i, n in names.items() if grouped.count(i) != 1]
+            raise UserError(f"param_groups must hold every owned tensor once; wrong: {', '.join(wrong)}")
+
+    def sites(self) -> list[dict[str, Any]]:
+        """One row for each trained tensor: method, site, shape, count and multipliers."""
+        rows = [{"method": name, **row} for name, m in self.methods.items() for row in m.describe()]
+        for name, p in self.head_parameters().items():
+            decay = 0.0 if name == "head.bias" else 1.0
+            rows.append(
+                {"method": "(head)", "site": name, "shape": tuple(p.shape), "lr_mult": 1.0, "decay_mult": decay}
+            )
+        return rows
+
+    # -- state ------------------------------------------------------------------------------------------------
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """All tensors of the adapter by their saved names: methods' and the head's."""
+        state = {f"{name}.{key}": t for name, m in self.methods.items() for key, t in m.saved().items()}
+        return {**state, **self.head_parameters()}
+
+    def load_adapter_state(self, state: Mapping[str, Tensor], source: str = "the adapter") -> None:
+        """Copies `state` in, strictly both ways; nothing is changed when anything does not fit."""
+        mine = self.adapter_state()
+        check_state(mine, state, source)
+        with torch.no_grad():
+            for name, tensor in mine.items():
+                tensor.copy_(state[name])
+
+    def save(self, folder: str | Path, metadata: Mapping[str, Any]) -> None:
+        """Writes adapter.safetensors and adapter_config.json into `folder`, each atomically.
+
+        Args:
+            metadata: recorded as it is: task, git commit, versions, … (JSON-safe).
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {n: t.detach().contiguous().cpu() for n, t in self.adapter_state().items()}
+        with atomic_path(folder / ADAPTER_FILE) as temporary:
+            save_file(state, temporary)
+        write_json(folder / CONFIG_FILE, {**self.config(), **metadata})
+
+    def config(self) -> dict[str, Any]:
+        """What is needed to build this model again: backbone, methods, classes."""
+        cfg = self.backbone.default_cfg
+        return {
+            "format_version": FORMAT_VERSION,
+            "backbone": {
+                "name": cfg["name"],
+                "architecture": cfg["architecture"],
+                "sha256": self.backbone_sha256,
+            },
+            "methods": {name: m.config() for name, m in self.methods.items()},
+            "num_classes": self.backbone.num_classes,
+        }
+
+    # -- merge ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merge(self) -> dict[str, str]:
+        """Folds everything that is a function of weights into the backbone's weights, in place, for inference.
+
+        Returns: the methods that stay attached, each with its reason ({}: the backbone is a plain one now).
+        """
+        left: dict[str, str] = {}
+        for name, method in list(self.methods.items()):
+            if method.merge_obstacle is not None:
+                left[name] = method.merge_obstacle
+                continue
+            method.to_weight_space(self.backbone)
+            del self.methods[name]
+        bake_weights(self.backbone)
+        self.requires_grad_(False)
+        self.merge_report = left
+        return left
+
+
+def adapt(backbone: nn.Module, methods: Mapping[str, Method], num_classes: int, seed: int = 0) -> AdaptedModel:
+    """Attaches `methods` to `backbone`, in place. See `AdaptedModel`."""
+    return AdaptedModel(backbone, methods, num_classes, seed)
+
+
+def backbone_sha256(backbone: nn.Module) -> str:
+    """sha256 over the names, shapes, dtypes and bytes of the backbone's tensors; the head does not count."""
+    digest = hashlib.sha256()
+    for name, p in sorted(backbone_parameters(backbone).items()):
+        if name.startswith("head."):
+            continue
+        digest.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
+        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _stable_seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
+
+
+def check_state(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
+    """Raises UserError naming missing, unknown and mis-shaped tensors of `given`."""
+    problems = [f"missing: {n}" for n in expected if n not in given]
+    problems += [f"unknown: {n}" for n in given if n not in expected]
+    problems += [
+        f"shape of {n}: {tuple(given[n].shape)}, expected {tuple(t.shape)}"
+        for n, t in expected.items()
+        if n in given and given[n].shape != t.shape
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:12]) + (f"\n  … and {len(problems) - 12} more" if len(problems) > 12 else "")
+        raise UserError(f"{source} does not fit this model ({len(problems)} problems); nothing was loaded:\n  {shown}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Adapters on disk
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as read from a folder."""
+
+    folder: Path
+    config: dict[str, Any]
+    state: dict[str, Tensor] = field(repr=False)
+
+    def build_methods(self) -> dict[str, Method]:
+        """The methods of adapter_config.json; only classes inside `mambapeft_vision.methods` are ever imported."""
+        return {name: build_method(name, spec, self.folder) for name, spec in self.config["methods"].items()}
+
+    def apply(self, backbone: nn.Module) -> AdaptedModel:
+        """Attaches this adapter to a backbone with the same weights it was trained on.
+
+        Raises: UserError when the backbone's sha256 differs, or the tensors do not fit.
+        """
+        expected, actual = self.config["backbone"]["sha256"], backbone_sha256(backbone)
+        if expected != actual:
+            raise UserError(
+                f"{self.folder} was trained on {self.config['backbone']['name']} with weights sha256 "
+                f"{expected[:12]}…, but this backbone has {actual[:12]}…; load the weights it was trained on "
+                f"(backbone.weights=…)"
+            )
+        model = AdaptedModel(backbone, self.build_methods(), self.config["num_classes"])
+        model.load_adapter_state(self.state, str(self.folder / ADAPTER_FILE))
+        return model
+
+
+def build_method(name: str, spec: Mapping[str, Any], source: str | Path) -> Method:
+    """A method from `_target_` and its arguments, as untrusted data: nothing else can be named or called."""
+    spec = dict(spec)
+    target = spec.pop("_target_", None)
+    if not isinstance(target, str) or not _METHOD_TARGET.fullmatch(target):
+        raise UserError(
+            f"{source}: method {name!r} names {target!r}; only classes in mambapeft_vision.methods are allowed"
+        )
+    module_name, _, class_name = target.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{source}: method {name!r} names {target}, which does not exist here: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise UserError(f"{source}: method {name!r} names {target}, which is no Method")
+    try:
+        return cls(**spec)
+    except TypeError as error:
+        raise UserError(f"{source}: arguments of method {name!r} do not fit {target}: {error}") from error
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Reads adapter_config.json and adapter.safetensors; nothing in them is executed.
+
+    Raises: UserError naming the file and what is wrong with it.
+    """
+    folder = Path(folder)
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; expected the folder of a finished run or adapter") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
+        version = config.get("format_version") if isinstance(config, dict) else None
+        raise UserError(
+            f"{path}: format_version {version!r}; this release reads {FORMAT_VERSION}. Update mambapeft_vision"
+        )
+    backbone, methods = config.get("backbone"), config.get("methods")
+    if not (isinstance(backbone, dict) and isinstance(backbone.get("sha256"), str) and isinstance(methods, dict)):
+        raise UserError(f"{path}: keys backbone (name, sha256) and methods are needed; the file is damaged")
+    tensors = folder / ADAPTER_FILE
+    try:
+        with safe_open(tensors, framework="pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{tensors} cannot be read: {error}; copy it again from where it was made") from error
+    return Adapter(folder, config, state)

@@ -1,0 +1,115 @@
+"""Weights of backbones: official Vim checkpoints in, official layout out. Never unpickles code."""
+
+import argparse
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mambapeft_vision.atomic import atomic_path
+from mambapeft_vision.errors import UserError
+
+
+def load_official(model: nn.Module) -> None:
+    """Downloads (or takes from the hub's cache) the official weights of `model`'s variant and loads them.
+
+    Raises: UserError when the variant has no published weights or the hub cannot be reached.
+    """
+    cfg = model.default_cfg
+    repository, file = cfg.get("hf_hub_id"), cfg.get("hf_hub_filename")
+    name = cfg.get("name", type(model).__name__)
+    if repository is None:
+        raise UserError(f"{name} has no published weights; give backbone.weights=PATH or backbone.weights=random")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = hf_hub_download(repository, file)
+    except Exception as error:  # the hub's client raises many kinds when offline
+        raise UserError(
+            f"the weights {file} of {name} could not be fetched from the Hugging Face repository {repository} "
+            f"({type(error).__name__}). Download the file elsewhere and give backbone.weights=PATH"
+        ) from error
+    load_weights(model, path)
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Loads a Vim checkpoint (official .pth, or safetensors) into `model`, strictly, except for the head.
+
+    The position embedding is resized when the image size differs. Nothing is loaded when anything does not fit.
+    Raises: UserError listing missing, unknown and mis-shaped keys.
+    """
+    from mambapeft_vision.adapt import check_state
+
+    state = read_state_dict(path)
+    expected = {k: v for k, v in model.state_dict().items() if not k.startswith("head.")}
+    given = {k: v for k, v in state.items() if not k.startswith("head.")}
+    position = given.get("pos_embed")
+    if position is not None and position.ndim == 3 and position.shape[1] != expected["pos_embed"].shape[1]:
+        given["pos_embed"] = resize_pos_embed(position, model.patch_embed.grid_size)
+    check_state(expected, given, str(path))
+    model.load_state_dict(given, strict=False)
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file, under their official names.
+
+    Pickled files are read with PyTorch's restricted unpickler; besides tensors only `argparse.Namespace`
+    (a leftover of training in the official files) is allowed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"backbone weights {str(path)!r} do not exist; give a .pth or .safetensors file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} cannot be read as a checkpoint: {reason}. Expected safetensors, or a PyTorch file that holds "
+            f"tensors only; download it again"
+        ) from error
+    state = content.get("model", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path} holds no state dict of tensors (under 'model' or at top level)")
+    return state
+
+
+def resize_pos_embed(position: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[1, h·w + 1, D] for a square grid → [1, grid + 1, D], bicubic; the class token in the middle kept apart."""
+    patches = position.shape[1] - 1
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise UserError(f"pos_embed has {patches} patch positions, which form no square grid; cannot resize it")
+    middle = patches // 2
+    class_token = position[:, middle : middle + 1]
+    spatial = torch.cat((position[:, :middle], position[:, middle + 1 :]), dim=1)
+    spatial = spatial.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
+    spatial = F.interpolate(spatial, size=grid, mode="bicubic", align_corners=False)
+    spatial = spatial.permute(0, 2, 3, 1).flatten(1, 2).to(position.dtype)
+    middle = spatial.shape[1] // 2
+    return torch.cat((spatial[:, :middle], class_token, spatial[:, middle:]), dim=1)
+
+
+def export_official(model: nn.Module, path: str | Path) -> None:
+    """Writes a plain (merged) backbone in the official key layout: .safetensors, or .pth with key `model`.
+
+    Raises: UserError when methods are still attached to it.
+    """
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    attached = [k for k in state if "parametrizations" in k]
+    if attached:
+        raise UserError(f"the backbone still has methods attached ({attached[0]}, …); call merge() first")
+    path = Path(path)
+    with atomic_path(path) as temporary:
+        if path.suffix == ".safetensors":
+            save_file(state, temporary)
+        else:
+            torch.save({"model": state}, temporary)

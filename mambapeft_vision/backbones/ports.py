@@ -1,0 +1,122 @@
+"""Ports: the named places of a backbone where something outside it may take part in the computation.
+
+A port is empty by default and costs nothing then. The backbone defines where ports are and what passes through
+them; it does not know who uses them. Every user of a port gives its name, so that conflicts can be reported.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mambapeft_vision.errors import UserError
+
+
+class Port:
+    """A place for one owner. `value` is what the owner put there, or None."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.owner: str | None = None
+        self.value: Any = None
+
+    def set(self, owner: str, value: Any) -> None:
+        if self.owner is not None:
+            raise UserError(
+                f"port {self.name!r} takes one method, but both {self.owner!r} and {owner!r} want it; "
+                f"remove one of them from method=[...]"
+            )
+        self.owner, self.value = owner, value
+
+    def clear(self) -> None:
+        self.owner = self.value = None
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One owner's function of the module's input, added to (some features of) its output."""
+
+    owner: str
+    fn: Callable[[Tensor], Tensor]
+    rows: slice | None  # output features it writes to; None: all
+
+
+class SidePort:
+    """A place for any number of branches that run beside a linear map; their outputs are added to its output."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.branches: list[Branch] = []
+
+    def add(self, owner: str, fn: Callable[[Tensor], Tensor], rows: slice | None = None) -> None:
+        self.branches.append(Branch(owner, fn, rows))
+
+    def remove(self, owner: str) -> None:
+        self.branches = [b for b in self.branches if b.owner != owner]
+
+    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
+        for branch in self.branches:
+            delta = branch.fn(x)
+            out = out + delta if branch.rows is None else _AddToFeatures.apply(out, delta, branch.rows)
+        return out
+
+
+class _AddToFeatures(torch.autograd.Function):
+    """out[..., rows] += delta, in place, without the gradient copies that autograd's slicing would make."""
+
+    @staticmethod
+    def forward(ctx, out, delta, rows):
+        ctx.rows = rows
+        ctx.mark_dirty(out)
+        out[..., rows] += delta
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad[..., ctx.rows], None
+
+
+class PortedLinear(nn.Linear):
+    """`nn.Linear` with a side port. State-dict keys are those of `nn.Linear`."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, name: str) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.side = SidePort(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.side(x, super().forward(x))
+
+
+class PortedConv2d(nn.Conv2d):
+    """`nn.Conv2d` with a side port on its input and output maps."""
+
+    def __init__(self, *args: Any, name: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.side = SidePort(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.side(x, super().forward(x))
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Tokens with others joined in, as an affix port returns them.
+
+    buffers: one tensor [B, L', C] that both scan directions read, or two (forward, backward).
+    keep: for each buffer, where the original L tokens are (a slice or an index tensor [L]).
+    """
+
+    buffers: tuple[Tensor, ...]
+    keep: tuple[slice | Tensor, ...]
+
+
+class AffixPort(Port):
+    """Takes `value(tokens) -> Joined`. With `inner` it joins in_proj's output, else in_proj's input."""
+
+    inner: bool = True
+
+    def set(self, owner: str, value: Callable[[Tensor], Joined], *, inner: bool = True) -> None:
+        super().set(owner, value)
+        self.inner = inner

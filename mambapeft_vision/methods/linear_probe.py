@@ -1,0 +1,17 @@
+"""Linear probing: the baseline that trains the classification head alone."""
+
+from typing import Any
+
+from torch import nn
+
+from mambapeft_vision.methods.base import Method
+
+
+class LinearProbe(Method):
+    """Adds and trains nothing; the head, which every method trains, is all there is."""
+
+    def attach(self, model: nn.Module) -> None:
+        """Nothing to attach."""
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return []

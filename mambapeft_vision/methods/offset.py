@@ -1,0 +1,39 @@
+"""Partial tuning: a zero-initialised offset on frozen tensors (MambaPEFT, arXiv 2411.03855, section 3.3)."""
+
+import torch
+from torch import Tensor, nn
+
+from mambapeft_vision.methods.base import Method, add_weight_delta, match_parameters, owner_module, site_key
+
+
+class Offset(Method):
+    """effective = frozen + Δ, Δ trained from zero. Weight decay on Δ pulls towards the pretrained value.
+
+    For A the offset acts in log space: A = -exp(A_log + Δ).
+
+    Args:
+        targets: patterns of parameter names: A_log, D, conv1d.weight, dt_proj.bias, cls_token, pos_embed, …
+    """
+
+    def __init__(self, *, targets: str | list[str], lr_mult: float = 1.0, decay_mult: float = 1.0) -> None:
+        super().__init__(lr_mult=lr_mult, decay_mult=decay_mult)
+        self.targets = targets
+        self.sites = nn.ModuleDict()
+
+    def attach(self, model: nn.Module) -> None:
+        for parameter in match_parameters(model, self.targets, self.name):
+            module, attribute = owner_module(model, parameter)
+            site = Delta(getattr(module, attribute))
+            self.sites[site_key(parameter)] = site
+            add_weight_delta(model, parameter, self.name, site)
+
+
+class Delta(nn.Module):
+    """The offset of one tensor."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros_like(like))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.offset

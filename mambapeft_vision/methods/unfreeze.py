@@ -1,0 +1,65 @@
+"""Training the backbone's own tensors: full fine-tuning, from scratch, BitFit, norm tuning."""
+
+from typing import Any
+
+from torch import nn
+
+from mambapeft_vision.errors import UserError
+from mambapeft_vision.methods.base import Method, backbone_parameters, match_parameters
+
+
+class Unfreeze(Method):
+    """Trains the named tensors of the backbone themselves.
+
+    Weight decay is 0 on tensors of one dimension (norms, biases, D) and on those in `no_decay`, as in the
+    published recipe; `decay_mult` applies to the others.
+
+    Args:
+        targets: patterns of parameter names; "**" is everything.
+        no_decay: patterns of further tensors without weight decay.
+        reinitialise: start from random weights ("scratch") instead of the pretrained ones.
+        flat_decay_mult: decay multiplier of the one-dimensional tensors.
+    """
+
+    def __init__(
+        self,
+        *,
+        targets: str | list[str],
+        no_decay: list[str] | None = None,
+        reinitialise: bool = False,
+        flat_decay_mult: float = 0.0,
+        lr_mult: float = 1.0,
+        decay_mult: float = 1.0,
+    ) -> None:
+        super().__init__(lr_mult=lr_mult, decay_mult=decay_mult)
+        self.targets, self.no_decay, self.reinitialise = targets, no_decay, reinitialise
+        self.flat_decay_mult = flat_decay_mult
+        self._owned: dict[str, nn.Parameter] = {}
+        self._undecayed: set[str] = set()
+
+    @property
+    def identity_at_init(self) -> bool:
+        return not self.reinitialise
+
+    def attach(self, model: nn.Module) -> None:
+        if self.reinitialise:
+            model.init_weights()
+        parameters = backbone_parameters(model)
+        for name in match_parameters(model, self.targets, self.name):
+            if parameters[name].requires_grad:
+                raise UserError(
+                    f"{self.name}: {name} is trained by another method already; remove one of them from method=[...]"
+                )
+            self._owned[name] = parameters[name].requires_grad_(True)
+        if self.no_decay:
+            self._undecayed = set(match_parameters(model, self.no_decay, self.name))
+
+    def owned(self) -> dict[str, nn.Parameter]:
+        return self._owned
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, p in self._owned.items():
+            flat = self.flat_decay_mult if p.ndim == 1 else self.decay_mult
+            groups.setdefault(0.0 if name in self._undecayed else flat, []).append(p)
+        return [{"params": ps, "lr_mult": self.lr_mult, "decay_mult": mult} for mult, ps in groups.items()]
