@@ -1,0 +1,131 @@
+"""Batches of (images uint8 [b, 3, H, W], labels int64 [b]), ordered by seed and epoch alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mambapeft_vision.data.images import ImageSet, decode_entry
+from mambapeft_vision.data.listfile import ImageList
+from mambapeft_vision.data.preprocessing import Preprocessing
+from mambapeft_vision.errors import UserError
+
+Batch = tuple[Tensor, Tensor]
+_NOWHERE = {"epoch": -1, "batches": 0}
+
+
+def epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
+    """The order in which `epoch` visits the images: a permutation, int64 [num_images].
+
+    It depends on (seed, epoch) alone, so a resumed run sees what an uninterrupted one would have seen.
+    """
+    digest = hashlib.sha256(f"epoch order, seed {seed}, epoch {epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randperm(num_images, generator=generator)
+
+
+class TrainLoader:
+    """Shuffled batches of a set in memory, the last partial one included.
+
+    Every `iter()` is one epoch; its number is asked of `current_epoch` when the first batch is drawn.
+    `state_dict` and `load_state_dict` are Lightning's interface for going on inside an epoch: the first
+    epoch after loading skips the batches it had already handed out.
+    """
+
+    def __init__(self, images: ImageSet, batch_size: int, seed: int, current_epoch: Callable[[], int]) -> None:
+        self._set = images
+        self._batch_size = batch_size
+        self._seed = seed
+        self._current_epoch = current_epoch
+        self._position = _NOWHERE  # of the latest pass, for state_dict
+        self._resume_at = _NOWHERE  # from load_state_dict, used up by the next pass
+
+    def __len__(self) -> int:
+        return -(-len(self._set) // self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch = self._current_epoch()
+        resume_at, self._resume_at = self._resume_at, _NOWHERE
+        done = resume_at["batches"] if resume_at["epoch"] == epoch else 0
+        chunks = epoch_order(len(self._set), self._seed, epoch).split(self._batch_size)
+        for number, chunk in enumerate(chunks[done:], start=done + 1):
+            self._position = {"epoch": epoch, "batches": number}
+            yield self._set.images[chunk], self._set.labels[chunk]
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(self._position)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._resume_at = dict(state)
+
+
+class MemoryLoader:
+    """Batches of a set in memory, in list order."""
+
+    def __init__(self, images: ImageSet, batch_size: int) -> None:
+        self._set = images
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self._set) // self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from zip(self._set.images.split(self._batch_size), self._set.labels.split(self._batch_size), strict=True)
+
+
+class DecodingLoader(DataLoader):
+    """Batches of a list in list order, decoded in worker processes.
+
+    Workers hand over whole batches as numpy arrays through a pipe. Tensors would go through shared memory,
+    where two batches of 256 images already overflow the 64 MB that a container gets by default.
+    """
+
+    def __init__(self, listing: ImageList, preprocessing: Preprocessing, batch_size: int, num_workers: int) -> None:
+        super().__init__(
+            _DecodedBatches(listing, preprocessing, batch_size),
+            batch_size=None,
+            shuffle=False,
+            num_workers=num_workers,
+            collate_fn=_unchanged,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        for item in super().__iter__():
+            if isinstance(item, UserError):
+                raise item
+            images, labels = item
+            yield torch.from_numpy(images), torch.from_numpy(labels)
+
+
+class _DecodedBatches(Dataset):
+    """Item k is batch k: numpy (uint8 [b, 3, H, W], int64 [b]).
+
+    An image that cannot be decoded gives its UserError as the item: an exception raised in a worker would
+    reach the user wrapped in the worker's traceback.
+    """
+
+    def __init__(self, listing: ImageList, preprocessing: Preprocessing, batch_size: int) -> None:
+        self._listing = listing
+        self._preprocessing = preprocessing
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self._listing) // self._batch_size)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray] | UserError:
+        entries = self._listing.entries[index * self._batch_size : (index + 1) * self._batch_size]
+        try:
+            images = [decode_entry(self._listing, entry, self._preprocessing) for entry in entries]
+        except UserError as error:
+            return error
+        return np.stack(images), np.array([entry.label for entry in entries], dtype=np.int64)
+
+
+def _unchanged(item: Any) -> Any:
+    return item
