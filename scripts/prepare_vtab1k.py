@@ -1,0 +1,9 @@
+#!/usr/bin/env python
+"""Fetch, lay out and check VTAB-1K. `python scripts/prepare_vtab1k.py --help` says how."""
+
+import sys
+
+from mambapeft_vision.data.prepare import main
+
+if __name__ == "__main__":
+    sys.exit(main())
