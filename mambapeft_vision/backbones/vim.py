@@ -162,7 +162,7 @@ def _direction(
 class RMSNorm(nn.Module):
     """Holds the weight of residual add + RMSNorm; the kernel computes both."""
 
-    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+    def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
@@ -176,10 +176,10 @@ class RMSNorm(nn.Module):
 class Block(nn.Module):
     """residual += drop_path(hidden); hidden = mixer(RMSNorm(residual)). The residual stays in float32."""
 
-    def __init__(self, embed_dim: int, *, name: str, **mixer: Any) -> None:
+    def __init__(self, embed_dim: int, *, name: str, norm_eps: float, **mixer: Any) -> None:
         super().__init__()
         self.mixer = Mixer(embed_dim, name=f"{name}.mixer", **mixer)
-        self.norm = RMSNorm(embed_dim)
+        self.norm = RMSNorm(embed_dim, norm_eps)
 
     def forward(self, hidden: Tensor, residual: Tensor | None, branch_scale: Tensor | None) -> tuple[Tensor, Tensor]:
         normed, residual = self.norm(hidden, residual, branch_scale)
@@ -215,6 +215,7 @@ class Vim(nn.Module):
         num_classes: 0 for features only. The head starts at zero.
         drop_path_rate: block i drops its incoming branch with rate linspace(0, rate, depth)[i - 1]
             (block 0 never), and the last branch, before the final norm, with `drop_path_rate`.
+        norm_eps: of the RMSNorms.
         halve_sum: average the two directions (the official models do) instead of adding them.
     """
 
@@ -232,6 +233,7 @@ class Vim(nn.Module):
         dt_rank: int | None = None,
         num_classes: int = 1000,
         drop_path_rate: float = 0.1,
+        norm_eps: float = 1e-5,
         halve_sum: bool = True,
     ) -> None:
         super().__init__()
@@ -245,9 +247,9 @@ class Vim(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.num_patches + 1, embed_dim))
         sizes = {"d_state": d_state, "d_conv": d_conv, "expand": expand, "dt_rank": dt_rank}
         self.layers = nn.ModuleList(
-            Block(embed_dim, name=f"layers.{i}", halve_sum=halve_sum, **sizes) for i in range(depth)
+            Block(embed_dim, name=f"layers.{i}", norm_eps=norm_eps, halve_sum=halve_sum, **sizes) for i in range(depth)
         )
-        self.norm_f = RMSNorm(embed_dim)
+        self.norm_f = RMSNorm(embed_dim, norm_eps)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.prompt = Port("prompt")  # (tokens [B, L, D], class index) → (tokens [B, L', D], class index)
 
