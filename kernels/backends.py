@@ -2,43 +2,84 @@
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from functools import cache
 
 import torch
 
-# Name → module of the mixer core, best first for the devices it supports.
+# Name → what it is, best first for the devices it supports. `auto` never chooses the last two.
 BACKENDS: dict[str, str] = {
+    "cuda": "fused kernels, scans in CUDA C++ compiled at run time; CUDA, float32 and bfloat16",
+    "triton": "fused kernels in Triton; CUDA, or a CPU under TRITON_INTERPRET=1",
     "torch": "vectorised PyTorch with recomputation; any device",
+    "mamba_ssm": "the published kernels of mamba-ssm and causal-conv1d, for comparison; CUDA",
     "naive": "the definition, plain autograd; any device, slow, for checks",
 }
+_REMEDY = {
+    "cuda": "it needs an NVIDIA GPU of compute capability 8.0 or later, triton, and `pip install cuda-core`",
+    "triton": "it needs triton and a CUDA GPU (or TRITON_INTERPRET=1 on a CPU, for checks)",
+    "mamba_ssm": "it needs a CUDA GPU and `pip install mamba-ssm causal-conv1d` (they compile with nvcc)",
+}
+
+
+@cache
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _can_run(name: str, device: torch.device) -> bool:
+    """Whether `name` works on `device`, without importing the packages it needs."""
+    on_gpu = device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available()
+    if name == "triton":
+        return _installed("triton") and (on_gpu or interpreted(device))
+    if name == "cuda":
+        modern = on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
+        return modern and _installed("triton") and _installed("cuda.core")
+    if name == "mamba_ssm":
+        return on_gpu and _installed("mamba_ssm") and _installed("causal_conv1d")
+    return True
+
+
+def interpreted(device: torch.device) -> bool:
+    """Whether Triton kernels run in Triton's interpreter: tensors on a CPU and TRITON_INTERPRET=1."""
+    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def available_backends(device: torch.device | str) -> list[str]:
     """The backends that can run on `device`, best first."""
-    return list(BACKENDS)
+    device = torch.device(device)
+    return [name for name in BACKENDS if _can_run(name, device)]
 
 
 def resolve_backend(name: str, device: torch.device | str) -> str:
     """`name` itself if it can run on `device`; for "auto" the best that can.
 
+    On a CPU "auto" is `torch`: Triton's interpreter is for checks and runs only when asked for by name.
     Raises: ValueError naming what was asked, what can run, and the remedy.
     """
-    choices = available_backends(device)
+    device = torch.device(device)
     if name == "auto":
-        return choices[0]
+        order = ("cuda", "triton", "torch") if device.type == "cuda" else ("torch",)
+        return next(choice for choice in order if _can_run(choice, device))
     if name not in BACKENDS:
         raise ValueError(f"kernel={name!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
-    if name not in choices:
-        raise ValueError(f"kernel={name} cannot run on {device}; here: auto, {', '.join(choices)}")
+    if not _can_run(name, device):
+        raise ValueError(
+            f"kernel={name} cannot run on {device}: {_REMEDY[name]}. "
+            f"Here: auto, {', '.join(available_backends(device))}"
+        )
     return name
 
 
 @cache
 def load_backend(op: str, backend: str) -> Callable:
-    """The function of `op` ("mixer") for a resolved backend; imported on first use."""
+    """The function of `op` ("mixer" or "norm") for a resolved backend; imported on first use."""
     module = importlib.import_module(f"mambapeft_kernels.{op}.{backend}")
-    return module.ssm_mixer
+    return getattr(module, {"mixer": "ssm_mixer", "norm": "add_rms_norm"}[op])
 
 
 def describe(name: str, device: torch.device | str) -> str:

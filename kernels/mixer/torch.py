@@ -52,9 +52,7 @@ class _Mixer(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         directions = _unflatten(tuple(t if t is None else t.to(wide) for t in flat), reverse)
         parts = [_scan_inputs(x.to(wide), d) for d in directions]
-        u, delta, _, B, C = (
-            _time_major(list(p), reverse) if i != 2 else None for i, p in enumerate(zip(*parts))
-        )
+        u, delta, _, B, C = (_time_major(list(p), reverse) if i != 2 else None for i, p in enumerate(zip(*parts)))
         A = torch.stack([p[2] for p in parts])
         steps = chunk_length(x.shape[1], len(directions), x.shape[0], x.shape[2], A.shape[-1])
         y, starts = scan_forward(u, delta, A, B, C, steps)
@@ -87,15 +85,13 @@ class _Mixer(torch.autograd.Function):
         with torch.enable_grad():
             # Leaves of the recomputed part: autograd differentiates the convolution and the projections.
             leaves = [
-                None if t is None else t.detach().to(wide).requires_grad_(need)
-                for t, need in zip(flat, need_flat)
+                None if t is None else t.detach().to(wide).requires_grad_(need) for t, need in zip(flat, need_flat)
             ]
             leaf_x = x.detach().to(wide).requires_grad_(need_x)
             directions = _unflatten(tuple(leaves), reverse)
             parts = [_scan_inputs(leaf_x, d) for d in directions]
         u, delta, _, B, C = (
-            _time_major([t.detach() for t in p], reverse) if i != 2 else None
-            for i, p in enumerate(zip(*parts))
+            _time_major([t.detach() for t in p], reverse) if i != 2 else None for i, p in enumerate(zip(*parts))
         )
         A = torch.stack([p[2].detach() for p in parts])
         need_A = any(d.A_log.requires_grad for d in directions)
@@ -123,11 +119,7 @@ class _Mixer(torch.autograd.Function):
                     direct[position] = compute()
 
         inputs = [t for t in (leaf_x, *leaves) if t is not None and t.requires_grad]
-        found = (
-            torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
-            if outputs
-            else [None] * len(inputs)
-        )
+        found = torch.autograd.grad(outputs, inputs, grads, allow_unused=True) if outputs else [None] * len(inputs)
         by_id = {id(t): g for t, g in zip(inputs, found)}
         dx = by_id.get(id(leaf_x))
         dflat = []

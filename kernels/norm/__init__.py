@@ -1,5 +1,5 @@
 """Residual addition, drop path and RMSNorm."""
 
-from mambapeft_kernels.norm.naive import add_rms_norm
+from mambapeft_kernels.norm.api import add_rms_norm
 
 __all__ = ["add_rms_norm"]

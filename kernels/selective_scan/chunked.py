@@ -36,9 +36,7 @@ def _run_states(decay: Tensor, inputs: Tensor, h: Tensor) -> Tensor:
     return inputs
 
 
-def scan_forward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, steps: int
-) -> tuple[Tensor, Tensor]:
+def scan_forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Outputs Σ_n C h (no D skip) and the states at chunk starts.
 
     Args:

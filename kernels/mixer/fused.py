@@ -1,0 +1,251 @@
+"""The mixer core on fused kernels: one autograd node made of `torch.library` ops, for every fused backend.
+
+Forward: conv + SiLU + x_proj + dt_proj + softplus (one launch), then both scans with gate and sum. Backward:
+recompute u, Δ, B, C (unless kept), both scans' adjoints, the way back through the projections, the convolution.
+The backends differ in the scans only (`_SCANS`). Gradients are computed only for what asks for them.
+"""
+
+import importlib
+
+import torch
+from mambapeft_kernels.mixer.api import Direction
+from mambapeft_kernels.selective_scan.checkpoints import checkpoint_shape
+from torch import Tensor
+
+_FIELDS = Direction._fields[:-1]  # every field but `reverse` is a tensor or None
+_SCANS = {
+    "triton": "mambapeft_kernels.selective_scan.triton",
+    "cuda": "mambapeft_kernels.selective_scan.cuda",
+}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Keep u and Δ of the forward up to this many bytes a call; beyond, the backward computes them again (one more
+# launch of about 4 % of the block's time). 256 MiB is Vim-S at batch 200 in bfloat16.
+KEEP_BYTES = 256 << 20
+
+
+def run(x: Tensor, z: Tensor, directions: tuple[Direction, ...], scale: float, scans: str) -> Tensor:
+    """See `mambapeft_kernels.ssm_mixer`; `scans` names the implementation of the scans."""
+    _check(x, z, directions)
+    if x.numel() == 0:
+        return torch.zeros_like(x) + 0 * z  # no token or no sample: an empty result that keeps its graph
+    directions = _uniform(directions)
+    flat = [getattr(d, f) for d in directions for f in _FIELDS]
+    present = [t is not None for t in flat]
+    tensors = [t for t in flat if t is not None]
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, z, *tensors))
+    reverse = [d.reverse for d in directions]
+    out, *_ = torch.ops.mambapeft.mixer_forward(x, z, tensors, present, reverse, scale, scans, save)
+    return out
+
+
+def _check(x: Tensor, z: Tensor, directions: tuple[Direction, ...]) -> None:
+    if x.dtype not in _DTYPES or z.dtype != x.dtype:
+        raise ValueError(
+            f"ssm_mixer: the fused kernels take x and z of one dtype among float32, bfloat16, float16; got "
+            f"{x.dtype} and {z.dtype}. Cast them, or choose kernel=torch"
+        )
+    if len(directions) > 2:
+        raise ValueError(
+            f"ssm_mixer: the fused kernels take one or two directions, got {len(directions)}; kernel=torch takes more"
+        )
+    shapes = {(d.A_log.shape, d.dt_proj.shape, d.conv_weight.shape) for d in directions}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"ssm_mixer: the fused kernels need the same N, R and K in both directions, got {shapes}; choose kernel=torch"
+        )
+    if directions[0].A_log.shape[1] > 32:
+        raise ValueError(
+            f"ssm_mixer: the fused kernels take up to 32 states, got {directions[0].A_log.shape[1]}; choose kernel=torch"
+        )
+
+
+def _uniform(directions: tuple[Direction, ...]) -> tuple[Direction, ...]:
+    """Contiguous weights, and each field in one dtype across directions: a kernel selects between their pointers."""
+    columns = []
+    for field in _FIELDS:
+        tensors = [getattr(d, field) for d in directions]
+        dtypes = {t.dtype for t in tensors if t is not None}
+        if len(dtypes) > 1:
+            tensors = [t if t is None else t.to(torch.float32) for t in tensors]
+        columns.append([t if t is None else t.contiguous() for t in tensors])
+    return tuple(Direction(*row, reverse=d.reverse) for row, d in zip(zip(*columns), directions))
+
+
+class _Weights:
+    """The flat list of weights, field by field: `weights.x_proj` is one tensor (or None) for each direction."""
+
+    def __init__(self, tensors: list[Tensor], present: list[bool]):
+        it = iter(tensors)
+        flat = [next(it) if p else None for p in present]
+        for i, name in enumerate(_FIELDS):
+            setattr(self, name, flat[i :: len(_FIELDS)])
+
+
+def _scans(name: str):
+    return importlib.import_module(_SCANS[name])
+
+
+def _project(x: Tensor, w: _Weights, reverse: tuple[bool, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    from mambapeft_kernels.mixer.projections import projections_forward
+
+    return projections_forward(x, w.conv_weight, w.conv_bias, w.x_proj, w.dt_proj, w.dt_bias, reverse)
+
+
+def _keep(x: Tensor, groups: int) -> bool:
+    return 2 * groups * x.numel() * x.element_size() <= KEEP_BYTES
+
+
+@torch.library.custom_op("mambapeft::mixer_forward", mutates_args=())
+def _mixer_forward(
+    x: Tensor,
+    z: Tensor,
+    tensors: list[Tensor],
+    present: list[bool],
+    reverse: list[bool],
+    scale: float,
+    scans: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out [B, L, E]; and, if `save`: total [B, L, E], checkpoints, and where they fit u, Δ, B|C."""
+    w, rev = _Weights(tensors, present), tuple(reverse)
+    u, delta, bc = _project(x, w, rev)
+    out, total, ckpt = _scans(scans).scan_forward(
+        u, delta, bc, z, w.A_log, w.D, w.state_offset, w.output_offset, rev, scale, save
+    )
+    if save and _keep(x, len(rev)):
+        return out, total, ckpt, u, delta, bc
+    return out, total, ckpt, u.new_empty(0), delta.new_empty(0), bc.new_empty(0)
+
+
+@_mixer_forward.register_fake
+def _(x, z, tensors, present, reverse, scale, scans, save):
+    w = _Weights(tensors, present)
+    groups, (batch, length, channels) = len(reverse), x.shape
+    states, rank = w.A_log[0].shape[1], w.dt_proj[0].shape[1]
+    out = x.new_empty(x.shape)
+    kept = (groups, batch, length, channels) if save and _keep(x, groups) else (0,)
+    shape = checkpoint_shape(groups, batch, length, channels, states)
+    bc = (groups, batch, length, w.x_proj[0].shape[0] - rank)
+    return (
+        out,
+        x.new_empty(x.shape if save else (0,)),
+        x.new_empty(shape if save else (0,), dtype=torch.float32),
+        x.new_empty(kept),
+        x.new_empty(kept),
+        x.new_empty(bc if len(kept) > 1 else kept, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("mambapeft::mixer_backward", mutates_args=())
+def _mixer_backward(
+    dout: Tensor,
+    x: Tensor,
+    z: Tensor,
+    total: Tensor,
+    ckpt: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    bc: Tensor,
+    tensors: list[Tensor],
+    present: list[bool],
+    reverse: list[bool],
+    scale: float,
+    scans: str,
+    need_x: bool,
+    need_z: bool,
+    need: list[bool],
+) -> list[Tensor]:
+    """[dx | dz] as one [B, L, 2E] buffer, then one gradient for each of `tensors`; not asked for: empty.
+
+    A call always fills both halves it was asked for; one buffer spares the copy that would join them for in_proj.
+    """
+    from mambapeft_kernels.conv1d.triton import conv_input_gradient, conv_weight_gradients
+    from mambapeft_kernels.mixer.projections import projections_backward
+    from mambapeft_kernels.selective_scan.triton import channel_sums
+
+    w, wanted, rev = _Weights(tensors, present), _wanted(need, present), tuple(reverse)
+    channels, taps, rank = x.shape[-1], w.conv_weight[0].shape[1], w.dt_proj[0].shape[1]
+    dxz = x.new_empty(*x.shape[:2], channels * (need_x + need_z))
+    dz = dxz[..., -channels:] if need_z else None
+    if not u.numel():
+        u, delta, bc = _project(x, w, rev)
+    du, draw, dbc, dA = _scans(scans).scan_backward(
+        dout, u, delta, bc, z, total, ckpt, w.A_log, w.D, w.state_offset, rev, scale, dz, wanted["A_log"]
+    )
+
+    grads: dict[str, list[Tensor] | Tensor] = {}
+    need_conv = wanted["conv_weight"] or wanted["conv_bias"]
+    need_proj = wanted["x_proj"] or wanted["dt_proj"]
+    if need_x or need_conv or need_proj:
+        dproj = projections_backward(
+            x, w.conv_weight, w.conv_bias, w.x_proj, w.dt_proj, rev, du, draw, dbc, need_x or need_conv
+        )
+    if need_x:
+        conv_input_gradient(du, w.conv_weight, rev, dxz[..., :channels])
+    if need_conv:
+        grads["conv_weight"], grads["conv_bias"] = conv_weight_gradients(du, x, taps, rev)
+    if need_proj:
+        rows = u.flatten(1, 2)
+        grads["x_proj"] = torch.bmm(dproj.flatten(1, 2).transpose(1, 2), rows)
+        # The low-rank Δ is not stored; one product brings it back.
+        low = torch.stack([r @ p[:rank].T.to(r.dtype) for r, p in zip(rows, w.x_proj)])
+        grads["dt_proj"] = torch.bmm(draw.flatten(1, 2).transpose(1, 2), low)
+    if wanted["A_log"]:
+        grads["A_log"] = [s * -torch.exp(a.float()) for s, a in zip(dA.sum(0), w.A_log)]
+    if any(wanted[f] for f in ("dt_bias", "D", "state_offset", "output_offset")):
+        grads["dt_bias"], grads["D"], grads["output_offset"], dy = channel_sums(draw, u, dout, z, scale)
+        if wanted["state_offset"]:
+            C = bc[..., bc.shape[-1] // 2 :].flatten(1, 2)
+            grads["state_offset"] = [dy.flatten(0, 1).T @ c for c in C]
+    return [dxz, *_select(grads, tensors, present, need)]
+
+
+def _wanted(need: list[bool], present: list[bool]) -> dict[str, bool]:
+    """Field → whether any direction asks for its gradient."""
+    it = iter(need)
+    flat = [p and next(it) for p in present]
+    return {name: any(flat[i :: len(_FIELDS)]) for i, name in enumerate(_FIELDS)}
+
+
+def _select(grads: dict, tensors: list[Tensor], present: list[bool], need: list[bool]) -> list[Tensor]:
+    """For each of `tensors` its own copy of its gradient in its dtype, or an empty tensor."""
+    out: list[Tensor] = []
+    for slot in (i for i, p in enumerate(present) if p):
+        tensor, asked = tensors[len(out)], need[len(out)]
+        direction, field = divmod(slot, len(_FIELDS))
+        if not asked:
+            out.append(tensor.new_empty(0))
+            continue
+        grad = grads[_FIELDS[field]][direction]
+        out.append(grad.to(tensor.dtype).contiguous().view(tensor.shape).clone())
+    return out
+
+
+@_mixer_backward.register_fake
+def _(dout, x, z, total, ckpt, u, delta, bc, tensors, present, reverse, scale, scans, need_x, need_z, need):
+    dxz = x.new_empty(*x.shape[:2], x.shape[2] * (int(need_x) + int(need_z)))
+    return [dxz, *(t.new_empty(t.shape if asked else (0,)) for t, asked in zip(tensors, need))]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, z, tensors, present, reverse, scale, scans, _ = inputs
+    _, *kept = output
+    ctx.save_for_backward(x, z, *kept, *tensors)
+    ctx.mark_non_differentiable(*kept)
+    ctx.constants = present, reverse, scale, scans
+    ctx.count = len(kept)
+
+
+def _differentiate(ctx, dout, *_):
+    x, z, *rest = ctx.saved_tensors
+    kept, tensors = rest[: ctx.count], rest[ctx.count :]
+    need_x, need_z, need = ctx.needs_input_grad[0], ctx.needs_input_grad[1], list(ctx.needs_input_grad[2])
+    dxz, *grads = torch.ops.mambapeft.mixer_backward(dout, x, z, *kept, tensors, *ctx.constants, need_x, need_z, need)
+    channels = x.shape[-1]
+    dx = dxz[..., :channels] if need_x else None
+    dz = dxz[..., -channels:] if need_z else None
+    return dx, dz, [g if n else None for g, n in zip(grads, need)], None, None, None, None, None
+
+
+torch.library.register_autograd("mambapeft::mixer_forward", _differentiate, setup_context=_setup_context)
