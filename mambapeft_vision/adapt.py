@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mambapeft_vision.atomic import atomic_path, write_json
 from mambapeft_vision.errors import UserError
 from mambapeft_vision.methods.base import Method, backbone_parameters, bake_weights
+from mambapeft_vision.state import check_state
 
 ADAPTER_FILE = "adapter.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -205,20 +206,6 @@ def backbone_sha256(backbone: nn.Module) -> str:
 
 def _stable_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
-
-
-def check_state(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
-    """Raises UserError naming missing, unknown and mis-shaped tensors of `given`."""
-    problems = [f"missing: {n}" for n in expected if n not in given]
-    problems += [f"unknown: {n}" for n in given if n not in expected]
-    problems += [
-        f"shape of {n}: {tuple(given[n].shape)}, expected {tuple(t.shape)}"
-        for n, t in expected.items()
-        if n in given and given[n].shape != t.shape
-    ]
-    if problems:
-        shown = "\n  ".join(problems[:12]) + (f"\n  … and {len(problems) - 12} more" if len(problems) > 12 else "")
-        raise UserError(f"{source} does not fit this model ({len(problems)} problems); nothing was loaded:\n  {shown}")
 
 
 # ------------------------------------------------------------------------------------------------------------

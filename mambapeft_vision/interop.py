@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mambapeft_vision.adapt import AdaptedModel, adapt, check_state
+from mambapeft_vision.adapt import AdaptedModel, adapt
 from mambapeft_vision.backbones.vim import Vim
 from mambapeft_vision.errors import UserError
 from mambapeft_vision.methods.additional_scan import AdditionalScan
@@ -23,6 +23,7 @@ from mambapeft_vision.methods.offset import Offset
 from mambapeft_vision.methods.parallel_adapter import ParallelAdapter
 from mambapeft_vision.methods.prompt import Prompt
 from mambapeft_vision.methods.unfreeze import Unfreeze
+from mambapeft_vision.state import check_state
 
 
 def load_reference(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mambapeft_vision.atomic import atomic_path
 from mambapeft_vision.errors import UserError
+from mambapeft_vision.state import check_state
 
 
 def load_official(model: nn.Module) -> None:
@@ -44,8 +45,6 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     The position embedding is resized when the image size differs. Nothing is loaded when anything does not fit.
     Raises: UserError listing missing, unknown and mis-shaped keys.
     """
-    from mambapeft_vision.adapt import check_state
-
     state = read_state_dict(path)
     expected = {k: v for k, v in model.state_dict().items() if not k.startswith("head.")}
     given = {k: v for k, v in state.items() if not k.startswith("head.")}

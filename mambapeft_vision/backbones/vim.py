@@ -253,9 +253,10 @@ class Vim(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.prompt = Port("prompt")  # (tokens [B, L, D], class index) → (tokens [B, L', D], class index)
 
-        rates = [0.0, 0.0, *torch.linspace(0, drop_path_rate, depth)[1:].tolist(), drop_path_rate]
+        rates = [0.0, *(drop_path_rate * i / max(depth - 1, 1) for i in range(depth))]
         # One rate for the branch entering each block, and one for the branch entering the final norm.
-        self.register_buffer("_keep", 1.0 - torch.tensor(rates[:depth] + rates[-1:]), persistent=False)
+        rates = [*rates[:depth], drop_path_rate]
+        self.register_buffer("_keep", 1.0 - torch.tensor(rates), persistent=False)
         self._drops = drop_path_rate > 0
         self.init_weights()
 

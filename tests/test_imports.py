@@ -1,0 +1,56 @@
+"""The layers of the project import each other in one direction only (docs/architecture.md)."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LEAVES = {"errors", "atomic", "state"}  # helpers that import nothing of the project but each other
+
+# folder or file → what of the project it may import
+ALLOWED = {
+    "kernels": {"mambapeft_kernels"},
+    "mambapeft_vision/methods": {"mambapeft_vision.methods", *(f"mambapeft_vision.{n}" for n in LEAVES)},
+    "mambapeft_vision/backbones": {
+        "mambapeft_kernels",
+        "mambapeft_vision.backbones",
+        *(f"mambapeft_vision.{n}" for n in LEAVES),
+    },
+    "mambapeft_vision/adapt.py": {"mambapeft_vision.methods.base", *(f"mambapeft_vision.{n}" for n in LEAVES)},
+    "mambapeft_vision/data": {"mambapeft_vision.data", *(f"mambapeft_vision.{n}" for n in LEAVES)},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Names of the project's modules that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # `from package import module` counts as the module.
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] in ("mambapeft_kernels", "mambapeft_vision", "kernels")}
+
+
+@pytest.mark.parametrize("place", ALLOWED)
+def test_import_direction(place):
+    target = ROOT / place
+    files = [target] if target.is_file() else sorted(target.rglob("*.py"))
+    assert files
+    for file in files:
+        wrong = [n for n in imported(file) if not any(n == a or n.startswith(a + ".") for a in ALLOWED[place])]
+        assert not wrong, f"{file.relative_to(ROOT)} imports {wrong}"
+
+
+def test_core_does_not_pull_in_heavy_optional_packages():
+    """The kernels, backbones and methods load without what only training needs (timm itself imports wandb)."""
+    code = (
+        "import sys, mambapeft_kernels, mambapeft_vision.adapt, mambapeft_vision.backbones;"
+        "print([m for m in ('matplotlib', 'hydra', 'lightning') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
