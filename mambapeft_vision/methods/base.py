@@ -32,6 +32,10 @@ class Method(nn.Module):
     identity_at_init: ClassVar[bool] = True
     #: Why this method cannot be folded into the backbone's weights; None: it can.
     merge_obstacle: str | None = None
+    #: Methods attach in this order, then by name: 0 most; 1 those that change shapes; 2 those that need the final shapes.
+    attach_order: ClassVar[int] = 0
+    #: Optimiser steps after which `finish_warmup` is due; 0: the method has one phase.
+    warmup_steps: int = 0
 
     def __init__(self, *, lr_mult: float = 1.0, decay_mult: float = 1.0) -> None:
         super().__init__()
@@ -64,6 +68,23 @@ class Method(nn.Module):
 
     def to_weight_space(self, model: nn.Module) -> None:
         """Replaces branches on activations by equal deltas of weights, as the first step of a merge."""
+
+    def fold(self) -> None:
+        """Simplifies a method that stays attached in a merged model, without changing what it computes."""
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether a warm-up phase is still to be finished; kept in `saved()`, so it survives a restart."""
+        return False
+
+    def finish_warmup(self, model: nn.Module) -> str:
+        """Ends the warm-up phase: from now on other tensors may be owned, so the optimiser must be built again.
+
+        The training loop calls it once, after `warmup_steps` optimiser steps, while `warming_up`. All of the
+        optimiser's state is dropped.
+        Returns: one line for the log, saying what was chosen.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no warm-up phase (warmup_steps is 0)")
 
     def config(self) -> dict[str, Any]:
         """`_target_` and the constructor's arguments: JSON-safe, and enough to build this method again."""
@@ -144,7 +165,7 @@ def match_parameters(model: nn.Module, patterns: str | Iterable[str], who: str) 
     found: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         expression = re.compile(
-            re.escape(pattern).replace(r"\*\*", ".+").replace(r"\*", r"[^.]+"),
+            re.escape(pattern).replace(r"\*\*", ".+").replace(r"\*", r"[^.]*"),
         )
         matches = [n for n in names if expression.fullmatch(n)]
         if not matches:
@@ -155,6 +176,14 @@ def match_parameters(model: nn.Module, patterns: str | Iterable[str], who: str) 
             )
         found.update(matches)
     return [n for n in names if n in found]
+
+
+def frozen_weight(model: nn.Module, parameter: str) -> Tensor:
+    """The backbone's own tensor under a plain name, without anything that is attached to it."""
+    module, attribute = owner_module(model, parameter)
+    if parametrize.is_parametrized(module, attribute):
+        return module.parametrizations[attribute].original
+    return getattr(module, attribute)
 
 
 def owner_module(model: nn.Module, parameter: str) -> tuple[nn.Module, str]:

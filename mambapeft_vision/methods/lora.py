@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -10,6 +9,7 @@ from mambapeft_vision.errors import UserError
 from mambapeft_vision.methods.base import (
     Method,
     add_weight_delta,
+    frozen_weight,
     match_parameters,
     owner_module,
     require_dropout,
@@ -63,7 +63,7 @@ class LoRA(Method):
         for parameter in match_parameters(model, self.targets, self.name):
             module, attribute = owner_module(model, parameter)
             rows = row_slice(model, parameter, self.rows, self.name)
-            weight = getattr(module, attribute)
+            weight = frozen_weight(model, parameter)
             site = LowRank(weight if rows is None else weight[rows], module, self.rank, self.scale, self.dropout)
             self.sites[site_key(parameter)] = site
             self._places[parameter] = rows
@@ -91,11 +91,7 @@ class LowRank(nn.Module):
     def __init__(self, weight: Tensor, module: nn.Module, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
         self.scale, self.dropout = scale, dropout
-        out_features, *in_shape = weight.shape
-        like = {"device": weight.device, "dtype": weight.dtype}
-        self.down = nn.Parameter(torch.empty(rank, *in_shape, **like))
-        self.up = nn.Parameter(torch.zeros(out_features, rank, *([1] * (len(in_shape) - 1)), **like))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        self.down, self.up = low_rank_pair(weight, rank)
         convolution = isinstance(module, nn.Conv2d)
         self.stride = module.stride if convolution else None
         self.padding = module.padding if convolution else None
@@ -111,3 +107,12 @@ class LowRank(nn.Module):
         """s · up · down, in `weight`'s shape."""
         product = self.up.flatten(1) @ self.down.flatten(1)
         return self.scale * product.view_as(weight)
+
+
+def low_rank_pair(weight: Tensor, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """down [r, *in] as `nn.Linear` initialises it and up [out, r] at zero, for a weight [out, *in]."""
+    out_features, *in_shape = weight.shape
+    down = nn.Parameter(weight.new_empty(rank, *in_shape))
+    up = nn.Parameter(weight.new_zeros(out_features, rank, *([1] * (len(in_shape) - 1))))
+    nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+    return down, up

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mambapeft_vision.methods.base import Method, add_weight_delta, match_parameters, owner_module, site_key
+from mambapeft_vision.methods.base import Method, add_weight_delta, frozen_weight, match_parameters, site_key
 
 
 class Offset(Method):
@@ -22,8 +22,7 @@ class Offset(Method):
 
     def attach(self, model: nn.Module) -> None:
         for parameter in match_parameters(model, self.targets, self.name):
-            module, attribute = owner_module(model, parameter)
-            site = Delta(getattr(module, attribute))
+            site = Delta(frozen_weight(model, parameter))
             self.sites[site_key(parameter)] = site
             add_weight_delta(model, parameter, self.name, site)
 

@@ -1,0 +1,68 @@
+"""Parallel adapter (AdaptFormer, arXiv 2205.13535; on Mamba: MambaPEFT, arXiv 2411.03855, section 3.1)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambapeft_vision.errors import UserError
+from mambapeft_vision.methods.base import (
+    Method,
+    match_parameters,
+    owner_module,
+    require_dropout,
+    require_positive,
+    site_key,
+)
+from mambapeft_vision.methods.lora import low_rank_pair
+
+
+class ParallelAdapter(Method):
+    """out = W y + s · up(dropout(ReLU(down(y)))): a bottleneck beside a linear map (default: out_proj, on its input).
+
+    `down` [r, in] starts as `nn.Linear` does, `up` [out, r] at zero; no biases.
+
+    Args:
+        targets: patterns of parameter names of linear maps that have a side port.
+        rank: r.
+        scale: s.
+        dropout: between ReLU and up.
+    """
+
+    merge_obstacle = "the ReLU between down and up is no function of a weight"
+
+    def __init__(
+        self,
+        *,
+        targets: str | list[str] = "layers.*.mixer.out_proj.weight",
+        rank: int,
+        scale: float = 0.1,
+        dropout: float = 0.1,
+        lr_mult: float = 1.0,
+        decay_mult: float = 1.0,
+    ) -> None:
+        super().__init__(lr_mult=lr_mult, decay_mult=decay_mult)
+        require_positive(self, rank=rank)
+        require_dropout(self, dropout)
+        self.targets, self.rank, self.scale, self.dropout = targets, rank, scale, dropout
+        self.sites = nn.ModuleDict()
+
+    def attach(self, model: nn.Module) -> None:
+        for parameter in match_parameters(model, self.targets, self.name):
+            module, attribute = owner_module(model, parameter)
+            if not (isinstance(module, nn.Linear) and attribute == "weight" and hasattr(module, "side")):
+                raise UserError(f"{self.name}: {parameter} is no weight of a linear map with a port on activations")
+            site = Bottleneck(module.weight, self.rank, self.scale, self.dropout)
+            self.sites[site_key(parameter)] = site
+            module.side.add(self.name, site)
+
+
+class Bottleneck(nn.Module):
+    """One site: [..., in] → s · up(dropout(ReLU(down(y)))) [..., out]."""
+
+    def __init__(self, weight: Tensor, rank: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.scale, self.dropout = scale, dropout
+        self.down, self.up = low_rank_pair(weight, rank)
+
+    def forward(self, y: Tensor) -> Tensor:
+        low = F.dropout(F.relu(F.linear(y, self.down)), self.dropout, self.training)
+        return F.linear(low, self.scale * self.up)
