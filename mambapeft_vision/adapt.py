@@ -48,7 +48,7 @@ class AdaptedModel(nn.Module):
         backbone.reset_classifier(num_classes)
         self.methods = nn.ModuleDict()
         self.merge_report: dict[str, str] | None = None  # after merge(): what stayed attached, and why
-        for name in sorted(methods):
+        for name in sorted(methods, key=lambda name: (methods[name].attach_order, name)):
             self._attach(name, methods[name], seed)
         backbone.head.requires_grad_(True)
 
@@ -178,6 +178,7 @@ class AdaptedModel(nn.Module):
         left: dict[str, str] = {}
         for name, method in list(self.methods.items()):
             if method.merge_obstacle is not None:
+                method.fold()
                 left[name] = method.merge_obstacle
                 continue
             method.to_weight_space(self.backbone)

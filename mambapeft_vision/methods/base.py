@@ -32,7 +32,7 @@ class Method(nn.Module):
     identity_at_init: ClassVar[bool] = True
     #: Why this method cannot be folded into the backbone's weights; None: it can.
     merge_obstacle: str | None = None
-    #: Methods attach in this order, then by name: 0 most; 1 those that change shapes; 2 those that need the final shapes.
+    #: Methods attach in this order, then by name: 0 most; 1 changes shapes; 2 needs to see the final shapes.
     attach_order: ClassVar[int] = 0
     #: Optimiser steps after which `finish_warmup` is due; 0: the method has one phase.
     warmup_steps: int = 0
