@@ -116,6 +116,7 @@ class AffixPort(Port):
     """Takes `value(tokens) -> Joined`. With `inner` it joins in_proj's output, else in_proj's input."""
 
     inner: bool = True
+    joined = Joined  # so that an owner can return one without knowing the backbone's files
 
     def set(self, owner: str, value: Callable[[Tensor], Joined], *, inner: bool = True) -> None:
         super().set(owner, value)

@@ -1,0 +1,151 @@
+"""Affix-tuning: learned tokens beside the image's in every mixer (MambaPEFT, arXiv 2411.03855, section 3.3)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambapeft_vision.errors import UserError
+from mambapeft_vision.methods.base import Method, require_positive
+from mambapeft_vision.methods.tokens import TokenGenerator, join, kept, positions
+
+POSITIONS = ("prefix", "infix", "around_class", "suffix")
+
+
+class Affix(Method):
+    """n tokens for each layer (and direction) join the sequence before the scan; their outputs are dropped after it.
+
+    Inner tokens have width 2E (x and gate z) and join in_proj's output, so they pass conv1d, x_proj, scan and gate.
+    The gate half only gates outputs that are dropped: it is dead, and `lean` leaves it out. Outer tokens have width D
+    and join in_proj's input.
+
+    prefix: inner dual: each direction reads its own tokens first. One buffer, [P_f | tokens | reversed P_b], serves
+        both directions: each meets the other's tokens last, where a causal scan no longer sees them. inner single:
+        the same with P_b = P_f. outer dual: [P_1 | hidden | P_2]. outer single: [P | hidden], which reaches
+        the forward scan only.
+    infix: spread evenly, as torch.tensor_split divides the tokens. single: one buffer. dual: the backward direction
+        splits the reversed tokens and has its own, in a second buffer.
+    around_class: half right before and half right after the class token. dual: as for infix.
+    suffix: [tokens | S], single only; it reaches the backward scan only (the forward one has passed already).
+
+    Args:
+        tokens: n.
+        position: one of the above.
+        directions: "dual" (own tokens for each direction) or "single" (shared).
+        inner: whether tokens join after in_proj or before it.
+        projection: tokens come from embedding → Linear → Tanh → Linear, which folds into a table after training.
+        hidden: of the projection; default: the tokens' width (2E or D).
+        lean: inner only: tokens of width E without the dead gate half.
+        bias_decay_mult: factor on the weight decay of the projection's biases.
+    """
+
+    identity_at_init = False
+    merge_obstacle = "its tokens join the sequence; no weight holds them"
+
+    def __init__(
+        self,
+        *,
+        tokens: int,
+        position: str = "prefix",
+        directions: str = "dual",
+        inner: bool = True,
+        projection: bool = False,
+        hidden: int | None = None,
+        lean: bool = False,
+        bias_decay_mult: float = 0.0,
+        lr_mult: float = 1.0,
+        decay_mult: float = 1.0,
+    ) -> None:
+        super().__init__(lr_mult=lr_mult, decay_mult=decay_mult)
+        require_positive(self, tokens=tokens, **({} if hidden is None else {"hidden": hidden}))
+        if position not in POSITIONS:
+            raise UserError(f"Affix: position={position!r}; expected one of {', '.join(POSITIONS)}")
+        if directions not in ("single", "dual"):
+            raise UserError(f"Affix: directions={directions!r}; expected 'single' or 'dual'")
+        if position == "suffix" and directions == "dual":
+            raise UserError("Affix: no scan sees a suffix of its own; use position: suffix with directions: single")
+        if hidden is not None and not projection:
+            raise UserError(f"Affix: hidden={hidden} is the projection's size; set projection: true or leave it out")
+        if lean and not inner:
+            raise UserError("Affix: lean leaves out the gate half of inner tokens; set inner: true or lean: false")
+        self.tokens, self.position, self.directions, self.inner = tokens, position, directions, inner
+        self.projection, self.hidden, self.lean, self.bias_decay_mult = projection, hidden, lean, bias_decay_mult
+        self._table: tuple[Tensor, ...] | None = None  # every layer's tokens, during a forward
+
+    def attach(self, model: nn.Module) -> None:
+        mixers = model.mixers
+        width = model.embed_dim
+        if self.inner:
+            width = mixers[0].d_inner * (1 if self.lean else 2)
+        self._per_layer = 2 if self.directions == "dual" else 1
+        hidden = (self.hidden or width) if self.projection else None
+        total = len(mixers) * self._per_layer * width
+        self.sites = TokenGenerator(self.tokens, width, total, hidden, "table", model.cls_token)
+        self._layers = len(mixers)
+        for i, mixer in enumerate(mixers):
+            mixer.affix.set(self.name, LayerAffix(self, model, i), inner=self.inner)
+
+    def layer_tokens(self, layer: int) -> Tensor:
+        """[n, per layer, width] of one layer. All layers' are generated at once, at layer 0."""
+        if layer == 0:
+            self._table = self.sites().unflatten(1, (self._layers, self._per_layer, -1)).unbind(1)
+        tokens = self._table[layer]
+        if layer == self._layers - 1:
+            self._table = None  # holds the graph of this forward
+        return tokens
+
+    def fold(self) -> None:
+        self.sites.fold()
+        self.projection, self.hidden = False, None
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.sites.groups(self.lr_mult, self.decay_mult, self.bias_decay_mult)
+
+
+class LayerAffix:
+    """What one mixer's affix port holds: [B, L, C] → the buffers that its directions read."""
+
+    def __init__(self, method: Affix, model: nn.Module, layer: int) -> None:
+        self.method, self.model, self.layer = method, model, layer
+        self.port = model.mixers[layer].affix
+
+    def __call__(self, tokens: Tensor) -> Any:
+        method, length = self.method, tokens.shape[1]
+        new = method.layer_tokens(self.layer)
+        if new.shape[-1] != tokens.shape[-1]:  # lean: the gate half is zero
+            new = F.pad(new, (0, tokens.shape[-1] - new.shape[-1]))
+        own = new.unbind(1)
+        if method.position == "prefix":
+            return self._joined(tokens, [self._both_ends(own, length)])
+        class_index = self._class_index(length) if method.position == "around_class" else 0
+        at = positions(method.position, method.tokens, length, class_index)
+        buffers = [(own[0], at)]
+        if len(own) == 2:
+            mirrored = length - 1 - class_index
+            reading = positions(method.position, method.tokens, length, mirrored)
+            buffers.append((own[1].flip(0), [length - place for place in reversed(reading)]))
+        return self._joined(tokens, buffers)
+
+    def _both_ends(self, own: tuple[Tensor, ...], length: int) -> tuple[Tensor, list[int]]:
+        """The prefix of the forward direction in front, and that of the backward direction, as it reads it, behind."""
+        n = self.method.tokens
+        if not self.method.inner:
+            return torch.cat(own), [0] * n + [length] * (n * (len(own) - 1))
+        return torch.cat((own[0], own[-1].flip(0))), [0] * n + [length] * n
+
+    def _joined(self, tokens: Tensor, buffers: list[tuple[Tensor, list[int]]]) -> Any:
+        length = tokens.shape[1]
+        return self.port.joined(
+            tuple(join(tokens, new, at) for new, at in buffers),
+            tuple(kept(at, length, tokens.device) for _, at in buffers),
+        )
+
+    @torch.no_grad()
+    def _class_index(self, length: int) -> int:
+        """Where the class token is among `length` tokens, prompts (if any) in front of it included."""
+        index, plain = self.model.class_token_index, self.model.pos_embed.shape[1]
+        if length == plain:
+            return index
+        probe = torch.zeros(1, plain, self.model.embed_dim, device=self.model.cls_token.device)
+        return self.model.prompt.value(probe, index)[1]

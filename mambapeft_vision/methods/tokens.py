@@ -1,0 +1,104 @@
+"""What affix- and prompt-tuning share: where learned tokens come from, and where they stand in a sequence."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mambapeft_vision.errors import UserError
+
+
+class TokenGenerator(nn.Module):
+    """Learned tokens [n, out]: a table, or (with `hidden`) embedding [n, width] → Linear → Tanh → Linear.
+
+    The projection reparametrises the table for training (prefix-tuning, arXiv 2101.00190) and folds into it after.
+    Tables and embeddings start as `nn.Embedding` does, N(0, 1).
+
+    Args:
+        n: tokens.
+        width: of the embedding.
+        out: numbers generated for each token.
+        hidden: of the projection; None: a plain table.
+        table: the name of the plain table among the saved tensors.
+        like: gives device and dtype.
+    """
+
+    def __init__(self, n: int, width: int, out: int, hidden: int | None, table: str, like: Tensor) -> None:
+        super().__init__()
+        self.table_name = table
+        kind = {"device": like.device, "dtype": like.dtype}
+        if hidden is None:
+            self.register_parameter(table, nn.Parameter(torch.randn(n, out, **kind)))
+            return
+        self.embedding = nn.Parameter(torch.randn(n, width, **kind))
+        self.fc1 = nn.Linear(width, hidden, **kind)
+        self.fc2 = nn.Linear(hidden, out, **kind)
+
+    @property
+    def projects(self) -> bool:
+        return hasattr(self, "fc1")
+
+    def forward(self) -> Tensor:
+        """[n, out]."""
+        if not self.projects:
+            return getattr(self, self.table_name)
+        return self.fc2(torch.tanh(self.fc1(self.embedding)))
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Replaces embedding and projection by the table they generate."""
+        if self.projects:
+            table = self()
+            del self.embedding, self.fc1, self.fc2
+            self.register_parameter(self.table_name, nn.Parameter(table))
+
+    def groups(self, lr_mult: float, decay_mult: float, bias_decay_mult: float) -> list[dict[str, Any]]:
+        """Optimiser groups: the projection's biases, and all else."""
+        biases = [self.fc1.bias, self.fc2.bias] if self.projects else []
+        others = [p for p in self.parameters() if not any(p is b for b in biases)]
+        return [
+            {"params": others, "lr_mult": lr_mult, "decay_mult": decay_mult},
+            {"params": biases, "lr_mult": lr_mult, "decay_mult": bias_decay_mult},
+        ]
+
+
+def positions(kind: str, n: int, length: int, class_index: int) -> list[int]:
+    """For each of n tokens, the number of original tokens (of `length`) in front of it; never decreasing."""
+    if kind == "prefix":
+        return [0] * n
+    if kind == "suffix":
+        return [length] * n
+    if kind == "prefix_suffix":  # halves as torch.tensor_split makes them: the first takes the odd one
+        return [0] * (n - n // 2) + [length] * (n // 2)
+    if kind == "infix":  # between n + 1 parts as torch.tensor_split makes them
+        size, longer = divmod(length, n + 1)
+        return [i * size + min(i, longer) for i in range(1, n + 1)]
+    if kind == "around_class":
+        return [class_index] * (n // 2) + [class_index + 1] * (n - n // 2)
+    raise UserError(f"position={kind!r} is unknown; known: prefix, suffix, prefix_suffix, infix, around_class")
+
+
+def join(tokens: Tensor, new: Tensor, at: list[int]) -> Tensor:
+    """[B, L, C] with `new` [n, C] put in at `at` (see `positions`) → [B, L + n, C], in the dtype of `tokens`."""
+    new = new.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
+    pieces, done = [], 0
+    for place in sorted(set(at)):
+        first, count = at.index(place), at.count(place)
+        pieces += [tokens[:, done:place], new[:, first : first + count]]
+        done = place
+    pieces.append(tokens[:, done:])
+    return torch.cat([piece for piece in pieces if piece.shape[1]], dim=1)
+
+
+def kept(at: list[int], length: int, device: torch.device) -> slice | Tensor:
+    """Where the `length` original tokens are after `join`: a slice if they stay together, else indices [L]."""
+    if all(place in (0, length) for place in at):
+        return slice(at.count(0), at.count(0) + length)
+    return _kept_indices(tuple(at), length, device)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is made during a test may be used in training
+def _kept_indices(at: tuple[int, ...], length: int, device: torch.device) -> Tensor:
+    return torch.tensor([i + sum(place <= i for place in at) for i in range(length)], device=device)
