@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mambapeft_vision.adapt import AdaptedModel, adapt
+from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.vim import Vim
 from mambapeft_vision.errors import UserError
 from mambapeft_vision.methods.additional_scan import AdditionalScan
@@ -49,7 +50,8 @@ def load_reference(
         trains, head included, by its names (without `backbone.`).
     Raises: UserError for unknown arguments or keys, unsupported forms, and tensors that are missing or mis-shaped.
     """
-    backbone = Vim(num_classes=0, **_vim_arguments(module_kwargs))
+    sizes = _vim_arguments(module_kwargs)
+    backbone = create_backbone(_variant(sizes), "random", **sizes)
     if peft_kwargs is None:
         parts, prefix = [_full_fine_tuning()], ""
     else:
@@ -61,9 +63,7 @@ def load_reference(
         plain = _normalised(backbone_state, "")
         state = {**{prefix + k: v for k, v in plain.items() if not k.startswith("head.")}, **state}
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in state.values()) else torch.float32
-    backbone = backbone.to(dtype)
-    backbone.default_cfg = {"name": "reference", "architecture": _vim_arguments(module_kwargs)}
-    _load_backbone(backbone, state, prefix)
+    _load_backbone(backbone.to(dtype), state, prefix)
 
     targets: dict[str, Tensor] = {prefix + name: p for name, p in backbone_parameters(backbone).items()}
     model = adapt(backbone, {part.name: part.method for part in parts}, num_classes)
@@ -453,6 +453,13 @@ def _vim_arguments(module_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     if ssm.get("dt_rank") == "auto":
         del ssm["dt_rank"]
     return {ours: values[theirs] for theirs, ours in _MODULE_RENAMED.items()} | ssm
+
+
+def _variant(sizes: Mapping[str, Any]) -> str:
+    """The registered variant that these sizes belong to (sizes of its own are given beside the name)."""
+    width = {192: "tiny", 384: "small", 768: "base"}.get(sizes["embed_dim"], "tiny")
+    stride = "_stride8" if sizes["stride"] == 8 and sizes["patch_size"] == 16 else ""
+    return f"vim_{width}_patch16{stride}_224"
 
 
 def _with_defaults(given: Mapping[str, Any], defaults: Mapping[str, Any], what: str) -> dict[str, Any]:
