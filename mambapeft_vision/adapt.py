@@ -201,7 +201,8 @@ def backbone_sha256(backbone: nn.Module) -> str:
         if name.startswith("head."):
             continue
         digest.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
-        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        if not p.is_meta:  # a model without values, made to count parameters
+            digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Additional-scan: extra states of the selective scan (MambaPEFT, arXiv 2411.03855, section 3.3)."""
+"""Additional-scan: extra states of the selective scan (MambaPEFT, arXiv 2411.03855)."""
 
 import math
 from functools import partial

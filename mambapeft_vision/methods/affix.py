@@ -1,4 +1,4 @@
-"""Affix-tuning: learned tokens beside the image's in every mixer (MambaPEFT, arXiv 2411.03855, section 3.3)."""
+"""Affix-tuning: learned tokens beside the image's in every mixer (MambaPEFT, arXiv 2411.03855)."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""LoRA and partial LoRA (LoRA, arXiv 2106.09685; LoRA_p, MambaPEFT, arXiv 2411.03855, section 3.2)."""
+"""LoRA and partial LoRA (LoRA, arXiv 2106.09685; LoRA_p, MambaPEFT, arXiv 2411.03855)."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Partial tuning: a zero-initialised offset on frozen tensors (MambaPEFT, arXiv 2411.03855, section 3.3)."""
+"""Partial tuning: a zero-initialised offset on frozen tensors (MambaPEFT, arXiv 2411.03855)."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""Parallel adapter (AdaptFormer, arXiv 2205.13535; on Mamba: MambaPEFT, arXiv 2411.03855, section 3.1)."""
+"""Parallel adapter (AdaptFormer, arXiv 2205.13535; on Mamba: MambaPEFT, arXiv 2411.03855)."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,6 +1,6 @@
 """Prompt-tuning: learned tokens beside the image's, once, before the first block.
 
-Visual prompt tuning (arXiv 2203.12119); on Vision Mamba: MambaPEFT (arXiv 2411.03855), section 3.1.
+Visual prompt tuning (arXiv 2203.12119); on Vision Mamba: MambaPEFT (arXiv 2411.03855).
 """
 
 from typing import Any
