@@ -1,0 +1,71 @@
+"""What a result was made with: library versions, the code's git state, the device, peak memory."""
+
+import importlib.metadata
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+LIBRARIES = (
+    "mambapeft-vision",
+    "torch",
+    "lightning",
+    "timm",
+    "hydra-core",
+    "omegaconf",
+    "numpy",
+    "pillow",
+    "safetensors",
+    "triton",
+)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions by distribution name, Python's and CUDA's included; what is not installed is left out."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda is not None:
+        versions["cuda"] = torch.version.cuda
+    return versions
+
+
+def git_state() -> tuple[str | None, bool | None]:
+    """Commit of this package's source, and whether tracked files differ from it; (None, None) outside git."""
+    package = Path(__file__).resolve().parent
+    try:
+        # Installed into an environment inside someone else's repository, the package is not tracked there.
+        _git(package, "ls-files", "--error-unmatch", Path(__file__).name)
+        return _git(package, "rev-parse", "HEAD"), bool(_git(package, "status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def device_name(device: torch.device) -> str:
+    """`NVIDIA H200`, or the CPU's model where the system tells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Of this process: allocated by PyTorch on a GPU, else resident in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

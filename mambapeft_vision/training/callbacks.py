@@ -1,0 +1,167 @@
+"""What happens around the training steps: history, progress, the stop at a non-finite loss, checkpoints."""
+
+import csv
+import io
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch.optim import Optimizer
+
+from mambapeft_vision.atomic import write_text
+from mambapeft_vision.data.progress import format_duration
+from mambapeft_vision.errors import UserError
+from mambapeft_vision.training.console import Console
+from mambapeft_vision.training.module import FineTuning
+
+Row = dict[str, float]
+
+
+class History(Callback):
+    """One row an epoch, in metrics.csv and to `log`.
+
+    The rows are part of the checkpoint, and the file is rewritten whole: after a resume it has every epoch once.
+
+    Args:
+        file: metrics.csv.
+        log: called with each new row.
+    """
+
+    def __init__(self, file: Path, log: Callable[[Row], None]) -> None:
+        self.rows: list[Row] = []
+        self._file = file
+        self._log = log
+        self._started = 0.0
+        self.seconds_before = 0.0  # spent in epochs before an interruption
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in all training epochs."""
+        return sum(row["seconds"] for row in self.rows)
+
+    @property
+    def images_per_second(self) -> float:
+        """Over all epochs; 0.0 when there were none."""
+        return sum(row["images_per_second"] * row["seconds"] for row in self.rows) / self.seconds if self.rows else 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: FineTuning) -> None:
+        self._started = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: FineTuning) -> None:
+        metrics = pl_module.epoch_metrics()  # waits for the device
+        seconds = time.monotonic() - self._started
+        row = {
+            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
+            **metrics,
+            "lr": max(group["lr"] for group in trainer.optimizers[0].param_groups),
+            "images_per_second": pl_module.images_seen / seconds,
+            "seconds": seconds,
+        }
+        self.rows.append(row)
+        write_text(self._file, _csv(self.rows))
+        self._log(row)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = list(state_dict["rows"])
+        self.seconds_before = self.seconds
+        write_text(self._file, _csv(self.rows))
+
+
+def _csv(rows: list[Row]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+class ProgressLine(Callback):
+    """Epoch, loss, accuracy, images/s and time left: live on a terminal, a line an epoch in the log."""
+
+    INTERVAL_S = 0.2
+
+    def __init__(self, console: Console, history: History) -> None:
+        self._console = console
+        self._history = history
+        self._shown = 0.0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: FineTuning, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.monotonic()
+        if now - self._shown < self.INTERVAL_S:
+            return
+        self._shown = now
+        step = f"step {batch_idx + 1}/{trainer.num_training_batches}"
+        previous = self._history.rows[-1:]
+        rest = "  ".join(["", *(_summary(row, trainer.max_epochs) for row in previous)])
+        self._console.live(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} {step}{rest}")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: FineTuning) -> None:
+        row = self._history.rows[-1]
+        self._console.note(f"epoch {row['epoch'] + 1}/{trainer.max_epochs}  {_summary(row, trainer.max_epochs)}")
+
+
+def _summary(row: Row, max_epochs: int) -> str:
+    left = format_duration((max_epochs - row["epoch"] - 1) * row["seconds"])
+    return (
+        f"loss {row['loss']:.4f}  accuracy {row['accuracy']:.1%}  {row['images_per_second']:,.0f} images/s  {left} left"
+    )
+
+
+class StopAtNonFiniteLoss(Callback):
+    """Ends the run before a NaN or infinite loss reaches the weights.
+
+    Args:
+        task, methods: for the message.
+        checkpoint: the run's checkpoint file, for the message.
+    """
+
+    def __init__(self, task: str, methods: str, checkpoint: Path) -> None:
+        self._task, self._methods, self._checkpoint = task, methods, checkpoint
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: FineTuning, optimizer: Optimizer) -> None:
+        if torch.isfinite(pl_module.last_loss):
+            return
+        module, norm = largest_gradient(pl_module)
+        kept = f"{self._checkpoint} is the last good state" if self._checkpoint.exists() else "no checkpoint was made"
+        raise UserError(
+            f"the loss is {pl_module.last_loss.item()} in step {trainer.global_step} (epoch "
+            f"{trainer.current_epoch + 1}) of {self._methods} on {self._task}; largest gradient norm: {norm:.3g} in "
+            f"{module}. Training stopped and {kept}; lower trainer.learning_rate or the method's scale, or set "
+            f"trainer.precision=fp32"
+        )
+
+
+def largest_gradient(module: FineTuning) -> tuple[str, float]:
+    """Name of the module (method site or head) with the largest gradient norm, and the norm; NaN counts as largest."""
+    squares: dict[str, float] = {}
+    for name, parameter in module.model.trained().items():
+        if parameter.grad is not None:
+            site = name.rpartition(".")[0]
+            squares[site] = squares.get(site, 0.0) + parameter.grad.double().square().sum().item()
+    site = max(squares, key=lambda name: math.inf if math.isnan(squares[name]) else squares[name])
+    return site, math.sqrt(squares[site])
+
+
+class Checkpoints(Callback):
+    """Saves the run's state at ends of epochs, at most every `every_s` seconds, and at the last one."""
+
+    def __init__(self, file: Path, every_s: float) -> None:
+        self._file = file
+        self._every_s = every_s
+        self._saved = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: FineTuning) -> None:
+        last = trainer.current_epoch + 1 == trainer.max_epochs
+        if last or time.monotonic() - self._saved >= self._every_s:
+            trainer.save_checkpoint(self._file)
+            self._saved = time.monotonic()

@@ -1,0 +1,125 @@
+"""How the commands end: mistakes as readable messages (exit code 2), a sweep's failures reported at its end.
+
+Light to import, as config.py is.
+"""
+
+import difflib
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from mambapeft_vision.errors import UserError
+
+USER_MISTAKE = 2
+CRASH = 1
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A job of a sweep that did not end well."""
+
+    overrides: str
+    error: Exception
+
+
+_failures: list[Failure] = []
+
+
+def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """Wraps what Hydra calls for each job: in a sweep, a job that fails is noted and the next one runs."""
+
+    @functools.wraps(function)
+    def wrapped(cfg: DictConfig) -> None:
+        hydra = HydraConfig.get()
+        if hydra.mode is not RunMode.MULTIRUN:
+            function(cfg)
+            return
+        overrides = " ".join(hydra.overrides.task)
+        print(f"\n━━ run {hydra.job.num + 1}: {overrides}", flush=True)
+        try:
+            function(cfg)
+        except Exception as error:
+            _failures.append(Failure(overrides, error))
+            print(describe_error(error), file=sys.stderr, flush=True)
+
+    return wrapped
+
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Calls a `@hydra.main` function and leaves with exit code 0, 1 (crash) or 2 (a mistake in command or files)."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises what happened; it is described here
+    try:
+        main()
+    except Exception as error:
+        # Of a job that raised, Hydra has already said with which overrides.
+        print(describe_error(error), file=sys.stderr)
+        sys.exit(exit_code([error]))
+    if _failures:
+        lines = [f"  {failure.overrides}: {summary(failure.error)}" for failure in _failures]
+        print(f"\n{len(_failures)} of the runs failed:\n" + "\n".join(lines), file=sys.stderr)
+        sys.exit(exit_code([failure.error for failure in _failures]))
+
+
+def exit_code(errors: Iterable[Exception]) -> int:
+    return USER_MISTAKE if all(is_mistake(error) for error in errors) else CRASH
+
+
+def is_mistake(error: Exception) -> bool:
+    """Whether the user can repair it; then a traceback would only hide the message."""
+    return isinstance(error, (UserError, HydraException, OmegaConfBaseException))
+
+
+def summary(error: Exception) -> str:
+    """The first line of a mistake, or the type and text of a crash."""
+    text = _message(error) if is_mistake(error) else f"{type(error).__name__}: {error}"
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def describe_error(error: Exception) -> str:
+    if is_mistake(error):
+        return f"error: {_message(error)}"
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`did you mean a, b?`, or all known names where none is near."""
+    known = sorted(str(k) for k in known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, MissingConfigException):
+        return _missing_option(error)
+    if isinstance(error, ConfigCompositionException) and isinstance(error.__cause__, OmegaConfBaseException):
+        return _config_error(error.__cause__)
+    if isinstance(error, OmegaConfBaseException):
+        return _config_error(error)
+    return str(error)
+
+
+def _config_error(error: OmegaConfBaseException) -> str:
+    """OmegaConf's message, with the names that were near an unknown key."""
+    message = str(error.msg or error).splitlines()[0]
+    key = str(error.full_key or error.key or "")
+    text = f"{key}: {message}" if key else message
+    if isinstance(error, AttributeError) and isinstance(error.parent_node, DictConfig):
+        return f"{text}; {nearest(str(error.key), error.parent_node)}"
+    return text
+
+
+def _missing_option(error: MissingConfigException) -> str:
+    """Hydra's first line, with the options that were near."""
+    text = str(error).splitlines()[0]
+    if not (error.missing_cfg_file and error.options):
+        return text
+    return f"{text}; {nearest(error.missing_cfg_file.rpartition('/')[2], error.options)}"

@@ -1,0 +1,59 @@
+"""Training proper: a Lightning trainer with our callbacks, continued from the run's checkpoint where there is one."""
+
+import logging
+import warnings
+from collections.abc import Callable
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities.warnings import PossibleUserWarning
+
+from mambapeft_vision.training.callbacks import Checkpoints, History, ProgressLine, Row, StopAtNonFiniteLoss
+from mambapeft_vision.training.checkpoint import CHECKPOINT_FILE, AtomicCheckpointIO
+from mambapeft_vision.training.config import TrainerConfig
+from mambapeft_vision.training.console import Console
+from mambapeft_vision.training.module import FineTuning
+from mambapeft_vision.training.plan import RunPlan
+from mambapeft_vision.training.setup import Setup
+
+METRICS_FILE = "metrics.csv"
+_LIGHTNING_PRECISION = {"fp32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed"}
+
+
+def fit(plan: RunPlan, setup: Setup, log_epoch: Callable[[Row], None], console: Console) -> History:
+    """Trains to the last epoch and returns the history. Raises UserError at a non-finite loss."""
+    checkpoint = plan.folder / CHECKPOINT_FILE
+    history = History(plan.folder / METRICS_FILE, log_epoch)
+    callbacks = [
+        history,
+        ProgressLine(console, history),
+        StopAtNonFiniteLoss(plan.task, plan.method_names, checkpoint),
+        Checkpoints(checkpoint, plan.recipe.checkpoint_every_s),
+    ]
+    resumes = checkpoint.is_file()
+    if resumes:
+        console.say(f"continues from {checkpoint}")
+    trainer = make_trainer(plan.recipe, setup.device, callbacks)
+    module = FineTuning(setup.model, setup.normalise, plan.recipe, plan.seed)
+    trainer.fit(module, datamodule=setup.task, ckpt_path=checkpoint if resumes else None)
+    return history
+
+
+def make_trainer(recipe: TrainerConfig, device: torch.device, callbacks: list[Callback]) -> Trainer:
+    """A Lightning trainer that does the recipe and nothing of its own: no logs, files, bars or validation."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=PossibleUserWarning)  # advice on its own loaders and checkpoints
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # between Lightning and PyTorch
+    return Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=[device.index] if device.type == "cuda" else 1,
+        precision=_LIGHTNING_PRECISION[recipe.precision],
+        max_epochs=recipe.max_epochs,
+        gradient_clip_val=recipe.clip_norm,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )

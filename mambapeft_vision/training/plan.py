@@ -1,0 +1,99 @@
+"""From a composed config to what is to be done: the resolved settings, the run's identity and its folder."""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from mambapeft_vision.errors import UserError
+from mambapeft_vision.training.cli import nearest
+from mambapeft_vision.training.config import PathsConfig, TrainConfig, TrainerConfig
+
+# Keys that cannot change a result, so they are no part of a run's identity.
+NO_PART_OF_IDENTITY = {
+    "": ("paths", "logger", "resume", "dry_run"),
+    "trainer": ("checkpoint_every_s", "picture"),
+    "dataset": ("num_workers", "test_batch_size"),
+}
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One run. config: resolved, plain containers; fingerprint: sha256 of what decides the result."""
+
+    config: dict[str, Any]
+    recipe: TrainerConfig
+    fingerprint: str
+    folder: Path
+
+    @property
+    def task(self) -> str:
+        return self.config["dataset"]["name"]
+
+    @property
+    def methods(self) -> list[str]:
+        return sorted(self.config["method"])
+
+    @property
+    def method_names(self) -> str:
+        return "+".join(self.methods)
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+
+def make_plan(cfg: DictConfig) -> RunPlan:
+    """Checks and resolves a composed config. Raises UserError naming the key that is wrong."""
+    _check_keys(cfg, TrainConfig, "")
+    _check_keys(cfg.trainer, TrainerConfig, "trainer.")
+    _check_keys(cfg.paths, PathsConfig, "paths.")
+    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    if not config["method"]:
+        raise UserError("method=[] names no method; for the head alone choose method=linear_probe")
+    recipe = TrainerConfig(**config["trainer"])
+    recipe.check()
+    identity = fingerprint(cfg)
+    task = config["dataset"].get("name")
+    if not isinstance(task, str) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", task):
+        raise UserError(f"dataset.name={task!r}; expected letters, digits, '_', '-', '.', in parts split by '/'")
+    methods = "+".join(sorted(config["method"]))
+    folder = Path(config["paths"]["outputs"]).expanduser() / task / methods / f"seed{config['seed']}-{identity[:8]}"
+    return RunPlan(config, recipe, identity, folder)
+
+
+def fingerprint(cfg: DictConfig) -> str:
+    """sha256 of the resolved config, without what cannot change the result (where things are, logging, …)."""
+    # With fixed paths the values derived from them, such as dataset.folder, do not depend on the machine.
+    neutral = copy.deepcopy(cfg)
+    neutral.paths = PathsConfig(data="data", outputs="outputs", methods=None)
+    config = OmegaConf.to_container(neutral, resolve=True, throw_on_missing=True)
+    for group, keys in NO_PART_OF_IDENTITY.items():
+        section = config[group] if group else config
+        for key in keys:
+            section.pop(key, None)
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Renames a run's folder to `<name>.replaced-<n>`; None when there is none."""
+    if not folder.exists():
+        return None
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.replaced-{number}")).exists():
+        number += 1
+    return folder.rename(aside)
+
+
+def _check_keys(cfg: DictConfig, schema: type, prefix: str) -> None:
+    """`+key=value` gets past Hydra's own check."""
+    known = [field.name for field in dataclasses.fields(schema)]
+    for key in cfg:
+        if key not in known:
+            raise UserError(f"{prefix}{key} is no key of the config; {nearest(str(key), known)}")

@@ -1,0 +1,186 @@
+"""One run from config to result: set up, fit, save, merge, test, record."""
+
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from mambapeft_vision.atomic import write_text
+from mambapeft_vision.data.progress import format_duration
+from mambapeft_vision.methods import add_methods_folder
+from mambapeft_vision.results.environment import device_name, git_state, library_versions, peak_memory_bytes
+from mambapeft_vision.results.pictures import page_of_predictions
+from mambapeft_vision.results.record import RunRecord, is_finished, read_record, write_record
+from mambapeft_vision.training.build import build_logger, build_model, resolve_device
+from mambapeft_vision.training.callbacks import History
+from mambapeft_vision.training.checkpoint import CHECKPOINT_FILE
+from mambapeft_vision.training.console import Console
+from mambapeft_vision.training.dry_run import describe_counts, describe_recipe, dry_run_report
+from mambapeft_vision.training.fit import fit
+from mambapeft_vision.training.plan import RunPlan, make_plan, set_aside
+from mambapeft_vision.training.setup import Setup, assemble
+from mambapeft_vision.training.testing import Predictions
+
+CONFIG_FILE, OVERRIDES_FILE, LOG_FILE, PICTURE_FILE = "config.yaml", "overrides.yaml", "train.log", "predictions.png"
+
+
+def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> RunRecord | None:
+    """Does what the config asks for: a dry run, a finished run's summary, or the (rest of the) run.
+
+    Args:
+        overrides: of the command line, kept in the run's folder.
+    Returns: the run's record; None for a dry run.
+    Raises: UserError.
+    """
+    if cfg.paths.methods is not None:
+        add_methods_folder(cfg.paths.methods)
+    plan = make_plan(cfg)
+    if cfg.dry_run:
+        print(dry_run_report(plan))
+        return None
+    if cfg.resume and is_finished(plan.folder):
+        record = read_record(plan.folder)
+        print(f"{summarise(record, plan.folder)}\nThis run was finished before; resume=false runs it again.")
+        return record
+    aside = None if cfg.resume else set_aside(plan.folder)
+    _prepare_folder(plan, overrides)
+    with Console(plan.folder / LOG_FILE) as console:
+        if aside is not None:
+            console.say(f"the run that was here is kept in {aside}")
+        return execute(plan, console)
+
+
+def execute(plan: RunPlan, console: Console) -> RunRecord:
+    """Trains, saves and tests; result.json is written last."""
+    started = time.monotonic()
+    console.say(f"{plan.method_names} on {plan.task}, seed {plan.seed}, in {plan.folder}")
+    setup = assemble(
+        plan,
+        partial(build_model, plan),
+        device=resolve_device(plan.recipe.device),
+        kernel=plan.config["kernel"],
+        console=console,
+    )
+    counts = setup.model.counts()
+    console.say(describe_counts(counts))
+    console.say(describe_recipe(plan.recipe, setup.task.batch_size))
+    logger = build_logger(plan)
+    logger.start(plan)
+    record = None
+    try:
+        history = fit(plan, setup, logger.log_epoch, console)
+        setup.model.save(plan.folder, _adapter_metadata(plan))
+        unmerged = setup.model.merge()
+        predictions = setup.test(console)
+        predictions.save(plan.folder)
+        if plan.recipe.picture:
+            _draw(plan, setup, predictions)
+        wall_seconds = time.monotonic() - started + history.seconds_before
+        record = _make_record(plan, setup, counts, unmerged, history, predictions, wall_seconds)
+    finally:
+        logger.finish(record)
+    write_record(plan.folder, record)
+    (plan.folder / CHECKPOINT_FILE).unlink(missing_ok=True)  # the adapter holds what it held
+    console.say(summarise(record, plan.folder))
+    return record
+
+
+def summarise(record: RunRecord, folder: Path) -> str:
+    """A finished run in a few lines."""
+    correct = round(record.accuracy * record.num_test)
+    lines = [
+        ("result", f"{'+'.join(record.methods)} on {record.task}, seed {record.seed}"),
+        ("accuracy", f"{record.accuracy:.2%} ({correct:,} of {record.num_test:,} test images)"),
+        ("trained", f"{record.trainable:,} numbers and a head of {record.head:,}; {record.frozen:,} stayed frozen"),
+        ("time", f"{format_duration(record.wall_seconds)}, of it {format_duration(record.train_seconds)} training"),
+        (
+            "speed",
+            f"{record.train_images_per_second:,.0f} images/s in training, {record.test_images_per_second:,.0f} in the "
+            f"test, on {record.device_name}",
+        ),
+        ("memory", f"{record.peak_memory_bytes / 2**20:,.0f} MiB at most"),
+        ("files", str(folder)),
+        *(("not merged", f"{name}: {reason}") for name, reason in record.unmerged.items()),
+    ]
+    return "\n" + "\n".join(f"  {name:<10} {text}" for name, text in lines)
+
+
+def _prepare_folder(plan: RunPlan, overrides: Sequence[str]) -> None:
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    write_text(plan.folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(plan.config)))
+    write_text(plan.folder / OVERRIDES_FILE, OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
+
+
+def _adapter_metadata(plan: RunPlan) -> dict[str, Any]:
+    commit, dirty = git_state()
+    return {
+        "task": plan.task,
+        "seed": plan.seed,
+        "fingerprint": plan.fingerprint,
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "versions": library_versions(),
+    }
+
+
+def _draw(plan: RunPlan, setup: Setup, predictions: Predictions) -> None:
+    images, _ = next(iter(setup.task.test_dataloader()))
+    page_of_predictions(
+        images[:32].numpy(),
+        predictions.predicted[:32].tolist(),
+        predictions.labels[:32].tolist(),
+        plan.folder / PICTURE_FILE,
+        title=f"{plan.task}, {plan.method_names}: {predictions.accuracy:.1%} right",
+    )
+
+
+def _make_record(
+    plan: RunPlan,
+    setup: Setup,
+    counts: dict[str, Any],
+    unmerged: dict[str, str],
+    history: History,
+    predictions: Predictions,
+    wall_seconds: float,
+) -> RunRecord:
+    commit, dirty = git_state()
+    last = history.rows[-1]
+    return RunRecord(
+        task=plan.task,
+        group=setup.task.group,
+        methods=plan.methods,
+        seed=plan.seed,
+        accuracy=predictions.accuracy,
+        loss=predictions.loss,
+        num_test=len(predictions.labels),
+        epochs=len(history.rows),
+        train_loss=last["loss"],
+        train_accuracy=last["accuracy"],
+        trainable=counts["trainable"],
+        trainable_by_method=counts["by_method"],
+        head=counts["head"],
+        frozen=counts["frozen"],
+        unmerged=unmerged,
+        train_images_per_second=history.images_per_second,
+        test_images_per_second=predictions.images_per_second,
+        train_seconds=history.seconds,
+        wall_seconds=wall_seconds,
+        peak_memory_bytes=peak_memory_bytes(setup.device),
+        device=str(setup.device),
+        device_name=device_name(setup.device),
+        kernel=setup.kernel,
+        precision=setup.precision,
+        backbone=setup.model.backbone.default_cfg["name"],
+        backbone_sha256=setup.model.backbone_sha256,
+        data_manifest=setup.task.manifest_hash,
+        fingerprint=plan.fingerprint,
+        git_commit=commit,
+        git_dirty=dirty,
+        versions=library_versions(),
+        finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        config=plan.config,
+    )

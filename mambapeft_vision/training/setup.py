@@ -1,0 +1,65 @@
+"""The objects of a run, built in the order in which mistakes are cheapest to find."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mambapeft_kernels
+import torch
+from torch import nn
+
+from mambapeft_vision.adapt import AdaptedModel
+from mambapeft_vision.data import ConsoleProgress, Preprocessing, TaskDataModule
+from mambapeft_vision.training.build import build_backbone, build_dataset, set_kernel
+from mambapeft_vision.training.console import Console
+from mambapeft_vision.training.module import Normalise
+from mambapeft_vision.training.plan import RunPlan
+from mambapeft_vision.training.testing import Predictions, apply_precision, predict
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What training and testing work on. kernel: the name of the backend that runs."""
+
+    device: torch.device
+    kernel: str
+    precision: str
+    task: TaskDataModule
+    model: AdaptedModel
+    normalise: Normalise
+
+    def test(self, console: Console) -> Predictions:
+        """Tests the model as it is now on the task's test split."""
+        return predict(
+            self.model,
+            self.normalise,
+            self.task.test_dataloader(),
+            precision=self.precision,
+            device=self.device,
+            console=console,
+        )
+
+
+def assemble(
+    plan: RunPlan,
+    attach: Callable[[nn.Module, int], AdaptedModel],
+    *,
+    device: torch.device,
+    kernel: str,
+    console: Console,
+) -> Setup:
+    """Builds a run's model and loads its data.
+
+    Args:
+        attach: from the backbone and the number of classes to the adapted model.
+        kernel: as asked for, e.g. "auto".
+    Raises: UserError.
+    """
+    apply_precision(plan.recipe.precision)
+    task = build_dataset(plan)
+    backbone = build_backbone(plan)
+    resolved = set_kernel(backbone, kernel, device)
+    console.say(mambapeft_kernels.describe(kernel, device))
+    model = attach(backbone, task.num_classes)
+    preprocessing = Preprocessing.from_timm(backbone.default_cfg)
+    task.load(preprocessing, ConsoleProgress(f"decode {task.name}", "images"))
+    return Setup(device, resolved, plan.recipe.precision, task, model, Normalise(preprocessing))
