@@ -55,8 +55,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     model.load_state_dict(given, strict=False)
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file, under their official names.
+def read_state_dict(path: str | Path, key: str = "model") -> dict[str, Tensor]:
+    """The tensors of a checkpoint file, under their names there; from `content[key]` where there is such a key.
 
     Pickled files are read with PyTorch's restricted unpickler; besides tensors only `argparse.Namespace`
     (a leftover of training in the official files) is allowed.
@@ -75,9 +75,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             f"{path} cannot be read as a checkpoint: {reason}. Expected safetensors, or a PyTorch file that holds "
             f"tensors only; download it again"
         ) from error
-    state = content.get("model", content) if isinstance(content, dict) else content
+    state = content.get(key, content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{path} holds no state dict of tensors (under 'model' or at top level)")
+        raise UserError(f"{path} holds no state dict of tensors (under {key!r} or at top level)")
     return state
 
 

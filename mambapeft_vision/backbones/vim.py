@@ -368,7 +368,7 @@ def _build(record: dict[str, Any], sizes: dict[str, Any], pretrained: bool, kwar
     model.default_cfg = model.pretrained_cfg = {
         **record,
         "input_size": (3, *model.patch_embed.img_size),
-        "architecture": {**sizes, **kwargs},
+        "architecture": {k: v for k, v in {**sizes, **kwargs}.items() if k != "num_classes"},
     }
     if pretrained:
         from mambapeft_vision.backbones.checkpoints import load_official
