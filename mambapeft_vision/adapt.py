@@ -133,7 +133,10 @@ class AdaptedModel(nn.Module):
         return {**state, **self.head_parameters()}
 
     def load_adapter_state(self, state: Mapping[str, Tensor], source: str = "the adapter") -> None:
-        """Copies `state` in, strictly both ways; nothing is changed when anything does not fit."""
+        """Copies `state` in, strictly both ways; no value is changed when anything does not fit."""
+        for name, method in self.methods.items():
+            prefix = f"{name}."
+            method.enter_phase_of({k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)})
         mine = self.adapter_state()
         check_state(mine, state, source)
         with torch.no_grad():

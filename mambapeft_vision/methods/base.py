@@ -74,27 +74,31 @@ class Method(nn.Module):
 
     @property
     def warming_up(self) -> bool:
-        """Whether a warm-up phase is still to be finished; kept in `saved()`, so it survives a restart."""
+        """Whether the warm-up phase is still to be finished; follows from `saved()`, so it survives a restart."""
         return False
 
-    def finish_warmup(self, model: nn.Module) -> str:
-        """Ends the warm-up phase: from now on other tensors may be owned, so the optimiser must be built again.
+    def finish_warmup(self) -> str:
+        """Ends the warm-up phase. From now on other tensors are owned, so the optimiser must be built again.
 
-        The training loop calls it once, after `warmup_steps` optimiser steps, while `warming_up`. All of the
-        optimiser's state is dropped.
+        The training loop calls it once, after `warmup_steps` optimiser steps, while `warming_up`, and starts the new
+        optimiser without the old one's state.
         Returns: one line for the log, saying what was chosen.
         """
         raise NotImplementedError(f"{type(self).__name__} has no warm-up phase (warmup_steps is 0)")
 
+    def enter_phase_of(self, saved: Mapping[str, Tensor]) -> None:
+        """Takes the phase in which `saved` (this method's tensors by their saved names) was saved, to load it next."""
+
     def config(self) -> dict[str, Any]:
         """`_target_` and the constructor's arguments: JSON-safe, and enough to build this method again."""
-        names = {
-            p.name
-            for cls in type(self).__mro__
-            if issubclass(cls, Method) and "__init__" in vars(cls)
-            for p in inspect.signature(cls.__init__).parameters.values()
-            if p.kind is inspect.Parameter.KEYWORD_ONLY
-        }
+        names: set[str] = set()
+        for cls in type(self).__mro__:
+            if "__init__" not in vars(cls):
+                continue
+            parameters = inspect.signature(cls.__init__).parameters.values()
+            names |= {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+            if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
+                break  # takes nothing that it does not name
         arguments = {name: _plain(getattr(self, name)) for name in sorted(names)}
         return {"_target_": f"{type(self).__module__}.{type(self).__qualname__}", **arguments}
 
