@@ -1,11 +1,18 @@
 """Image tasks in the layout of VTAB-1K: the table of tasks, loading, checking, and the demo task."""
 
-from mambapeft_vision.data.demo import DemoDataModule
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from mambapeft_vision.data.images import ImageSet
-from mambapeft_vision.data.module import TaskDataModule
 from mambapeft_vision.data.preprocessing import Preprocessing, decode_image
 from mambapeft_vision.data.progress import ConsoleProgress, Progress
 from mambapeft_vision.data.vtab import SPLITS, TASKS, Task
+
+if TYPE_CHECKING:
+    from mambapeft_vision.data.demo import DemoDataModule
+    from mambapeft_vision.data.module import TaskDataModule
 
 __all__ = [
     "SPLITS",
@@ -19,3 +26,12 @@ __all__ = [
     "TaskDataModule",
     "decode_image",
 ]
+
+# Lightning takes seconds to import, and Triton with it; preparing and checking data needs neither.
+_LIGHTNING = {"TaskDataModule": "module", "DemoDataModule": "demo"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LIGHTNING:
+        return getattr(importlib.import_module(f"{__name__}.{_LIGHTNING[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -70,11 +70,9 @@ def decode_list(
     def decode_into(index: int) -> None:
         images[index] = decode_entry(listing, listing.entries[index], preprocessing)
 
-    pool = ThreadPoolExecutor(workers or available_cpus())
-    try:
+    # An error, or Ctrl-C, leaves the loop; map then cancels what is still waiting.
+    with ThreadPoolExecutor(workers or available_cpus()) as pool:
         for _ in pool.map(decode_into, range(len(listing))):
             meter.advance()
-    finally:
-        pool.shutdown(cancel_futures=True)
     names = [entry.path for entry in listing.entries]
     return ImageSet(torch.from_numpy(images), listing.labels(), names)

@@ -28,7 +28,7 @@ _SHOWN_PROBLEMS = 20
 _EPILOG = f"""\
 examples:
   python scripts/prepare_vtab1k.py                        download, lay out and check all 19 tasks
-  python scripts/prepare_vtab1k.py --zip {ARCHIVE_NAME}       the same from an archive already here
+  python scripts/prepare_vtab1k.py --zip {ARCHIVE_NAME}      the same from an archive already here
   python scripts/prepare_vtab1k.py --tasks cifar,dtd      only some tasks
   python scripts/prepare_vtab1k.py --verify-only          check once more what is laid out
 

@@ -57,6 +57,8 @@ def verify_task(
     decode: decode every image completely; else only its header is read (all bytes are hashed either way).
     executor: worker processes for the images; None works in this process. progress: in images.
     """
+    if not folder.is_dir():
+        return TaskReport(task, None, [f"{folder}: the task's folder is missing."])
     problems: list[str] = []
     notes: list[str] = []
     listings: dict[str, ImageList] = {}

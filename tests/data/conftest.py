@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,11 +37,12 @@ def lay_out() -> Callable[[Path], Path]:
         for split in ("train800", "val200", "train800val200", "test"):
             (folder / "images" / split).mkdir(parents=True)
             lines = []
-            for number in range(task.valid_counts(split)[0]):
+            numbers = {"train800val200": [*range(task.num_train), *range(task.num_val)]}
+            for number, label in enumerate(numbers.get(split, range(task.valid_counts(split)[0]))):
                 path = f"images/{split}/{number:06d}.jpg"
                 pixels = random.integers(0, 256, (12, 10, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / path, quality=75)
-                lines.append(f"{path} {number % task.num_classes}\n")
+                lines.append(f"{path} {label % task.num_classes}\n")
             (folder / f"{split}.txt").write_text("".join(lines))
         return folder
 
@@ -51,3 +53,16 @@ def lay_out() -> Callable[[Path], Path]:
 def toy_folder(tmp_path: Path, lay_out: Callable[[Path], Path]) -> Path:
     """The toy task, laid out."""
     return lay_out(tmp_path)
+
+
+@pytest.fixture
+def zip_folder() -> Callable[..., Path]:
+    """Adds a folder under its own name, below `prefix`, to a zip file and returns the file."""
+
+    def write(folder: Path, file: Path, prefix: str = "") -> Path:
+        with zipfile.ZipFile(file, "a") as opened:
+            for path in sorted(folder.rglob("*")):
+                opened.write(path, f"{prefix}{folder.name}/{path.relative_to(folder)}")
+        return file
+
+    return write

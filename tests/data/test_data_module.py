@@ -82,6 +82,21 @@ def test_a_pass_that_was_broken_off_does_not_shorten_the_next(toy_folder, prepro
     assert len(list(loader)) == 3
 
 
+def test_only_the_first_pass_after_resuming_is_shortened_and_only_in_its_epoch(toy_folder, preprocessing):
+    data = make(toy_folder)
+    data.load(preprocessing)
+    data.trainer = Trainer(4)
+    loader = data.train_dataloader()
+    passing = iter(loader)
+    next(passing), next(passing)
+    state = loader.state_dict()
+    for epoch, lengths in [(4, [1, 3]), (5, [3, 3])]:
+        loader = data.train_dataloader()
+        loader.load_state_dict(state)
+        data.trainer.current_epoch = epoch
+        assert [len(list(loader)), len(list(loader))] == lengths
+
+
 def test_a_loop_without_a_trainer_is_told_what_to_do(toy_folder, preprocessing):
     data = make(toy_folder)
     data.load(preprocessing)
@@ -205,6 +220,7 @@ def test_other_splits_can_be_chosen(toy_folder, preprocessing):
 def test_loading_again_decodes_only_for_another_size(toy_folder, preprocessing, monkeypatch):
     data = make(toy_folder)
     data.load(preprocessing)
+    data.test_dataloader()
     data.load(type(preprocessing)((4, 4), "bicubic", (0, 0, 0), (1, 1, 1)))
     assert data.train_set.images.shape[2:] == (4, 4)
     assert next(iter(data.test_dataloader()))[0].shape[2:] == (4, 4)
