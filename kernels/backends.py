@@ -1,9 +1,7 @@
 """Which implementation runs: resolved once from what was asked for and what this machine has."""
 
-import importlib
 import importlib.util
 import os
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -15,6 +13,12 @@ BACKENDS: dict[str, str] = {
     "torch": "vectorised PyTorch with recomputation; any device",
     "mamba_ssm": "the published kernels of mamba-ssm and causal-conv1d, for comparison; CUDA",
     "naive": "the definition, plain autograd; any device, slow, for checks",
+}
+# What the fused backends compute in; the others take any floating dtype.
+_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "cuda": (torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "mamba_ssm": (torch.float32, torch.bfloat16, torch.float16),
 }
 _REMEDY = {
     "cuda": "it needs an NVIDIA GPU of compute capability 8.0 or later, triton, and `pip install cuda-core`",
@@ -55,8 +59,9 @@ def available_backends(device: torch.device | str) -> list[str]:
     return [name for name in BACKENDS if _can_run(name, device)]
 
 
-def resolve_backend(name: str, device: torch.device | str) -> str:
-    """`name` itself if it can run on `device`; for "auto" the best that can.
+@torch.compiler.assume_constant_result  # to torch.compile the choice is a constant
+def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype | None = None) -> str:
+    """`name` itself if it can run on `device`; for "auto" the best that can (and takes `dtype`, if given).
 
     On a CPU "auto" is `torch`: Triton's interpreter is for checks and runs only when asked for by name.
     Raises: ValueError naming what was asked, what can run, and the remedy.
@@ -64,7 +69,7 @@ def resolve_backend(name: str, device: torch.device | str) -> str:
     device = torch.device(device)
     if name == "auto":
         order = ("cuda", "triton", "torch") if device.type == "cuda" else ("torch",)
-        return next(choice for choice in order if _can_run(choice, device))
+        return next(choice for choice in order if _can_run(choice, device) and _takes(choice, dtype))
     if name not in BACKENDS:
         raise ValueError(f"kernel={name!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
     if not _can_run(name, device):
@@ -72,14 +77,14 @@ def resolve_backend(name: str, device: torch.device | str) -> str:
             f"kernel={name} cannot run on {device}: {_REMEDY[name]}. "
             f"Here: auto, {', '.join(available_backends(device))}"
         )
+    if not _takes(name, dtype):
+        known = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES[name])
+        raise ValueError(f"kernel={name} takes {known}, got {dtype}; cast the input, or choose auto or torch")
     return name
 
 
-@cache
-def load_backend(op: str, backend: str) -> Callable:
-    """The function of `op` ("mixer" or "norm") for a resolved backend; imported on first use."""
-    module = importlib.import_module(f"mambapeft_kernels.{op}.{backend}")
-    return getattr(module, {"mixer": "ssm_mixer", "norm": "add_rms_norm"}[op])
+def _takes(name: str, dtype: torch.dtype | None) -> bool:
+    return dtype is None or name not in _DTYPES or dtype in _DTYPES[name]
 
 
 def describe(name: str, device: torch.device | str) -> str:

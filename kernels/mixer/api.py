@@ -1,9 +1,9 @@
 """The one public function of the mixer core, and its argument type."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from mambapeft_kernels.backends import load_backend, resolve_backend
+from mambapeft_kernels.backends import resolve_backend
 from torch import Tensor
 
 
@@ -39,8 +39,24 @@ def ssm_mixer(
     Raises: ValueError for shapes that do not fit each other or a backend that cannot run here.
     """
     _check_shapes(x, z, directions)
-    run: Callable[..., Tensor] = load_backend("mixer", resolve_backend(backend, x.device))
-    return run(x, z, tuple(directions), scale)
+    chosen = resolve_backend(backend, x.device, x.dtype)
+    arguments = x, z, tuple(directions), scale
+    # Imports wait until here: a backend's packages need not exist where another one runs.
+    if chosen in ("cuda", "triton"):
+        from mambapeft_kernels.mixer import fused
+
+        return fused.run(*arguments, scans=chosen)
+    if chosen == "mamba_ssm":
+        from mambapeft_kernels.mixer import mamba_ssm
+
+        return mamba_ssm.ssm_mixer(*arguments)
+    if chosen == "torch":
+        from mambapeft_kernels.mixer import torch
+
+        return torch.ssm_mixer(*arguments)
+    from mambapeft_kernels.mixer import naive
+
+    return naive.ssm_mixer(*arguments)
 
 
 def _check_shapes(x: Tensor, z: Tensor, directions: Sequence[Direction]) -> None:
@@ -50,6 +66,8 @@ def _check_shapes(x: Tensor, z: Tensor, directions: Sequence[Direction]) -> None
         )
     if not directions:
         raise ValueError("ssm_mixer: needs at least one Direction")
+    if x.dtype != z.dtype:
+        raise ValueError(f"ssm_mixer: x and z must have one dtype, got {x.dtype} and {z.dtype}; cast one of them")
     channels = x.shape[-1]
     for d in directions:
         states, rank = d.A_log.shape[1], d.dt_proj.shape[1]

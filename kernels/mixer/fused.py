@@ -17,7 +17,6 @@ _SCANS = {
     "triton": "mambapeft_kernels.selective_scan.triton",
     "cuda": "mambapeft_kernels.selective_scan.cuda",
 }
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Keep u and Δ of the forward up to this many bytes a call; beyond, the backward computes them again (one more
 # launch of about 4 % of the block's time). 256 MiB is Vim-S at batch 200 in bfloat16.
@@ -26,7 +25,7 @@ KEEP_BYTES = 256 << 20
 
 def run(x: Tensor, z: Tensor, directions: tuple[Direction, ...], scale: float, scans: str) -> Tensor:
     """See `mambapeft_kernels.ssm_mixer`; `scans` names the implementation of the scans."""
-    _check(x, z, directions)
+    _check(directions)
     if x.numel() == 0:
         return torch.zeros_like(x) + 0 * z  # no token or no sample: an empty result that keeps its graph
     directions = _uniform(directions)
@@ -39,12 +38,7 @@ def run(x: Tensor, z: Tensor, directions: tuple[Direction, ...], scale: float, s
     return out
 
 
-def _check(x: Tensor, z: Tensor, directions: tuple[Direction, ...]) -> None:
-    if x.dtype not in _DTYPES or z.dtype != x.dtype:
-        raise ValueError(
-            f"ssm_mixer: the fused kernels take x and z of one dtype among float32, bfloat16, float16; got "
-            f"{x.dtype} and {z.dtype}. Cast them, or choose kernel=torch"
-        )
+def _check(directions: tuple[Direction, ...]) -> None:
     if len(directions) > 2:
         raise ValueError(
             f"ssm_mixer: the fused kernels take one or two directions, got {len(directions)}; kernel=torch takes more"
@@ -52,11 +46,13 @@ def _check(x: Tensor, z: Tensor, directions: tuple[Direction, ...]) -> None:
     shapes = {(d.A_log.shape, d.dt_proj.shape, d.conv_weight.shape) for d in directions}
     if len(shapes) > 1:
         raise ValueError(
-            f"ssm_mixer: the fused kernels need the same N, R and K in both directions, got {shapes}; choose kernel=torch"
+            "ssm_mixer: the fused kernels need the same N, R and K in both directions, got the shapes "
+            f"{[tuple(map(tuple, s)) for s in shapes]} of A_log, dt_proj, conv_weight; choose kernel=torch"
         )
     if directions[0].A_log.shape[1] > 32:
         raise ValueError(
-            f"ssm_mixer: the fused kernels take up to 32 states, got {directions[0].A_log.shape[1]}; choose kernel=torch"
+            f"ssm_mixer: the fused kernels take up to 32 states, got {directions[0].A_log.shape[1]}; "
+            "choose kernel=torch"
         )
 
 
@@ -109,10 +105,11 @@ def _mixer_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out [B, L, E]; and, if `save`: total [B, L, E], checkpoints, and where they fit u, Δ, B|C."""
     w, rev = _Weights(tensors, present), tuple(reverse)
-    u, delta, bc = _project(x, w, rev)
-    out, total, ckpt = _scans(scans).scan_forward(
-        u, delta, bc, z, w.A_log, w.D, w.state_offset, w.output_offset, rev, scale, save
-    )
+    with torch.cuda.device_of(x):
+        u, delta, bc = _project(x, w, rev)
+        out, total, ckpt = _scans(scans).scan_forward(
+            u, delta, bc, z, w.A_log, w.D, w.state_offset, w.output_offset, rev, scale, save
+        )
     if save and _keep(x, len(rev)):
         return out, total, ckpt, u, delta, bc
     return out, total, ckpt, u.new_empty(0), delta.new_empty(0), bc.new_empty(0)
@@ -168,36 +165,37 @@ def _mixer_backward(
     channels, taps, rank = x.shape[-1], w.conv_weight[0].shape[1], w.dt_proj[0].shape[1]
     dxz = x.new_empty(*x.shape[:2], channels * (need_x + need_z))
     dz = dxz[..., -channels:] if need_z else None
-    if not u.numel():
-        u, delta, bc = _project(x, w, rev)
-    du, draw, dbc, dA = _scans(scans).scan_backward(
-        dout, u, delta, bc, z, total, ckpt, w.A_log, w.D, w.state_offset, rev, scale, dz, wanted["A_log"]
-    )
-
     grads: dict[str, list[Tensor] | Tensor] = {}
-    need_conv = wanted["conv_weight"] or wanted["conv_bias"]
-    need_proj = wanted["x_proj"] or wanted["dt_proj"]
-    if need_x or need_conv or need_proj:
-        dproj = projections_backward(
-            x, w.conv_weight, w.conv_bias, w.x_proj, w.dt_proj, rev, du, draw, dbc, need_x or need_conv
+    with torch.cuda.device_of(x):
+        if not u.numel():
+            u, delta, bc = _project(x, w, rev)
+        du, draw, dbc, dA = _scans(scans).scan_backward(
+            dout, u, delta, bc, z, total, ckpt, w.A_log, w.D, w.state_offset, rev, scale, dz, wanted["A_log"]
         )
-    if need_x:
-        conv_input_gradient(du, w.conv_weight, rev, dxz[..., :channels])
-    if need_conv:
-        grads["conv_weight"], grads["conv_bias"] = conv_weight_gradients(du, x, taps, rev)
-    if need_proj:
-        rows = u.flatten(1, 2)
-        grads["x_proj"] = torch.bmm(dproj.flatten(1, 2).transpose(1, 2), rows)
-        # The low-rank Δ is not stored; one product brings it back.
-        low = torch.stack([r @ p[:rank].T.to(r.dtype) for r, p in zip(rows, w.x_proj)])
-        grads["dt_proj"] = torch.bmm(draw.flatten(1, 2).transpose(1, 2), low)
-    if wanted["A_log"]:
-        grads["A_log"] = [s * -torch.exp(a.float()) for s, a in zip(dA.sum(0), w.A_log)]
-    if any(wanted[f] for f in ("dt_bias", "D", "state_offset", "output_offset")):
-        grads["dt_bias"], grads["D"], grads["output_offset"], dy = channel_sums(draw, u, dout, z, scale)
-        if wanted["state_offset"]:
-            C = bc[..., bc.shape[-1] // 2 :].flatten(1, 2)
-            grads["state_offset"] = [dy.flatten(0, 1).T @ c for c in C]
+
+        need_conv = wanted["conv_weight"] or wanted["conv_bias"]
+        need_proj = wanted["x_proj"] or wanted["dt_proj"]
+        if need_x or need_conv or need_proj:
+            dproj = projections_backward(
+                x, w.conv_weight, w.conv_bias, w.x_proj, w.dt_proj, rev, du, draw, dbc, need_x or need_conv
+            )
+        if need_x:
+            conv_input_gradient(du, w.conv_weight, rev, dxz[..., :channels])
+        if need_conv:
+            grads["conv_weight"], grads["conv_bias"] = conv_weight_gradients(du, x, taps, rev)
+        if need_proj:
+            rows = u.flatten(1, 2)
+            grads["x_proj"] = torch.bmm(dproj.flatten(1, 2).transpose(1, 2), rows)
+            # The low-rank Δ is not stored; one product brings it back.
+            low = torch.stack([r @ p[:rank].T.to(r.dtype) for r, p in zip(rows, w.x_proj)])
+            grads["dt_proj"] = torch.bmm(draw.flatten(1, 2).transpose(1, 2), low)
+        if wanted["A_log"]:
+            grads["A_log"] = [s * -torch.exp(a.float()) for s, a in zip(dA.sum(0), w.A_log)]
+        if any(wanted[f] for f in ("dt_bias", "D", "state_offset", "output_offset")):
+            grads["dt_bias"], grads["D"], grads["output_offset"], dy = channel_sums(draw, u, dout, z, scale)
+            if wanted["state_offset"]:
+                C = bc[..., bc.shape[-1] // 2 :].flatten(1, 2)
+                grads["state_offset"] = [dy.flatten(0, 1).T @ c for c in C]
     return [dxz, *_select(grads, tensors, present, need)]
 
 

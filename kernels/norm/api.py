@@ -1,16 +1,8 @@
 """The one public function of the residual norm."""
 
-from mambapeft_kernels.backends import load_backend, resolve_backend
+from mambapeft_kernels.backends import resolve_backend
+from mambapeft_kernels.norm import naive
 from torch import Tensor
-
-# The norm has two implementations; every fused mixer backend goes with the fused norm.
-_IMPLEMENTATION = {
-    "cuda": "triton",
-    "triton": "triton",
-    "torch": "naive",
-    "mamba_ssm": "triton",
-    "naive": "naive",
-}
 
 
 def add_rms_norm(
@@ -33,8 +25,11 @@ def add_rms_norm(
     Raises: ValueError for shapes that do not fit each other or a backend that cannot run here.
     """
     _check_shapes(hidden, residual, weight, branch_scale)
-    run = load_backend("norm", _IMPLEMENTATION[resolve_backend(backend, hidden.device)])
-    return run(hidden, residual, weight, eps, branch_scale)
+    if resolve_backend(backend, hidden.device, hidden.dtype) in ("torch", "naive"):
+        return naive.add_rms_norm(hidden, residual, weight, eps, branch_scale)
+    from mambapeft_kernels.norm import triton
+
+    return triton.add_rms_norm(hidden, residual, weight, eps, branch_scale)
 
 
 def _check_shapes(hidden: Tensor, residual: Tensor | None, weight: Tensor, branch_scale: Tensor | None) -> None:

@@ -97,13 +97,14 @@ def _op(
     normed = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     out = torch.empty(hidden.shape, dtype=_WIDE, device=hidden.device)
     rows, block, warps = _tile(width)
-    _forward[(triton.cdiv(batch * length, rows),)](
-        hidden, out if residual is None else residual.contiguous(), weight.contiguous(),
-        weight if branch_scale is None else branch_scale.contiguous(), normed, out,
-        batch * length, length, width, *hidden.stride(), eps,
-        HAS_RESIDUAL=residual is not None, HAS_SCALE=branch_scale is not None,
-        ROWS=rows, BLOCK=block, num_warps=warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(hidden):
+        _forward[(triton.cdiv(batch * length, rows),)](
+            hidden, out if residual is None else residual.contiguous(), weight.contiguous(),
+            weight if branch_scale is None else branch_scale.contiguous(), normed, out,
+            batch * length, length, width, *hidden.stride(), eps,
+            HAS_RESIDUAL=residual is not None, HAS_SCALE=branch_scale is not None,
+            ROWS=rows, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
     return normed, out
 
 
@@ -131,13 +132,14 @@ def _op_backward(
     dhidden = out.new_empty(out.shape if need_hidden else (0,), dtype=dtype)
     dresidual = out.new_empty(out.shape if need_residual else (0,))
     partial = out.new_empty((programs, width) if need_weight else (0,))
-    _backward[(programs,)](
-        dnormed, out if dout is None else dout.contiguous(), out, weight.contiguous(),
-        weight if branch_scale is None else branch_scale.contiguous(), dhidden, dresidual, partial,
-        batch * length, length, width, *dnormed.stride(), eps,
-        HAS_DOUT=dout is not None, HAS_SCALE=branch_scale is not None, NEED_HIDDEN=need_hidden,
-        NEED_RESIDUAL=need_residual, NEED_WEIGHT=need_weight, ROWS=rows, BLOCK=block, num_warps=warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(out):
+        _backward[(programs,)](
+            dnormed, out if dout is None else dout.contiguous(), out, weight.contiguous(),
+            weight if branch_scale is None else branch_scale.contiguous(), dhidden, dresidual, partial,
+            batch * length, length, width, *dnormed.stride(), eps,
+            HAS_DOUT=dout is not None, HAS_SCALE=branch_scale is not None, NEED_HIDDEN=need_hidden,
+            NEED_RESIDUAL=need_residual, NEED_WEIGHT=need_weight, ROWS=rows, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
     dweight = partial.sum(0).to(weight.dtype) if need_weight else weight.new_empty(0)
     return dhidden, dresidual, dweight
 

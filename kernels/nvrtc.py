@@ -1,0 +1,70 @@
+"""CUDA C++ compiled at run time with NVRTC through cuda-core: no nvcc, no build step, no headers."""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+try:
+    from cuda.core import Device, LaunchConfig, Program, ProgramOptions, launch
+except ImportError:  # before cuda-core 1.0 the same names lived here
+    from cuda.core.experimental import Device, LaunchConfig, Program, ProgramOptions, launch
+
+_FOLDER = Path(__file__).parent
+
+
+@cache
+def _kernel(files: tuple[str, ...], name: str, macros: tuple[tuple[str, int], ...], device: int):
+    """The kernel `name` of the concatenated `files`, compiled for the device; once a process."""
+    source = "".join(f"#define {k} {v}\n" for k, v in macros)
+    source += "\n".join((_FOLDER / f).read_text(encoding="utf-8") for f in files)
+    Device(device).set_current()
+    major, minor = torch.cuda.get_device_capability(device)
+    options = ProgramOptions(std="c++17", arch=f"sm_{major}{minor}")
+    return Program(source, "c++", options).compile("cubin").get_kernel(name)
+
+
+class _TorchStream:
+    """Hands torch's current stream to cuda-core."""
+
+    def __init__(self, handle: int):
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._handle
+
+
+@cache
+def _stream(device: int, handle: int):
+    return Device(device).create_stream(_TorchStream(handle))
+
+
+def _argument(value: Tensor | int | float | None):
+    """Tensors become pointers, None the null pointer, `int` int32 (int64 as ctypes), `float` float32."""
+    if value is None:
+        return 0
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    return value if isinstance(value, ctypes._SimpleCData) else ctypes.c_int(value)
+
+
+def run(
+    files: tuple[str, ...],
+    name: str,
+    macros: dict[str, int],
+    grid: tuple[int, ...],
+    threads: int,
+    device: torch.device,
+    arguments: list,
+) -> None:
+    """Launches kernel `name` on torch's current stream of `device` (which must be the current device)."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    kernel = _kernel(files, name, tuple(macros.items()), index)
+    Device(index).set_current()
+    stream = _stream(index, torch.cuda.current_stream(index).cuda_stream)
+    config = LaunchConfig(grid=grid, block=threads)
+    launch(stream, config, kernel, *(_argument(a) for a in arguments))

@@ -1,0 +1,302 @@
+// The adjoint of both scans. Macros: N states, NEED_DZ, NEED_DA, HAS_SO, STORE_DECAY (how many of a chunk's decays stay
+// in registers, the rest is computed twice), MIN_BLOCKS (per multiprocessor).
+//
+// A block of four warps owns CB channels of one sample and direction. A lane owns four states of two channels: P
+// lanes share a channel pair, Q = 32 / P pairs make a warp. Chunk by chunk from the end, it recomputes the states from
+// the checkpoint (they stay in registers), then runs the adjoint recurrence backwards.
+//
+// Two sums cross lanes in every step: over channels (dB, dC) and over states (du, dΔ). Both are reduce-scatters. A lane
+// keeps state j at register j ^ (q & 3) and channel k at register k ^ (p & 1), so what it sends is always in the same
+// registers and no selects are needed; B and C lie in shared memory in the four orders that this asks for.
+
+constexpr int P = N <= 16 ? 4 : 8;
+constexpr int Q = 32 / P;
+constexpr int WARPS = 4, THREADS = 32 * WARPS;
+constexpr int CB = 2 * Q * WARPS;         // channels of a block
+constexpr int NB = 4 * P;                 // states, as lanes hold them
+constexpr int NP = (N + 7) / 8 * 8;       // states, as checkpoints hold them
+constexpr int EPT = T * CB / THREADS;     // elements a thread stages and finishes: one row, EPT columns
+constexpr int VEC = 16 / sizeof(io_t);    // elements of a 16-byte copy
+constexpr int RAW = NEED_DZ ? 5 : 4;      // Δ, u, dout, z, total
+constexpr float LN2 = 0.6931471805599453f;
+
+__device__ __forceinline__ u32 smem(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+template <int BYTES>
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool live) {  // zeros unless live
+    const int bytes = live ? BYTES : 0;
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem(to)), "l"(from), "r"(bytes));
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(smem(to)), "l"(from), "r"(bytes));
+}
+
+__device__ __forceinline__ float add_from(float keep, float send, int lanes) {
+    return keep + __shfl_xor_sync(0xffffffffu, send, lanes);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
+    const io_t* __restrict__ dout, const io_t* __restrict__ u, const io_t* __restrict__ delta,
+    const float* __restrict__ bc, const io_t* __restrict__ z, const io_t* __restrict__ total,
+    const float* __restrict__ ckpt, const float* a0, const float* a1, const float* d0, const float* d1,
+    const float* so0, const float* so1, io_t* __restrict__ du, io_t* __restrict__ draw, io_t* __restrict__ dz,
+    float* __restrict__ dbc, float* __restrict__ da, int batch, int length, int channels, i64 ob, i64 ol, i64 oe,
+    i64 zb, i64 zl, i64 ze, i64 gb, i64 gl, i64 ge, float scale, int reverse_bits) {
+    const int dir = blockIdx.z, b = blockIdx.y, first = blockIdx.x * CB, groups = gridDim.z;
+    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, p = lane % P, q = lane / P;
+    const bool reverse = reverse_bits >> dir & 1;
+    const int chunks = (length + T - 1) / T;
+    const i64 row0 = ((i64)dir * batch + b) * length;
+
+    __shared__ __align__(16) io_t raw_s[2][RAW][T * CB];
+    __shared__ __align__(16) float bc_s[2][T * 2 * N];
+    __shared__ __align__(16) float ckpt_s[2][CB * NP];
+    __shared__ float2 step_s[T][CB];         // {Δ, Δu}; after its step: {Σ_n g B, Σ_n g a h A}
+    __shared__ float2 read_s[T][CB];         // {Δu, dy}
+    __shared__ float4 order_s[T][2][4][P];   // B and C in four orders
+    __shared__ float sum_s[WARPS][T][2][NB];  // a warp's dB and dC
+    __shared__ float skip_s[CB];
+
+    int local[2];  // this lane's channels in the block
+    float A[2][4], carry[2][4];
+#if HAS_SO
+    float so[2][4];
+    const float* so_ptr = dir ? so1 : so0;
+#endif
+#if NEED_DA
+    float dA[2][4];
+#endif
+    const float* a_ptr = dir ? a1 : a0;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+        local[k] = (warp * Q + q) * 2 + (k ^ (p & 1));
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+            const int e = first + local[k], n = 4 * p + (s ^ (q & 3));
+            const bool live = e < channels && n < N;
+            A[k][s] = live ? -ex2(LOG2E * a_ptr[(i64)e * N + n]) * LOG2E : 0.0f;
+            carry[k][s] = 0.0f;
+#if HAS_SO
+            so[k][s] = live && so_ptr ? so_ptr[(i64)e * N + n] : 0.0f;
+#endif
+#if NEED_DA
+            dA[k][s] = 0.0f;
+#endif
+        }
+    }
+    if (tid < CB) skip_s[tid] = first + tid < channels ? (dir ? d1 : d0)[first + tid] : 0.0f;
+
+    auto token_of = [&](int j, int i) { return j * T + (reverse ? T - 1 - i : i); };
+    // Starts the copies of chunk j into buffer `to`.
+    auto fetch = [&](int j, int to) {
+#pragma unroll
+        for (int r = 0; r < RAW; ++r) {
+            const io_t* base;
+            i64 row, line;
+            [[maybe_unused]] i64 step = 1;
+            if (r == 0) base = delta, row = row0 * channels, line = channels;
+            if (r == 1) base = u, row = row0 * channels, line = channels;
+            if (r == 2) base = dout, row = b * ob, line = ol, step = oe;
+            if (r == 3) base = z, row = b * zb, line = zl, step = ze;
+            if (r == 4) base = total, row = (i64)b * length * channels, line = channels;
+            if (r == 4 && dir) continue;  // direction 0 alone writes dz
+#if ALIGNED
+            for (int v = tid; v < T * CB / VEC; v += THREADS) {
+                const int i = v / (CB / VEC), c = v % (CB / VEC) * VEC, t = token_of(j, i);
+                const bool live = t < length && first + c < channels;
+                copy_async<16>(&raw_s[to][r][i * CB + c], live ? base + row + t * line + first + c : base, live);
+            }
+#else
+            for (int v = tid; v < T * CB; v += THREADS) {
+                const int i = v / CB, c = v % CB, t = token_of(j, i);
+                const bool live = t < length && first + c < channels;
+                raw_s[to][r][v] = live ? base[row + t * line + (first + c) * step] : (io_t)0;
+            }
+#endif
+        }
+        for (int v = tid; v < T * N; v += THREADS) {
+            const int i = v / N, c = v % N * 2, t = token_of(j, i);
+            const bool live = t < length;
+            copy_async<8>(&bc_s[to][i * 2 * N + c], live ? bc + (row0 + t) * (2 * N) + c : bc, live);
+        }
+        const float* from = ckpt + ((((i64)dir * batch + b) * chunks + j) * channels + first) * NP;
+        for (int v = tid; v < CB * NP / 4; v += THREADS) {
+            const bool live = first + v / (NP / 4) < channels;
+            copy_async<16>(&ckpt_s[to][v * 4], live ? from + v * 4 : ckpt, live);
+        }
+        asm volatile("cp.async.commit_group;");
+    };
+
+    const int slot = tid / (CB / EPT), col = tid % (CB / EPT) * EPT;
+    const int rest = channels - first - col;
+    const int live_cols = rest < 0 ? 0 : (rest > EPT ? EPT : rest);
+
+    fetch(reverse ? 0 : chunks - 1, 0);
+    for (int it = 0; it < chunks; ++it) {
+        const int j = reverse ? it : chunks - 1 - it, now = it & 1;
+        const int token = token_of(j, slot);
+        const int live = token < length ? live_cols : 0;
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        __syncthreads();  // the copies are visible; the other buffer and the staged values are no longer read
+        if (it + 1 < chunks) fetch(reverse ? j + 1 : j - 1, now ^ 1);
+
+        {  // stage this thread's elements: dy = scale · dout · silu(z), and dz
+            Pack<EPT> rd, ru, ro, rz, grad;
+            const int at = slot * CB + col;
+            rd.load_vector(&raw_s[now][0][at]);
+            ru.load_vector(&raw_s[now][1][at]);
+            ro.load_vector(&raw_s[now][2][at]);
+            rz.load_vector(&raw_s[now][3][at]);
+            float g[EPT];
+#pragma unroll
+            for (int k = 0; k < EPT; ++k) {
+                const float zk = rz.get(k), gate = sigmoid(zk), o = scale * ro.get(k);
+                const float step = rd.get(k), du_k = step * ru.get(k);
+                step_s[slot][col + k] = make_float2(step, du_k);
+                read_s[slot][col + k] = make_float2(du_k, o * zk * gate);
+                g[k] = o * gate * (1.0f + zk * (1.0f - gate));
+            }
+#if NEED_DZ
+            if (dir == 0) {
+                Pack<EPT> rt;
+                rt.load_vector(&raw_s[now][RAW - 1][at]);
+#pragma unroll
+                for (int k = 0; k < EPT; k += 2) grad.set_pair(k / 2, g[k] * rt.get(k), g[k + 1] * rt.get(k + 1));
+                grad.store(dz + b * gb + (i64)token * gl + (first + col) * ge, ge, live);
+            }
+#endif
+        }
+        for (int v = tid; v < T * 2 * P; v += THREADS) {
+            const int part = v % P, kind = v / P % 2, i = v / (2 * P);
+            float f[4];
+#pragma unroll
+            for (int s = 0; s < 4; ++s) {
+                const int n = 4 * part + s;
+                f[s] = n < N ? bc_s[now][i * 2 * N + kind * N + n] : 0.0f;
+            }
+            order_s[i][kind][0][part] = make_float4(f[0], f[1], f[2], f[3]);
+            order_s[i][kind][1][part] = make_float4(f[1], f[0], f[3], f[2]);
+            order_s[i][kind][2][part] = make_float4(f[2], f[3], f[0], f[1]);
+            order_s[i][kind][3][part] = make_float4(f[3], f[2], f[1], f[0]);
+        }
+        __syncthreads();
+
+        float decay[T][2][4], state[T][2][4];
+        auto start = [&](int k, int s) {
+            const int n = 4 * p + (s ^ (q & 3));
+            return n < NP ? ckpt_s[now][local[k] * NP + n] : 0.0f;
+        };
+#pragma unroll
+        for (int i = 0; i < T; ++i) {
+            const float4 Bv = order_s[i][0][q & 3][p];
+            const float B[4] = {Bv.x, Bv.y, Bv.z, Bv.w};
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const float2 step = step_s[i][local[k]];
+#pragma unroll
+                for (int s = 0; s < 4; ++s) {
+                    decay[i][k][s] = ex2(step.x * A[k][s]);
+                    const float before = i ? state[i ? i - 1 : 0][k][s] : start(k, s);
+                    state[i][k][s] = decay[i][k][s] * before + step.y * B[s];
+                }
+            }
+        }
+#pragma unroll
+        for (int i = T - 1; i >= 0; --i) {
+            const float4 Bv = order_s[i][0][q & 3][p], Cv = order_s[i][1][q & 3][p];
+            const float B[4] = {Bv.x, Bv.y, Bv.z, Bv.w}, C[4] = {Cv.x, Cv.y, Cv.z, Cv.w};
+            float dB[4] = {0.0f, 0.0f, 0.0f, 0.0f}, dC[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            float gB[2] = {0.0f, 0.0f}, gA[2] = {0.0f, 0.0f};
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const float2 step = read_s[i][local[k]];
+#if NEED_DA
+                const float delta_k = step_s[i][local[k]].x;
+#else
+                const float delta_k = i < STORE_DECAY ? 0.0f : step_s[i][local[k]].x;
+#endif
+#pragma unroll
+                for (int s = 0; s < 4; ++s) {
+                    const float a = i < STORE_DECAY ? decay[i][k][s] : ex2(delta_k * A[k][s]);
+                    const float g = C[s] * step.y + carry[k][s];
+#if HAS_SO
+                    dC[s] += step.y * (state[i][k][s] + so[k][s]);
+#else
+                    dC[s] += step.y * state[i][k][s];
+#endif
+                    dB[s] += step.x * g;
+                    gB[k] += g * B[s];
+                    carry[k][s] = a * g;
+                    const float kept = carry[k][s] * (i ? state[i ? i - 1 : 0][k][s] : start(k, s));
+                    gA[k] += kept * A[k][s];
+#if NEED_DA
+                    dA[k][s] += kept * delta_k;
+#endif
+                }
+            }
+            // Over states: first the other lane's channel, then one lane keeps g·B, the other g·a·h·A.
+            gB[0] = add_from(gB[0], gB[1], 1);
+            gA[0] = add_from(gA[0], gA[1], 1);
+            float over_states = add_from(p & 2 ? gA[0] : gB[0], p & 2 ? gB[0] : gA[0], 2);
+            if constexpr (P == 8) over_states += __shfl_xor_sync(0xffffffffu, over_states, 4);
+            // Every lane that reads step_s[i] of this channel is in this warp and has passed the shuffles above.
+            if (P == 4 || p < 4) (p & 2 ? step_s[i][local[0]].y : step_s[i][local[0]].x) = over_states;
+
+            // Over channels.
+            dB[0] = add_from(dB[0], dB[2], 2 * P);
+            dC[0] = add_from(dC[0], dC[2], 2 * P);
+            dB[1] = add_from(dB[1], dB[3], 2 * P);
+            dC[1] = add_from(dC[1], dC[3], 2 * P);
+            dB[0] = add_from(dB[0], dB[1], P);
+            dC[0] = add_from(dC[0], dC[1], P);
+            const int n = 4 * p + (q & 3);
+            if constexpr (Q == 8) {
+                sum_s[warp][i][q >> 2][n] = add_from(q & 4 ? dC[0] : dB[0], q & 4 ? dB[0] : dC[0], 4 * P);
+            } else {
+                sum_s[warp][i][0][n] = dB[0];
+                sum_s[warp][i][1][n] = dC[0];
+            }
+        }
+        __syncthreads();
+
+        {
+            Pack<EPT> rd, ru, out_u, out_d;
+            const int at = slot * CB + col;
+            rd.load_vector(&raw_s[now][0][at]);
+            ru.load_vector(&raw_s[now][1][at]);
+            float vu[EPT], vd[EPT];
+#pragma unroll
+            for (int k = 0; k < EPT; ++k) {
+                const float2 sums = step_s[slot][col + k];
+                const float step = rd.get(k), dy = read_s[slot][col + k].y;
+                vu[k] = step * sums.x + skip_s[col + k] * dy;
+                vd[k] = (ru.get(k) * sums.x + LN2 * sums.y) * one_minus_exp(step);
+            }
+#pragma unroll
+            for (int k = 0; k < EPT; k += 2) {
+                out_u.set_pair(k / 2, vu[k], vu[k + 1]);
+                out_d.set_pair(k / 2, vd[k], vd[k + 1]);
+            }
+            const i64 to = (row0 + token) * channels + first + col;
+            out_u.store(du + to, 1, live);
+            out_d.store(draw + to, 1, live);
+        }
+        for (int v = tid; v < T * 2 * NB; v += THREADS) {
+            const int n = v % NB, kind = v / NB % 2, i = v / (2 * NB), t = token_of(j, i);
+            float sum = 0.0f;
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) sum += sum_s[w][i][kind][n];
+            if (n < N && t < length)
+                dbc[(((i64)blockIdx.x * groups * batch * length) + row0 + t) * (2 * N) + kind * N + n] = sum;
+        }
+    }
+#if NEED_DA
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+            const int e = first + local[k], n = 4 * p + (s ^ (q & 3));
+            if (e < channels && n < N) da[(((i64)b * groups + dir) * channels + e) * N + n] = dA[k][s];
+        }
+#endif
+}
