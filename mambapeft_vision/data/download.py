@@ -119,7 +119,9 @@ def download(
             part.replace(target)
             return
         except (OSError, HTTPException) as error:
-            if _is_refusal(error):
+            if getattr(error, "code", None) == 416:  # more bytes here than there: of another file, so start over
+                part.unlink(missing_ok=True)
+            elif _is_refusal(error):
                 raise DownloadError(_first_line(error)) from error
             failures = 1 if _size(part) > before else failures + 1
             if failures == _TRIES_WITHOUT_PROGRESS:

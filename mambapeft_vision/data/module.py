@@ -20,7 +20,7 @@ from mambapeft_vision.errors import UserError
 
 # Test sets up to this size are decoded once and kept (4,096 images of 224x224 are 617 MB).
 KEEP_IN_MEMORY = 4096
-# More worker processes seldom help: the images of all but three tasks are small.
+# Each worker holds the batches it decodes ahead: two of 256 images of 224x224 are 77 MB.
 MAX_DEFAULT_WORKERS = 8
 
 
@@ -99,7 +99,8 @@ class TaskDataModule(LightningDataModule):
     def remedy(self) -> str:
         """What to do about missing or damaged files; ends every error about them."""
         if self.name.startswith("vtab/"):
-            return f"Run `{prepare_command(self.folder.parent)}` (data/README.md has the download by hand)."
+            command = f"`{prepare_command(self.folder.parent)}` (data/README.md has the download by hand)"
+            return f"Delete {self.folder} and run {command}." if self.folder.exists() else f"Run {command}."
         return "Lay the task out as data/README.md shows, and point dataset.folder at it."
 
     def _checked_list(self, split: str) -> ImageList:

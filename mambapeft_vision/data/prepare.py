@@ -67,7 +67,11 @@ def lay_out(options: argparse.Namespace, tasks: Sequence[Task]) -> None:
         print(f"All {len(tasks)} tasks are laid out in {root}.")
         return
     print(f"{len(missing)} of {len(tasks)} tasks are not in {root} yet.")
+    for task in missing:
+        drop_record(root, task.folder)  # of a folder deleted since: what comes now is to be checked
     if options.folder is not None:
+        if options.sha256 is not None:
+            raise UserError("--sha256 is of an archive, and --folder takes none. Leave one of them out.")
         copy_tasks(options.folder, root, missing, progress=ConsoleProgress("copying", "files"))
         write_source(root, {"folder": str(options.folder)})
         return

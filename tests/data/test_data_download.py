@@ -104,6 +104,13 @@ def test_it_gives_up_when_nothing_comes_any_more_and_keeps_what_it_has(tmp_path)
     assert (tmp_path / "file.zip.part").read_bytes() == CONTENT[:3000]
 
 
+def test_a_partial_file_longer_than_the_whole_starts_over(tmp_path):
+    (tmp_path / "file.zip.part").write_bytes(b"x" * 20_000)
+    answers = iter([refuse(416), Server()])
+    download(URL, tmp_path / "file.zip", open_url=lambda request: next(answers)(request), pause_seconds=0)
+    assert (tmp_path / "file.zip").read_bytes() == CONTENT
+
+
 def test_a_refusal_is_not_tried_again(tmp_path):
     answers = iter([refuse(404)])
     with pytest.raises(DownloadError, match="404"):

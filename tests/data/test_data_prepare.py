@@ -103,6 +103,15 @@ def test_a_damaged_task_deleted_as_told_comes_back(run, root, archive, table):
     assert not (root / "problems.txt").exists()
 
 
+def test_a_task_laid_out_anew_is_verified_anew(run, root, archive, capsys):
+    assert run("--zip", archive) == GOOD
+    shutil.rmtree(root / "toy")
+    capsys.readouterr()
+    assert run("--zip", archive) == GOOD
+    output = capsys.readouterr().out
+    assert "toy: good" in output and "other: verified before" in output
+
+
 def test_headers_only_is_not_taken_for_the_full_check(run, root, archive):
     assert run("--zip", archive, "--fast") == GOOD
     assert not read_record(root, "toy").decoded
@@ -144,6 +153,7 @@ def test_the_size_cap_can_be_set(run, archive, capsys):
         (["--folder", "nowhere"], "nowhere has no task folder toy"),
         (["--tasks", "toys"], "Unknown tasks ['toys']: expected a comma-separated choice of toy, other"),
         (["--tasks", ","], "Unknown tasks []"),
+        (["--folder", "nowhere", "--sha256", "0"], "--sha256 is of an archive"),
     ],
 )
 def test_mistakes_in_the_arguments_are_named(run, capsys, arguments, reason):
