@@ -56,6 +56,8 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
 
 def run_cli(main: Callable[[], None]) -> None:
     """Calls a `@hydra.main` function and leaves with exit code 0, 1 (crash) or 2 (a mistake in command or files)."""
+    # Where other programs want the cores too, PyTorch's spinning threads would make a step 30 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises what happened; it is described here
     try:
         main()
