@@ -17,6 +17,7 @@ from mambapeft_vision.data.progress import format_duration
 from mambapeft_vision.errors import UserError
 from mambapeft_vision.training.console import Console
 from mambapeft_vision.training.module import FineTuning
+from mambapeft_vision.training.optim import make_optimizer
 
 Row = dict[str, float]
 
@@ -150,6 +151,32 @@ def largest_gradient(module: FineTuning) -> tuple[str, float]:
             squares[site] = squares.get(site, 0.0) + parameter.grad.double().square().sum().item()
     site = max(squares, key=lambda name: math.inf if math.isnan(squares[name]) else squares[name])
     return site, math.sqrt(squares[site])
+
+
+class WarmupPhases(Callback):
+    """Ends the warm-up phase of methods that have one, and gives the tensors owned from then on a new optimiser."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def on_train_start(self, trainer: Trainer, pl_module: FineTuning) -> None:
+        steps = trainer.max_epochs * trainer.num_training_batches
+        for name, method in pl_module.model.methods.items():
+            if method.warming_up and method.warmup_steps >= steps:
+                raise UserError(
+                    f"method.{name} warms up for {method.warmup_steps} steps, but the run has {steps}; expected fewer: "
+                    f"lower it, or raise trainer.max_epochs"
+                )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: FineTuning, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        methods = pl_module.model.methods.values()
+        due = [method for method in methods if method.warming_up and trainer.global_step >= method.warmup_steps]
+        for method in due:
+            self._console.note(f"{method.name}: {method.finish_warmup()}")
+        if due:
+            trainer.optimizers = [make_optimizer(pl_module.model, pl_module.recipe)]
 
 
 class Checkpoints(Callback):

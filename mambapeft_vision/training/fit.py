@@ -8,7 +8,14 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
-from mambapeft_vision.training.callbacks import Checkpoints, History, ProgressLine, Row, StopAtNonFiniteLoss
+from mambapeft_vision.training.callbacks import (
+    Checkpoints,
+    History,
+    ProgressLine,
+    Row,
+    StopAtNonFiniteLoss,
+    WarmupPhases,
+)
 from mambapeft_vision.training.checkpoint import CHECKPOINT_FILE, AtomicCheckpointIO
 from mambapeft_vision.training.config import TrainerConfig
 from mambapeft_vision.training.console import Console
@@ -28,6 +35,7 @@ def fit(plan: RunPlan, setup: Setup, log_epoch: Callable[[Row], None], console: 
         history,
         ProgressLine(console, history),
         StopAtNonFiniteLoss(plan.task, plan.method_names, checkpoint),
+        WarmupPhases(console),
         Checkpoints(checkpoint, plan.recipe.checkpoint_every_s),
     ]
     resumes = checkpoint.is_file()
@@ -49,7 +57,6 @@ def make_trainer(recipe: TrainerConfig, device: torch.device, callbacks: list[Ca
         devices=[device.index] if device.type == "cuda" else 1,
         precision=_LIGHTNING_PRECISION[recipe.precision],
         max_epochs=recipe.max_epochs,
-        gradient_clip_val=recipe.clip_norm,
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
         logger=False,

@@ -73,6 +73,11 @@ class FineTuning(LightningModule):
         self.images_seen += len(labels)
         return loss
 
+    def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        # Lightning's own refuses fused optimisers in mixed precision, where (without a loss scale) nothing is amiss.
+        if self.recipe.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.trained().values(), self.recipe.clip_norm)
+
     def epoch_metrics(self) -> dict[str, float]:
         """Mean loss and top-1 accuracy (0 to 1) over this epoch's images so far, as they were trained on."""
         seen = self.images_seen

@@ -65,8 +65,7 @@ def execute(plan: RunPlan, console: Console) -> RunRecord:
         kernel=plan.config["kernel"],
         console=console,
     )
-    counts = setup.model.counts()
-    console.say(describe_counts(counts))
+    console.say(describe_counts(setup.model.counts()))
     console.say(describe_recipe(plan.recipe, setup.task.batch_size))
     logger = build_logger(plan)
     logger.start(plan)
@@ -74,6 +73,7 @@ def execute(plan: RunPlan, console: Console) -> RunRecord:
     try:
         history = fit(plan, setup, logger.log_epoch, console)
         setup.model.save(plan.folder, _adapter_metadata(plan))
+        counts = setup.model.counts()
         unmerged = setup.model.merge()
         predictions = setup.test(console)
         predictions.save(plan.folder)
