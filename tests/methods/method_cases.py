@@ -7,27 +7,31 @@ import torch
 
 from mambapeft_vision.adapt import AdaptedModel, adapt, build_method
 from mambapeft_vision.backbones import create_backbone
-from mambapeft_vision.presets import Preset, read_presets
+from mambapeft_vision.presets import read_presets
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PRESETS = read_presets(CONFIGS / "method")
-HYBRIDS = [
+#: In a row: the methods have finished their warm-up phase.
+WARMED_UP = "warmed up"
+HYBRIDS: list[tuple[str, ...]] = [
     ("lora_in_proj", "affix", "a"),
     ("additional_scan", "lora_x_proj", "lora_p_b", "a"),
     ("prompt", "affix_wo_proj", "lora_p_x", "dora_p_x"),
     ("full", "lora_out_proj", "prompt_wo_proj"),
+    ("memba", "sdt", "output_offset", "affix_wo_proj"),
+    ("sdlora", WARMED_UP, "additional_scan", "state_offset", "prodial"),
     ("bias", "d", "conv1d", "pos_embed", "cls_token", "lora_embed", "parallel_adapter"),
 ]
-ROWS = [(name,) for name in PRESETS] + HYBRIDS
+ROWS = [
+    *((name,) for name in PRESETS),
+    *((name, WARMED_UP) for name in PRESETS if any("warmup_steps" in m for m in PRESETS[name].methods.values())),
+    *HYBRIDS,
+]
 CLASSES = 5
 
 VIM_TINY = {"depth": 2, "embed_dim": 32, "drop_path_rate": 0.0}
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 LABELS = torch.tensor([0, 3, 1])
-
-
-def preset(name: str) -> Preset:
-    return PRESETS[name]
 
 
 def row_name(row: tuple[str, ...]) -> str:
@@ -36,7 +40,12 @@ def row_name(row: tuple[str, ...]) -> str:
 
 def specs(row: tuple[str, ...]) -> dict[str, dict]:
     """What `method=[...]` makes of several presets: their methods together."""
-    return {name: spec for preset_name in row for name, spec in PRESETS[preset_name].methods.items()}
+    return {
+        name: spec
+        for preset_name in row
+        if preset_name != WARMED_UP
+        for name, spec in PRESETS[preset_name].methods.items()
+    }
 
 
 def methods_of(given: dict[str, dict]):
@@ -49,13 +58,31 @@ def tiny_backbone(row: tuple[str, ...] = (), dtype: torch.dtype = torch.float64)
 
 
 def tiny_model(row: tuple[str, ...], dtype: torch.dtype = torch.float64, seed: int = 3) -> AdaptedModel:
-    return adapt(tiny_backbone(row, dtype), methods_of(specs(row)), CLASSES, seed)
+    model = adapt(tiny_backbone(row, dtype), methods_of(specs(row)), CLASSES, seed)
+    if WARMED_UP in row:
+        finish_warmup(model)
+    return model
 
 
-@torch.no_grad()
+def finish_warmup(model: AdaptedModel) -> None:
+    """Ends the warm-up of every method that has one, as if some steps had been trained."""
+    for name, method in model.methods.items():
+        if method.warming_up:
+            for key, p in method.owned().items():
+                _move(f"{name}.{key}", p)
+            method.finish_warmup()
+
+
 def move(model: AdaptedModel) -> AdaptedModel:
     """Takes every trained tensor away from its start (by an amount that depends on its name only)."""
     for name, p in model.trained().items():
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        p += 0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+        _move(name, p)
     return model
+
+
+@torch.no_grad()
+def _move(name: str, p: torch.Tensor) -> None:
+    if p.is_meta:
+        return
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    p += 0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)

@@ -1,0 +1,91 @@
+"""Memba (arXiv 2506.18184): a leaky integrate membrane on the gate of every mixer."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambapeft_vision.errors import UserError
+from mambapeft_vision.methods.base import Method, require_positive
+
+
+class Memba(Method):
+    """z → concat(u_2 … u_{T+1}), u_{i+1} = reset(τ u_i + X_i), whose silu then gates the scan's output.
+
+    X_1 … X_T are chunks of z along the sequence, padded with zeros to T · ceil(L / T) tokens; the padding is dropped
+    again. reset(v) is 0 where v > V_th, else v. u_1 is the mean over the chunks of the previous block's membrane
+    (cross-layer transfer; 0 in the first block). It has no trained tensors: the paper trains it beside LoRA on in_proj
+    and out_proj. With τ = 0 and V_th = .inf it changes nothing.
+
+    Args:
+        tau: τ, the leak.
+        threshold: V_th.
+        chunks: T.
+        transfer: u_1 comes from the previous block; false: 0 in every block.
+    """
+
+    merge_obstacle = "the membrane on the gate depends on the tokens, not on weights alone"
+
+    def __init__(
+        self,
+        *,
+        tau: float = 0.5,
+        threshold: float = 1.0,
+        chunks: int = 4,
+        transfer: bool = True,
+        lr_mult: float = 1.0,
+        decay_mult: float = 1.0,
+    ) -> None:
+        super().__init__(lr_mult=lr_mult, decay_mult=decay_mult)
+        require_positive(self, chunks=chunks)
+        if not tau >= 0:
+            raise UserError(f"Memba: tau={tau!r}; expected a number >= 0 (0: no memory)")
+        if not threshold > 0:
+            raise UserError(f"Memba: threshold={threshold!r}; expected a number > 0 (.inf: never reset)")
+        self.tau, self.threshold, self.chunks, self.transfer = tau, threshold, chunks, transfer
+        self._means: dict[int, list[Tensor]] = {}  # layer → mean membranes of the present forward
+
+    @property
+    def identity_at_init(self) -> bool:
+        return self.tau == 0 and self.threshold == float("inf")
+
+    def attach(self, model: nn.Module) -> None:
+        self._last = len(model.mixers) - 1
+        for i, mixer in enumerate(model.mixers):
+            mixer.gate.set(self.name, LayerMembrane(self, i))
+
+    def gate(self, z: Tensor, layer: int) -> Tensor:
+        """[B, L, E] → [B, L, E]."""
+        length = z.shape[1]
+        size = -(-length // self.chunks)
+        parts = F.pad(z, (0, 0, 0, size * self.chunks - length)).unflatten(1, (self.chunks, size))
+        u = self._start(layer)
+        membrane = []
+        for part in parts.unbind(1):
+            v = part if u is None else self.tau * u + part
+            u = v.masked_fill(v > self.threshold, 0.0)
+            membrane.append(u)
+        self._keep(layer, sum(membrane) / self.chunks)
+        return torch.cat(membrane, dim=1)[:, :length]
+
+    def _start(self, layer: int) -> Tensor | None:
+        """u_1. A mixer that scans two buffers calls twice; each call continues its own buffer's membrane."""
+        if layer == 0 and len(self._means) > 1:
+            self._means.clear()  # left over from a forward that was broken off
+        calls = self._means.setdefault(layer, [])
+        return self._means[layer - 1][len(calls)] if self.transfer and layer > 0 else None
+
+    def _keep(self, layer: int, mean: Tensor) -> None:
+        """Holds the mean membrane for the next block; nothing once the last block has passed."""
+        self._means[layer].append(mean)
+        if layer == self._last and len(self._means[layer]) == len(self._means.get(layer - 1, [mean])):
+            self._means.clear()
+
+
+class LayerMembrane:
+    """What one mixer's gate port holds."""
+
+    def __init__(self, method: Memba, layer: int) -> None:
+        self.method, self.layer = method, layer
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.method.gate(z, self.layer)

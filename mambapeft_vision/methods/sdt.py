@@ -1,0 +1,168 @@
+"""SDLoRA / SDT: sparse dimension tuning of the state-space part, with LoRA on the projections (arXiv 2410.09016)."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambapeft_vision.errors import UserError
+from mambapeft_vision.methods.base import add_weight_delta, frozen_weight, match_parameters, require_positive, site_key
+from mambapeft_vision.methods.lora import LoRA, LowRank
+
+# (A_log, x_proj) of the forward and the backward direction, within one mixer.
+_PAIRS = (("A_log", "x_proj.weight"), ("A_b_log", "x_proj_b.weight"))
+_OFF = 10.0  # A_log of a state that is switched off: A = -exp(10) forgets at once
+
+
+class SDT(LoRA):
+    """Two phases. (1) For `warmup_steps`, a full Δ on A_log and LoRA on the projections train. Then, for each layer and
+    direction, the channels whose A moved most (Σ_n ΔA²) are selected, and in each of them the states that moved most.
+    (2) Everything starts anew; Δ on the selected entries of A_log, and on the B and C rows of x_proj at the selected
+    channels, trains, and LoRA again. The selection is saved with the adapter.
+
+    In a hybrid the other methods, and always the head, keep in phase 2 what they learned in phase 1.
+
+    Args:
+        warmup_steps: optimiser steps of phase 1.
+        f_channels: share of the E channels that is not selected; ceil((1 - f_channels) · E) are.
+        f_states: share of the N states that is not selected in a selected channel.
+        f_off: share of the N states of a selected channel, those that moved least, that is switched off
+            (A_log = 10; the zero group of the paper's first version).
+        targets, rank, scale, dropout: of the LoRA.
+    """
+
+    def __init__(
+        self,
+        *,
+        warmup_steps: int = 500,
+        f_channels: float = 0.99,
+        f_states: float = 0.75,
+        f_off: float = 0.0,
+        targets: str | list[str] = "layers.*.mixer.out_proj.weight",
+        rank: int = 8,
+        scale: float = 0.1,
+        dropout: float = 0.1,
+        lr_mult: float = 1.0,
+        decay_mult: float = 1.0,
+    ) -> None:
+        super().__init__(
+            targets=targets, rank=rank, scale=scale, dropout=dropout, lr_mult=lr_mult, decay_mult=decay_mult
+        )
+        require_positive(self, warmup_steps=warmup_steps)
+        for name, share in (("f_channels", f_channels), ("f_states", f_states), ("f_off", f_off)):
+            if not 0 <= share < 1:
+                raise UserError(f"SDT: {name}={share!r}; expected a share in [0, 1)")
+        if f_off > f_states:
+            raise UserError(f"SDT: f_off={f_off} of the states cannot be switched off when only {f_states} are left")
+        self.warmup_steps = warmup_steps
+        self.f_channels, self.f_states, self.f_off = f_channels, f_states, f_off
+
+    @property
+    def identity_at_init(self) -> bool:
+        """Each phase starts as the base model, but for states that are switched off."""
+        return not any(site.selected and site.off for site in self._sparse)
+
+    def attach(self, model: nn.Module) -> None:
+        super().attach(model)
+        self._initial_downs = {k: s.down.detach().clone() for k, s in self.sites.items() if isinstance(s, LowRank)}
+        for log, projection in _PAIRS:
+            for name in match_parameters(model, f"layers.*.mixer.{log}", self.name):
+                A_log = frozen_weight(model, name)
+                channels, states = A_log.shape
+                # Rounded first: (1 - 0.75) · 16 and the like are not exact.
+                kept = (_ceil((1 - self.f_channels) * channels), _ceil((1 - self.f_states) * states))
+                site = SparseStates(A_log, *kept, off=int(self.f_off * states + 1e-9))
+                self.sites[site_key(name)] = site
+                add_weight_delta(model, name, self.name, site.state_delta)
+                add_weight_delta(model, name.removesuffix(log) + projection, self.name, site.row_delta)
+
+    @property
+    def _sparse(self) -> list["SparseStates"]:
+        return [site for site in self.sites.values() if isinstance(site, SparseStates)]
+
+    @property
+    def warming_up(self) -> bool:
+        return any(not site.selected for site in self._sparse)
+
+    def finish_warmup(self) -> str:
+        for site in self._sparse:
+            site.select()
+        with torch.no_grad():
+            for key, down in self._initial_downs.items():
+                self.sites[key].down.copy_(down)
+                self.sites[key].up.zero_()
+        first = self._sparse[0]
+        return (
+            f"{self.name}: warm-up finished; of each layer and direction {first.kept[0]} of {first.shape[0]} channels "
+            f"and {first.kept[1]} of {first.shape[1]} states in each are selected"
+        )
+
+    def enter_phase_of(self, saved: Mapping[str, Tensor]) -> None:
+        selected = any(name.endswith(".channels") for name in saved)
+        for site in self._sparse:
+            if selected and not site.selected:
+                site.enter_selection()
+
+
+class SparseStates(nn.Module):
+    """One direction of one mixer: a full offset of A_log while warming up, then offsets of what was selected.
+
+    Args:
+        A_log: [E, N], frozen.
+        channels: c, how many to select. states: s, how many in each. off: o, states in each to switch off.
+    """
+
+    def __init__(self, A_log: Tensor, channels: int, states: int, off: int) -> None:
+        super().__init__()
+        self.kept, self.shape, self.off = (channels, states), tuple(A_log.shape), off
+        self.offset: nn.Parameter | None = nn.Parameter(torch.zeros_like(A_log))
+
+    @property
+    def selected(self) -> bool:
+        return self.offset is None
+
+    @torch.no_grad()
+    def select(self) -> None:
+        """Chooses channels and states by how far the warm-up moved A_log, and starts phase 2."""
+        moved = self.offset.square()
+        channels = moved.sum(1).topk(self.kept[0]).indices.sort().values
+        order = moved[channels].argsort(dim=1, descending=True, stable=True)
+        self.enter_selection()
+        self.channels.copy_(channels)
+        self.states.copy_(order[:, : self.kept[1]])
+        if self.off:
+            self.off_states.copy_(order[:, -self.off :])
+
+    def enter_selection(self) -> None:
+        """Replaces the full offset by those of a selection, which is still to be filled in."""
+        like, (channels, states) = self.offset, self.kept
+        self.offset = None
+        self.register_buffer("channels", torch.zeros(channels, dtype=torch.int64, device=like.device))
+        self.register_buffer("states", self.channels.new_zeros(channels, states))
+        if self.off:
+            self.register_buffer("off_states", self.channels.new_zeros(channels, self.off))
+        self.entries = nn.Parameter(like.detach().new_zeros(channels, states))
+        self.rows = nn.Parameter(like.detach().new_zeros(2 * self.shape[1], channels))
+
+    def state_delta(self, A_log: Tensor) -> Tensor:
+        """Δ of A_log [E, N]."""
+        if not self.selected:
+            return self.offset
+        place = self.channels[:, None]
+        delta = torch.zeros_like(A_log).index_put((place, self.states), self.entries.to(A_log.dtype))
+        if not self.off:
+            return delta
+        return delta.index_put((place, self.off_states), _OFF - A_log[place, self.off_states])
+
+    def row_delta(self, x_proj: Tensor) -> Tensor:
+        """Δ of x_proj [R + 2N, E]: its B and C rows at the selected channels."""
+        if not self.selected:
+            return torch.zeros_like(x_proj)
+        rows = self.rows.new_zeros(self.rows.shape[0], x_proj.shape[1]).index_copy(1, self.channels, self.rows)
+        return F.pad(rows, (0, 0, x_proj.shape[0] - rows.shape[0], 0))
+
+
+def _ceil(number: float) -> int:
+    return max(1, math.ceil(round(number, 6)))
