@@ -49,13 +49,12 @@ def test_vim_b_has_its_own_forms():
     assert not {"lora_in_proj", "affix"} & names
 
 
-@pytest.mark.parametrize(
-    ("style", "line"),
-    [("md", "| a_b    |      1,000 |"), ("csv", '"a_b",1000,9,8.0,"why"'), ("latex", r"a\_b & 1,000 & 9 & 8.0 & why \")],
-)
-def test_formats(style, line):
+def test_formats():
     module = count_params()
-    assert line in module.render([module.Count("a_b", 1000, 9, "why")], style).splitlines()[-1 if style != "latex" else -2]
+    line = module.Count("a_b", 1000, 9, "why")
+    assert module.render([line], "csv").splitlines()[1] == '"a_b",1000,9,8.0,"why"'
+    assert r"a\_b & 1,000 & 9 & 8.0 & why \\" in module.render([line], "latex").splitlines()
+    assert module.render([line], "md").splitlines()[2].split("|")[1:3] == [" a_b    ", "      1,000 "]
 
 
 def test_the_papers_rows_name_presets_that_exist():
