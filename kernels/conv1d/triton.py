@@ -1,6 +1,6 @@
-"""Depthwise causal convolution + SiLU in Triton: pieces shared by the mixer's kernels, and the backward passes.
+"""Depthwise causal convolution + SiLU in Triton, every direction of a block in one launch.
 
-The forward convolution has no launch of its own: `mixer/projections.py` computes it where x_proj reads it.
+The backward through SiLU is part of `mixer/projections.py`, where the gradient of u is finished.
 """
 
 import torch
@@ -15,51 +15,66 @@ def sigmoid(v):
 
 
 @triton.jit
-def conv_preactivation(
-    x_ptr, weight_ptr, bias_ptr, batch, step, chan, tok_mask, L, E, sb, sl, se, direction, K: tl.constexpr
-):
-    """bias + Σ_k weight[:, k] x[step ∓ (K-1-k)] as a [tokens, channels] float32 tile.
+def conv_preactivation(row_ptr, weight_ptr, bias_ptr, step, chan, L, E, sl, se, direction, K: tl.constexpr):
+    """bias + Σ_k weight[:, k] x[step ∓ (K-1-k)] as a [steps, channels] float32 tile.
 
-    batch, step: [T] int64; chan: [C]; direction +1 reads earlier tokens, -1 later ones.
+    row_ptr: the sample's first element; step: [T] tokens of it; chan: [C]; direction +1 reads earlier tokens, -1 later.
     """
     mask_e = chan < E
     acc = tl.load(bias_ptr + chan, mask=mask_e, other=0.0).to(tl.float32)[None, :]
     acc = tl.zeros([step.shape[0], chan.shape[0]], tl.float32) + acc
-    row = x_ptr + batch * sb
     for k in tl.static_range(K):
         source = step - direction * (K - 1 - k)
-        mask = (tok_mask & (source >= 0) & (source < L))[:, None] & mask_e[None, :]
-        x = tl.load(row[:, None] + (source * sl)[:, None] + (chan * se)[None, :], mask=mask, other=0.0)
+        mask = ((source >= 0) & (source < L))[:, None] & mask_e[None, :]
+        x = tl.load(row_ptr + (source * sl)[:, None] + (chan * se)[None, :], mask=mask, other=0.0)
         w = tl.load(weight_ptr + chan * K + k, mask=mask_e, other=0.0).to(tl.float32)
         acc += x.to(tl.float32) * w[None, :]
     return acc
 
 
 @triton.jit
+def _forward(
+    x_ptr, w0, w1, b0, b1, u_ptr, B, L, E, sb, sl, se,
+    REV0: tl.constexpr, REV1: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """u = silu(conv(x)) of every direction [G, B, L, E]; the directions' reads of x meet in the cache."""
+    chan = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    step = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    b = tl.program_id(2).to(tl.int64)
+    mask = (step < L)[:, None] & (chan < E)[None, :]
+    for d in tl.static_range(G):
+        direction = 1 - 2 * (REV1 if d == 1 else REV0)
+        weight, bias = (w1, b1) if d == 1 else (w0, b0)
+        pre = conv_preactivation(x_ptr + b * sb, weight, bias, step, chan, L, E, sl, se, direction, K)
+        u = (pre * sigmoid(pre)).to(u_ptr.dtype.element_ty)
+        tl.store(u_ptr + (d * B + b) * L * E + step[:, None] * E + chan[None, :], u, mask=mask)
+
+
+@triton.jit
 def _input_gradient(
-    g_ptr, w0_ptr, w1_ptr, dx_ptr, tokens, L, E, sb, sl, se,
+    g_ptr, w0, w1, dx_ptr, B, L, E, sb, sl, se,
     REV0: tl.constexpr, REV1: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """dx[s] = Σ_directions Σ_k weight[:, k] g[s ± (K-1-k)], where g is the gradient of the preactivation."""
-    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    chan = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    mask_t, mask_e = token < tokens, chan < E
-    batch, step = token // L, token % L
+    chan = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    step = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    b = tl.program_id(2).to(tl.int64)
+    mask_e = chan < E
     acc = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     for d in tl.static_range(G):
-        reverse = REV1 if d == 1 else REV0
-        weight = w1_ptr if d == 1 else w0_ptr
+        direction = 1 - 2 * (REV1 if d == 1 else REV0)
+        weight = w1 if d == 1 else w0
         for k in tl.static_range(K):
-            shift = -(K - 1 - k) if reverse else (K - 1 - k)
-            reader = step + shift
-            mask = (mask_t & (reader >= 0) & (reader < L))[:, None] & mask_e[None, :]
-            offsets = (d * tokens + token + shift) * E
-            g = tl.load(g_ptr + offsets[:, None] + chan[None, :], mask=mask, other=0.0)
+            reader = step + direction * (K - 1 - k)
+            mask = ((reader >= 0) & (reader < L))[:, None] & mask_e[None, :]
+            at = g_ptr + (d * B + b) * L * E + reader[:, None] * E + chan[None, :]
+            g = tl.load(at, mask=mask, other=0.0)
             w = tl.load(weight + chan * K + k, mask=mask_e, other=0.0).to(tl.float32)
             acc += g.to(tl.float32) * w[None, :]
-    out = dx_ptr + (batch * sb + step * sl)[:, None] + (chan * se)[None, :]
-    tl.store(out, acc.to(dx_ptr.dtype.element_ty), mask=mask_t[:, None] & mask_e[None, :])
+    out = dx_ptr + b * sb + (step * sl)[:, None] + (chan * se)[None, :]
+    tl.store(out, acc.to(dx_ptr.dtype.element_ty), mask=(step < L)[:, None] & mask_e[None, :])
 
 
 @triton.jit
@@ -91,16 +106,29 @@ def _weight_gradient(
         tl.store(out + k * E, acc, mask=mask_e)
 
 
+# Tokens and channels of a tile, and its warps; bench_kernels.py measures them.
+_TILE = {"BLOCK_T": 16, "BLOCK_E": 128, "num_warps": 4}
+
+
+def _grid(batch: int, length: int, channels: int) -> tuple[int, int, int]:
+    return triton.cdiv(channels, _TILE["BLOCK_E"]), triton.cdiv(length, _TILE["BLOCK_T"]), batch
+
+
+def conv_silu(x: Tensor, weights: list[Tensor], biases: list[Tensor], reverse: tuple[bool, ...]) -> Tensor:
+    """u [G, B, L, E] in x's dtype from x [B, L, E] (any strides), every direction in one launch."""
+    u = torch.empty(len(reverse), *x.shape, dtype=x.dtype, device=x.device)
+    _forward[_grid(*x.shape)](
+        x, weights[0], weights[-1], biases[0], biases[-1], u, *x.shape, *x.stride(),
+        REV0=int(reverse[0]), REV1=int(reverse[-1]), G=len(reverse), K=weights[0].shape[1], **_TILE,
+    )  # fmt: skip
+    return u
+
+
 def conv_input_gradient(g: Tensor, weights: list[Tensor], reverse: tuple[bool, ...], dx: Tensor) -> None:
-    """Fills dx [B, L, E] (any strides) from g [G, B, L, E], the gradients of both preactivations."""
-    groups, batch, length, channels = g.shape
-    tokens = batch * length
-    block_t, block_e = 16, min(128, triton.next_power_of_2(channels))
-    grid = (triton.cdiv(tokens, block_t), triton.cdiv(channels, block_e))
-    _input_gradient[grid](
-        g, weights[0], weights[-1], dx, tokens, length, channels, *dx.stride(),
-        REV0=int(reverse[0]), REV1=int(reverse[-1]), G=groups, K=weights[0].shape[1],
-        BLOCK_T=block_t, BLOCK_E=block_e, num_warps=4,
+    """Fills dx [B, L, E] (any strides) from g [G, B, L, E], the gradients of the directions' preactivations."""
+    _input_gradient[_grid(*dx.shape)](
+        g, weights[0], weights[-1], dx, *dx.shape, *dx.stride(),
+        REV0=int(reverse[0]), REV1=int(reverse[-1]), G=len(reverse), K=weights[0].shape[1], **_TILE,
     )  # fmt: skip
 
 

@@ -1,15 +1,14 @@
-"""What surrounds the scans, fused in Triton: conv → SiLU → x_proj → dt_proj → softplus, and its backward.
+"""What surrounds the scans, in Triton: conv + SiLU, x_proj, dt_proj + softplus, and the way back.
 
-One program owns a block of tokens of one direction, so neither the convolution's output nor the low-rank Δ makes
-a round trip through memory between its producer and its consumer. Weights are cast where they are loaded:
-under autocast they arrive in float32 while x is bfloat16.
+Both directions share every launch. Weights are cast where they are loaded: under autocast they arrive in float32
+while x is bfloat16.
 """
 
 import torch
 import triton
 import triton.language as tl
 from mambapeft_kernels.backends import interpreted
-from mambapeft_kernels.conv1d.triton import conv_preactivation, sigmoid
+from mambapeft_kernels.conv1d.triton import conv_preactivation, conv_silu, sigmoid
 from torch import Tensor
 
 
@@ -32,121 +31,128 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _forward(
-    x_ptr, cw0, cw1, cb0, cb1, xp0, xp1, dp0, dp1, db0, db1, u_ptr, delta_ptr, bc_ptr,
-    tokens, L, E, sb, sl, se,
-    REV0: tl.constexpr, REV1: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    RP: tl.constexpr, SP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _x_proj(
+    u_ptr, w0, w1, low_ptr, bc_ptr, tokens, E, R: tl.constexpr, S: tl.constexpr, RP: tl.constexpr,
+    SP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """u, Δ [G, tokens, E] and B|C [G, tokens, S] with S = 2N."""
+    """u x_projᵀ: the low-rank Δ [G, tokens, R] in u's dtype and B|C [G, tokens, S] in float32, S = 2N."""
     d = tl.program_id(1)
-    if d == 0:
-        cw, cb, xp, dp, db = cw0, cb0, xp0, dp0, db0
+    if d == 0:  # noqa: SIM108 (Triton has no conditional expression on run-time values)
+        weight = w0
     else:
-        cw, cb, xp, dp, db = cw1, cb1, xp1, dp1, db1
-    direction = tl.where(d == 0, 1 - 2 * REV0, 1 - 2 * REV1)
-    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    mask_t = token < tokens
-    batch, step = token // L, token % L
-    out_row = (d.to(tl.int64) * tokens + token) * E
-    io = x_ptr.dtype.element_ty
+        weight = w1
+    token = d.to(tl.int64) * tokens + tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = token < (d + 1).to(tl.int64) * tokens
+    io = u_ptr.dtype.element_ty
     rank, state = tl.arange(0, RP), tl.arange(0, SP)
-
     low = tl.zeros([BLOCK_T, RP], tl.float32)
     bc = tl.zeros([BLOCK_T, SP], tl.float32)
     for start in range(0, E, BLOCK_E):
         chan = start + tl.arange(0, BLOCK_E)
         mask_e = chan < E
-        pre = conv_preactivation(x_ptr, cw, cb, batch, step, chan, mask_t, L, E, sb, sl, se, direction, K)
-        u = (pre * sigmoid(pre)).to(io)
-        u = tl.where(mask_t[:, None] & mask_e[None, :], u, 0.0).to(io)
-        tl.store(u_ptr + out_row[:, None] + chan[None, :], u, mask=mask_t[:, None] & mask_e[None, :])
-        w_low = tl.load(xp + rank[None, :] * E + chan[:, None], mask=mask_e[:, None] & (rank < R)[None, :], other=0.0)
-        low += _dot(u, w_low.to(io), PRECISION)
-        w_bc = tl.load(
-            xp + (R + state)[None, :] * E + chan[:, None],
-            mask=mask_e[:, None] & (state < S)[None, :],
-            other=0.0,
-        )
-        bc += _dot(u, w_bc.to(io), PRECISION)
-    bc_row = (d.to(tl.int64) * tokens + token) * S
-    tl.store(bc_ptr + bc_row[:, None] + state[None, :], bc, mask=mask_t[:, None] & (state < S)[None, :])
-
-    low = low.to(io)
-    for start in range(0, E, BLOCK_E):
-        chan = start + tl.arange(0, BLOCK_E)
-        mask_e = chan < E
-        w = tl.load(dp + chan[None, :] * R + rank[:, None], mask=mask_e[None, :] & (rank < R)[:, None], other=0.0)
-        raw = _dot(low, w.to(io), PRECISION)
-        raw += tl.load(db + chan, mask=mask_e, other=0.0).to(tl.float32)[None, :]
-        tl.store(
-            delta_ptr + out_row[:, None] + chan[None, :],
-            _softplus(raw).to(io),
-            mask=mask_t[:, None] & mask_e[None, :],
-        )
+        at = u_ptr + (token * E)[:, None] + chan[None, :]
+        u = tl.load(at, mask=mask_t[:, None] & mask_e[None, :], other=0.0)
+        at = weight + rank[None, :] * E + chan[:, None]
+        w = tl.load(at, mask=mask_e[:, None] & (rank < R)[None, :], other=0.0)
+        low += _dot(u, w.to(io), PRECISION)
+        at = weight + (R + state)[None, :] * E + chan[:, None]
+        w = tl.load(at, mask=mask_e[:, None] & (state < S)[None, :], other=0.0)
+        bc += _dot(u, w.to(io), PRECISION)
+    tl.store(low_ptr + (token * R)[:, None] + rank[None, :], low.to(io), mask=mask_t[:, None] & (rank < R)[None, :])
+    tl.store(bc_ptr + (token * S)[:, None] + state[None, :], bc, mask=mask_t[:, None] & (state < S)[None, :])
 
 
 @triton.jit
-def _backward(
-    x_ptr, cw0, cw1, cb0, cb1, xp0, xp1, dp0, dp1, du_ptr, draw_ptr, dbc_ptr, dproj_ptr,
-    tokens, L, E, sb, sl, se, parts, part_stride,
-    REV0: tl.constexpr, REV1: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    RP: tl.constexpr, SP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
-    NEED_INPUT: tl.constexpr, PRECISION: tl.constexpr,
+def _dt_proj(
+    low_ptr, w0, w1, b0, b1, delta_ptr, tokens, E, R: tl.constexpr, RP: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """du → gradient of the convolution's preactivation, in place; and the gradient of [dt | B | C]."""
-    d = tl.program_id(1)
+    """Δ = softplus(low dt_projᵀ + bias), [G, tokens, E]."""
+    d = tl.program_id(2)
     if d == 0:
-        cw, cb, xp, dp = cw0, cb0, xp0, dp0
+        weight, bias = w0, b0
     else:
-        cw, cb, xp, dp = cw1, cb1, xp1, dp1
-    direction = tl.where(d == 0, 1 - 2 * REV0, 1 - 2 * REV1)
-    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    mask_t = token < tokens
-    batch, step = token // L, token % L
-    grouped = d.to(tl.int64) * tokens + token
-    row = grouped * E
-    io = x_ptr.dtype.element_ty
-    rank, state = tl.arange(0, RP), tl.arange(0, SP)
+        weight, bias = w1, b1
+    token = d.to(tl.int64) * tokens + tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = token < (d + 1).to(tl.int64) * tokens
+    chan = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    mask_e = chan < E
+    rank = tl.arange(0, RP)
+    at = low_ptr + (token * R)[:, None] + rank[None, :]
+    low = tl.load(at, mask=mask_t[:, None] & (rank < R)[None, :], other=0.0)
+    w = tl.load(weight + chan[None, :] * R + rank[:, None], mask=mask_e[None, :] & (rank < R)[:, None], other=0.0)
+    raw = _dot(low, w.to(low.dtype), PRECISION)
+    raw += tl.load(bias + chan, mask=mask_e, other=0.0).to(tl.float32)[None, :]
+    at = delta_ptr + (token * E)[:, None] + chan[None, :]
+    tl.store(at, _softplus(raw).to(delta_ptr.dtype.element_ty), mask=mask_t[:, None] & mask_e[None, :])
 
+
+@triton.jit
+def _dt_proj_backward(
+    draw_ptr, w0, w1, dbc_ptr, dproj_ptr, tokens, E, parts, part_stride,
+    R: tl.constexpr, S: tl.constexpr, RP: tl.constexpr, SP: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of [dt | B | C], [G, tokens, R + S]: dΔ_raw dt_proj, and the sum of the scan's partial sums."""
+    d = tl.program_id(1)
+    if d == 0:  # noqa: SIM108 (Triton has no conditional expression on run-time values)
+        weight = w0
+    else:
+        weight = w1
+    token = d.to(tl.int64) * tokens + tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = token < (d + 1).to(tl.int64) * tokens
+    rank, state = tl.arange(0, RP), tl.arange(0, SP)
+    io = draw_ptr.dtype.element_ty
     dlow = tl.zeros([BLOCK_T, RP], tl.float32)
     for start in range(0, E, BLOCK_E):
         chan = start + tl.arange(0, BLOCK_E)
         mask_e = chan < E
-        draw = tl.load(draw_ptr + row[:, None] + chan[None, :], mask=mask_t[:, None] & mask_e[None, :], other=0.0)
-        w = tl.load(dp + chan[:, None] * R + rank[None, :], mask=mask_e[:, None] & (rank < R)[None, :], other=0.0)
+        at = draw_ptr + (token * E)[:, None] + chan[None, :]
+        draw = tl.load(at, mask=mask_t[:, None] & mask_e[None, :], other=0.0)
+        at = weight + chan[:, None] * R + rank[None, :]
+        w = tl.load(at, mask=mask_e[:, None] & (rank < R)[None, :], other=0.0)
         dlow += _dot(draw, w.to(io), PRECISION)
     dbc = tl.zeros([BLOCK_T, SP], tl.float32)
     mask_s = mask_t[:, None] & (state < S)[None, :]
     for part in range(parts):
-        source = dbc_ptr + part * part_stride + (grouped * S)[:, None] + state[None, :]
-        dbc += tl.load(source, mask=mask_s, other=0.0)
+        at = dbc_ptr + part * part_stride + (token * S)[:, None] + state[None, :]
+        dbc += tl.load(at, mask=mask_s, other=0.0)
+    row = dproj_ptr + (token * (R + S))[:, None]
+    tl.store(row + rank[None, :], dlow.to(io), mask=mask_t[:, None] & (rank < R)[None, :])
+    tl.store(row + R + state[None, :], dbc.to(io), mask=mask_s)
 
-    dlow, dbc = dlow.to(io), dbc.to(io)
-    proj = dproj_ptr + (grouped * (R + S))[:, None]
-    tl.store(proj + rank[None, :], dlow, mask=mask_t[:, None] & (rank < R)[None, :])
-    tl.store(proj + R + state[None, :], dbc, mask=mask_s)
-    if NEED_INPUT:
-        for start in range(0, E, BLOCK_E):
-            chan = start + tl.arange(0, BLOCK_E)
-            mask_e = chan < E
-            mask = mask_t[:, None] & mask_e[None, :]
-            du = tl.load(du_ptr + row[:, None] + chan[None, :], mask=mask, other=0.0).to(tl.float32)
-            w_low = tl.load(
-                xp + rank[:, None] * E + chan[None, :], mask=mask_e[None, :] & (rank < R)[:, None], other=0.0
-            )
-            du += _dot(dlow, w_low.to(io), PRECISION)
-            w_bc = tl.load(
-                xp + (R + state)[:, None] * E + chan[None, :],
-                mask=mask_e[None, :] & (state < S)[:, None],
-                other=0.0,
-            )
-            du += _dot(dbc, w_bc.to(io), PRECISION)
-            pre = conv_preactivation(x_ptr, cw, cb, batch, step, chan, mask_t, L, E, sb, sl, se, direction, K)
-            gate = sigmoid(pre)
-            du *= gate * (1.0 + pre * (1.0 - gate))
-            tl.store(du_ptr + row[:, None] + chan[None, :], du.to(io), mask=mask)
+
+@triton.jit
+def _x_proj_backward(
+    du_ptr, dproj_ptr, x_ptr, w0, w1, cw0, cw1, cb0, cb1, B, L, E, sb, sl, se,
+    REV0: tl.constexpr, REV1: tl.constexpr, K: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """du += dproj x_proj, then through SiLU, in place: du becomes the gradient of the convolution's preactivation."""
+    bd = tl.program_id(2)
+    d = bd // B
+    b = (bd % B).to(tl.int64)
+    if d == 0:
+        weight, cw, cb = w0, cw0, cb0
+    else:
+        weight, cw, cb = w1, cw1, cb1
+    direction = tl.where(d == 0, 1 - 2 * REV0, 1 - 2 * REV1)
+    step = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    chan = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    mask_t, mask_e = step < L, chan < E
+    mask = mask_t[:, None] & mask_e[None, :]
+    column = tl.arange(0, WP)
+    row = bd.to(tl.int64) * L
+    at = dproj_ptr + row * W + (step * W)[:, None] + column[None, :]
+    dproj = tl.load(at, mask=mask_t[:, None] & (column < W)[None, :], other=0.0)
+    at = weight + (column * E)[:, None] + chan[None, :]
+    w = tl.load(at, mask=mask_e[None, :] & (column < W)[:, None], other=0.0)
+    at = du_ptr + row * E + (step * E)[:, None] + chan[None, :]
+    du = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    pre = conv_preactivation(x_ptr + b * sb, cw, cb, step, chan, L, E, sl, se, direction, K)
+    gate = sigmoid(pre)
+    du = (du + _dot(dproj, w.to(dproj.dtype), PRECISION)) * gate * (1.0 + pre * (1.0 - gate))
+    tl.store(at, du.to(du_ptr.dtype.element_ty), mask=mask)
 
 
 def _precision(x: Tensor) -> str:
@@ -156,13 +162,23 @@ def _precision(x: Tensor) -> str:
     return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def _sizes(rank: int, states: int, channels: int) -> dict[str, int]:
-    """Padded inner sizes (a Triton product needs 16) and the tuned tile."""
-    return {
-        "RP": max(16, triton.next_power_of_2(rank)),
-        "SP": max(16, triton.next_power_of_2(2 * states)),
-        "BLOCK_E": min(64, max(16, triton.next_power_of_2(channels))),
-    }
+# Tiles: tokens, channels, warps and pipeline stages; float32 products have no tensor cores and want small ones.
+_TILES: dict[str, dict[str, int]] = {
+    "x_proj": {"BLOCK_T": 64, "BLOCK_E": 64, "num_warps": 4, "num_stages": 3},
+    "dt_proj": {"BLOCK_T": 64, "BLOCK_E": 64, "num_warps": 4, "num_stages": 1},
+    "dt_proj_backward": {"BLOCK_T": 64, "BLOCK_E": 64, "num_warps": 4, "num_stages": 3},
+    "x_proj_backward": {"BLOCK_T": 64, "BLOCK_E": 64, "num_warps": 4, "num_stages": 1},
+}
+_FLOAT32_TILE = {"BLOCK_T": 32, "BLOCK_E": 32, "num_warps": 4, "num_stages": 2}
+
+
+def _tile(kernel: str, dtype: torch.dtype) -> dict[str, int]:
+    return _FLOAT32_TILE if dtype == torch.float32 else _TILES[kernel]
+
+
+def _padded(size: int) -> int:
+    """An inner size of a Triton product: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(size))
 
 
 def _pair(weights: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -180,19 +196,21 @@ def projections_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """u, Δ [G, B, L, E] in x's dtype and B|C [G, B, L, 2N] in float32, from x [B, L, E] (any strides)."""
     batch, length, channels = x.shape
-    groups, rank = len(reverse), dt_proj[0].shape[1]
+    tokens, groups, rank = batch * length, len(reverse), dt_proj[0].shape[1]
     pair_states = x_proj[0].shape[0] - rank
-    u = torch.empty(groups, batch, length, channels, dtype=x.dtype, device=x.device)
+    u = conv_silu(x, conv_weight, conv_bias, reverse)
     delta = torch.empty_like(u)
+    low = torch.empty(groups, tokens, rank, dtype=x.dtype, device=x.device)
     bc = torch.empty(groups, batch, length, pair_states, dtype=torch.float32, device=x.device)
-    block_t = 32 if x.dtype != torch.float32 else 16
-    _forward[(triton.cdiv(batch * length, block_t), groups)](
-        x, *_pair(conv_weight), *_pair(conv_bias), *_pair(x_proj), *_pair(dt_proj), *_pair(dt_bias),
-        u, delta, bc, batch * length, length, channels, *x.stride(),
-        REV0=int(reverse[0]), REV1=int(reverse[-1]), K=conv_weight[0].shape[1], R=rank, S=pair_states,
-        BLOCK_T=block_t, PRECISION=_precision(x), num_warps=4,
-        **_sizes(rank, pair_states // 2, channels),
-    )  # fmt: skip
+    sizes = {"R": rank, "RP": _padded(rank), "PRECISION": _precision(x)}
+    tile = _tile("x_proj", x.dtype)
+    _x_proj[(triton.cdiv(tokens, tile["BLOCK_T"]), groups)](
+        u, *_pair(x_proj), low, bc, tokens, channels, S=pair_states, SP=_padded(pair_states), **sizes, **tile
+    )
+    tile = _tile("dt_proj", x.dtype)
+    _dt_proj[(triton.cdiv(channels, tile["BLOCK_E"]), triton.cdiv(tokens, tile["BLOCK_T"]), groups)](
+        low, *_pair(dt_proj), *_pair(dt_bias), delta, tokens, channels, **sizes, **tile
+    )
     return u, delta, bc
 
 
@@ -217,15 +235,21 @@ def projections_backward(
     Returns: the gradient of [dt | B | C], [G, B, L, R + 2N] in x's dtype.
     """
     batch, length, channels = x.shape
-    groups, rank = len(reverse), dt_proj[0].shape[1]
+    tokens, groups, rank = batch * length, len(reverse), dt_proj[0].shape[1]
     pair_states = dbc.shape[-1]
-    dproj = torch.empty(groups, batch, length, rank + pair_states, dtype=x.dtype, device=x.device)
-    block_t = 32 if x.dtype != torch.float32 else 16
-    _backward[(triton.cdiv(batch * length, block_t), groups)](
-        x, *_pair(conv_weight), *_pair(conv_bias), *_pair(x_proj), *_pair(dt_proj),
-        du, draw, dbc, dproj, batch * length, length, channels, *x.stride(), dbc.shape[0], dbc.stride(0),
-        REV0=int(reverse[0]), REV1=int(reverse[-1]), K=conv_weight[0].shape[1], R=rank, S=pair_states,
-        BLOCK_T=block_t, NEED_INPUT=need_input, PRECISION=_precision(x), num_warps=4,
-        **_sizes(rank, pair_states // 2, channels),
+    width = rank + pair_states
+    dproj = torch.empty(groups, batch, length, width, dtype=x.dtype, device=x.device)
+    tile = _tile("dt_proj_backward", x.dtype)
+    _dt_proj_backward[(triton.cdiv(tokens, tile["BLOCK_T"]), groups)](
+        draw, *_pair(dt_proj), dbc, dproj, tokens, channels, dbc.shape[0], dbc.stride(0), R=rank, S=pair_states,
+        RP=_padded(rank), SP=_padded(pair_states), PRECISION=_precision(x), **tile,
     )  # fmt: skip
+    if need_input:
+        tile = _tile("x_proj_backward", x.dtype)
+        blocks = triton.cdiv(channels, tile["BLOCK_E"]), triton.cdiv(length, tile["BLOCK_T"])
+        _x_proj_backward[(*blocks, batch * groups)](
+            du, dproj, x, *_pair(x_proj), *_pair(conv_weight), *_pair(conv_bias), batch, length, channels,
+            *x.stride(), REV0=int(reverse[0]), REV1=int(reverse[-1]), K=conv_weight[0].shape[1],
+            W=width, WP=_padded(width), PRECISION=_precision(x), **tile,
+        )  # fmt: skip
     return dproj

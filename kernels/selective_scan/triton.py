@@ -61,8 +61,8 @@ def _forward(
     for c in range(chunks):
         j = tl.where(reverse, chunks - 1 - c, c)
         if SAVE:
-            at = ckpt_ptr + ((d * B + b) * chunks + j) * E * NP
-            tl.store(at + chan[:, None] * NP + n[None, :], h, mask=mask_e[:, None] & (n < NP)[None, :])
+            entry = ckpt_ptr + ((d * B + b) * chunks + j) * E * NP
+            tl.store(entry + chan[:, None] * NP + n[None, :], h, mask=mask_e[:, None] & (n < NP)[None, :])
         for i in range(T):
             step = j * T + tl.where(reverse, T - 1 - i, i)
             live = step < L  # beyond the end Δ = 0: the state passes unchanged
@@ -157,8 +157,8 @@ def _backward(
     dA = tl.zeros([BLOCK_E, NB], tl.float32)
     for c in range(chunks):
         j = tl.where(reverse, c, chunks - 1 - c)
-        at = ckpt_ptr + ((d * B + b) * chunks + j) * E * NP
-        h = tl.load(at + chan[:, None] * NP + n[None, :], mask=mask, other=0.0)
+        entry = ckpt_ptr + ((d * B + b) * chunks + j) * E * NP
+        h = tl.load(entry + chan[:, None] * NP + n[None, :], mask=mask, other=0.0)
         tl.debug_barrier()  # the scratch of the chunk before has been read
         for i in range(T):
             tl.store(scratch + i * (BLOCK_E * NB), h)

