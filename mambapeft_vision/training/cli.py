@@ -6,6 +6,7 @@ Light to import, as config.py is.
 import difflib
 import functools
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -102,8 +103,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _message(error: Exception) -> str:
     if isinstance(error, MissingConfigException):
         return _missing_option(error)
-    if isinstance(error, ConfigCompositionException) and isinstance(error.__cause__, OmegaConfBaseException):
-        return _config_error(error.__cause__)
+    if isinstance(error, ConfigCompositionException):
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, OmegaConfBaseException):
+            file = re.match(r"In '.*?': ", str(error))  # the yaml that was being merged
+            return (file[0] if file else "") + _config_error(cause)
     if isinstance(error, OmegaConfBaseException):
         return _config_error(error)
     return str(error)
@@ -114,14 +118,14 @@ def _config_error(error: OmegaConfBaseException) -> str:
     message = str(error.msg or error).splitlines()[0]
     key = str(error.full_key or error.key or "")
     text = f"{key}: {message}" if key else message
-    if isinstance(error, AttributeError) and isinstance(error.parent_node, DictConfig):
+    if isinstance(error, (KeyError, AttributeError)) and isinstance(error.parent_node, DictConfig):
         return f"{text}; {nearest(str(error.key), error.parent_node)}"
     return text
 
 
 def _missing_option(error: MissingConfigException) -> str:
-    """Hydra's first line, with the options that were near."""
+    """Hydra's first line, with the options that were near. Of a group inside a group Hydra does not know them."""
     text = str(error).splitlines()[0]
-    if not (error.missing_cfg_file and error.options):
-        return text
-    return f"{text}; {nearest(error.missing_cfg_file.rpartition('/')[2], error.options)}"
+    option = (error.missing_cfg_file or "").rpartition("/")[2]
+    near = difflib.get_close_matches(option, error.options or [], n=3)
+    return f"{text}; did you mean {', '.join(near)}?" if near else f"{text}; --help lists what there is"

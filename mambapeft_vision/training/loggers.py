@@ -1,5 +1,6 @@
 """Where a run reports to, beside its own folder: the targets of configs/logger/*.yaml."""
 
+import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,7 +56,7 @@ class WandbLogger:
 
         self._run = wandb.init(
             **self._settings,
-            id=_run_id(plan.folder, wandb.util.generate_id),
+            id=_run_id(plan.folder),
             resume="allow",
             name=f"{plan.task} {plan.method_names} seed {plan.seed}",
             group=plan.task,
@@ -78,9 +79,9 @@ class WandbLogger:
         self._run.finish(exit_code=0 if record is not None else 1)
 
 
-def _run_id(folder: Path, generate: Any) -> str:
+def _run_id(folder: Path) -> str:
     """The W&B id of the run in `folder`, made when first asked for."""
     file = folder / WANDB_ID_FILE
     if not file.is_file():
-        write_text(file, generate())
+        write_text(file, uuid.uuid4().hex[:8])
     return file.read_text(encoding="utf-8")

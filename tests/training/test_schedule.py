@@ -11,24 +11,24 @@ from mambapeft_vision.methods.offset import Offset
 from mambapeft_vision.training.config import TrainerConfig
 from mambapeft_vision.training.optim import learning_rate, make_optimizer, set_learning_rates
 
-RECIPE = dict(
-    max_epochs=100,
-    learning_rate=1e-3,
-    min_lr=1e-5,
-    weight_decay=1e-4,
-    betas=[0.9, 0.999],
-    eps=1e-8,
-    warmup_epochs=10,
-    start_factor=1e-3,
-    clip_norm=5.0,
-    head_lr_mult=2.0,
-    head_decay_mult=3.0,
-    precision="fp32",
-    device="cpu",
-    checkpoint_every_s=30.0,
-    picture=False,
-)
-VTAB = dict(steps_per_epoch=32, max_epochs=100, warmup_epochs=10, start_factor=1e-3, min_lr=1e-5)
+RECIPE = {
+    "max_epochs": 100,
+    "learning_rate": 0.001,
+    "min_lr": 1e-05,
+    "weight_decay": 0.0001,
+    "betas": [0.9, 0.999],
+    "eps": 1e-08,
+    "warmup_epochs": 10,
+    "start_factor": 0.001,
+    "clip_norm": 5.0,
+    "head_lr_mult": 2.0,
+    "head_decay_mult": 3.0,
+    "precision": "fp32",
+    "device": "cpu",
+    "checkpoint_every_s": 30.0,
+    "picture": False,
+}
+VTAB = {"steps_per_epoch": 32, "max_epochs": 100, "warmup_epochs": 10, "start_factor": 0.001, "min_lr": 1e-05}
 
 
 def rate(base: float, step: int, **changed) -> float:

@@ -1,0 +1,223 @@
+"""Every yaml composes and builds what it describes; every misspelt key is an error that names it."""
+
+from pathlib import Path
+
+import pytest
+import runs
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mambapeft_vision.data import TaskDataModule
+from mambapeft_vision.errors import UserError
+from mambapeft_vision.training import build
+from mambapeft_vision.training.cli import describe_error
+from mambapeft_vision.training.evaluate import evaluate
+from mambapeft_vision.training.loggers import NoLogger, WandbLogger
+from mambapeft_vision.training.plan import RunPlan, make_plan
+
+
+def options(group: str) -> list[str]:
+    folder = runs.CONFIGS / group
+    return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
+
+
+def plan_of(*overrides: str) -> RunPlan:
+    return make_plan(runs.compose_train(overrides))
+
+
+# Every yaml
+
+
+def test_every_yaml_is_covered_here():
+    """A new group of configs needs a test below."""
+    groups = {file.relative_to(runs.CONFIGS).parts[0] for file in runs.CONFIGS.rglob("*.yaml")}
+    tested = {"backbone", "dataset", "experiment", "logger", "method", "trainer"}
+    roots = {"train.yaml", "evaluate.yaml"}
+    assert groups == tested | roots | {"hydra"}  # the help texts under hydra/ are in test_commands.py
+
+
+@pytest.mark.parametrize("name", options("backbone"))
+def test_backbone(name):
+    plan = plan_of(f"backbone={name}", "backbone.weights=random", "+backbone.depth=1", "+backbone.embed_dim=16")
+    backbone = build.build_backbone(plan)
+    assert backbone.default_cfg["name"] == plan.config["backbone"]["name"]
+    assert backbone.embed_dim == 16
+
+
+@pytest.mark.parametrize("name", options("dataset"))
+def test_dataset(name):
+    given = ["dataset.folder=somewhere", "dataset.num_classes=2"] if name == "folder" else []
+    plan = plan_of(f"dataset={name}", *given)
+    dataset = build.build_dataset(plan)
+    assert isinstance(dataset, TaskDataModule)
+    assert dataset.name == plan.task and (name == "folder" or plan.task == name)
+
+
+@pytest.mark.parametrize("name", options("trainer"))
+def test_trainer(name):
+    assert plan_of(f"trainer={name}").recipe.max_epochs >= 1
+
+
+def test_default_trainer_is_the_published_recipe():
+    recipe = plan_of().recipe
+    assert (recipe.learning_rate, recipe.min_lr, recipe.weight_decay) == (1e-3, 1e-5, 1e-4)
+    assert (recipe.betas, recipe.eps) == ([0.9, 0.999], 1e-8)
+    assert (recipe.max_epochs, recipe.warmup_epochs, recipe.start_factor, recipe.clip_norm) == (100, 10, 1e-3, 5.0)
+    assert (recipe.head_lr_mult, recipe.head_decay_mult) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("name", options("logger"))
+def test_logger(name):
+    assert type(build.build_logger(plan_of(f"logger={name}"))) is {"none": NoLogger, "wandb": WandbLogger}[name]
+
+
+@pytest.mark.parametrize("name", options("method"))
+def test_method(name):
+    plan = plan_of(f"method={name}", *runs.SMALL_BACKBONE)
+    model = build.build_model(plan, build.build_backbone(plan), num_classes=3)
+    assert sorted(model.methods) == plan.methods
+    assert bool(model.owned()) == (name != "linear_probe")
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_experiment(name):
+    plan = plan_of(f"experiment={name}")
+    dataset = build.build_dataset(plan)
+    build.build_logger(plan)
+    backbone, _ = build.build_backbone_offline(plan)
+    assert build.build_model(plan, backbone, dataset.num_classes).counts()["trainable"] > 0
+
+
+def test_methods_combine_in_any_order():
+    plans = [plan_of(f"method=[{names}]") for names in ("lora_in_proj,a", "a,lora_in_proj")]
+    assert plans[0].methods == ["a", "lora_in_proj"]
+    assert plans[0].fingerprint == plans[1].fingerprint
+
+
+def test_a_preset_may_change_the_recipe(tmp_path):
+    """Presets that are `@package _global_` come after trainer, so they can switch clipping off."""
+    preset = "# @package _global_\nmethod:\n  probe: {_target_: mambapeft_vision.methods.linear_probe.LinearProbe}\n"
+    write_option(tmp_path, "method/unclipped", preset + "trainer: {clip_norm: null}\n")
+    plan = plan_of(f"hydra.searchpath=[file://{tmp_path}]", "method=unclipped")
+    assert plan.recipe.clip_norm is None and plan.methods == ["probe"]
+    assert plan_of(f"hydra.searchpath=[file://{tmp_path}]", "method=unclipped", "trainer.clip_norm=1").recipe.clip_norm
+
+
+def test_an_experiment_overrides_the_root():
+    plan = plan_of("experiment=demo")
+    assert plan.task == "demo/digits" and plan.recipe.picture
+    assert plan_of("experiment=demo", "trainer.max_epochs=3").recipe.max_epochs == 3
+
+
+# Misspelt keys
+
+
+def write_option(folder: Path, option: str, text: str) -> None:
+    file = folder / f"{option}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+def build_all(plan: RunPlan) -> None:
+    dataset = build.build_dataset(plan)
+    build.build_logger(plan)
+    backbone, _ = build.build_backbone_offline(plan)
+    build.build_model(plan, backbone, dataset.num_classes)
+
+
+def message_of(*overrides: str) -> str:
+    with pytest.raises((UserError, HydraException, OmegaConfBaseException)) as caught:
+        build_all(plan_of(*overrides))
+    return describe_error(caught.value)
+
+
+FILES = {
+    "root key": ("experiment/bad", "# @package _global_\nsed: 3\n", "sed", "seed"),
+    "path": ("experiment/bad", "# @package _global_\npaths: {dta: x}\n", "dta", "data"),
+    "trainer in an experiment": ("experiment/bad", "# @package _global_\ntrainer: {max_epoch: 3}\n", "max_epoch", ""),
+    "trainer": ("trainer/bad", "defaults: [default, _self_]\nclipnorm: 3\n", "clipnorm", "clip_norm"),
+    "dataset": ("dataset/bad", "defaults: [demo/digits@_here_, _self_]\nbatchsize: 3\n", "batchsize", "batch_size"),
+    "logger": ("logger/bad", "defaults: [wandb, _self_]\nprojct: x\n", "projct", "project"),
+    "method": ("method/bad", "defaults: [lora_p_x, _self_]\nlora_p_x: {rnak: 3}\n", "rnak", "rank"),
+    "backbone": ("backbone/bad", "defaults: [vim_pico, _self_]\nembed_dmi: 3\n", "embed_dmi", ""),
+}
+
+
+@pytest.mark.parametrize("option, text, key, near", FILES.values(), ids=FILES)
+def test_a_misspelt_key_in_a_file_is_named(tmp_path, option, text, key, near):
+    write_option(tmp_path, option, text)
+    group = option.partition("/")[0]
+    message = message_of(f"hydra.searchpath=[file://{tmp_path}]", f"{group}=bad", *small_unless(group))
+    assert key in message and near in message
+    assert "Traceback" not in message
+
+
+def small_unless(group: str) -> list[str]:
+    return [] if group == "backbone" else ["backbone=vim_pico"]
+
+
+@pytest.mark.parametrize(
+    "override, near",
+    [
+        ("sed=3", "seed"),
+        ("+sed=3", "seed"),
+        ("paths.dta=x", "data"),
+        ("+paths.dta=x", "data"),
+        ("trainer.max_epoch=3", "max_epochs"),
+        ("+trainer.max_epoch=3", "max_epochs"),
+        ("dataset.batchsize=3", "batch_size"),
+        ("+dataset.batchsize=3", "batch_size"),
+        ("method.lora_p_x.rnak=3", "rank"),
+        ("+method.lora_p_x.rnak=3", "rank"),
+        ("method.lora_px.rank=3", "lora_p_x"),
+        ("+logger.projct=x", "NoLogger"),
+        ("backbone.wieghts=random", "weights"),
+        ("+backbone.embed_dmi=3", "embed_dmi"),
+        ("method=lora_px", "lora_p_x"),
+        ("dataset=vtab/cifra", "--help"),
+        ("trainer.max_epochs=many", "Integer"),
+        ("method=[]", "method"),
+        ("~method.lora_p_x", "linear_probe"),
+        ("dataset.name=../elsewhere", "dataset.name"),
+        ("+method.lora_p_x._target_=os.system", "_target_"),
+        ("method.lora_p_x._target_=os.system", "mambapeft_vision.methods"),
+        ("dataset._target_=os.system", "mambapeft_vision"),
+        ("dataset._target_=mambapeft_vision.data.TaskDatModule", "TaskDatModule"),
+        ("method.lora_p_x=3", "method.lora_p_x"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named(override, near):
+    message = message_of("backbone=vim_pico", override)
+    key = override.lstrip("+~").partition("=")[0].partition(".")[0]
+    assert near in message
+    assert key in message or override.partition("=")[2] in message
+
+
+def test_evaluate_is_strict_too():
+    with pytest.raises(HydraException) as caught:
+        runs.compose_root("evaluate", ["rnu=x"])
+    assert "did you mean run?" in describe_error(caught.value)
+    with pytest.raises(OmegaConfBaseException, match="run"):
+        evaluate(runs.compose_root("evaluate", []))
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cuda:x"])
+def test_devices_that_are_not_there_are_refused(device):
+    with pytest.raises(UserError, match=r"device="):
+        build.resolve_device(device)
+
+
+def test_an_unknown_kernel_is_refused():
+    plan = plan_of(*runs.SMALL_BACKBONE)
+    with pytest.raises(UserError, match="kernel='fast' is unknown"):
+        build.set_kernel(build.build_backbone(plan), "fast", build.resolve_device("cpu"))
+
+
+def test_schema_holds_no_values():
+    """Values live in the yaml files alone."""
+    from mambapeft_vision.training.config import EvaluateConfig, TrainConfig
+
+    for schema in (TrainConfig, EvaluateConfig):
+        structured = OmegaConf.structured(schema)
+        assert all(OmegaConf.is_missing(structured, key) for key in structured)

@@ -1,0 +1,110 @@
+"""result.json: written whole, read strictly."""
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from mambapeft_vision.errors import UserError
+from mambapeft_vision.results.record import RESULT_FILE, RunRecord, is_finished, read_record, write_record
+
+RECORD = RunRecord(
+    task="vtab/cifar",
+    group="natural",
+    methods=["lora_p_x"],
+    seed=0,
+    accuracy=0.75,
+    loss=1.0,
+    num_test=10000,
+    epochs=100,
+    train_loss=0.5,
+    train_accuracy=0.9,
+    trainable=1769472,
+    trainable_by_method={"lora_p_x": 1769472},
+    head=38500,
+    frozen=25411584,
+    unmerged={},
+    train_images_per_second=2500.0,
+    test_images_per_second=5000.0,
+    train_seconds=40.0,
+    wall_seconds=60.0,
+    peak_memory_bytes=2**30,
+    device="cuda:0",
+    device_name="a GPU",
+    kernel="triton",
+    precision="bf16",
+    backbone="vim_small_patch16_224",
+    backbone_sha256="0" * 64,
+    data_manifest="1" * 64,
+    fingerprint="2" * 64,
+    git_commit=None,
+    git_dirty=None,
+    versions={"torch": "2.6.0"},
+    finished_at="2026-01-01T00:00:00+00:00",
+    config={"seed": 0, "trainer": {"clip_norm": None}},
+)
+
+
+def edit(folder: Path, **changes) -> None:
+    write_record(folder, RECORD)
+    content = json.loads((folder / RESULT_FILE).read_text()) | changes
+    (folder / RESULT_FILE).write_text(json.dumps({k: v for k, v in content.items() if v != "(removed)"}))
+
+
+def test_round_trip(tmp_path):
+    assert not is_finished(tmp_path)
+    write_record(tmp_path, RECORD)
+    assert is_finished(tmp_path)
+    assert read_record(tmp_path) == read_record(tmp_path / RESULT_FILE) == RECORD
+    assert [file.name for file in tmp_path.iterdir()] == [RESULT_FILE]
+
+
+def test_whole_numbers_are_read_as_floats_too(tmp_path):
+    edit(tmp_path, accuracy=1, wall_seconds=60)
+    assert read_record(tmp_path).accuracy == 1
+
+
+def test_a_result_that_is_no_number_is_never_written(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        write_record(tmp_path, replace(RECORD, loss=float("nan")))
+    assert not is_finished(tmp_path)
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(RunRecord)])
+def test_every_field_is_needed(tmp_path, name):
+    edit(tmp_path, **{name: "(removed)"})
+    with pytest.raises(UserError, match=name):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"acuracy": 0.5}, "acuracy is unknown"),
+        ({"accuracy": "0.5"}, "accuracy is '0.5', expected"),
+        ({"accuracy": True}, "accuracy is True"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"methods": "lora_p_x"}, "methods is 'lora_p_x'"),
+        ({"methods": [1]}, r"methods is \[1\]"),
+        ({"trainable_by_method": {"a": "1"}}, "trainable_by_method"),
+        ({"git_commit": 3}, "git_commit is 3"),
+        ({"git_dirty": "no"}, "git_dirty is 'no'"),
+        ({"schema_version": 2}, "schema_version is 2"),
+    ],
+)
+def test_wrong_fields_are_named(tmp_path, changes, message):
+    edit(tmp_path, **changes)
+    with pytest.raises(UserError, match=message):
+        read_record(tmp_path)
+
+
+def test_files_that_are_no_records(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        read_record(tmp_path)
+    (tmp_path / RESULT_FILE).write_text('{"task": ')
+    with pytest.raises(UserError, match="no valid JSON"):
+        read_record(tmp_path)
+    (tmp_path / RESULT_FILE).write_text("[]")
+    with pytest.raises(UserError, match="expected an object"):
+        read_record(tmp_path)
