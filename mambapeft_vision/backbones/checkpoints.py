@@ -16,13 +16,18 @@ from mambapeft_vision.atomic import atomic_path
 from mambapeft_vision.errors import UserError
 from mambapeft_vision.state import check_state
 
+EMBEDDED_WEIGHTS = Path(__file__).parent / "weights"  # of our own, shipped with the package
+
 
 def load_official(model: nn.Module) -> None:
-    """Downloads (or takes from the hub's cache) the official weights of `model`'s variant and loads them.
+    """Loads the official weights of `model`'s variant: from the package, or from the hub (or its cache).
 
     Raises: UserError when the variant has no published weights or the hub cannot be reached.
     """
     cfg = model.default_cfg
+    if "embedded" in cfg:
+        load_weights(model, EMBEDDED_WEIGHTS / cfg["embedded"])
+        return
     repository, file = cfg.get("hf_hub_id"), cfg.get("hf_hub_filename")
     name = cfg.get("name", type(model).__name__)
     if repository is None:

@@ -428,3 +428,13 @@ _variant(
     embed_dim=64,
     depth=4,
 )
+_variant(
+    "vim_nano_patch8_64",
+    "A small Vim (65 tokens) with weights of our own in the package (docs/pretraining.md), for demos and tests.",
+    _record(64, embedded="vim_nano.safetensors"),
+    patch_size=8,
+    embed_dim=192,
+    depth=6,
+    d_state=8,
+    expand=1,
+)
