@@ -1,0 +1,1 @@
+"""Results: the record of a run, and what is made from records."""

@@ -63,6 +63,12 @@ def device_name(device: torch.device) -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Starts the count of `peak_memory_bytes` again, where that can be done (on GPUs)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Of this process: allocated by PyTorch on a GPU, else resident in main memory."""
     if device.type == "cuda":

@@ -85,14 +85,18 @@ def _csv(rows: list[Row]) -> str:
 
 
 class ProgressLine(Callback):
-    """Epoch, loss, accuracy, images/s and time left: live on a terminal, a line an epoch in the log."""
+    """Where the run is, images/s and time left: live on a terminal, and a line an epoch in the log."""
 
-    INTERVAL_S = 0.2
+    INTERVAL_S = 0.2  # between two rewritings of the live line
 
     def __init__(self, console: Console, history: History) -> None:
         self._console = console
         self._history = history
+        self._epoch_started = 0.0
         self._shown = 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: FineTuning) -> None:
+        self._epoch_started = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: FineTuning, outputs: Any, batch: Any, batch_idx: int
@@ -101,21 +105,20 @@ class ProgressLine(Callback):
         if now - self._shown < self.INTERVAL_S:
             return
         self._shown = now
-        step = f"step {batch_idx + 1}/{trainer.num_training_batches}"
-        previous = self._history.rows[-1:]
-        rest = "  ".join(["", *(_summary(row, trainer.max_epochs) for row in previous)])
-        self._console.live(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} {step}{rest}")
+        seconds, steps, done = now - self._epoch_started, trainer.num_training_batches, batch_idx + 1
+        steps_left = (trainer.max_epochs - trainer.current_epoch) * steps - done
+        self._console.live(
+            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  step {done}/{steps}  "
+            f"{pl_module.images_seen / seconds:,.0f} images/s  {format_duration(steps_left * seconds / done)} left"
+        )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: FineTuning) -> None:
         row = self._history.rows[-1]
-        self._console.note(f"epoch {row['epoch'] + 1}/{trainer.max_epochs}  {_summary(row, trainer.max_epochs)}")
-
-
-def _summary(row: Row, max_epochs: int) -> str:
-    left = format_duration((max_epochs - row["epoch"] - 1) * row["seconds"])
-    return (
-        f"loss {row['loss']:.4f}  accuracy {row['accuracy']:.1%}  {row['images_per_second']:,.0f} images/s  {left} left"
-    )
+        epochs_left = trainer.max_epochs - row["epoch"] - 1
+        self._console.note(
+            f"epoch {row['epoch'] + 1}/{trainer.max_epochs}  loss {row['loss']:.4f}  accuracy {row['accuracy']:.1%}  "
+            f"{row['images_per_second']:,.0f} images/s  {format_duration(epochs_left * row['seconds'])} left"
+        )
 
 
 class StopAtNonFiniteLoss(Callback):

@@ -20,8 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mambapeft_vision.errors import UserError
 
-USER_MISTAKE = 2
 CRASH = 1
+USER_MISTAKE = 2
+INTERRUPTED = 130  # as shells report Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,15 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Calls a `@hydra.main` function and leaves with exit code 0, 1 (crash) or 2 (a mistake in command or files)."""
+    """Calls a `@hydra.main` function and leaves with exit code 0, 1 (crash), 2 (mistake) or 130."""
     # Where other programs want the cores too, PyTorch's spinning threads would make a step 30 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises what happened; it is described here
     try:
         main()
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         # Of a job that raised, Hydra has already said with which overrides.
         print(describe_error(error), file=sys.stderr)

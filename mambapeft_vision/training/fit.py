@@ -28,7 +28,10 @@ _LIGHTNING_PRECISION = {"fp32": "32-true", "tf32": "32-true", "bf16": "bf16-mixe
 
 
 def fit(plan: RunPlan, setup: Setup, log_epoch: Callable[[Row], None], console: Console) -> History:
-    """Trains to the last epoch and returns the history. Raises UserError at a non-finite loss."""
+    """Trains to the last epoch and returns the history.
+
+    Raises: UserError at a non-finite loss; KeyboardInterrupt at Ctrl-C.
+    """
     checkpoint = plan.folder / CHECKPOINT_FILE
     history = History(plan.folder / METRICS_FILE, log_epoch)
     callbacks = [
@@ -43,7 +46,10 @@ def fit(plan: RunPlan, setup: Setup, log_epoch: Callable[[Row], None], console: 
         console.say(f"continues from {checkpoint}")
     trainer = make_trainer(plan.recipe, setup.device, callbacks)
     module = FineTuning(setup.model, setup.normalise, plan.recipe, plan.seed)
-    trainer.fit(module, datamodule=setup.task, ckpt_path=checkpoint if resumes else None)
+    try:
+        trainer.fit(module, datamodule=setup.task, ckpt_path=checkpoint if resumes else None)
+    except SystemExit as ctrl_c:  # Lightning's answer to Ctrl-C
+        raise KeyboardInterrupt from ctrl_c
     return history
 
 

@@ -54,17 +54,20 @@ class WandbLogger:
     def start(self, plan: RunPlan) -> None:
         import wandb  # slow to import, and needed with this logger alone
 
-        self._run = wandb.init(
-            **self._settings,
-            id=_run_id(plan.folder),
-            resume="allow",
-            name=f"{plan.task} {plan.method_names} seed {plan.seed}",
-            group=plan.task,
-            tags=[*self._tags, *plan.methods],
-            config=plan.config,
-            dir=plan.folder,
-            settings=wandb.Settings(silent=True),
-        )
+        try:
+            self._run = wandb.init(
+                **self._settings,
+                id=_run_id(plan.folder),
+                resume="allow",
+                name=f"{plan.task} {plan.method_names} seed {plan.seed}",
+                group=plan.task,
+                tags=[*self._tags, *plan.methods],
+                config=plan.config,
+                dir=plan.folder,
+                settings=wandb.Settings(silent=True),
+            )
+        except wandb.Error as error:
+            raise UserError(f"logger=wandb: {error}; log in with `wandb login`, or set logger.mode=offline") from error
         self._run.define_metric("epoch")
         self._run.define_metric("train/*", step_metric="epoch")
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from mambapeft_vision.adapt import AdaptedModel
 from mambapeft_vision.data import ConsoleProgress, Preprocessing, TaskDataModule
+from mambapeft_vision.results.environment import reset_peak_memory
 from mambapeft_vision.training.build import build_backbone, build_dataset, set_kernel
 from mambapeft_vision.training.console import Console
 from mambapeft_vision.training.module import Normalise
@@ -54,6 +55,7 @@ def assemble(
         kernel: as asked for, e.g. "auto".
     Raises: UserError.
     """
+    reset_peak_memory(device)
     apply_precision(plan.recipe.precision)
     task = build_dataset(plan)
     backbone = build_backbone(plan)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import runs
@@ -16,19 +17,21 @@ from mambapeft_vision.results.record import is_finished, read_record
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
-def start(script: str, *arguments: str, cwd: Path = runs.ROOT) -> subprocess.Popen[str]:
+def start(
+    script: str, *arguments: str, cwd: Path = runs.ROOT, environment: dict[str, str] = ENVIRONMENT
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(runs.ROOT / script), *arguments],
         cwd=cwd,
-        env=ENVIRONMENT,
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def call(script: str, *arguments: str, cwd: Path = runs.ROOT) -> subprocess.CompletedProcess[str]:
-    process = start(script, *arguments, cwd=cwd)
+def call(script: str, *arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    process = start(script, *arguments, **settings)
     out, err = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
@@ -72,6 +75,18 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(task, tmp_path):
     assert (records[0].accuracy, records[0].loss) == (records[1].accuracy, records[1].loss)
 
 
+def test_ctrl_c_stops_at_once_and_says_how_to_continue(task, tmp_path):
+    process = start("train.py", *runs.overrides(task, tmp_path, "trainer.max_epochs=100000"))
+    while not epochs_on_disk(tmp_path):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command continues" in err and "Traceback" not in err
+    assert not is_finished(runs.only_run_folder(tmp_path))
+
+
 def test_a_sweep_goes_on_after_a_failing_job_and_reports_it(task, tmp_path):
     command = runs.overrides(task, tmp_path, "trainer.max_epochs=1", "trainer.warmup_epochs=0")
     sweep = call("train.py", "-m", *command, "method.lora_p_x.rank=2,0,3")
@@ -94,6 +109,13 @@ def test_wandb_offline(task, tmp_path):
     for text in ("custom/tiny lora_p_x seed 0", "train/images_per_second", "backbone_sha256", "tiny"):
         assert text.encode() in content, text
     assert (folder / "wandb_id.txt").read_text() in file.name
+
+
+def test_wandb_without_a_login_is_a_readable_error(task, tmp_path):
+    environment = {k: v for k, v in ENVIRONMENT.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path)}
+    result = call("train.py", *runs.overrides(task, tmp_path, "logger=wandb"), environment=environment)
+    assert result.returncode == 2
+    assert "logger.mode=offline" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_evaluate_command(finished):
