@@ -231,6 +231,7 @@ def _setup_context(ctx, inputs, output) -> None:
     _, *kept = output
     ctx.save_for_backward(x, z, *kept, *tensors)
     ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)  # no zeros for the gradients of what is only kept
     ctx.constants = present, reverse, scale, scans
     ctx.count = len(kept)
 

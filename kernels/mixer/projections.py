@@ -14,11 +14,14 @@ from torch import Tensor
 
 @triton.jit
 def _softplus(v):
-    """log(1 + e^v) without cancellation: log(w)·e/(w-1) with w = 1 + e corrects the rounding of w."""
-    e = tl.exp(tl.minimum(v, 20.0))
-    w = 1.0 + e
-    exact = tl.where(w == 1.0, e, tl.log(w) * (e / tl.where(w == 1.0, 1.0, w - 1.0)))
-    return tl.where(v > 20.0, v, exact)
+    """max(v, 0) + log1p(a) with a = e^-|v|, and log1p(a) = 2 artanh(q), q = a / (2 + a) <= 1/3: exact to float32."""
+    a = tl.exp2(-1.4426950408889634 * tl.abs(v))
+    q = a / (2.0 + a)
+    s = q * q
+    series = 1.0 + s * (
+        0.33333334 + s * (0.2 + s * (0.14285715 + s * (0.11111111 + s * (0.09090909 + s * 0.07692308))))
+    )
+    return tl.maximum(v, 0.0) + 2.0 * q * series
 
 
 @triton.jit
@@ -89,8 +92,7 @@ def _dt_proj(
 
 @triton.jit
 def _dt_proj_backward(
-    draw_ptr, w0, w1, dbc_ptr, dproj_ptr, tokens, E, parts, part_stride,
-    R: tl.constexpr, S: tl.constexpr, RP: tl.constexpr, SP: tl.constexpr,
+    draw_ptr, w0, w1, dbc_ptr, dproj_ptr, tokens, E, part_stride, PARTS: tl.constexpr, R: tl.constexpr, S: tl.constexpr, RP: tl.constexpr, SP: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of [dt | B | C], [G, tokens, R + S]: dΔ_raw dt_proj, and the sum of the scan's partial sums."""
@@ -114,7 +116,7 @@ def _dt_proj_backward(
         dlow += _dot(draw, w.to(io), PRECISION)
     dbc = tl.zeros([BLOCK_T, SP], tl.float32)
     mask_s = mask_t[:, None] & (state < S)[None, :]
-    for part in range(parts):
+    for part in tl.static_range(PARTS):  # unrolled: all loads are under way at once
         at = dbc_ptr + part * part_stride + (token * S)[:, None] + state[None, :]
         dbc += tl.load(at, mask=mask_s, other=0.0)
     row = dproj_ptr + (token * (R + S))[:, None]
@@ -166,7 +168,7 @@ def _precision(x: Tensor) -> str:
 _TILES: dict[str, dict[str, int]] = {
     "x_proj": {"BLOCK_T": 64, "BLOCK_E": 64, "num_warps": 4, "num_stages": 3},
     "dt_proj": {"BLOCK_T": 64, "BLOCK_E": 64, "num_warps": 4, "num_stages": 1},
-    "dt_proj_backward": {"BLOCK_T": 64, "BLOCK_E": 64, "num_warps": 4, "num_stages": 3},
+    "dt_proj_backward": {"BLOCK_T": 32, "BLOCK_E": 64, "num_warps": 4, "num_stages": 3},
     "x_proj_backward": {"BLOCK_T": 64, "BLOCK_E": 64, "num_warps": 4, "num_stages": 1},
 }
 _FLOAT32_TILE = {"BLOCK_T": 32, "BLOCK_E": 32, "num_warps": 4, "num_stages": 2}
@@ -241,7 +243,7 @@ def projections_backward(
     dproj = torch.empty(groups, batch, length, width, dtype=x.dtype, device=x.device)
     tile = _tile("dt_proj_backward", x.dtype)
     _dt_proj_backward[(triton.cdiv(tokens, tile["BLOCK_T"]), groups)](
-        draw, *_pair(dt_proj), dbc, dproj, tokens, channels, dbc.shape[0], dbc.stride(0), R=rank, S=pair_states,
+        draw, *_pair(dt_proj), dbc, dproj, tokens, channels, dbc.stride(0), PARTS=dbc.shape[0], R=rank, S=pair_states,
         RP=_padded(rank), SP=_padded(pair_states), PRECISION=_precision(x), **tile,
     )  # fmt: skip
     if need_input:

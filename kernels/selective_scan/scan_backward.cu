@@ -17,8 +17,21 @@ constexpr int NB = 4 * P;                 // states, as lanes hold them
 constexpr int NP = (N + 7) / 8 * 8;       // states, as checkpoints hold them
 constexpr int EPT = T * CB / THREADS;     // elements a thread stages and finishes: one row, EPT columns
 constexpr int VEC = 16 / sizeof(io_t);    // elements of a 16-byte copy
+constexpr int VPT = T * CB / VEC;         // such copies of a chunk's tile
 constexpr int RAW = NEED_DZ ? 5 : 4;      // Δ, u, dout, z, total
 constexpr float LN2 = 0.6931471805599453f;
+
+// One struct, so that a lane's addresses are a few registers plus constants.
+struct __align__(16) Shared {
+    io_t raw[2][RAW][T * CB];       // as copied, two buffers
+    float bc[2][T * 2 * N];         // B|C as copied, in the order of memory
+    float ckpt[2][CB * NP];
+    float4 order[T][2][4][P];       // B and C in four orders
+    float2 step[T][CB];             // {Δ, Δu}; after its step: {Σ_n g B, Σ_n g a h A}
+    float2 read[T][CB];             // {Δu, dy}
+    float sum[WARPS][T][2][NB];     // a warp's dB and dC
+    float skip[CB];
+};
 
 __device__ __forceinline__ u32 smem(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -48,14 +61,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     const int chunks = (length + T - 1) / T;
     const i64 row0 = ((i64)dir * batch + b) * length;
 
-    __shared__ __align__(16) io_t raw_s[2][RAW][T * CB];
-    __shared__ __align__(16) float bc_s[2][T * 2 * N];
-    __shared__ __align__(16) float ckpt_s[2][CB * NP];
-    __shared__ float2 step_s[T][CB];         // {Δ, Δu}; after its step: {Σ_n g B, Σ_n g a h A}
-    __shared__ float2 read_s[T][CB];         // {Δu, dy}
-    __shared__ float4 order_s[T][2][4][P];   // B and C in four orders
-    __shared__ float sum_s[WARPS][T][2][NB];  // a warp's dB and dC
-    __shared__ float skip_s[CB];
+    __shared__ Shared shared;
 
     int local[2];  // this lane's channels in the block
     float A[2][4], carry[2][4];
@@ -84,45 +90,46 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #endif
         }
     }
-    if (tid < CB) skip_s[tid] = first + tid < channels ? (dir ? d1 : d0)[first + tid] : 0.0f;
+    if (tid < CB) shared.skip[tid] = first + tid < channels ? (dir ? d1 : d0)[first + tid] : 0.0f;
 
     auto token_of = [&](int j, int i) { return j * T + (reverse ? T - 1 - i : i); };
-    // Starts the copies of chunk j into buffer `to`.
+    // Starts the copies of chunk j into buffer `to`. Trip counts are constants, addresses are computed once an item.
+    const int copy_row = tid % VPT / (CB / VEC), copy_col = tid % (CB / VEC) * VEC;
     auto fetch = [&](int j, int to) {
+        const int t = token_of(j, copy_row);
+        const bool live = t < length && first + copy_col < channels;
+        const i64 own = (row0 + t) * channels + first + copy_col;
 #pragma unroll
-        for (int r = 0; r < RAW; ++r) {
-            const io_t* base;
-            i64 row, line;
-            [[maybe_unused]] i64 step = 1;
-            if (r == 0) base = delta, row = row0 * channels, line = channels;
-            if (r == 1) base = u, row = row0 * channels, line = channels;
-            if (r == 2) base = dout, row = b * ob, line = ol, step = oe;
-            if (r == 3) base = z, row = b * zb, line = zl, step = ze;
-            if (r == 4) base = total, row = (i64)b * length * channels, line = channels;
-            if (r == 4 && dir) continue;  // direction 0 alone writes dz
+        for (int w = 0; w < (RAW * VPT + THREADS - 1) / THREADS; ++w) {
+            const int item = w * THREADS + tid, r = item / VPT;
+            if (r >= RAW || (r == 4 && dir)) continue;  // direction 0 alone writes dz
+            const io_t* from = r == 0 ? delta + own : u + own;
+            i64 step = 1;
+            if (r == 2) from = dout + b * ob + t * ol + (first + copy_col) * oe, step = oe;
+            if (r == 3) from = z + b * zb + t * zl + (first + copy_col) * ze, step = ze;
+            if (r == 4) from = total + ((i64)b * length + t) * channels + first + copy_col;
+            io_t* into = &shared.raw[to][0][0] + item * VEC;
 #if ALIGNED
-            for (int v = tid; v < T * CB / VEC; v += THREADS) {
-                const int i = v / (CB / VEC), c = v % (CB / VEC) * VEC, t = token_of(j, i);
-                const bool live = t < length && first + c < channels;
-                copy_async<16>(&raw_s[to][r][i * CB + c], live ? base + row + t * line + first + c : base, live);
-            }
+            copy_async<16>(into, live ? from : delta, live);
 #else
-            for (int v = tid; v < T * CB; v += THREADS) {
-                const int i = v / CB, c = v % CB, t = token_of(j, i);
-                const bool live = t < length && first + c < channels;
-                raw_s[to][r][v] = live ? base[row + t * line + (first + c) * step] : (io_t)0;
-            }
+#pragma unroll
+            for (int k = 0; k < VEC; ++k)
+                into[k] = live && first + copy_col + k < channels ? from[k * step] : (io_t)0;
 #endif
         }
-        for (int v = tid; v < T * N; v += THREADS) {
-            const int i = v / N, c = v % N * 2, t = token_of(j, i);
-            const bool live = t < length;
-            copy_async<8>(&bc_s[to][i * 2 * N + c], live ? bc + (row0 + t) * (2 * N) + c : bc, live);
+        const float* bc_from = bc + (row0 + j * T) * (2 * N);  // in the order of memory
+        const int words = (length - j * T) * (2 * N);
+#pragma unroll
+        for (int w = 0; w < (T * N + THREADS - 1) / THREADS; ++w) {
+            const int v = (w * THREADS + tid) * 2;
+            if (v < T * 2 * N) copy_async<8>(&shared.bc[to][v], v < words ? bc_from + v : bc, v < words);
         }
-        const float* from = ckpt + ((((i64)dir * batch + b) * chunks + j) * channels + first) * NP;
-        for (int v = tid; v < CB * NP / 4; v += THREADS) {
-            const bool live = first + v / (NP / 4) < channels;
-            copy_async<16>(&ckpt_s[to][v * 4], live ? from + v * 4 : ckpt, live);
+        const float* state_from = ckpt + ((((i64)dir * batch + b) * chunks + j) * channels + first) * NP;
+        const int states = (channels - first) * NP;
+#pragma unroll
+        for (int w = 0; w < (CB * NP / 4 + THREADS - 1) / THREADS; ++w) {
+            const int v = (w * THREADS + tid) * 4;
+            if (v < CB * NP) copy_async<16>(&shared.ckpt[to][v], v < states ? state_from + v : ckpt, v < states);
         }
         asm volatile("cp.async.commit_group;");
     };
@@ -143,56 +150,62 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         {  // stage this thread's elements: dy = scale · dout · silu(z), and dz
             Pack<EPT> rd, ru, ro, rz, grad;
             const int at = slot * CB + col;
-            rd.load_vector(&raw_s[now][0][at]);
-            ru.load_vector(&raw_s[now][1][at]);
-            ro.load_vector(&raw_s[now][2][at]);
-            rz.load_vector(&raw_s[now][3][at]);
+            rd.load_vector(&shared.raw[now][0][at]);
+            ru.load_vector(&shared.raw[now][1][at]);
+            ro.load_vector(&shared.raw[now][2][at]);
+            rz.load_vector(&shared.raw[now][3][at]);
             float g[EPT];
 #pragma unroll
             for (int k = 0; k < EPT; ++k) {
                 const float zk = rz.get(k), gate = sigmoid(zk), o = scale * ro.get(k);
                 const float step = rd.get(k), du_k = step * ru.get(k);
-                step_s[slot][col + k] = make_float2(step, du_k);
-                read_s[slot][col + k] = make_float2(du_k, o * zk * gate);
+                shared.step[slot][col + k] = make_float2(step, du_k);
+                shared.read[slot][col + k] = make_float2(du_k, o * zk * gate);
                 g[k] = o * gate * (1.0f + zk * (1.0f - gate));
             }
 #if NEED_DZ
             if (dir == 0) {
                 Pack<EPT> rt;
-                rt.load_vector(&raw_s[now][RAW - 1][at]);
+                rt.load_vector(&shared.raw[now][RAW - 1][at]);
 #pragma unroll
                 for (int k = 0; k < EPT; k += 2) grad.set_pair(k / 2, g[k] * rt.get(k), g[k + 1] * rt.get(k + 1));
                 grad.store(dz + b * gb + (i64)token * gl + (first + col) * ge, ge, live);
             }
 #endif
         }
-        for (int v = tid; v < T * 2 * P; v += THREADS) {
-            const int part = v % P, kind = v / P % 2, i = v / (2 * P);
-            float f[4];
 #pragma unroll
-            for (int s = 0; s < 4; ++s) {
-                const int n = 4 * part + s;
-                f[s] = n < N ? bc_s[now][i * 2 * N + kind * N + n] : 0.0f;
+        for (int w = 0; w < (T * 2 * P + THREADS - 1) / THREADS; ++w) {
+            const int v = w * THREADS + tid;
+            if (v >= T * 2 * P) break;
+            const int part = v % P, kind = v / P % 2, row = v / (2 * P), i = reverse ? T - 1 - row : row;
+            const float* from = &shared.bc[now][row * 2 * N + kind * N + 4 * part];
+            float f[4];
+            if constexpr (N == 4 * P) {
+                const float4 whole = *(const float4*)from;
+                f[0] = whole.x, f[1] = whole.y, f[2] = whole.z, f[3] = whole.w;
+            } else {
+#pragma unroll
+                for (int s = 0; s < 4; ++s) f[s] = 4 * part + s < N ? from[s] : 0.0f;
             }
-            order_s[i][kind][0][part] = make_float4(f[0], f[1], f[2], f[3]);
-            order_s[i][kind][1][part] = make_float4(f[1], f[0], f[3], f[2]);
-            order_s[i][kind][2][part] = make_float4(f[2], f[3], f[0], f[1]);
-            order_s[i][kind][3][part] = make_float4(f[3], f[2], f[1], f[0]);
+            shared.order[i][kind][0][part] = make_float4(f[0], f[1], f[2], f[3]);
+            shared.order[i][kind][1][part] = make_float4(f[1], f[0], f[3], f[2]);
+            shared.order[i][kind][2][part] = make_float4(f[2], f[3], f[0], f[1]);
+            shared.order[i][kind][3][part] = make_float4(f[3], f[2], f[1], f[0]);
         }
         __syncthreads();
 
         float decay[T][2][4], state[T][2][4];
         auto start = [&](int k, int s) {
             const int n = 4 * p + (s ^ (q & 3));
-            return n < NP ? ckpt_s[now][local[k] * NP + n] : 0.0f;
+            return n < NP ? shared.ckpt[now][local[k] * NP + n] : 0.0f;
         };
 #pragma unroll
         for (int i = 0; i < T; ++i) {
-            const float4 Bv = order_s[i][0][q & 3][p];
+            const float4 Bv = shared.order[i][0][q & 3][p];
             const float B[4] = {Bv.x, Bv.y, Bv.z, Bv.w};
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-                const float2 step = step_s[i][local[k]];
+                const float2 step = shared.step[i][local[k]];
 #pragma unroll
                 for (int s = 0; s < 4; ++s) {
                     decay[i][k][s] = ex2(step.x * A[k][s]);
@@ -203,17 +216,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         }
 #pragma unroll
         for (int i = T - 1; i >= 0; --i) {
-            const float4 Bv = order_s[i][0][q & 3][p], Cv = order_s[i][1][q & 3][p];
+            const float4 Bv = shared.order[i][0][q & 3][p], Cv = shared.order[i][1][q & 3][p];
             const float B[4] = {Bv.x, Bv.y, Bv.z, Bv.w}, C[4] = {Cv.x, Cv.y, Cv.z, Cv.w};
             float dB[4] = {0.0f, 0.0f, 0.0f, 0.0f}, dC[4] = {0.0f, 0.0f, 0.0f, 0.0f};
             float gB[2] = {0.0f, 0.0f}, gA[2] = {0.0f, 0.0f};
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-                const float2 step = read_s[i][local[k]];
+                const float2 step = shared.read[i][local[k]];
 #if NEED_DA
-                const float delta_k = step_s[i][local[k]].x;
+                const float delta_k = shared.step[i][local[k]].x;
 #else
-                const float delta_k = i < STORE_DECAY ? 0.0f : step_s[i][local[k]].x;
+                const float delta_k = i < STORE_DECAY ? 0.0f : shared.step[i][local[k]].x;
 #endif
 #pragma unroll
                 for (int s = 0; s < 4; ++s) {
@@ -239,8 +252,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             gA[0] = add_from(gA[0], gA[1], 1);
             float over_states = add_from(p & 2 ? gA[0] : gB[0], p & 2 ? gB[0] : gA[0], 2);
             if constexpr (P == 8) over_states += __shfl_xor_sync(0xffffffffu, over_states, 4);
-            // Every lane that reads step_s[i] of this channel is in this warp and has passed the shuffles above.
-            if (P == 4 || p < 4) (p & 2 ? step_s[i][local[0]].y : step_s[i][local[0]].x) = over_states;
+            // Every lane that reads shared.step[i] of this channel is in this warp and has passed the shuffles above.
+            if (P == 4 || p < 4) (p & 2 ? shared.step[i][local[0]].y : shared.step[i][local[0]].x) = over_states;
 
             // Over channels.
             dB[0] = add_from(dB[0], dB[2], 2 * P);
@@ -251,10 +264,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             dC[0] = add_from(dC[0], dC[1], P);
             const int n = 4 * p + (q & 3);
             if constexpr (Q == 8) {
-                sum_s[warp][i][q >> 2][n] = add_from(q & 4 ? dC[0] : dB[0], q & 4 ? dB[0] : dC[0], 4 * P);
+                shared.sum[warp][i][q >> 2][n] = add_from(q & 4 ? dC[0] : dB[0], q & 4 ? dB[0] : dC[0], 4 * P);
             } else {
-                sum_s[warp][i][0][n] = dB[0];
-                sum_s[warp][i][1][n] = dC[0];
+                shared.sum[warp][i][0][n] = dB[0];
+                shared.sum[warp][i][1][n] = dC[0];
             }
         }
         __syncthreads();
@@ -262,14 +275,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         {
             Pack<EPT> rd, ru, out_u, out_d;
             const int at = slot * CB + col;
-            rd.load_vector(&raw_s[now][0][at]);
-            ru.load_vector(&raw_s[now][1][at]);
+            rd.load_vector(&shared.raw[now][0][at]);
+            ru.load_vector(&shared.raw[now][1][at]);
             float vu[EPT], vd[EPT];
 #pragma unroll
             for (int k = 0; k < EPT; ++k) {
-                const float2 sums = step_s[slot][col + k];
-                const float step = rd.get(k), dy = read_s[slot][col + k].y;
-                vu[k] = step * sums.x + skip_s[col + k] * dy;
+                const float2 sums = shared.step[slot][col + k];
+                const float step = rd.get(k), dy = shared.read[slot][col + k].y;
+                vu[k] = step * sums.x + shared.skip[col + k] * dy;
                 vd[k] = (ru.get(k) * sums.x + LN2 * sums.y) * one_minus_exp(step);
             }
 #pragma unroll
@@ -281,13 +294,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             out_u.store(du + to, 1, live);
             out_d.store(draw + to, 1, live);
         }
-        for (int v = tid; v < T * 2 * NB; v += THREADS) {
-            const int n = v % NB, kind = v / NB % 2, i = v / (2 * NB), t = token_of(j, i);
+        float* dbc_to = dbc + (((i64)blockIdx.x * groups * batch * length) + row0) * (2 * N);
+#pragma unroll
+        for (int w = 0; w < T * 2 * NB / THREADS; ++w) {
+            const int v = w * THREADS + tid, n = v % NB, kind = v / NB % 2, i = v / (2 * NB), t = token_of(j, i);
             float sum = 0.0f;
 #pragma unroll
-            for (int w = 0; w < WARPS; ++w) sum += sum_s[w][i][kind][n];
-            if (n < N && t < length)
-                dbc[(((i64)blockIdx.x * groups * batch * length) + row0 + t) * (2 * N) + kind * N + n] = sum;
+            for (int k = 0; k < WARPS; ++k) sum += (&shared.sum[k][0][0][0])[v];
+            if (n < N && t < length) dbc_to[t * (2 * N) + kind * N + n] = sum;
         }
     }
 #if NEED_DA

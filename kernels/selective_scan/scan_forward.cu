@@ -1,20 +1,29 @@
-// Both scans of a block, their sum and the gate. Macros: N states, G directions, SAVE (keep what the backward
-// needs), HAS_SO (state offset), MIN_BLOCKS (per multiprocessor).
+// Both scans of a block, their sum and the gate. Macros: N states, G directions, P lanes that share a channel pair (2 or
+// 4), SAVE (keep what the backward needs), HAS_SO (state offset), MIN_BLOCKS (per multiprocessor).
 //
-// A block owns CB channels of one sample in all directions: 64 threads a direction, a thread owns ST states of two
-// neighbouring channels, two lanes share a channel pair. The directions walk the chunks from opposite ends; who
-// comes to a chunk first leaves its y in `out`, who comes second adds its own, applies the gate and overwrites it.
+// A block owns CB channels of one sample in all directions; a thread owns ST states of two neighbouring channels. The
+// directions walk the chunks from opposite ends; who comes to a chunk first leaves its y in `out`, who comes second
+// adds its own, applies the gate and overwrites it.
 
-constexpr int ST = (N + 7) / 8 * 4;  // states of a thread
-constexpr int NP = 2 * ST;           // padded states
-constexpr int CB = 64;               // channels of a block
-constexpr int THREADS = 64;          // of a direction
-constexpr int BC_WORDS = (T * 2 * NP + THREADS - 1) / THREADS;
-constexpr int PAIRS = CB / 2 + CB / 8;  // a row of channel pairs, one pad every four: no bank conflicts
+constexpr int ST = (N + 4 * P - 1) / (4 * P) * 4;  // states of a thread
+constexpr int NB = P * ST;                         // states as lanes hold them
+constexpr int NP = (N + 7) / 8 * 8;                // states as checkpoints hold them
+constexpr int CB = 64;                             // channels of a block
+constexpr int THREADS = CB / 2 * P;                // of a direction
+constexpr int EPT = T * CB / THREADS;              // elements a thread stages and finishes: one row, EPT columns
+constexpr int BC_WORDS = (T * 2 * N + THREADS - 1) / THREADS;
+constexpr int PAIRS = CB / 2 + CB / 8;  // a row of channel pairs, one pad every four: fewer bank conflicts
 
 struct Inputs {  // what a thread stages of one chunk, prefetched into registers
-    Pack<8> u, delta;
+    Pack<EPT> u, delta;
     float bc[BC_WORDS];
+};
+
+struct __align__(16) Shared {  // of a direction
+    float4 step[T][PAIRS];      // {Δ, Δu} of two channels
+    float4 bc[T][2][NB / 4];    // B and C
+    float4 y[T][CB / 4];
+    float4 skip[CB / 4], shift[CB / 4];
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS * G, MIN_BLOCKS) scan_forward(
@@ -23,18 +32,18 @@ extern "C" __global__ void __launch_bounds__(THREADS * G, MIN_BLOCKS) scan_forwa
     const float* so0, const float* so1, const float* oo0, const float* oo1, io_t* out, io_t* total, float* ckpt,
     int batch, int length, int channels, i64 zb, i64 zl, i64 ze, float scale, int reverse_bits) {
     const int dir = threadIdx.x / THREADS, tid = threadIdx.x % THREADS;
-    const int pair = tid >> 1, part = tid & 1;
+    const int pair = tid / P, part = tid % P;
     const int b = blockIdx.y, first = blockIdx.x * CB;
     const bool reverse = reverse_bits >> dir & 1;
     const bool same_way = reverse_bits == 0 || reverse_bits == 3;
     const int chunks = (length + T - 1) / T;
     const i64 row0 = ((i64)dir * batch + b) * length;
 
-    __shared__ float4 step_s[G][T][PAIRS];  // {Δ, Δu} of two channels
-    __shared__ float4 bc_s[G][T][NP / 2];   // B then C
-    __shared__ float4 y_s[G][T][CB / 4];
-    __shared__ float skip_s[G][CB], shift_s[G][CB];
+    __shared__ Shared all_shared[G];
+    Shared& shared = all_shared[dir];
 
+    // A lane's states: four of every 4 P, so that the lanes of a channel read and write whole sectors together.
+    auto state_of = [&](int s) { return (s / 4) * 4 * P + part * 4 + s % 4; };
     float h[2][ST], A[2][ST];
 #if HAS_SO
     float so[2][ST];
@@ -46,7 +55,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * G, MIN_BLOCKS) scan_forwa
         for (int k = 0; k < 2; ++k)
 #pragma unroll
             for (int s = 0; s < ST; ++s) {
-                const int e = first + 2 * pair + k, n = part * ST + s;
+                const int e = first + 2 * pair + k, n = state_of(s);
                 const bool live = e < channels && n < N;
                 h[k][s] = 0.0f;
                 A[k][s] = live ? -ex2(LOG2E * a_ptr[(i64)e * N + n]) * LOG2E : 0.0f;
@@ -56,14 +65,17 @@ extern "C" __global__ void __launch_bounds__(THREADS * G, MIN_BLOCKS) scan_forwa
             }
         const float* d_ptr = dir ? d1 : d0;
         const float* oo_ptr = dir ? oo1 : oo0;
-        const int e = first + tid;
-        skip_s[dir][tid] = e < channels ? d_ptr[e] : 0.0f;
-        shift_s[dir][tid] = e < channels && oo_ptr ? oo_ptr[e] : 0.0f;
+        if (tid < CB) {
+            const int e = first + tid;
+            ((float*)shared.skip)[tid] = e < channels ? d_ptr[e] : 0.0f;
+            ((float*)shared.shift)[tid] = e < channels && oo_ptr ? oo_ptr[e] : 0.0f;
+        }
+        for (int v = tid; v < T * 2 * NB; v += THREADS) ((float*)shared.bc)[v] = 0.0f;  // states beyond N stay zero
     }
 
-    const int slot = tid >> 3, col = (tid & 7) * 8;  // the eight elements this thread stages and finishes
+    const int slot = tid / (CB / EPT), col = tid % (CB / EPT) * EPT;
     const int rest = channels - first - col;
-    const int live_cols = rest < 0 ? 0 : (rest > 8 ? 8 : rest);
+    const int live_cols = rest < 0 ? 0 : (rest > EPT ? EPT : rest);
     auto token_of = [&](int j, int i) { return j * T + (reverse ? T - 1 - i : i); };
     auto fetch = [&](int j, Inputs& in) {
         const int token = token_of(j, slot);
@@ -71,29 +83,33 @@ extern "C" __global__ void __launch_bounds__(THREADS * G, MIN_BLOCKS) scan_forwa
         const int live = token < length ? live_cols : 0;
         in.u.load(u + at, 1, live);
         in.delta.load(delta + at, 1, live);
+        const float* from = bc + (row0 + j * T) * (2 * N);  // in the order of memory
+        const int words = (length - j * T) * (2 * N);
 #pragma unroll
         for (int w = 0; w < BC_WORDS; ++w) {
-            const int at_s = w * THREADS + tid, i = at_s / (2 * NP), c = at_s % (2 * NP), n = c % NP;
-            const int t = token_of(j, i);
-            const bool ok = i < T && n < N && t < length;
-            in.bc[w] = ok ? bc[(row0 + t) * (2 * N) + (c / NP) * N + n] : 0.0f;
+            const int v = w * THREADS + tid;
+            in.bc[w] = v < T * 2 * N && v < words ? from[v] : 0.0f;
         }
     };
 
     Inputs in;
     fetch(reverse ? chunks - 1 : 0, in);
+    __syncthreads();  // the zeros in shared.bc are in place
     for (int it = 0; it < chunks; ++it) {
         const int j = reverse ? chunks - 1 - it : it;
-        const Pack<8> u_now = in.u;
+        const Pack<EPT> u_now = in.u;
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
+        for (int k = 0; k < EPT / 2; ++k) {
             const float da = in.delta.get(2 * k), db = in.delta.get(2 * k + 1);
             const int at = col / 2 + k;
-            step_s[dir][slot][at + at / 4] = make_float4(da, da * in.u.get(2 * k), db, db * in.u.get(2 * k + 1));
+            shared.step[slot][at + at / 4] = make_float4(da, da * in.u.get(2 * k), db, db * in.u.get(2 * k + 1));
         }
 #pragma unroll
-        for (int w = 0; w < BC_WORDS; ++w)
-            if (w * THREADS + tid < T * 2 * NP) ((float*)bc_s[dir])[w * THREADS + tid] = in.bc[w];
+        for (int w = 0; w < BC_WORDS; ++w) {
+            const int v = w * THREADS + tid, row = v / (2 * N), c = v % (2 * N);
+            const int i = reverse ? T - 1 - row : row;
+            if (v < T * 2 * N) ((float*)shared.bc[i][c / N])[c % N] = in.bc[w];
+        }
         __syncthreads();
 
         const int token = token_of(j, slot);
@@ -101,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * G, MIN_BLOCKS) scan_forwa
         const i64 out_at = ((i64)b * length + token) * channels + first + col;
         const bool both_here = G == 2 && (same_way || 2 * it == chunks - 1);
         const bool second = G == 1 || (both_here ? dir == 1 : 2 * it > chunks - 1);
-        Pack<8> z_now, other;
+        Pack<EPT> z_now, other;
         other.clear();
         z_now.clear();
         if (second) z_now.load(z + b * zb + (i64)token * zl + (first + col) * ze, ze, live);
@@ -109,25 +125,23 @@ extern "C" __global__ void __launch_bounds__(THREADS * G, MIN_BLOCKS) scan_forwa
         if (it + 1 < chunks) fetch(reverse ? j - 1 : j + 1, in);
 
 #if SAVE
-        float* at = ckpt + (((i64)dir * batch + b) * chunks + j) * channels * NP;
+        float* at = ckpt + ((((i64)dir * batch + b) * chunks + j) * channels + first + 2 * pair) * NP;
 #pragma unroll
         for (int k = 0; k < 2; ++k)
 #pragma unroll
-            for (int s = 0; s < ST; s += 4) {
-                const int e = first + 2 * pair + k;
-                if (e < channels)
-                    *(float4*)(at + (i64)e * NP + part * ST + s) =
+            for (int s = 0; s < ST; s += 4)
+                if (first + 2 * pair + k < channels && state_of(s) < NP)
+                    *(float4*)(at + k * NP + state_of(s)) =
                         make_float4(h[k][s], h[k][s + 1], h[k][s + 2], h[k][s + 3]);
-            }
 #endif
 #pragma unroll
         for (int i = 0; i < T; ++i) {
-            const float4 step = step_s[dir][i][pair + pair / 4];
+            const float4 step = shared.step[i][pair + pair / 4];
             float y0 = 0.0f, y1 = 0.0f;
 #pragma unroll
             for (int s4 = 0; s4 < ST / 4; ++s4) {
-                const float4 Bv = bc_s[dir][i][part * (ST / 4) + s4];
-                const float4 Cv = bc_s[dir][i][NP / 4 + part * (ST / 4) + s4];
+                const float4 Bv = shared.bc[i][0][s4 * P + part];
+                const float4 Cv = shared.bc[i][1][s4 * P + part];
                 const float B4[4] = {Bv.x, Bv.y, Bv.z, Bv.w}, C4[4] = {Cv.x, Cv.y, Cv.z, Cv.w};
 #pragma unroll
                 for (int s = 0; s < 4; ++s) {
@@ -142,24 +156,27 @@ extern "C" __global__ void __launch_bounds__(THREADS * G, MIN_BLOCKS) scan_forwa
 #endif
                 }
             }
-            // Each lane of a pair of lanes finishes one of the two channels.
-            const float mine = part ? y1 : y0, yours = part ? y0 : y1;
-            ((float*)y_s[dir][i])[tid] = mine + __shfl_xor_sync(0xffffffffu, yours, 1);
+            // Half of a pair's lanes finish one of its two channels, half the other.
+            float y = (part & 1 ? y1 : y0) + __shfl_xor_sync(0xffffffffu, part & 1 ? y0 : y1, 1);
+            if constexpr (P == 4) y += __shfl_xor_sync(0xffffffffu, y, 2);
+            if (part < 2) ((float*)shared.y[i])[2 * pair + part] = y;
         }
         __syncthreads();
 
-        float v[8];
+        float v[EPT];
 #pragma unroll
-        for (int k = 0; k < 8; k += 4) {
-            const float4 y4 = y_s[dir][slot][col / 4 + k / 4];
-            v[k] = y4.x, v[k + 1] = y4.y, v[k + 2] = y4.z, v[k + 3] = y4.w;
+        for (int k = 0; k < EPT; k += 4) {
+            const float4 y4 = shared.y[slot][(col + k) / 4], d4 = shared.skip[(col + k) / 4];
+            const float4 o4 = shared.shift[(col + k) / 4];
+            v[k] = y4.x + d4.x * u_now.get(k) + o4.x;
+            v[k + 1] = y4.y + d4.y * u_now.get(k + 1) + o4.y;
+            v[k + 2] = y4.z + d4.z * u_now.get(k + 2) + o4.z;
+            v[k + 3] = y4.w + d4.w * u_now.get(k + 3) + o4.w;
         }
-#pragma unroll
-        for (int k = 0; k < 8; ++k) v[k] += skip_s[dir][col + k] * u_now.get(k) + shift_s[dir][col + k];
-        Pack<8> result;
+        Pack<EPT> result;
         if (!second) {
 #pragma unroll
-            for (int k = 0; k < 4; ++k) result.set_pair(k, v[2 * k], v[2 * k + 1]);
+            for (int k = 0; k < EPT / 2; ++k) result.set_pair(k, v[2 * k], v[2 * k + 1]);
             result.store(out + out_at, 1, live);
         }
         if (both_here) {  // the same for the whole block
@@ -168,19 +185,19 @@ extern "C" __global__ void __launch_bounds__(THREADS * G, MIN_BLOCKS) scan_forwa
         }
         if (second) {
 #pragma unroll
-            for (int k = 0; k < 8; ++k) v[k] += other.get(k);
+            for (int k = 0; k < EPT; ++k) v[k] += other.get(k);
 #if SAVE
 #pragma unroll
-            for (int k = 0; k < 4; ++k) result.set_pair(k, v[2 * k], v[2 * k + 1]);
+            for (int k = 0; k < EPT / 2; ++k) result.set_pair(k, v[2 * k], v[2 * k + 1]);
             result.store(total + out_at, 1, live);
 #endif
 #pragma unroll
-            for (int k = 0; k < 8; ++k) {
+            for (int k = 0; k < EPT; ++k) {
                 const float zk = z_now.get(k);
                 v[k] *= scale * zk * sigmoid(zk);
             }
 #pragma unroll
-            for (int k = 0; k < 4; ++k) result.set_pair(k, v[2 * k], v[2 * k + 1]);
+            for (int k = 0; k < EPT / 2; ++k) result.set_pair(k, v[2 * k], v[2 * k + 1]);
             result.store(out + out_at, 1, live);
         }
     }
