@@ -64,7 +64,9 @@ def build_backbone_offline(plan: RunPlan) -> tuple[nn.Module, str]:
         return build_backbone(plan), f"weights: {section.get('weights')}"
     backbone = build("backbone", {**section, "weights": "random"})
     repository, file = (backbone.default_cfg.get(key) for key in ("hf_hub_id", "hf_hub_filename"))
-    cached = try_to_load_from_cache(repository, file) if repository else None
+    if repository is None:  # in the package, or nowhere
+        return build_backbone(plan), "weights: official"
+    cached = try_to_load_from_cache(repository, file)
     if not isinstance(cached, str):
         return backbone, "weights: random here, as the official ones have not been downloaded yet"
     load_weights(backbone, cached)

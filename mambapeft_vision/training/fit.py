@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
 from mambapeft_vision.training.callbacks import (
@@ -64,7 +65,7 @@ def make_trainer(recipe: TrainerConfig, device: torch.device, callbacks: list[Ca
         precision=_LIGHTNING_PRECISION[recipe.precision],
         max_epochs=recipe.max_epochs,
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), LightningEnvironment()],  # one process, also inside a Slurm job
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
