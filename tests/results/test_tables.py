@@ -1,0 +1,247 @@
+"""Tables against numbers computed by hand."""
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from fake_records import CONFIGS, fake_record
+
+from mambapeft_vision.data.vtab import TASKS
+from mambapeft_vision.errors import UserError
+from mambapeft_vision.results.tables import (
+    AVERAGE,
+    GROUPS,
+    Incomplete,
+    Score,
+    collect,
+    comparison_table,
+    find_records,
+    read_standard,
+    summary_table,
+    tables_of,
+    task_table,
+    to_csv,
+    to_latex,
+    to_markdown,
+)
+
+ALL = [task.name for task in TASKS.values()]
+SPECIALIZED, STRUCTURED = GROUPS["Specialized"], GROUPS["Structured"]
+
+
+@pytest.fixture(scope="module")
+def standard():
+    return read_standard(CONFIGS)
+
+
+def accuracy(task: str, seed: int) -> float:
+    """Natural 80 %, specialized 60 %, structured 40 %; 1 point more in seed 1, 3 more in seed 2."""
+    base = 0.6 if task in SPECIALIZED else 0.4 if task in STRUCTURED else 0.8
+    return base + {0: 0.0, 1: 0.01, 2: 0.03}[seed]
+
+
+def full_set(preset: str, seeds=(0, 1, 2), **changes):
+    return [fake_record(task, preset, seed, accuracy(task, seed), **changes) for task in ALL for seed in seeds]
+
+
+def cells(table, label: str) -> dict[str, str]:
+    (row,) = (row for row in table.rows if row[0] == label)
+    return dict(zip(table.header, row))
+
+
+def test_means_and_deviations_by_hand(standard):
+    (collection,) = collect(full_set("lora_p_x"), standard)
+    (row,) = collection.rows
+    # 7 tasks at 80, 4 at 60, 8 at 40: 1120 / 19 = 58.947; seeds add 0, 1, 3: mean 4/3, deviation sqrt(7/3) = 1.5275
+    average = row.average([collection.tasks])
+    assert average.mean == pytest.approx(1120 / 19 + 4 / 3)
+    assert average.std == pytest.approx((7 / 3) ** 0.5)
+    assert average.seeds == (0, 1, 2)
+    of_groups = row.average(list(GROUPS.values()))
+    assert of_groups.mean == pytest.approx(60 + 4 / 3) and of_groups.std == pytest.approx((7 / 3) ** 0.5)
+    assert cells(summary_table(collection), "lora_p_x") == {
+        "Method": "lora_p_x",
+        "Trained": "1,769,472",
+        "Head": "770 to 152,845",
+        "Natural": "81.33 ± 1.53",
+        "Specialized": "61.33 ± 1.53",
+        "Structured": "41.33 ± 1.53",
+        "Avg": "60.28 ± 1.53",
+        "Groups": "61.33 ± 1.53",
+    }
+
+
+def test_deviation_is_that_of_the_averages_not_the_average_of_deviations(standard):
+    """One task up, another down by as much: the average over the two does not move between seeds."""
+    runs = [("custom/a", 0, 0.5), ("custom/b", 0, 0.7), ("custom/a", 1, 0.6), ("custom/b", 1, 0.6)]
+    (collection,) = collect([fake_record(task, "a", seed, value) for task, seed, value in runs], standard)
+    average = collection.rows[0].average([collection.tasks])
+    assert average.mean == pytest.approx(60) and average.std == pytest.approx(0, abs=1e-9)
+    assert collection.rows[0].score("custom/a").std == pytest.approx(50**0.5)
+
+
+def test_one_seed_has_no_deviation(standard):
+    (collection,) = collect(full_set("a", seeds=[0]), standard)
+    assert collection.rows[0].average([collection.tasks]) == Score(pytest.approx(1120 / 19), None, (0,))
+    assert "±" not in to_markdown(summary_table(collection))
+
+
+def test_what_is_missing_is_shown_and_never_averaged_over(standard):
+    records = [r for r in full_set("lora_p_x") if r.task not in ("vtab/cifar", "vtab/kitti")]
+    (collection,) = collect(records, standard)
+    row = collection.rows[0]
+    assert row.average([collection.tasks]) == Incomplete(17, 19)
+    shown = cells(summary_table(collection), "lora_p_x")
+    assert [shown[name] for name in ("Natural", "Structured", "Avg", "Groups")] == ["6/7", "7/8", "17/19", "17/19"]
+    assert shown["Specialized"] == "61.33 ± 1.53"
+    by_task = cells(task_table(collection), "lora_p_x")
+    assert by_task["cifar"] == "–" and by_task["svhn"] == "81.33 ± 1.53" and by_task["Avg"] == "17/19"
+    compared = next(row for row in comparison_table(collection).rows if row[0] == "lora_p_x")
+    assert compared[-3:] == ["17/19", "71.52", "–"]
+
+
+def test_unequal_seeds_are_marked(standard):
+    records = [r for r in full_set("lora_p_x") if r.task != "vtab/cifar" or r.seed == 0]
+    (collection,) = collect(records, standard)
+    shown = cells(summary_table(collection), "lora_p_x")
+    # natural: six tasks at 81.3333, cifar at 80
+    assert shown["Natural"] == f"{(6 * (80 + 4 / 3) + 80) / 7:.2f}†" == "81.14†"
+    assert shown["Avg"].endswith("†") and shown["Specialized"] == "61.33 ± 1.53"
+    assert cells(task_table(collection), "lora_p_x")["cifar"] == "80.00 (n=1)"
+    assert any("unequal seeds" in note for note in summary_table(collection).notes)
+
+
+def test_the_published_numbers_stand_beside_ours(standard):
+    (collection,) = collect(full_set("hybrid", seeds=[0]), standard)
+    table = comparison_table(collection)
+    (row,) = (row for row in table.rows if row[0] == "hybrid")
+    assert row[:3] == ["hybrid", "117,236", "117,236"]
+    assert row[3:6] == ["80.00", "77.00", "+3.00"]
+    assert row[-3:] == ["58.95", "72.05", "-13.10"]
+    (unrun,) = (row for row in table.rows if row[0] == "Memba")
+    assert unrun[1] == unrun[3] == unrun[5] == "–" and unrun[-2] == "72.40"
+
+
+def test_another_recipe_is_named_and_not_compared(standard):
+    changed = fake_record("vtab/cifar", "lora_p_x", 0, 0.5, trainer={"max_epochs": 3})
+    (collection,) = collect([changed, *full_set("lora_p_x", [0])], standard)
+    plain, changed = collection.rows
+    assert collection.published(plain) is not None and collection.published(changed) is None
+    assert collection.label(changed) == "lora_p_x (max_epochs=3)"
+
+
+def test_runs_on_other_splits_are_apart(standard):
+    splits = {"train_split": "train800", "test_split": "val200"}
+    validated = [fake_record(task, "lora_p_x", 0, 0.5, dataset=splits, data_manifest="other lists") for task in ALL]
+    found = collect([*full_set("lora_p_x", [0]), *validated], standard)
+    assert sorted(c.published_backbone or "" for c in found) == ["", "vim_s"]
+    (other,) = (c for c in found if c.published_backbone is None)
+    assert "percent on val200" in to_markdown(summary_table(other))
+
+
+def test_settings_of_a_method_are_named(standard):
+    method = {name: dict(spec) for name, spec in fake_record(ALL[0], "lora_p_x", 0, 0.5).config["method"].items()}
+    method["lora_p_x"]["rank"] = 8
+    changed = [fake_record(task, "lora_p_x", 0, 0.5, method=method) for task in ALL]
+    (collection,) = collect([*full_set("lora_p_x", [0]), *changed], standard)
+    assert {collection.label(row) for row in collection.rows} == {"lora_p_x", "lora_p_x (lora_p_x.rank=8)"}
+    (alone,) = collect(changed, standard)
+    assert [alone.label(row) for row in alone.rows] == ["lora_p_x"]  # what all rows share stands below the table
+    assert "lora_p_x.rank=8" in to_markdown(summary_table(alone))
+    assert alone.published_backbone is None
+
+
+def test_the_newer_of_the_same_run_twice_counts(standard):
+    old = fake_record("vtab/cifar", "a", 0, 0.5, finished_at="2026-01-01T00:00:00+00:00")
+    new = fake_record("vtab/cifar", "a", 0, 0.7, finished_at="2026-01-02T00:00:00+00:00")
+    for order in ([old, new], [new, old]):
+        (collection,) = collect(order, standard)
+        assert collection.rows[0].score("vtab/cifar").mean == pytest.approx(70)
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [({"data_manifest": "other images"}, "vtab/cifar"), ({"backbone_sha256": "c" * 64}, "different weights")],
+)
+def test_mixed_images_or_weights_are_refused(standard, changes, named):
+    records = [fake_record("vtab/cifar", "a", 0, 0.5), fake_record("vtab/cifar", "d", 0, 0.5, **changes)]
+    with pytest.raises(UserError, match=f"{named}.*--allow-mixed"):
+        collect(records, standard)
+    (collection,) = collect(records, standard, allow_mixed=True)
+    assert any(named in note for note in summary_table(collection).notes)
+
+
+def test_families_and_backbones_are_apart(standard):
+    small = {"name": "vim_pico_patch8_32", "weights": "random"}
+    records = [
+        fake_record("vtab/cifar", "a", 0, 0.5),
+        fake_record("demo/digits", "a", 0, 0.5),
+        fake_record("demo/digits", "a", 0, 0.5, backbone=small, backbone_sha256="c" * 64),
+    ]
+    found = collect(records, standard)
+    assert sorted((c.family, c.backbone[:8]) for c in found) == [
+        ("demo", "vim_pico"),
+        ("demo", "vim_smal"),
+        ("vtab", "vim_smal"),
+    ]
+    assert len(tables_of(found[0])) == 2  # nothing published to compare with
+
+
+def test_csv_is_unrounded_and_leaves_gaps_empty(standard):
+    lines = list(csv.DictReader(io.StringIO(to_csv(collect(full_set("lora_p_x")[3:], standard)))))
+    by_column = {line["column"]: line for line in lines}
+    assert len(lines) == 19 + 5
+    assert float(by_column["Specialized"]["mean"]) == pytest.approx(60 + 4 / 3)
+    assert float(by_column["Specialized"]["difference"]) == pytest.approx(60 + 4 / 3 - 83.89)
+    assert by_column[AVERAGE]["mean"] == "" and by_column[AVERAGE]["tasks_done"] == "18"
+    assert by_column["vtab/dtd"]["published"] == ""
+
+
+def test_markdown_and_latex_are_tables(standard):
+    (collection,) = collect(full_set("lora_p_x"), standard)
+    for table in tables_of(collection):
+        lines = [line for line in to_markdown(table).splitlines() if line.startswith("|")]
+        assert {line.count("|") for line in lines} == {len(table.header) + 1}
+        text = to_latex(table)
+        body = [line for line in text.splitlines() if line.endswith(r"\\")]
+        assert {line.count("&") for line in body} == {len(table.header) - 1}
+        assert not re.search(r"(?<!\\)[_%]", "\n".join(body)) and "±" not in "\n".join(body)
+
+
+# The command
+
+
+def lay_out(folder: Path, records) -> Path:
+    for number, record in enumerate(records):
+        (folder / f"run{number}").mkdir(parents=True)
+        (folder / f"run{number}" / "result.json").write_text(json.dumps(asdict(record)))
+    return folder
+
+
+def test_records_are_found_and_replaced_runs_are_not(tmp_path):
+    lay_out(tmp_path, [fake_record("vtab/cifar", "a", seed, 0.5) for seed in (0, 1)])
+    (tmp_path / "run1").rename(tmp_path / "run1.replaced-1")
+    assert [record.seed for record in find_records([tmp_path])] == [0]
+    with pytest.raises(UserError, match="does not exist"):
+        find_records([tmp_path / "nowhere"])
+
+
+def collect_results(*arguments: str) -> subprocess.CompletedProcess:
+    script = CONFIGS.parent / "scripts" / "collect_results.py"
+    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+
+
+def test_the_command_writes_a_file_and_refuses_mixtures(tmp_path):
+    records = [fake_record("vtab/cifar", "a", seed, 0.5, data_manifest=f"images {seed}") for seed in (0, 1)]
+    lay_out(tmp_path / "runs", records)
+    refused = collect_results(str(tmp_path / "runs"))
+    assert refused.returncode == 2 and refused.stderr.startswith("error: vtab/cifar was run on different images")
+    out = tmp_path / "table.md"
+    assert collect_results(str(tmp_path / "runs"), "--allow-mixed", "--out", str(out)).returncode == 0
+    assert "50.00 ± 0.00" in out.read_text() and "Mixed, as allowed" in out.read_text()
