@@ -26,6 +26,7 @@ KEEP_BYTES = 256 << 20
 def run(x: Tensor, z: Tensor, directions: tuple[Direction, ...], scale: float, scans: str) -> Tensor:
     """See `mambapeft_kernels.ssm_mixer`; `scans` names the implementation of the scans."""
     _check(directions)
+    x, z = _rejoined(x, z)
     if x.numel() == 0:
         return torch.zeros_like(x) + 0 * z  # no token or no sample: an empty result that keeps its graph
     directions = _uniform(directions)
@@ -68,6 +69,43 @@ def _uniform(directions: tuple[Direction, ...]) -> tuple[Direction, ...]:
     return tuple(Direction(*row, reverse=d.reverse) for row, d in zip(zip(*columns), directions))
 
 
+def _rejoined(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """x and z again, where they are the halves of one tensor: taken by a split whose backward copies nothing."""
+    base = None if torch.compiler.is_compiling() else x._base
+    if base is None or z._base is not base or not (x.requires_grad and z.requires_grad and torch.is_grad_enabled()):
+        return x, z
+    channels = x.shape[-1]
+    whole = base.shape == (*x.shape[:-1], 2 * channels) and x.stride() == z.stride() == base.stride()
+    offset = base.storage_offset()
+    if not whole or x.storage_offset() != offset or z.storage_offset() != offset + channels * x.stride(-1):
+        return x, z
+    if x._backward_hooks or z._backward_hooks or x.retains_grad or z.retains_grad:
+        return x, z  # somebody watches the halves' own gradients
+    return _Halves.apply(base)
+
+
+class _Halves(torch.autograd.Function):
+    """The two halves [..., E] of a tensor [..., 2E]. Gradients that already lie side by side are not copied."""
+
+    @staticmethod
+    def forward(ctx, whole):
+        ctx.set_materialize_grads(True)
+        return whole.chunk(2, dim=-1)
+
+    @staticmethod
+    def backward(ctx, dx, dz):
+        channels = dx.shape[-1]
+        side_by_side = (
+            dx.untyped_storage().data_ptr() == dz.untyped_storage().data_ptr()
+            and dx.stride() == dz.stride()
+            and dx.stride()[-2:] == (2 * channels, 1)
+            and dz.storage_offset() == dx.storage_offset() + channels
+        )
+        if side_by_side:
+            return dx.as_strided((*dx.shape[:-1], 2 * channels), dx.stride())
+        return torch.cat([dx, dz], dim=-1)
+
+
 class _Weights:
     """The flat list of weights, field by field: `weights.x_proj` is one tensor (or None) for each direction."""
 
@@ -82,10 +120,24 @@ def _scans(name: str):
     return importlib.import_module(_SCANS[name])
 
 
-def _project(x: Tensor, w: _Weights, reverse: tuple[bool, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _project(x: Tensor, w: _Weights, reverse: tuple[bool, ...], scans: str) -> tuple[Tensor, Tensor, Tensor]:
+    """u, Δ [G, B, L, E] in x's dtype and B|C [G, B, L, 2N] float32."""
     from mambapeft_kernels.mixer.projections import projections_forward
 
-    return projections_forward(x, w.conv_weight, w.conv_bias, w.x_proj, w.dt_proj, w.dt_bias, reverse)
+    u = _convolution(scans, x).conv_silu(x, w.conv_weight, w.conv_bias, reverse)
+    return u, *projections_forward(u, w.x_proj, w.dt_proj, w.dt_bias)
+
+
+def _convolution(scans: str, *tensors: Tensor):
+    """The module of the convolution: CUDA C++ goes with the CUDA scans, where the layout lets it."""
+    if scans == "cuda":
+        from mambapeft_kernels.conv1d import cuda
+
+        if cuda.supports(*tensors):
+            return cuda
+    from mambapeft_kernels.conv1d import triton
+
+    return triton
 
 
 def _keep(x: Tensor, groups: int) -> bool:
@@ -106,7 +158,7 @@ def _mixer_forward(
     """out [B, L, E]; and, if `save`: total [B, L, E], checkpoints, and where they fit u, Δ, B|C."""
     w, rev = _Weights(tensors, present), tuple(reverse)
     with torch.cuda.device_of(x):
-        u, delta, bc = _project(x, w, rev)
+        u, delta, bc = _project(x, w, rev, scans)
         out, total, ckpt = _scans(scans).scan_forward(
             u, delta, bc, z, w.A_log, w.D, w.state_offset, w.output_offset, rev, scale, save
         )
@@ -157,8 +209,8 @@ def _mixer_backward(
 
     A call always fills both halves it was asked for; one buffer spares the copy that would join them for in_proj.
     """
-    from mambapeft_kernels.conv1d.triton import conv_input_gradient, conv_weight_gradients
-    from mambapeft_kernels.mixer.projections import projections_backward
+    from mambapeft_kernels.conv1d import triton
+    from mambapeft_kernels.mixer.projections import dt_proj_backward, x_proj_backward
     from mambapeft_kernels.selective_scan.triton import channel_sums
 
     w, wanted, rev = _Weights(tensors, present), _wanted(need, present), tuple(reverse)
@@ -168,7 +220,7 @@ def _mixer_backward(
     grads: dict[str, list[Tensor] | Tensor] = {}
     with torch.cuda.device_of(x):
         if not u.numel():
-            u, delta, bc = _project(x, w, rev)
+            u, delta, bc = _project(x, w, rev, scans)
         du, draw, dbc, dA = _scans(scans).scan_backward(
             dout, u, delta, bc, z, total, ckpt, w.A_log, w.D, w.state_offset, rev, scale, dz, wanted["A_log"]
         )
@@ -176,13 +228,18 @@ def _mixer_backward(
         need_conv = wanted["conv_weight"] or wanted["conv_bias"]
         need_proj = wanted["x_proj"] or wanted["dt_proj"]
         if need_x or need_conv or need_proj:
-            dproj = projections_backward(
-                x, w.conv_weight, w.conv_bias, w.x_proj, w.dt_proj, rev, du, draw, dbc, need_x or need_conv
-            )
-        if need_x:
-            conv_input_gradient(du, w.conv_weight, rev, dxz[..., :channels])
+            dproj = dt_proj_backward(draw, w.dt_proj, dbc)
+        if need_x or need_conv:
+            dx = dxz[..., :channels] if need_x else None
+            conv = triton if need_conv else _convolution(scans, x, dx)
+            filters = w.conv_weight, w.conv_bias, rev
+            x_proj_backward(du, dproj, x, w.x_proj, *filters, through_silu=conv is triton)
+            if conv is not triton:
+                conv.conv_silu_backward(du, x, *filters, dx)
+            elif need_x:
+                triton.conv_input_gradient(du, w.conv_weight, rev, dx)
         if need_conv:
-            grads["conv_weight"], grads["conv_bias"] = conv_weight_gradients(du, x, taps, rev)
+            grads["conv_weight"], grads["conv_bias"] = triton.conv_weight_gradients(du, x, taps, rev)
         if need_proj:
             rows = u.flatten(1, 2)
             grads["x_proj"] = torch.bmm(dproj.flatten(1, 2).transpose(1, 2), rows)

@@ -1,4 +1,4 @@
-"""What surrounds the scans, in Triton: conv + SiLU, x_proj, dt_proj + softplus, and the way back.
+"""What surrounds the scans, in Triton: x_proj, dt_proj + softplus, and the way back.
 
 Both directions share every launch. Weights are cast where they are loaded: under autocast they arrive in float32
 while x is bfloat16.
@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from mambapeft_kernels.backends import interpreted
-from mambapeft_kernels.conv1d.triton import conv_preactivation, conv_silu, sigmoid
+from mambapeft_kernels.conv1d.triton import conv_preactivation, sigmoid
 from torch import Tensor
 
 
@@ -92,7 +92,8 @@ def _dt_proj(
 
 @triton.jit
 def _dt_proj_backward(
-    draw_ptr, w0, w1, dbc_ptr, dproj_ptr, tokens, E, part_stride, PARTS: tl.constexpr, R: tl.constexpr, S: tl.constexpr, RP: tl.constexpr, SP: tl.constexpr,
+    draw_ptr, w0, w1, dbc_ptr, dproj_ptr, tokens, E, part_stride, PARTS: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, RP: tl.constexpr, SP: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of [dt | B | C], [G, tokens, R + S]: dΔ_raw dt_proj, and the sum of the scan's partial sums."""
@@ -128,9 +129,9 @@ def _dt_proj_backward(
 def _x_proj_backward(
     du_ptr, dproj_ptr, x_ptr, w0, w1, cw0, cw1, cb0, cb1, B, L, E, sb, sl, se,
     REV0: tl.constexpr, REV1: tl.constexpr, K: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, THROUGH_SILU: tl.constexpr,
 ):  # fmt: skip
-    """du += dproj x_proj, then through SiLU, in place: du becomes the gradient of the convolution's preactivation."""
+    """du += dproj x_proj in place; then, if asked, on to the gradient of the convolution's preactivation."""
     bd = tl.program_id(2)
     d = bd // B
     b = (bd % B).to(tl.int64)
@@ -151,9 +152,11 @@ def _x_proj_backward(
     w = tl.load(at, mask=mask_e[None, :] & (column < W)[:, None], other=0.0)
     at = du_ptr + row * E + (step * E)[:, None] + chan[None, :]
     du = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    pre = conv_preactivation(x_ptr + b * sb, cw, cb, step, chan, L, E, sl, se, direction, K)
-    gate = sigmoid(pre)
-    du = (du + _dot(dproj, w.to(dproj.dtype), PRECISION)) * gate * (1.0 + pre * (1.0 - gate))
+    du += _dot(dproj, w.to(dproj.dtype), PRECISION)
+    if THROUGH_SILU:
+        pre = conv_preactivation(x_ptr + b * sb, cw, cb, step, chan, L, E, sl, se, direction, K)
+        gate = sigmoid(pre)
+        du *= gate * (1.0 + pre * (1.0 - gate))
     tl.store(at, du.to(du_ptr.dtype.element_ty), mask=mask)
 
 
@@ -188,70 +191,64 @@ def _pair(weights: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def projections_forward(
-    x: Tensor,
-    conv_weight: list[Tensor],
-    conv_bias: list[Tensor],
-    x_proj: list[Tensor],
-    dt_proj: list[Tensor],
-    dt_bias: list[Tensor],
-    reverse: tuple[bool, ...],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """u, Δ [G, B, L, E] in x's dtype and B|C [G, B, L, 2N] in float32, from x [B, L, E] (any strides)."""
-    batch, length, channels = x.shape
-    tokens, groups, rank = batch * length, len(reverse), dt_proj[0].shape[1]
+    u: Tensor, x_proj: list[Tensor], dt_proj: list[Tensor], dt_bias: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Δ [G, B, L, E] in u's dtype and B|C [G, B, L, 2N] in float32, from u [G, B, L, E]."""
+    groups, batch, length, channels = u.shape
+    tokens, rank = batch * length, dt_proj[0].shape[1]
     pair_states = x_proj[0].shape[0] - rank
-    u = conv_silu(x, conv_weight, conv_bias, reverse)
     delta = torch.empty_like(u)
-    low = torch.empty(groups, tokens, rank, dtype=x.dtype, device=x.device)
-    bc = torch.empty(groups, batch, length, pair_states, dtype=torch.float32, device=x.device)
-    sizes = {"R": rank, "RP": _padded(rank), "PRECISION": _precision(x)}
-    tile = _tile("x_proj", x.dtype)
+    low = torch.empty(groups, tokens, rank, dtype=u.dtype, device=u.device)
+    bc = torch.empty(groups, batch, length, pair_states, dtype=torch.float32, device=u.device)
+    sizes = {"R": rank, "RP": _padded(rank), "PRECISION": _precision(u)}
+    tile = _tile("x_proj", u.dtype)
     _x_proj[(triton.cdiv(tokens, tile["BLOCK_T"]), groups)](
         u, *_pair(x_proj), low, bc, tokens, channels, S=pair_states, SP=_padded(pair_states), **sizes, **tile
     )
-    tile = _tile("dt_proj", x.dtype)
+    tile = _tile("dt_proj", u.dtype)
     _dt_proj[(triton.cdiv(channels, tile["BLOCK_E"]), triton.cdiv(tokens, tile["BLOCK_T"]), groups)](
         low, *_pair(dt_proj), *_pair(dt_bias), delta, tokens, channels, **sizes, **tile
     )
-    return u, delta, bc
+    return delta, bc
 
 
-def projections_backward(
-    x: Tensor,
-    conv_weight: list[Tensor],
-    conv_bias: list[Tensor],
-    x_proj: list[Tensor],
-    dt_proj: list[Tensor],
-    reverse: tuple[bool, ...],
-    du: Tensor,
-    draw: Tensor,
-    dbc: Tensor,
-    need_input: bool,
-) -> Tensor:
-    """The way back through dt_proj, x_proj and SiLU.
+def dt_proj_backward(draw: Tensor, dt_proj: list[Tensor], dbc: Tensor) -> Tensor:
+    """The gradient of [dt | B | C], [G, B, L, R + 2N] in draw's dtype.
 
     Args:
-        du, draw: [G, B, L, E] gradients of u (scan's share) and of Δ before softplus. With `need_input`, `du` is
-            replaced by the gradient of the convolution's preactivation.
+        draw: [G, B, L, E] gradient of Δ before softplus.
         dbc: [P, G, B, L, 2N] float32, partial sums of the gradients of B|C.
-    Returns: the gradient of [dt | B | C], [G, B, L, R + 2N] in x's dtype.
     """
-    batch, length, channels = x.shape
-    tokens, groups, rank = batch * length, len(reverse), dt_proj[0].shape[1]
-    pair_states = dbc.shape[-1]
-    width = rank + pair_states
-    dproj = torch.empty(groups, batch, length, width, dtype=x.dtype, device=x.device)
-    tile = _tile("dt_proj_backward", x.dtype)
+    groups, batch, length, channels = draw.shape
+    tokens, rank, pair_states = batch * length, dt_proj[0].shape[1], dbc.shape[-1]
+    dproj = torch.empty(groups, batch, length, rank + pair_states, dtype=draw.dtype, device=draw.device)
+    tile = _tile("dt_proj_backward", draw.dtype)
     _dt_proj_backward[(triton.cdiv(tokens, tile["BLOCK_T"]), groups)](
-        draw, *_pair(dt_proj), dbc, dproj, tokens, channels, dbc.stride(0), PARTS=dbc.shape[0], R=rank, S=pair_states,
-        RP=_padded(rank), SP=_padded(pair_states), PRECISION=_precision(x), **tile,
+        draw, *_pair(dt_proj), dbc, dproj, tokens, channels, dbc.stride(0), PARTS=dbc.shape[0], R=rank,
+        S=pair_states, RP=_padded(rank), SP=_padded(pair_states), PRECISION=_precision(draw), **tile,
     )  # fmt: skip
-    if need_input:
-        tile = _tile("x_proj_backward", x.dtype)
-        blocks = triton.cdiv(channels, tile["BLOCK_E"]), triton.cdiv(length, tile["BLOCK_T"])
-        _x_proj_backward[(*blocks, batch * groups)](
-            du, dproj, x, *_pair(x_proj), *_pair(conv_weight), *_pair(conv_bias), batch, length, channels,
-            *x.stride(), REV0=int(reverse[0]), REV1=int(reverse[-1]), K=conv_weight[0].shape[1],
-            W=width, WP=_padded(width), PRECISION=_precision(x), **tile,
-        )  # fmt: skip
     return dproj
+
+
+def x_proj_backward(
+    du: Tensor,
+    dproj: Tensor,
+    x: Tensor,
+    x_proj: list[Tensor],
+    conv_weight: list[Tensor],
+    conv_bias: list[Tensor],
+    reverse: tuple[bool, ...],
+    through_silu: bool,
+) -> None:
+    """Adds dproj [G, B, L, R + 2N] · x_proj to du [G, B, L, E] (the scan's share), in place.
+
+    With `through_silu`, du then becomes the gradient of the convolution's preactivation, which is computed again.
+    """
+    groups, batch, length, channels = du.shape
+    tile = _tile("x_proj_backward", du.dtype)
+    blocks = triton.cdiv(channels, tile["BLOCK_E"]), triton.cdiv(length, tile["BLOCK_T"])
+    _x_proj_backward[(*blocks, batch * groups)](
+        du, dproj, x, *_pair(x_proj), *_pair(conv_weight), *_pair(conv_bias), batch, length, channels, *x.stride(),
+        REV0=int(reverse[0]), REV1=int(reverse[-1]), K=conv_weight[0].shape[1], W=dproj.shape[-1],
+        WP=_padded(dproj.shape[-1]), PRECISION=_precision(du), THROUGH_SILU=through_silu, **tile,
+    )  # fmt: skip

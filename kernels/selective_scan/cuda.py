@@ -7,13 +7,13 @@ from mambapeft_kernels import nvrtc
 from mambapeft_kernels.selective_scan.checkpoints import CHUNK, empty_checkpoints
 from torch import Tensor
 
-_FORWARD = ("selective_scan/common.cuh", "selective_scan/scan_forward.cu")
-_BACKWARD = ("selective_scan/common.cuh", "selective_scan/scan_backward.cu")
+_FORWARD = ("common.cuh", "selective_scan/scan_forward.cu")
+_BACKWARD = ("common.cuh", "selective_scan/scan_backward.cu")
 
 # Launch choices, measured with scripts/bench_kernels.py: (compute capability, more than 16 states, extra gradients
 # or a state offset) → resident blocks a multiprocessor that registers must allow, and decays kept in registers.
 _TUNED: dict[tuple[tuple[int, int], bool, bool], dict[str, int]] = {}
-_FALLBACK = {"forward_blocks": 3, "backward_blocks": 3, "store_decay": 4}
+_FALLBACK = {"lanes": 4, "forward_blocks": 3, "backward_blocks": 3, "store_decay": 4}
 
 
 def _choice(device: torch.device, states: int, heavy: bool) -> dict[str, int]:
@@ -71,18 +71,20 @@ def scan_forward(
     total = torch.empty_like(out) if save else out.new_empty(0)
     ckpt = empty_checkpoints(u, states) if save else out.new_empty(0, dtype=torch.float32)
     offset = any(t is not None for t in state_offset)
+    choice = _choice(u.device, states, offset)
     macros = {
         "CHUNK": CHUNK,
         "IO_BF16": int(u.dtype == torch.bfloat16),
         "ALIGNED": int(_aligned(u, z)),
         "N": states,
+        "P": choice["lanes"],
         "G": groups,
         "SAVE": int(save),
         "HAS_SO": int(offset),
-        "MIN_BLOCKS": _choice(u.device, states, offset)["forward_blocks"],
+        "MIN_BLOCKS": choice["forward_blocks"],
     }
     nvrtc.run(
-        _FORWARD, "scan_forward", macros, ((channels + 63) // 64, batch, 1), 64 * groups, u.device,
+        _FORWARD, "scan_forward", macros, ((channels + 63) // 64, batch), 32 * choice["lanes"] * groups, u.device,
         [u, delta, bc, z, *_wide(A_log), *_wide(D), *_wide(state_offset), *_wide(output_offset), out, total, ckpt,
          batch, length, channels, *_strides(z), scale, _bits(reverse)],
     )  # fmt: skip

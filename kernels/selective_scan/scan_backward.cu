@@ -1,4 +1,4 @@
-// The adjoint of both scans. Macros: N states, NEED_DZ, NEED_DA, HAS_SO, STORE_DECAY (how many of a chunk's decays stay
+// The adjoint of both scans. Macros: CHUNK, N states, NEED_DZ, NEED_DA, HAS_SO, STORE_DECAY (how many of a chunk's decays stay
 // in registers, the rest is computed twice), MIN_BLOCKS (per multiprocessor).
 //
 // A block of four warps owns CB channels of one sample and direction. A lane owns four states of two channels: P
@@ -9,6 +9,7 @@
 // keeps state j at register j ^ (q & 3) and channel k at register k ^ (p & 1), so what it sends is always in the same
 // registers and no selects are needed; B and C lie in shared memory in the four orders that this asks for.
 
+constexpr int T = CHUNK;  // tokens of a chunk, see checkpoints.py
 constexpr int P = N <= 16 ? 4 : 8;
 constexpr int Q = 32 / P;
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
@@ -93,50 +94,55 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     if (tid < CB) shared.skip[tid] = first + tid < channels ? (dir ? d1 : d0)[first + tid] : 0.0f;
 
     auto token_of = [&](int j, int i) { return j * T + (reverse ? T - 1 - i : i); };
-    // Starts the copies of chunk j into buffer `to`. Trip counts are constants, addresses are computed once an item.
+    // This block's corner of every tensor: what is left to index fits 32 bits.
+    const i64 own = row0 * channels + first;
+    const io_t *delta_b = delta + own, *u_b = u + own, *dout_b = dout + b * ob + first * oe;
+    const io_t *z_b = z + b * zb + first * ze, *total_b = total + (i64)b * length * channels + first;
+    const float* bc_b = bc + row0 * (2 * N);
+    const float* ckpt_b = ckpt + (((i64)dir * batch + b) * chunks * channels + first) * NP;
+    const int width = channels - first;  // may exceed CB
+
+    // Starts the copies of chunk j into buffer `to`; which tensor a warp copies is known at compile time.
     const int copy_row = tid % VPT / (CB / VEC), copy_col = tid % (CB / VEC) * VEC;
     auto fetch = [&](int j, int to) {
         const int t = token_of(j, copy_row);
-        const bool live = t < length && first + copy_col < channels;
-        const i64 own = (row0 + t) * channels + first + copy_col;
+        const bool live = t < length && copy_col < width;
 #pragma unroll
-        for (int w = 0; w < (RAW * VPT + THREADS - 1) / THREADS; ++w) {
-            const int item = w * THREADS + tid, r = item / VPT;
-            if (r >= RAW || (r == 4 && dir)) continue;  // direction 0 alone writes dz
-            const io_t* from = r == 0 ? delta + own : u + own;
-            i64 step = 1;
-            if (r == 2) from = dout + b * ob + t * ol + (first + copy_col) * oe, step = oe;
-            if (r == 3) from = z + b * zb + t * zl + (first + copy_col) * ze, step = ze;
-            if (r == 4) from = total + ((i64)b * length + t) * channels + first + copy_col;
-            io_t* into = &shared.raw[to][0][0] + item * VEC;
+        for (int r = 0; r < RAW; ++r) {
+            if (tid / VPT != r % (THREADS / VPT)) continue;
+            if (r == 4 && dir) continue;  // direction 0 alone writes dz
+            const io_t* from = r == 0 ? delta_b : r == 1 ? u_b : r == 2 ? dout_b : r == 3 ? z_b : total_b;
+            const int line = r == 2 ? (int)ol : r == 3 ? (int)zl : channels;
+            io_t* into = &shared.raw[to][r][copy_row * CB + copy_col];
 #if ALIGNED
-            copy_async<16>(into, live ? from : delta, live);
+            copy_async<16>(into, from + (t * line + copy_col), live);
 #else
+            const int step = r == 2 ? (int)oe : r == 3 ? (int)ze : 1;
 #pragma unroll
             for (int k = 0; k < VEC; ++k)
-                into[k] = live && first + copy_col + k < channels ? from[k * step] : (io_t)0;
+                into[k] = live && copy_col + k < width ? from[(i64)t * line + (copy_col + k) * step] : (io_t)0;
 #endif
         }
-        const float* bc_from = bc + (row0 + j * T) * (2 * N);  // in the order of memory
         const int words = (length - j * T) * (2 * N);
 #pragma unroll
-        for (int w = 0; w < (T * N + THREADS - 1) / THREADS; ++w) {
+        for (int w = 0; w < (T * N + THREADS - 1) / THREADS; ++w) {  // in the order of memory
             const int v = (w * THREADS + tid) * 2;
-            if (v < T * 2 * N) copy_async<8>(&shared.bc[to][v], v < words ? bc_from + v : bc, v < words);
+            if (v < T * 2 * N) copy_async<8>(&shared.bc[to][v], bc_b + (j * T * 2 * N + v), v < words);
         }
-        const float* state_from = ckpt + ((((i64)dir * batch + b) * chunks + j) * channels + first) * NP;
-        const int states = (channels - first) * NP;
+        const float* state_from = ckpt_b + (i64)j * channels * NP;
 #pragma unroll
         for (int w = 0; w < (CB * NP / 4 + THREADS - 1) / THREADS; ++w) {
             const int v = (w * THREADS + tid) * 4;
-            if (v < CB * NP) copy_async<16>(&shared.ckpt[to][v], v < states ? state_from + v : ckpt, v < states);
+            if (v < CB * NP) copy_async<16>(&shared.ckpt[to][v], state_from + v, v < width * NP);
         }
         asm volatile("cp.async.commit_group;");
     };
 
     const int slot = tid / (CB / EPT), col = tid % (CB / EPT) * EPT;
-    const int rest = channels - first - col;
-    const int live_cols = rest < 0 ? 0 : (rest > EPT ? EPT : rest);
+    const int live_cols = width <= col ? 0 : (width - col > EPT ? EPT : width - col);
+    io_t *du_b = du + own + col, *draw_b = draw + own + col;
+    io_t* dz_b = dz + b * gb + (first + col) * ge;
+    float* dbc_b = dbc + (((i64)blockIdx.x * groups * batch * length) + row0) * (2 * N);
 
     fetch(reverse ? 0 : chunks - 1, 0);
     for (int it = 0; it < chunks; ++it) {
@@ -169,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                 rt.load_vector(&shared.raw[now][RAW - 1][at]);
 #pragma unroll
                 for (int k = 0; k < EPT; k += 2) grad.set_pair(k / 2, g[k] * rt.get(k), g[k + 1] * rt.get(k + 1));
-                grad.store(dz + b * gb + (i64)token * gl + (first + col) * ge, ge, live);
+                grad.store(dz_b + (i64)token * gl, ge, live);
             }
 #endif
         }
@@ -290,18 +296,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                 out_u.set_pair(k / 2, vu[k], vu[k + 1]);
                 out_d.set_pair(k / 2, vd[k], vd[k + 1]);
             }
-            const i64 to = (row0 + token) * channels + first + col;
-            out_u.store(du + to, 1, live);
-            out_d.store(draw + to, 1, live);
+            out_u.store(du_b + token * channels, 1, live);
+            out_d.store(draw_b + token * channels, 1, live);
         }
-        float* dbc_to = dbc + (((i64)blockIdx.x * groups * batch * length) + row0) * (2 * N);
 #pragma unroll
         for (int w = 0; w < T * 2 * NB / THREADS; ++w) {
             const int v = w * THREADS + tid, n = v % NB, kind = v / NB % 2, i = v / (2 * NB), t = token_of(j, i);
             float sum = 0.0f;
 #pragma unroll
             for (int k = 0; k < WARPS; ++k) sum += (&shared.sum[k][0][0][0])[v];
-            if (n < N && t < length) dbc_to[t * (2 * N) + kind * N + n] = sum;
+            if (n < N && t < length) dbc_b[t * (2 * N) + kind * N + n] = sum;
         }
     }
 #if NEED_DA

@@ -1,10 +1,11 @@
-// Both scans of a block, their sum and the gate. Macros: N states, G directions, P lanes that share a channel pair (2 or
+// Both scans of a block, their sum and the gate. Macros: CHUNK, N states, G directions, P lanes that share a channel pair (2 or
 // 4), SAVE (keep what the backward needs), HAS_SO (state offset), MIN_BLOCKS (per multiprocessor).
 //
 // A block owns CB channels of one sample in all directions; a thread owns ST states of two neighbouring channels. The
 // directions walk the chunks from opposite ends; who comes to a chunk first leaves its y in `out`, who comes second
 // adds its own, applies the gate and overwrites it.
 
+constexpr int T = CHUNK;  // tokens of a chunk, see checkpoints.py
 constexpr int ST = (N + 4 * P - 1) / (4 * P) * 4;  // states of a thread
 constexpr int NB = P * ST;                         // states as lanes hold them
 constexpr int NP = (N + 7) / 8 * 8;                // states as checkpoints hold them

@@ -1,5 +1,4 @@
-// Shared by scan_forward.cu and scan_backward.cu; the launcher puts it in front of them. No headers: NVRTC alone
-// compiles it. Macros: IO_BF16 (1: bfloat16 in and out, 0: float32), ALIGNED (16-byte accesses are possible).
+// Shared by every .cu file; the launcher puts it in front of them. No headers: NVRTC alone compiles it. Macros: IO_BF16 (1: bfloat16 in and out, 0: float32), ALIGNED (16-byte accesses are possible).
 
 typedef unsigned int u32;
 typedef long long i64;
@@ -9,7 +8,6 @@ typedef unsigned short io_t;
 typedef float io_t;
 #endif
 
-constexpr int T = CHUNK;  // tokens of a chunk, see checkpoints.py
 constexpr float LOG2E = 1.4426950408889634f;
 
 __device__ __forceinline__ float ex2(float v) {

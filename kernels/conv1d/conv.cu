@@ -1,0 +1,111 @@
+// The depthwise convolution + SiLU of every direction, and its input gradient. Macros: K taps, G directions, REV0, REV1.
+//
+// A thread owns two neighbouring channels over RUN tokens of one sample: a warp reads whole 128-byte lines (bfloat16)
+// and every row of x is read once for all taps and directions. All loops unroll, so the rows stay in registers.
+
+constexpr int RUN = 16;
+constexpr int HALO = K - 1;
+
+struct Filter {
+    float weight[K][2], bias[2];
+
+    __device__ __forceinline__ void load(const float* w, const float* b, int channel) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            bias[c] = b[channel + c];
+#pragma unroll
+            for (int k = 0; k < K; ++k) weight[k][c] = w[(channel + c) * K + k];
+        }
+    }
+};
+
+// Rows [start, start + COUNT) of a sample; zeros outside of it.
+template <int COUNT>
+__device__ __forceinline__ void load_rows(Pack<2>* rows, const io_t* base, int start, int line, int length) {
+#pragma unroll
+    for (int r = 0; r < COUNT; ++r) {
+        rows[r].clear();
+        if (start + r >= 0 && start + r < length) rows[r].load_vector(base + (start + r) * line);
+    }
+}
+
+// The convolution at the row `at` of `x` (which holds the neighbours), before SiLU.
+__device__ __forceinline__ float preactivation(const Pack<2>* x, int at, const Filter& f, int c, bool reverse) {
+    float sum = f.bias[c];
+#pragma unroll
+    for (int k = 0; k < K; ++k) sum += f.weight[k][c] * x[reverse ? at + (K - 1 - k) : at - (K - 1 - k)].get(c);
+    return sum;
+}
+
+extern "C" __global__ void __launch_bounds__(128) conv_forward(
+    const io_t* __restrict__ x, const float* w0, const float* w1, const float* b0, const float* b1,
+    io_t* __restrict__ u, int batch, int length, int channels, i64 xb, i64 xl) {
+    const int channel = (blockIdx.x * 128 + threadIdx.x) * 2, start = blockIdx.y * RUN, b = blockIdx.z;
+    if (channel >= channels) return;
+    Pack<2> rows[RUN + 2 * HALO];
+    load_rows<RUN + 2 * HALO>(rows, x + b * xb + channel, start - HALO, (int)xl, length);
+#pragma unroll
+    for (int d = 0; d < G; ++d) {
+        const bool reverse = d ? REV1 : REV0;
+        Filter filter;
+        filter.load(d ? w1 : w0, d ? b1 : b0, channel);
+        io_t* to = u + ((i64)d * batch + b) * length * channels + channel;
+#pragma unroll
+        for (int i = 0; i < RUN; ++i) {
+            if (start + i >= length) break;
+            float v[2];
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                v[c] = preactivation(rows, i + HALO, filter, c, reverse);
+                v[c] *= sigmoid(v[c]);
+            }
+            Pack<2> result;
+            result.set_pair(0, v[0], v[1]);
+            result.store_vector(to + (start + i) * channels);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128) conv_backward(
+    const io_t* __restrict__ du, const io_t* __restrict__ x, const float* w0, const float* w1, const float* b0,
+    const float* b1, io_t* __restrict__ dx, int batch, int length, int channels, i64 xb, i64 xl, i64 gb, i64 gl) {
+    const int channel = (blockIdx.x * 128 + threadIdx.x) * 2, start = blockIdx.y * RUN, b = blockIdx.z;
+    if (channel >= channels) return;
+    Pack<2> rows[RUN + 2 * HALO];
+    load_rows<RUN + 2 * HALO>(rows, x + b * xb + channel, start - HALO, (int)xl, length);
+    float sum[RUN][2];
+#pragma unroll
+    for (int i = 0; i < RUN; ++i) sum[i][0] = sum[i][1] = 0.0f;
+#pragma unroll
+    for (int d = 0; d < G; ++d) {
+        const bool reverse = d ? REV1 : REV0;
+        Filter filter;
+        filter.load(d ? w1 : w0, d ? b1 : b0, channel);
+        // Tokens whose u reads this run: it and HALO tokens behind it (before it, when reading backwards).
+        const int from = reverse ? start - HALO : start;
+        Pack<2> grad[RUN + HALO];
+        load_rows<RUN + HALO>(grad, du + ((i64)d * batch + b) * length * channels + channel, from, channels, length);
+#pragma unroll
+        for (int i = 0; i < RUN + HALO; ++i) {
+            const int at = reverse ? i : i + HALO;  // the row of x of token from + i
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const float pre = preactivation(rows, at, filter, c, reverse), gate = sigmoid(pre);
+                const float g = grad[i].get(c) * gate * (1.0f + pre * (1.0f - gate));
+#pragma unroll
+                for (int k = 0; k < K; ++k) {
+                    const int into = (reverse ? at + (K - 1 - k) : at - (K - 1 - k)) - HALO;
+                    if (into >= 0 && into < RUN) sum[into][c] += filter.weight[k][c] * g;
+                }
+            }
+        }
+    }
+    io_t* to = dx + b * gb + channel;
+#pragma unroll
+    for (int i = 0; i < RUN; ++i) {
+        if (start + i >= length) break;
+        Pack<2> result;
+        result.set_pair(0, sum[i][0], sum[i][1]);
+        result.store_vector(to + (i64)(start + i) * gl);
+    }
+}
