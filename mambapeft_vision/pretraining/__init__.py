@@ -1,0 +1,1 @@
+"""Pretraining of small backbones on labelled images: one backbone, a head for each source (docs/pretraining.md)."""
