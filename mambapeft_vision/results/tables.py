@@ -79,9 +79,9 @@ class Standard:
         expected, given = _flat(expected), _flat(given)
         neutral = ("trainer.checkpoint_every_s", "trainer.picture", "trainer.device")
         return {
-            key.removeprefix("method.").removeprefix("trainer."): given[key]
-            for key in given
-            if key not in neutral and given[key] != expected.get(key, MISSING)
+            key.removeprefix("method.").removeprefix("trainer."): given.get(key, "default")
+            for key in sorted(given.keys() | expected.keys())
+            if key not in neutral and (key not in given or key not in expected or given[key] != expected[key])
         }
 
 

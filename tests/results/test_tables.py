@@ -157,6 +157,13 @@ def test_settings_of_a_method_are_named(standard):
     assert alone.published_backbone is None
 
 
+def test_every_preset_is_recognised_as_itself(standard):
+    """Or as one with the same settings, as some presets for Vim-B have."""
+    for name, preset in standard.presets.items():
+        found, settings = standard.describe(fake_record("vtab/cifar", name, 0, 0.5).config)
+        assert settings == {} and standard.presets[found].methods == preset.methods
+
+
 def test_the_newer_of_the_same_run_twice_counts(standard):
     old = fake_record("vtab/cifar", "a", 0, 0.5, finished_at="2026-01-01T00:00:00+00:00")
     new = fake_record("vtab/cifar", "a", 0, 0.7, finished_at="2026-01-02T00:00:00+00:00")
