@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 TRAIN_IMAGES, TEST_IMAGES, CLASSES = 40, 20, 3
 SMALL_BACKBONE = ["backbone=vim_pico", "+backbone.depth=2", "+backbone.embed_dim=32"]
+SMALL_VIT = ["backbone=vit_s", "backbone.weights=random", "+backbone.depth=2", "+backbone.embed_dim=32"]
 
 
 def lay_out_task(folder: Path) -> Path:

@@ -55,7 +55,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     given = {k: v for k, v in state.items() if not k.startswith("head.")}
     position = given.get("pos_embed")
     if position is not None and position.ndim == 3 and position.shape[1] != expected["pos_embed"].shape[1]:
-        given["pos_embed"] = resize_pos_embed(position, model.patch_embed.grid_size)
+        given["pos_embed"] = resize_pos_embed(position, model.patch_embed.grid_size, model.class_token_index == 0)
     check_state(expected, given, str(path))
     model.load_state_dict(given, strict=False)
 
@@ -86,19 +86,22 @@ def read_state_dict(path: str | Path, key: str = "model") -> dict[str, Tensor]:
     return state
 
 
-def resize_pos_embed(position: Tensor, grid: tuple[int, int]) -> Tensor:
-    """[1, h·w + 1, D] for a square grid → [1, grid + 1, D], bicubic; the class token in the middle kept apart."""
+def resize_pos_embed(position: Tensor, grid: tuple[int, int], class_first: bool = False) -> Tensor:
+    """[1, h·w + 1, D] for a square grid → [1, grid + 1, D], bicubic.
+
+    The class token, in the middle (or first, with `class_first`), is kept apart.
+    """
     patches = position.shape[1] - 1
     side = math.isqrt(patches)
     if side * side != patches:
         raise UserError(f"pos_embed has {patches} patch positions, which form no square grid; cannot resize it")
-    middle = patches // 2
+    middle = 0 if class_first else patches // 2
     class_token = position[:, middle : middle + 1]
     spatial = torch.cat((position[:, :middle], position[:, middle + 1 :]), dim=1)
     spatial = spatial.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
     spatial = F.interpolate(spatial, size=grid, mode="bicubic", align_corners=False)
     spatial = spatial.permute(0, 2, 3, 1).flatten(1, 2).to(position.dtype)
-    middle = spatial.shape[1] // 2
+    middle = 0 if class_first else spatial.shape[1] // 2
     return torch.cat((spatial[:, :middle], class_token, spatial[:, middle:]), dim=1)
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambapeft_vision.errors import UserError
-from mambapeft_vision.methods.base import Method, require_positive
+from mambapeft_vision.methods.base import Method, mixers_of, require_positive
 from mambapeft_vision.methods.tokens import TokenGenerator, join, kept, positions
 
 POSITIONS = ("prefix", "infix", "around_class", "suffix")
@@ -74,7 +74,7 @@ class Affix(Method):
         self._table: tuple[Tensor, ...] | None = None  # every layer's tokens, during a forward
 
     def attach(self, model: nn.Module) -> None:
-        mixers = model.mixers
+        mixers = mixers_of(model, self.name)
         width = model.embed_dim
         if self.inner:
             width = mixers[0].d_inner * (1 if self.lean else 2)

@@ -159,11 +159,12 @@ def _canonical(name: str) -> str:
     return re.sub(r"parametrizations\.(\w+)\.original$", r"\1", name)
 
 
-def match_parameters(model: nn.Module, patterns: str | Iterable[str], who: str) -> list[str]:
+def match_parameters(model: nn.Module, patterns: str | Iterable[str], who: str, each: bool = True) -> list[str]:
     """Names of the backbone's parameters that match any pattern, in the backbone's order.
 
     `*` stands for anything within one part of the name, `**` for any number of parts; patterns match whole names.
-    Raises: UserError naming the pattern that matches nothing, and the nearest names.
+    Raises: UserError naming the pattern that matches nothing, and the nearest names. Without `each`
+    a pattern may match nothing, for names that only some backbones have.
     """
     names = [n for n in backbone_parameters(model) if not n.startswith("head.")]
     found: set[str] = set()
@@ -172,7 +173,7 @@ def match_parameters(model: nn.Module, patterns: str | Iterable[str], who: str) 
             re.escape(pattern).replace(r"\*\*", ".+").replace(r"\*", r"[^.]*"),
         )
         matches = [n for n in names if expression.fullmatch(n)]
-        if not matches:
+        if not matches and each:
             shapes = sorted({re.sub(r"\.\d+\.", ".*.", n) for n in names})
             near = difflib.get_close_matches(pattern, shapes, n=3, cutoff=0.3) or shapes
             raise UserError(
@@ -194,6 +195,20 @@ def owner_module(model: nn.Module, parameter: str) -> tuple[nn.Module, str]:
     """The submodule that holds a parameter, and its attribute name there."""
     path, _, attribute = parameter.rpartition(".")
     return model.get_submodule(path), attribute
+
+
+def mixers_of(model: nn.Module, who: str) -> list[nn.Module]:
+    """The Mamba mixers of a backbone, first to last. Raises UserError for a backbone that has none."""
+    if not hasattr(model, "mixers"):
+        raise UserError(f"{who} works inside Mamba mixers, but {type(model).__name__} has none; use a Vim backbone")
+    return model.mixers
+
+
+def blocks_of(model: nn.Module, who: str) -> dict[str, nn.Module]:
+    """The transformer blocks of a backbone by name. Raises UserError for a backbone that has none."""
+    if not hasattr(model, "blocks"):
+        raise UserError(f"{who} works on transformer blocks, but {type(model).__name__} has none; use backbone=vit_s")
+    return {f"blocks.{i}": block for i, block in enumerate(model.blocks)}
 
 
 def row_slice(model: nn.Module, parameter: str, rows: str | None, who: str) -> slice | None:

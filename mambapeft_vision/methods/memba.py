@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambapeft_vision.errors import UserError
-from mambapeft_vision.methods.base import Method, require_positive
+from mambapeft_vision.methods.base import Method, mixers_of, require_positive
 
 
 class Memba(Method):
@@ -49,8 +49,8 @@ class Memba(Method):
         return self.tau == 0 and self.threshold == float("inf")
 
     def attach(self, model: nn.Module) -> None:
-        self._last = len(model.mixers) - 1
-        for i, mixer in enumerate(model.mixers):
+        self._last = len(mixers_of(model, self.name)) - 1
+        for i, mixer in enumerate(mixers_of(model, self.name)):
             mixer.gate.set(self.name, LayerMembrane(self, i))
 
     def gate(self, z: Tensor, layer: int) -> Tensor:

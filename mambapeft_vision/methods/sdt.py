@@ -95,7 +95,7 @@ class SDT(LoRA):
                 self.sites[key].up.zero_()
         first = self._sparse[0]
         return (
-            f"{self.name}: warm-up finished; of each layer and direction {first.kept[0]} of {first.shape[0]} channels "
+            f"warm-up finished; of each layer and direction {first.kept[0]} of {first.shape[0]} channels "
             f"and {first.kept[1]} of {first.shape[1]} states in each are selected"
         )
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mambapeft_vision.errors import UserError
-from mambapeft_vision.methods.base import Method, site_key
+from mambapeft_vision.methods.base import Method, mixers_of, site_key
 
 
 class StateOffset(Method):
@@ -29,7 +29,7 @@ class StateOffset(Method):
         self.sites = nn.ModuleDict()
 
     def attach(self, model: nn.Module) -> None:
-        for i, mixer in enumerate(model.mixers):
+        for i, mixer in enumerate(mixers_of(model, self.name)):
             like = mixer.A_log if self.form == "state" else mixer.D
             site = DirectionOffsets(like)
             self.sites[site_key(f"layers.{i}.mixer")] = site

@@ -16,7 +16,7 @@ class Unfreeze(Method):
 
     Args:
         targets: patterns of parameter names; "**" is everything.
-        no_decay: patterns of further tensors without weight decay.
+        no_decay: patterns of further tensors without weight decay (those that the backbone has).
         reinitialise: start from random weights ("scratch") instead of the pretrained ones.
         flat_decay_mult: decay multiplier of the one-dimensional tensors.
     """
@@ -52,7 +52,7 @@ class Unfreeze(Method):
                 )
             self._owned[name] = parameters[name].requires_grad_(True)
         if self.no_decay:
-            self._undecayed = set(match_parameters(model, self.no_decay, self.name))
+            self._undecayed = set(match_parameters(model, self.no_decay, self.name, each=False))
 
     def owned(self) -> dict[str, nn.Parameter]:
         return self._owned

@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mambapeft_vision.data import TaskDataModule
 from mambapeft_vision.errors import UserError
+from mambapeft_vision.presets import read_preset
 from mambapeft_vision.training import build
 from mambapeft_vision.training.cli import describe_error
 from mambapeft_vision.training.evaluate import evaluate
@@ -74,7 +75,8 @@ def test_logger(name):
 
 @pytest.mark.parametrize("name", options("method"))
 def test_method(name):
-    plan = plan_of(f"method={name}", *runs.SMALL_BACKBONE)
+    made_for = read_preset(runs.CONFIGS / "method" / f"{name}.yaml").backbone
+    plan = plan_of(f"method={name}", *(runs.SMALL_VIT if made_for == "vit_s" else runs.SMALL_BACKBONE))
     model = build.build_model(plan, build.build_backbone(plan), num_classes=3)
     assert sorted(model.methods) == plan.methods
     assert bool(model.owned()) == (name != "linear_probe")

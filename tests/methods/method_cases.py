@@ -11,6 +11,8 @@ from mambapeft_vision.presets import read_presets
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PRESETS = read_presets(CONFIGS / "method")
+#: In a row: on the transformer backbone, which the presets of the row also fit.
+ON_VIT = "on ViT"
 #: In a row: the methods have finished their warm-up phase.
 WARMED_UP = "warmed up"
 HYBRIDS: list[tuple[str, ...]] = [
@@ -26,10 +28,13 @@ ROWS = [
     *((name,) for name in PRESETS),
     *((name, WARMED_UP) for name in PRESETS if any("warmup_steps" in m for m in PRESETS[name].methods.values())),
     *HYBRIDS,
+    *((name, ON_VIT) for name in ("scratch", "full", "linear_probe", "bitfit", "cls_token", "prompt", "lora_embed")),
+    ("lora_qv", "fact_tk", "adaptformer", "adapter_plus", "prompt", "pos_embed"),
 ]
 CLASSES = 5
 
 VIM_TINY = {"depth": 2, "embed_dim": 32, "drop_path_rate": 0.0}
+VIT_TINY = {**VIM_TINY, "img_size": 32, "patch_size": 8, "num_heads": 2}
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 LABELS = torch.tensor([0, 3, 1])
 
@@ -40,12 +45,8 @@ def row_name(row: tuple[str, ...]) -> str:
 
 def specs(row: tuple[str, ...]) -> dict[str, dict]:
     """What `method=[...]` makes of several presets: their methods together."""
-    return {
-        name: spec
-        for preset_name in row
-        if preset_name != WARMED_UP
-        for name, spec in PRESETS[preset_name].methods.items()
-    }
+    presets = [PRESETS[name] for name in row if name not in (ON_VIT, WARMED_UP)]
+    return {name: spec for preset in presets for name, spec in preset.methods.items()}
 
 
 def methods_of(given: dict[str, dict]):
@@ -54,6 +55,8 @@ def methods_of(given: dict[str, dict]):
 
 def tiny_backbone(row: tuple[str, ...] = (), dtype: torch.dtype = torch.float64) -> torch.nn.Module:
     """A very small backbone of the kind that the presets of `row` are for."""
+    if ON_VIT in row or any(PRESETS[name].backbone.startswith("vit") for name in row if name in PRESETS):
+        return create_backbone("ported_deit_small_patch16_224", "random", **VIT_TINY).to(dtype)
     return create_backbone("vim_pico_patch8_32", "random", **VIM_TINY).to(dtype)
 
 

@@ -26,7 +26,11 @@ from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.checkpoints import export_official
 
 matrix = pytest.mark.parametrize("row", ROWS, ids=row_name)
-BACKBONES = {"vim_s": "vim_small_patch16_224", "vim_b": "vim_base_patch16_224"}
+BACKBONES = {
+    "vim_s": "vim_small_patch16_224",
+    "vim_b": "vim_base_patch16_224",
+    "vit_s": "ported_deit_small_patch16_224",
+}
 
 
 @matrix

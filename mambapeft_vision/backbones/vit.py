@@ -1,0 +1,202 @@
+"""Vision transformer (DeiT, arXiv 2012.12877), the paper's baseline, with ports in the same places as Vim has them.
+
+Parameter names and arithmetic are those of timm's `deit_small_patch16_224`, whose weights load as they are.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import lecun_normal_, trunc_normal_
+from timm.models import register_model
+from torch import Tensor, nn
+
+from mambapeft_vision.backbones.ports import Port, PortedLinear, SidePort
+from mambapeft_vision.backbones.vim import PatchEmbed
+from mambapeft_vision.errors import UserError
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, [B, L, D] → [B, L, D]."""
+
+    def __init__(self, embed_dim: int, num_heads: int, *, name: str) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = PortedLinear(embed_dim, 3 * embed_dim, name=f"{name}.qkv")
+        self.proj = PortedLinear(embed_dim, embed_dim, name=f"{name}.proj")
+
+    @property
+    def row_blocks(self) -> dict[str, dict[str, slice]]:
+        """Named blocks of output rows of the weights, by submodule name."""
+        dim = self.proj.in_features
+        return {"qkv": {"q": slice(0, dim), "k": slice(dim, 2 * dim), "v": slice(2 * dim, 3 * dim)}}
+
+    def forward(self, h: Tensor) -> Tensor:
+        batch, length, dim = h.shape
+        q, k, v = self.qkv(h).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(batch, length, dim))
+
+
+class Mlp(nn.Module):
+    """fc2(GELU(fc1(h))), with a side port beside the whole of it."""
+
+    def __init__(self, embed_dim: int, hidden: int, *, name: str) -> None:
+        super().__init__()
+        self.fc1 = PortedLinear(embed_dim, hidden, name=f"{name}.fc1")
+        self.fc2 = PortedLinear(hidden, embed_dim, name=f"{name}.fc2")
+        self.side = SidePort(name)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.side(h, self.fc2(F.gelu(self.fc1(h))))
+
+
+class Block(nn.Module):
+    """x += drop_path(attn(norm1(x))); x += drop_path(mlp(norm2(x))); and what the port `after` adds."""
+
+    def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: int, drop_path: float, *, name: str) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.attn = Attention(embed_dim, num_heads, name=f"{name}.attn")
+        self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.mlp = Mlp(embed_dim, mlp_ratio * embed_dim, name=f"{name}.mlp")
+        self.after = SidePort(f"{name}.after")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self._dropped(self.attn(self.norm1(x)))
+        x = x + self._dropped(self.mlp(self.norm2(x)))
+        return self.after(x, x)
+
+    def _dropped(self, branch: Tensor) -> Tensor:
+        """Drop path: the branch of each sample is left out with probability `drop_path` in training."""
+        if not (self.training and self.drop_path):
+            return branch
+        keep = 1.0 - self.drop_path
+        return branch * (torch.rand(branch.shape[0], 1, 1, device=branch.device) < keep).to(branch.dtype) / keep
+
+
+class Vit(nn.Module):
+    """Vision transformer with the class token first.
+
+    Args:
+        img_size: height and width (or one number for both).
+        patch_size, embed_dim, depth, num_heads, mlp_ratio: sizes; a head has 64 channels by default.
+        num_classes: 0 for features only. The head starts at zero.
+        drop_path_rate: of the last block; linear from 0 in the first.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int | None = None,
+        mlp_ratio: int = 4,
+        num_classes: int = 1000,
+        drop_path_rate: float = 0.1,
+    ) -> None:
+        super().__init__()
+        num_heads = num_heads or max(1, embed_dim // 64)
+        if embed_dim % num_heads:
+            raise UserError(f"embed_dim={embed_dim} does not divide into num_heads={num_heads}; change one of them")
+        img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.patch_embed = PatchEmbed(img_size, patch_size, patch_size, in_chans, embed_dim)
+        self.embed_dim = self.num_features = embed_dim
+        self.num_classes = num_classes
+        self.class_token_index = 0
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.num_patches + 1, embed_dim))
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, drop_path_rate * i / max(depth - 1, 1), name=f"blocks.{i}")
+            for i in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.prompt = Port("prompt")  # (tokens [B, L, D], class index) → (tokens [B, L', D], class index)
+        self.init_weights()
+
+    def row_blocks(self, parameter: str) -> dict[str, slice]:
+        """Named blocks of output rows of a weight: q, k, v of "blocks.0.attn.qkv.weight"."""
+        path, _, module = parameter.rpartition(".")[0].rpartition(".")
+        return getattr(self.get_submodule(path), "row_blocks", {}).get(module, {})
+
+    def set_kernel(self, kernel: str, device: torch.device | str) -> str:
+        """There is no scan to choose a kernel for: attention is PyTorch's own, whatever `kernel` says."""
+        return "torch"
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new zero head for `num_classes` classes (0: none), on the old one's device and dtype."""
+        self.num_classes = num_classes
+        like = {"device": self.norm.weight.device, "dtype": self.norm.weight.dtype}
+        self.head = nn.Linear(self.embed_dim, num_classes, **like) if num_classes else nn.Identity()
+        self._init_head()
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] → [B, D]: the class token after the last block and the final norm."""
+        patches = self.patch_embed(images)
+        class_token = self.cls_token.to(patches.dtype).expand(patches.shape[0], -1, -1)
+        tokens, index = torch.cat((class_token, patches), dim=1) + self.pos_embed, self.class_token_index
+        if self.prompt.value is not None:
+            tokens, index = self.prompt.value(tokens, index)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens[:, index])
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        return features if pre_logits else self.head(features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+    def init_weights(self) -> None:
+        """timm's initialisation of vision transformers; the head is zero."""
+        lecun_normal_(self.patch_embed.proj.weight)
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        self._init_head()
+
+    def _init_head(self) -> None:
+        if isinstance(self.head, nn.Linear):
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+
+@register_model
+def ported_deit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vit:
+    """ViT-S as DeiT trained it on ImageNet-1K (timm's deit_small_patch16_224)."""
+    for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # steer timm's own loader only
+        kwargs.pop(key, None)
+    model = Vit(**kwargs)
+    model.default_cfg = model.pretrained_cfg = {
+        "input_size": (3, *model.patch_embed.img_size),
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": "squash",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "num_classes": 1000,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "hf_hub_id": "timm/deit_small_patch16_224.fb_in1k",
+        "hf_hub_filename": "model.safetensors",
+        "architecture": kwargs,
+    }
+    if pretrained:
+        from mambapeft_vision.backbones.checkpoints import load_official
+
+        load_official(model)
+    return model

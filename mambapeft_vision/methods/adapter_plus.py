@@ -1,0 +1,60 @@
+"""Adapter+ (arXiv 2406.06820): adapters after the blocks of a vision transformer, with a learned scale a channel."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambapeft_vision.methods.base import Method, blocks_of, require_positive, site_key
+
+
+class AdapterPlus(Method):
+    """x ← x + s ⊙ up(GELU(down(x))) after every block.
+
+    Weights start truncated normal with deviation 0.01 (Houlsby), biases at zero, s [D] at one, so the model does not
+    start as the base model. Biases and s have no weight decay.
+
+    Args:
+        dim: of the bottleneck.
+    """
+
+    identity_at_init = False
+    merge_obstacle = "the GELU between down and up is no function of a weight"
+
+    def __init__(self, *, dim: int = 8, lr_mult: float = 1.0, decay_mult: float = 1.0) -> None:
+        super().__init__(lr_mult=lr_mult, decay_mult=decay_mult)
+        require_positive(self, dim=dim)
+        self.dim = dim
+        self.sites = nn.ModuleDict()
+
+    def attach(self, model: nn.Module) -> None:
+        for name, block in blocks_of(model, self.name).items():
+            site = ScaledBottleneck(model.cls_token.new_empty(self.dim, model.embed_dim))
+            self.sites[site_key(name)] = site
+            block.after.add(self.name, site)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        owned = list(self.owned().values())
+        return [
+            {"params": [p for p in owned if p.ndim == 2], "lr_mult": self.lr_mult, "decay_mult": self.decay_mult},
+            {"params": [p for p in owned if p.ndim == 1], "lr_mult": self.lr_mult, "decay_mult": 0.0},
+        ]
+
+
+class ScaledBottleneck(nn.Module):
+    """One site: [..., D] → s ⊙ up(GELU(down(x))). `like` [r, D] gives sizes, device and dtype."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        rank, dim = like.shape
+        self.down = nn.Parameter(like.new_empty(rank, dim))
+        self.down_bias = nn.Parameter(like.new_zeros(rank))
+        self.up = nn.Parameter(like.new_empty(dim, rank))
+        self.up_bias = nn.Parameter(like.new_zeros(dim))
+        self.scale = nn.Parameter(like.new_ones(dim))
+        for weight in (self.down, self.up):
+            nn.init.trunc_normal_(weight, std=0.01, a=-0.02, b=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = F.gelu(F.linear(x, self.down, self.down_bias))
+        return self.scale * F.linear(low, self.up, self.up_bias)
