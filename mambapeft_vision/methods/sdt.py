@@ -1,6 +1,5 @@
 """SDLoRA / SDT: sparse dimension tuning of the state-space part, with LoRA on the projections (arXiv 2410.09016)."""
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -26,10 +25,10 @@ class SDT(LoRA):
 
     Args:
         warmup_steps: optimiser steps of phase 1.
-        f_channels: share of the E channels that is not selected; ceil((1 - f_channels) · E) are.
-        f_states: share of the N states that is not selected in a selected channel.
-        f_off: share of the N states of a selected channel, those that moved least, that is switched off
-            (A_log = 10; the zero group of the paper's first version).
+        f_channels: share of the E channels that is not selected; E - round(f_channels · E) are, at least one.
+        f_states: share of the N states that is not selected in a selected channel; rounded in the same way.
+        f_off: share of the E channels, those that moved least, whose states are all switched off (A_log = 10; the
+            zero group of the paper's first version).
         targets, rank, scale, dropout: of the LoRA.
     """
 
@@ -42,7 +41,7 @@ class SDT(LoRA):
         f_off: float = 0.0,
         targets: str | list[str] = "layers.*.mixer.out_proj.weight",
         rank: int = 8,
-        scale: float = 0.1,
+        scale: float = 1.0,
         dropout: float = 0.1,
         lr_mult: float = 1.0,
         decay_mult: float = 1.0,
@@ -54,8 +53,10 @@ class SDT(LoRA):
         for name, share in (("f_channels", f_channels), ("f_states", f_states), ("f_off", f_off)):
             if not 0 <= share < 1:
                 raise UserError(f"SDT: {name}={share!r}; expected a share in [0, 1)")
-        if f_off > f_states:
-            raise UserError(f"SDT: f_off={f_off} of the states cannot be switched off when only {f_states} are left")
+        if f_off > f_channels:
+            raise UserError(
+                f"SDT: f_off={f_off} of the channels cannot be off when only f_channels={f_channels} are left"
+            )
         self.warmup_steps = warmup_steps
         self.f_channels, self.f_states, self.f_off = f_channels, f_states, f_off
 
@@ -70,10 +71,8 @@ class SDT(LoRA):
         for log, projection in _PAIRS:
             for name in match_parameters(model, f"layers.*.mixer.{log}", self.name):
                 A_log = frozen_weight(model, name)
-                channels, states = A_log.shape
-                # Rounded first: (1 - 0.75) · 16 and the like are not exact.
-                kept = (_ceil((1 - self.f_channels) * channels), _ceil((1 - self.f_states) * states))
-                site = SparseStates(A_log, *kept, off=int(self.f_off * states + 1e-9))
+                kept = [_kept(total, share) for total, share in zip(A_log.shape, (self.f_channels, self.f_states))]
+                site = SparseStates(A_log, *kept, off=round(self.f_off * A_log.shape[0]))
                 self.sites[site_key(name)] = site
                 add_weight_delta(model, name, self.name, site.state_delta)
                 add_weight_delta(model, name.removesuffix(log) + projection, self.name, site.row_delta)
@@ -111,7 +110,7 @@ class SparseStates(nn.Module):
 
     Args:
         A_log: [E, N], frozen.
-        channels: c, how many to select. states: s, how many in each. off: o, states in each to switch off.
+        channels: c, how many to select. states: s, how many in each. off: o, channels to switch off.
     """
 
     def __init__(self, A_log: Tensor, channels: int, states: int, off: int) -> None:
@@ -127,13 +126,14 @@ class SparseStates(nn.Module):
     def select(self) -> None:
         """Chooses channels and states by how far the warm-up moved A_log, and starts phase 2."""
         moved = self.offset.square()
-        channels = moved.sum(1).topk(self.kept[0]).indices.sort().values
+        ranking = moved.sum(1).argsort(descending=True, stable=True)
+        channels = ranking[: self.kept[0]].sort().values
         order = moved[channels].argsort(dim=1, descending=True, stable=True)
         self.enter_selection()
         self.channels.copy_(channels)
         self.states.copy_(order[:, : self.kept[1]])
         if self.off:
-            self.off_states.copy_(order[:, -self.off :])
+            self.off_channels.copy_(ranking[-self.off :].sort().values)
 
     def enter_selection(self) -> None:
         """Replaces the full offset by those of a selection, which is still to be filled in."""
@@ -142,7 +142,7 @@ class SparseStates(nn.Module):
         self.register_buffer("channels", torch.zeros(channels, dtype=torch.int64, device=like.device))
         self.register_buffer("states", self.channels.new_zeros(channels, states))
         if self.off:
-            self.register_buffer("off_states", self.channels.new_zeros(channels, self.off))
+            self.register_buffer("off_channels", self.channels.new_zeros(self.off))
         self.entries = nn.Parameter(like.detach().new_zeros(channels, states))
         self.rows = nn.Parameter(like.detach().new_zeros(2 * self.shape[1], channels))
 
@@ -154,7 +154,7 @@ class SparseStates(nn.Module):
         delta = torch.zeros_like(A_log).index_put((place, self.states), self.entries.to(A_log.dtype))
         if not self.off:
             return delta
-        return delta.index_put((place, self.off_states), _OFF - A_log[place, self.off_states])
+        return delta.index_copy(0, self.off_channels, _OFF - A_log[self.off_channels])
 
     def row_delta(self, x_proj: Tensor) -> Tensor:
         """Δ of x_proj [R + 2N, E]: its B and C rows at the selected channels."""
@@ -164,5 +164,5 @@ class SparseStates(nn.Module):
         return F.pad(rows, (0, 0, x_proj.shape[0] - rows.shape[0], 0))
 
 
-def _ceil(number: float) -> int:
-    return max(1, math.ceil(round(number, 6)))
+def _kept(total: int, share: float) -> int:
+    return max(1, total - round(share * total))

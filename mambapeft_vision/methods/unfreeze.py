@@ -46,11 +46,14 @@ class Unfreeze(Method):
             model.init_weights()
         parameters = backbone_parameters(model)
         for name in match_parameters(model, self.targets, self.name):
-            if parameters[name].requires_grad:
+            p = parameters[name]
+            if p.requires_grad:
                 raise UserError(
-                    f"{self.name}: {name} is trained by another method already; remove one of them from method=[...]"
+                    f"both {getattr(p, 'trained_by', 'another method')!r} and {self.name!r} want to train {name}; "
+                    f"remove one of them from method=[...]"
                 )
-            self._owned[name] = parameters[name].requires_grad_(True)
+            p.trained_by = self.name
+            self._owned[name] = p.requires_grad_(True)
         if self.no_decay:
             self._undecayed = set(match_parameters(model, self.no_decay, self.name, each=False))
 

@@ -65,6 +65,39 @@ def test_dora_on_rows_takes_each_directions_own_magnitude(rows):
     check(actual, weights)
 
 
+@pytest.mark.parametrize(
+    "target", ["patch_embed.proj", "layers.*.mixer.in_proj", "layers.*.mixer.out_proj", "layers.*.mixer.dt_proj_b"]
+)
+def test_dora_on_whole_weights(target):
+    method = DoRA(targets=f"{target}.weight", rank=2, scale=0.7)
+    model, weights, actual = built(method)
+    names = {key.rpartition(".")[0] for key in method.owned()}
+    assert len(names) == (1 if target.startswith("patch") else 2)
+    for name in names:
+        own = {key.rpartition(".")[2]: p for key, p in method.owned().items() if key.startswith(name + ".")}
+        adapted = weights[name].flatten(1) + 0.7 * own["up"].flatten(1) @ own["down"].flatten(1)
+        adapted = own["magnitude"].flatten(1) * adapted / adapted.pow(2).sum(0).sqrt()
+        weights[name] = adapted.view_as(weights[name])
+    check(actual, weights)
+    assert model.merge() == {}
+    torch.testing.assert_close(model.backbone.forward_features(IMAGES), actual)
+
+
+def test_the_norm_of_dora_is_constant_for_the_gradient():
+    method = DoRA(targets="patch_embed.proj.weight", rank=2)
+    _, weights, actual = built(method)
+    own = {key.rpartition(".")[2]: p for key, p in method.owned().items()}
+    W = weights["patch_embed.proj.weight"].flatten(1)
+    direction = W + 0.1 * own["up"].flatten(1) @ own["down"].flatten(1)
+    norm = direction.pow(2).sum(0).sqrt().detach()
+    weights["patch_embed.proj.weight"] = (own["magnitude"].flatten(1) * direction / norm).view(32, 3, 8, 8)
+    names = list(own)
+    expected = torch.autograd.grad(features(weights, IMAGES).square().sum(), [own[n] for n in names])
+    gradients = torch.autograd.grad(actual.square().sum(), [own[n] for n in names])
+    for mine, theirs in zip(gradients, expected):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("diagonal", ["free", "relu"])
 @pytest.mark.parametrize("n_blocks", [1, 5, 32])  # 5 does not divide 32 or 64
 def test_prodial(diagonal, n_blocks):

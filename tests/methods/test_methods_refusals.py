@@ -36,8 +36,8 @@ IN_PROJ, X_PROJ = "layers.*.mixer.in_proj.weight", "layers.*.mixer.x_proj.weight
 def test_two_owners_of_one_place_are_refused_with_both_names(make):
     with pytest.raises(UserError) as error:
         adapt(tiny_backbone(), {"first": make(), "second": make()}, CLASSES)
+    assert "first" in str(error.value)
     assert "second" in str(error.value)
-    assert "first" in str(error.value) or isinstance(make(), Unfreeze)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_two_owners_of_one_place_are_refused_with_both_names(make):
         (lambda: Memba(tau=-1), "tau=-1"),
         (lambda: StateOffset(form="both"), "'state' or 'output'"),
         (lambda: SDT(f_channels=1.0), "f_channels=1.0"),
-        (lambda: SDT(f_states=0.5, f_off=0.6), "f_off=0.6"),
+        (lambda: SDT(f_channels=0.5, f_off=0.6), "f_off=0.6"),
         (lambda: LoRA(targets=IN_PROJ, rank=2, lr_mult=-1), "lr_mult=-1"),
     ],
 )

@@ -13,7 +13,7 @@ WARMUP, STEPS = 3, 6
 
 
 def new_model():
-    method = SDT(warmup_steps=WARMUP, f_channels=0.9, f_off=0.25, rank=2, dropout=0.0, lr_mult=2.0)
+    method = SDT(warmup_steps=WARMUP, f_channels=0.9, f_states=0.75, f_off=0.25, rank=2, dropout=0.0, lr_mult=2.0)
     return adapt(tiny_backbone(), {"sdt": method}, CLASSES, seed=1)
 
 
@@ -48,22 +48,23 @@ def test_phases():
     assert all(offset.any() for offset in offsets.values())
 
     line = method.finish_warmup()
-    assert "7 of 64 channels" in line
+    assert "6 of 64 channels" in line
     assert "4 of 16 states" in line
     assert not method.warming_up
     saved = method.saved()
     for site, offset in offsets.items():
         scores = offset.square().sum(1)
-        kept = saved[f"{site}.channels"]
-        assert scores[kept].min() >= scores.sort().values[-7]
+        kept, off = saved[f"{site}.channels"], saved[f"{site}.off_channels"]
+        assert len(off) == 16
+        assert scores[off].max() <= scores.sort().values[15]
+        assert scores[kept].min() >= scores.sort().values[-6]
         for c, channel in enumerate(kept):
             ranking = offset[channel].square().argsort(descending=True)
             assert saved[f"{site}.states"][c].tolist() == ranking[:4].tolist()
-            assert set(saved[f"{site}.off_states"][c].tolist()) == set(ranking[-4:].tolist())
     owned = method.owned()
     assert {key: tuple(p.shape) for key, p in owned.items() if "A_log" in key and ".0." in key} == {
-        "layers.0.mixer.A_log.entries": (7, 4),
-        "layers.0.mixer.A_log.rows": (32, 7),
+        "layers.0.mixer.A_log.entries": (6, 4),
+        "layers.0.mixer.A_log.rows": (32, 6),
     }
     assert all(not p.any() for key, p in owned.items() if key.endswith(("entries", "rows")))
     for key in start.keys() & owned.keys():  # LoRA starts anew
@@ -100,14 +101,13 @@ def test_adapter_of_either_phase_loads(steps, tmp_path):
     assert torch.equal(model.eval()(IMAGES), loaded.eval()(IMAGES))
 
 
-def test_switched_off_states_have_no_memory():
+def test_switched_off_channels_have_no_memory():
     model = new_model()
     train(model, 0, WARMUP + 1)
-    saved = model.methods["sdt"].saved()
+    off = model.methods["sdt"].saved()["layers.0.mixer.A_log.off_channels"]
     A_log = model.backbone.layers[0].mixer.A_log
-    for c, channel in enumerate(saved["layers.0.mixer.A_log.channels"]):
-        off = A_log[channel, saved["layers.0.mixer.A_log.off_states"][c]]
-        torch.testing.assert_close(off, torch.full_like(off, 10.0))
+    torch.testing.assert_close(A_log[off], torch.full_like(A_log[off], 10.0))
+    assert (A_log > 9).sum() == 16 * 16
 
 
 def test_methods_without_a_warmup_say_so():
