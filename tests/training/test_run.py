@@ -113,12 +113,12 @@ def test_picture_is_an_image(finished):
         assert image.width > 500
 
 
-def test_the_first_step_is_taken_from_a_zero_head(finished):
-    """Logits of zero: the first batch's loss is ln(classes), and only the head's weights have a gradient."""
-    log = (finished.folder / "train.log").read_text()
-    assert "epoch 1/5" in log and "accuracy" in log
-    plan = make_plan(runs.compose_train(finished.command))
-    assert plan.folder == finished.folder
+def test_the_log_has_a_line_an_epoch(finished):
+    lines = (finished.folder / "train.log").read_text().splitlines()
+    epochs = [
+        line for line in lines if re.match(r"epoch \d/5  loss \d\.\d{4}  accuracy [\d.]+%  [\d,]+ images/s", line)
+    ]
+    assert len(epochs) == 5
 
 
 # The same command again

@@ -1,0 +1,71 @@
+"""The training step's parts."""
+
+import math
+
+import pytest
+import runs
+import torch
+from torch import nn
+
+from mambapeft_vision.data import Preprocessing
+from mambapeft_vision.training.build import build_backbone, build_model
+from mambapeft_vision.training.callbacks import largest_gradient
+from mambapeft_vision.training.module import FineTuning, Normalise, epoch_seed
+from mambapeft_vision.training.plan import make_plan
+
+
+@pytest.fixture
+def module(task, tmp_path) -> FineTuning:
+    plan = make_plan(runs.compose_train(runs.overrides(task, tmp_path)))
+    model = build_model(plan, build_backbone(plan), num_classes=3)
+    return FineTuning(model, nn.Identity(), plan.recipe, seed=0)
+
+
+def test_normalisation_scales_and_shifts_each_channel():
+    normalise = Normalise(Preprocessing((2, 2), "bicubic", (0.5, 0.25, 0.0), (0.5, 0.25, 2.0)))
+    images = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 2, 2)
+    values = normalise(images)
+    assert values.dtype == torch.float32 and values.shape == (2, 3, 2, 2)
+    assert values[0, :, 0, 0].tolist() == pytest.approx([-1.0, 3.0, 0.1])
+    assert normalise.state_dict() == {}
+
+
+def test_the_head_starts_at_zero_so_the_first_step_moves_the_head_alone(module):
+    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    loss = module.training_step((images, labels), 0)
+    assert loss.item() == pytest.approx(math.log(3), rel=1e-6)
+    loss.backward()
+    moving = {name for name, p in module.model.trained().items() if p.grad is not None and p.grad.any()}
+    assert moving == {"head.weight", "head.bias"}
+    assert largest_gradient(module)[0] == "head"
+
+
+def test_largest_gradient_counts_nan_as_largest(module):
+    for name, parameter in module.model.trained().items():
+        parameter.grad = torch.full_like(parameter, 1e3 if "head" in name else 1.0)
+    assert largest_gradient(module)[0] == "head"
+    module.model.trained()["lora_p_x.layers.1.mixer.in_proj.weight.up"].grad[0, 0] = float("nan")
+    site, norm = largest_gradient(module)
+    assert site == "lora_p_x.layers.1.mixer.in_proj.weight" and math.isnan(norm)
+
+
+def test_epoch_metrics_are_means_over_images_not_batches(module):
+    for labels in (torch.tensor([0, 0, 0]), torch.tensor([1])):  # zero logits: argmax is class 0
+        module.training_step((torch.randn(len(labels), 3, 32, 32), labels), 0)
+    assert module.images_seen == 4
+    assert module.epoch_metrics() == pytest.approx({"loss": math.log(3), "accuracy": 0.75})
+
+
+def test_state_is_the_adapter_and_loads_strictly(module):
+    state = {name: torch.full_like(tensor, 0.5) for name, tensor in module.state_dict().items()}
+    assert not any(name.startswith(("backbone", "model")) for name in state)
+    module.load_state_dict(state)
+    assert all((tensor == 0.5).all() for tensor in module.state_dict().values())
+    del state["head.bias"]
+    with pytest.raises(ValueError, match=r"missing: head\.bias"):
+        module.load_state_dict(state)
+
+
+def test_epoch_seeds_differ():
+    seeds = {epoch_seed(seed, epoch) for seed in range(10) for epoch in range(100)}
+    assert len(seeds) == 1000 and all(0 <= seed < 2**63 for seed in seeds)
