@@ -22,17 +22,18 @@ from mambapeft_vision.training.console import Console
 from mambapeft_vision.training.dry_run import describe_counts, describe_recipe, dry_run_report
 from mambapeft_vision.training.fit import fit
 from mambapeft_vision.training.plan import RunPlan, make_plan, set_aside
-from mambapeft_vision.training.setup import Setup, assemble
+from mambapeft_vision.training.setup import FRESH, Setup, Sources, assemble
 from mambapeft_vision.training.testing import Predictions
 
 CONFIG_FILE, OVERRIDES_FILE, LOG_FILE, PICTURE_FILE = "config.yaml", "overrides.yaml", "train.log", "predictions.png"
 
 
-def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> RunRecord | None:
+def train(cfg: DictConfig, overrides: Sequence[str] = (), sources: Sources = FRESH) -> RunRecord | None:
     """Does what the config asks for: a dry run, a finished run's summary, or the (rest of the) run.
 
     Args:
         overrides: of the command line, kept in the run's folder.
+        sources: of task and backbone.
     Returns: the run's record; None for a dry run.
     Raises: UserError.
     """
@@ -51,10 +52,10 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> RunRecord | None:
     with Console(plan.folder / LOG_FILE) as console:
         if aside is not None:
             console.say(f"the run that was here is kept in {aside}")
-        return execute(plan, console)
+        return execute(plan, console, sources)
 
 
-def execute(plan: RunPlan, console: Console) -> RunRecord:
+def execute(plan: RunPlan, console: Console, sources: Sources) -> RunRecord:
     """Trains, saves and tests; result.json is written last."""
     started = time.monotonic()
     console.say(f"{plan.method_names} on {plan.task}, seed {plan.seed}, in {plan.folder}")
@@ -64,6 +65,7 @@ def execute(plan: RunPlan, console: Console) -> RunRecord:
         device=resolve_device(plan.recipe.device),
         kernel=plan.config["kernel"],
         console=console,
+        sources=sources,
     )
     console.say(describe_counts(setup.model.counts()))
     console.say(describe_recipe(plan.recipe, setup.task.batch_size))

@@ -40,6 +40,17 @@ class Setup:
         )
 
 
+@dataclass(frozen=True)
+class Sources:
+    """Where a run's task and backbone come from. A sweep gives its own, which keep what is loaded between runs."""
+
+    task: Callable[[RunPlan], TaskDataModule] = build_dataset
+    backbone: Callable[[RunPlan], nn.Module] = build_backbone
+
+
+FRESH = Sources()
+
+
 def assemble(
     plan: RunPlan,
     attach: Callable[[nn.Module, int], AdaptedModel],
@@ -47,18 +58,19 @@ def assemble(
     device: torch.device,
     kernel: str,
     console: Console,
+    sources: Sources = FRESH,
 ) -> Setup:
     """Builds a run's model and loads its data.
 
     Args:
-        attach: from the backbone and the number of classes to the adapted model.
+        attach: from the backbone and the number of classes to the adapted model; it may change the backbone.
         kernel: as asked for, e.g. "auto".
     Raises: UserError.
     """
     reset_peak_memory(device)
     apply_precision(plan.recipe.precision)
-    task = build_dataset(plan)
-    backbone = build_backbone(plan)
+    task = sources.task(plan)
+    backbone = sources.backbone(plan)
     resolved = set_kernel(backbone, kernel, device)
     console.say(mambapeft_kernels.describe(kernel, device))
     model = attach(backbone, task.num_classes)
