@@ -125,7 +125,11 @@ class Vit(nn.Module):
         return getattr(self.get_submodule(path), "row_blocks", {}).get(module, {})
 
     def set_kernel(self, kernel: str, device: torch.device | str) -> str:
-        """There is no scan to choose a kernel for: attention is PyTorch's own, whatever `kernel` says."""
+        """There is no scan to choose a kernel for: attention is PyTorch's own. Returns "torch"."""
+        if kernel not in ("auto", "torch"):
+            raise UserError(
+                f"kernel={kernel!r} chooses how scans run, and a vision transformer has none; leave kernel=auto"
+            )
         return "torch"
 
     def reset_classifier(self, num_classes: int) -> None:

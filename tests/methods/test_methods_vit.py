@@ -52,13 +52,23 @@ def test_heads_must_fit():
         create_backbone(NAME, "random", embed_dim=32, num_heads=3)
 
 
+def test_there_is_no_kernel_to_choose():
+    model = tiny_backbone((ON_VIT,))
+    assert model.set_kernel("auto", "cpu") == "torch"
+    with pytest.raises(UserError, match="leave kernel=auto"):
+        model.set_kernel("triton", "cpu")
+
+
 def test_drop_path_is_active_in_training_only():
     model = create_backbone(NAME, "random", **{**VIT_TINY, "drop_path_rate": 0.5})
-    assert model.blocks[0].drop_path == 0
-    first, second = (model.train().forward_features(IMAGES.float()) for _ in range(2))
-    assert not torch.equal(first, second)
-    first, second = (model.eval().forward_features(IMAGES.float()) for _ in range(2))
-    assert torch.equal(first, second)
+    assert [block.drop_path for block in model.blocks] == [0, 0.5]
+    images = IMAGES.float()
+    plain = model.eval().forward_features(images)
+    assert torch.equal(model.forward_features(images), plain)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        draws = [model.train().forward_features(images) for _ in range(4)]
+    assert any(not torch.equal(draw, draws[0]) for draw in draws)
 
 
 def test_position_embedding_with_the_class_token_first():
