@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mambapeft_vision.data import TaskDataModule
 from mambapeft_vision.errors import UserError
 from mambapeft_vision.presets import read_preset
+from mambapeft_vision.pretraining.config import load_config
 from mambapeft_vision.training import build
 from mambapeft_vision.training.cli import describe_error
 from mambapeft_vision.training.evaluate import evaluate
@@ -33,7 +34,7 @@ def plan_of(*overrides: str) -> RunPlan:
 def test_every_yaml_is_covered_here():
     """A new group of configs needs a test below."""
     groups = {file.relative_to(runs.CONFIGS).parts[0] for file in runs.CONFIGS.rglob("*.yaml")}
-    tested = {"backbone", "dataset", "experiment", "logger", "method", "trainer"}
+    tested = {"backbone", "dataset", "experiment", "logger", "method", "pretrain", "trainer"}
     roots = {"train.yaml", "evaluate.yaml"}
     assert groups == tested | roots | {"hydra"}  # the help texts under hydra/ are in test_commands.py
 
@@ -89,6 +90,16 @@ def test_experiment(name):
     build.build_logger(plan)
     backbone, _ = build.build_backbone_offline(plan)
     assert build.build_model(plan, backbone, dataset.num_classes).counts()["trainable"] > 0
+
+
+@pytest.mark.parametrize("name", options("pretrain"))
+def test_pretraining(name):
+    """Read by scripts/pretrain.py, not by Hydra."""
+    given = ["sources.mine.path=somewhere"] if name == "folder" else []
+    config = load_config(runs.CONFIGS / "pretrain" / f"{name}.yaml", given)
+    assert config.sources and config.backbone.startswith("vim")
+    with pytest.raises(UserError, match="batchsize"):
+        load_config(runs.CONFIGS / "pretrain" / f"{name}.yaml", [*given, "batchsize=3"])
 
 
 def test_methods_combine_in_any_order():
