@@ -21,7 +21,7 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "mamba_ssm": (torch.float32, torch.bfloat16, torch.float16),
 }
 _REMEDY = {
-    "cuda": "it needs an NVIDIA GPU of compute capability 8.0 or later, triton, and `pip install cuda-core`",
+    "cuda": "it needs an NVIDIA GPU of compute capability 8.0 or later, triton, and `pip install cuda-core[cu13]`",
     "triton": "it needs triton and a CUDA GPU (or TRITON_INTERPRET=1 on a CPU, for checks)",
     "mamba_ssm": "it needs a CUDA GPU and `pip install mamba-ssm causal-conv1d` (they compile with nvcc)",
 }
@@ -42,7 +42,7 @@ def _can_run(name: str, device: torch.device) -> bool:
         return _installed("triton") and (on_gpu or interpreted(device))
     if name == "cuda":
         modern = on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
-        return modern and _installed("triton") and _installed("cuda.core")
+        return modern and all(map(_installed, ("triton", "cuda.core", "cuda.bindings")))
     if name == "mamba_ssm":
         return on_gpu and _installed("mamba_ssm") and _installed("causal_conv1d")
     return True

@@ -13,7 +13,7 @@ _BACKWARD = ("common.cuh", "selective_scan/scan_backward.cu")
 # Launch choices, measured with scripts/bench_kernels.py: (compute capability, more than 16 states, extra gradients
 # or a state offset) → resident blocks a multiprocessor that registers must allow, and decays kept in registers.
 _TUNED: dict[tuple[tuple[int, int], bool, bool], dict[str, int]] = {}
-_FALLBACK = {"lanes": 4, "forward_blocks": 3, "backward_blocks": 3, "store_decay": 4}
+_FALLBACK = {"lanes": 2, "forward_blocks": 3, "backward_blocks": 3, "store_decay": 4}
 
 
 def _choice(device: torch.device, states: int, heavy: bool) -> dict[str, int]:

@@ -144,14 +144,52 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     io_t* dz_b = dz + b * gb + (first + col) * ge;
     float* dbc_b = dbc + (((i64)blockIdx.x * groups * batch * length) + row0) * (2 * N);
 
-    fetch(reverse ? 0 : chunks - 1, 0);
-    for (int it = 0; it < chunks; ++it) {
-        const int j = reverse ? it : chunks - 1 - it, now = it & 1;
+    // Writes out what the chunk's sums give. A thread finishes the elements that it staged, so what it reads of its own
+    // (step, read) it may overwrite next.
+    auto finish = [&](int j, int buffer) {
         const int token = token_of(j, slot);
         const int live = token < length ? live_cols : 0;
+        {
+            Pack<EPT> rd, ru, out_u, out_d;
+            const int at = slot * CB + col;
+            rd.load_vector(&shared.raw[buffer][0][at]);
+            ru.load_vector(&shared.raw[buffer][1][at]);
+            float vu[EPT], vd[EPT];
+#pragma unroll
+            for (int k = 0; k < EPT; ++k) {
+                const float2 sums = shared.step[slot][col + k];
+                const float step = rd.get(k), dy = shared.read[slot][col + k].y;
+                vu[k] = step * sums.x + shared.skip[col + k] * dy;
+                vd[k] = (ru.get(k) * sums.x + LN2 * sums.y) * one_minus_exp(step);
+            }
+#pragma unroll
+            for (int k = 0; k < EPT; k += 2) {
+                out_u.set_pair(k / 2, vu[k], vu[k + 1]);
+                out_d.set_pair(k / 2, vd[k], vd[k + 1]);
+            }
+            out_u.store(du_b + token * channels, 1, live);
+            out_d.store(draw_b + token * channels, 1, live);
+        }
+#pragma unroll
+        for (int w = 0; w < T * 2 * NB / THREADS; ++w) {
+            const int v = w * THREADS + tid, n = v % NB, kind = v / NB % 2, i = v / (2 * NB), t = token_of(j, i);
+            float sum = 0.0f;
+#pragma unroll
+            for (int k = 0; k < WARPS; ++k) sum += (&shared.sum[k][0][0][0])[v];
+            if (n < N && t < length) dbc_b[t * (2 * N) + kind * N + n] = sum;
+        }
+    };
+
+    fetch(reverse ? 0 : chunks - 1, 0);
+    for (int it = 0; it <= chunks; ++it) {
+        const int now = it & 1;
         asm volatile("cp.async.wait_all;" ::: "memory");
-        __syncthreads();  // the copies are visible; the other buffer and the staged values are no longer read
-        if (it + 1 < chunks) fetch(reverse ? j + 1 : j - 1, now ^ 1);
+        __syncthreads();  // this chunk's copies and the sums of the chunk before are visible
+        if (it > 0) finish(reverse ? it - 1 : chunks - it, now ^ 1);
+        if (it == chunks) break;
+        const int j = reverse ? it : chunks - 1 - it;
+        const int token = token_of(j, slot);
+        const int live = token < length ? live_cols : 0;
 
         {  // stage this thread's elements: dy = scale · dout · silu(z), and dz
             Pack<EPT> rd, ru, ro, rz, grad;
@@ -199,6 +237,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             shared.order[i][kind][3][part] = make_float4(f[3], f[2], f[1], f[0]);
         }
         __syncthreads();
+        if (it + 1 < chunks) fetch(reverse ? j + 1 : j - 1, now ^ 1);
 
         float decay[T][2][4], state[T][2][4];
         auto start = [&](int k, int s) {
@@ -258,7 +297,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             gA[0] = add_from(gA[0], gA[1], 1);
             float over_states = add_from(p & 2 ? gA[0] : gB[0], p & 2 ? gB[0] : gA[0], 2);
             if constexpr (P == 8) over_states += __shfl_xor_sync(0xffffffffu, over_states, 4);
-            // Every lane that reads shared.step[i] of this channel is in this warp and has passed the shuffles above.
+            __syncwarp();  // every lane that reads this step is in this warp and has read it
             if (P == 4 || p < 4) (p & 2 ? shared.step[i][local[0]].y : shared.step[i][local[0]].x) = over_states;
 
             // Over channels.
@@ -275,37 +314,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                 shared.sum[warp][i][0][n] = dB[0];
                 shared.sum[warp][i][1][n] = dC[0];
             }
-        }
-        __syncthreads();
-
-        {
-            Pack<EPT> rd, ru, out_u, out_d;
-            const int at = slot * CB + col;
-            rd.load_vector(&shared.raw[now][0][at]);
-            ru.load_vector(&shared.raw[now][1][at]);
-            float vu[EPT], vd[EPT];
-#pragma unroll
-            for (int k = 0; k < EPT; ++k) {
-                const float2 sums = shared.step[slot][col + k];
-                const float step = rd.get(k), dy = shared.read[slot][col + k].y;
-                vu[k] = step * sums.x + shared.skip[col + k] * dy;
-                vd[k] = (ru.get(k) * sums.x + LN2 * sums.y) * one_minus_exp(step);
-            }
-#pragma unroll
-            for (int k = 0; k < EPT; k += 2) {
-                out_u.set_pair(k / 2, vu[k], vu[k + 1]);
-                out_d.set_pair(k / 2, vd[k], vd[k + 1]);
-            }
-            out_u.store(du_b + token * channels, 1, live);
-            out_d.store(draw_b + token * channels, 1, live);
-        }
-#pragma unroll
-        for (int w = 0; w < T * 2 * NB / THREADS; ++w) {
-            const int v = w * THREADS + tid, n = v % NB, kind = v / NB % 2, i = v / (2 * NB), t = token_of(j, i);
-            float sum = 0.0f;
-#pragma unroll
-            for (int k = 0; k < WARPS; ++k) sum += (&shared.sum[k][0][0][0])[v];
-            if (n < N && t < length) dbc_b[t * (2 * N) + kind * N + n] = sum;
         }
     }
 #if NEED_DA

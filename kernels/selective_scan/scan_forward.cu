@@ -93,9 +93,27 @@ extern "C" __global__ void __launch_bounds__(THREADS * G, MIN_BLOCKS) scan_forwa
         }
     };
 
+    auto checkpoint = [&](int j) {
+        float* at = ckpt + ((((i64)dir * batch + b) * chunks + j) * channels + first + 2 * pair) * NP;
+#pragma unroll
+        for (int k = 0; k < 2; ++k)
+#pragma unroll
+            for (int s = 0; s < ST; s += 4)
+                if (first + 2 * pair + k < channels && state_of(s) < NP)
+                    *(float4*)(at + k * NP + state_of(s)) =
+                        make_float4(h[k][s], h[k][s + 1], h[k][s + 2], h[k][s + 3]);
+    };
+    auto sync_direction = [&]() {
+        if (dir)
+            asm volatile("bar.sync 2, %0;" ::"n"(THREADS) : "memory");
+        else
+            asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+    };
+
     Inputs in;
     fetch(reverse ? chunks - 1 : 0, in);
-    __syncthreads();  // the zeros in shared.bc are in place
+    if (SAVE) checkpoint(reverse ? chunks - 1 : 0);
+    sync_direction();  // the zeros in shared.bc are in place
     for (int it = 0; it < chunks; ++it) {
         const int j = reverse ? chunks - 1 - it : it;
         const Pack<EPT> u_now = in.u;
@@ -111,7 +129,11 @@ extern "C" __global__ void __launch_bounds__(THREADS * G, MIN_BLOCKS) scan_forwa
             const int i = reverse ? T - 1 - row : row;
             if (v < T * 2 * N) ((float*)shared.bc[i][c / N])[c % N] = in.bc[w];
         }
-        __syncthreads();
+        // Once, before the first second visit: all of the other direction's first visits are done and visible.
+        if (G == 2 && !same_way && it == chunks / 2)
+            __syncthreads();
+        else
+            sync_direction();
 
         const int token = token_of(j, slot);
         const int live = token < length ? live_cols : 0;
@@ -125,16 +147,6 @@ extern "C" __global__ void __launch_bounds__(THREADS * G, MIN_BLOCKS) scan_forwa
         if (G == 2 && second && !both_here) other.load(out + out_at, 1, live);
         if (it + 1 < chunks) fetch(reverse ? j - 1 : j + 1, in);
 
-#if SAVE
-        float* at = ckpt + ((((i64)dir * batch + b) * chunks + j) * channels + first + 2 * pair) * NP;
-#pragma unroll
-        for (int k = 0; k < 2; ++k)
-#pragma unroll
-            for (int s = 0; s < ST; s += 4)
-                if (first + 2 * pair + k < channels && state_of(s) < NP)
-                    *(float4*)(at + k * NP + state_of(s)) =
-                        make_float4(h[k][s], h[k][s + 1], h[k][s + 2], h[k][s + 3]);
-#endif
 #pragma unroll
         for (int i = 0; i < T; ++i) {
             const float4 step = shared.step[i][pair + pair / 4];
@@ -162,7 +174,8 @@ extern "C" __global__ void __launch_bounds__(THREADS * G, MIN_BLOCKS) scan_forwa
             if constexpr (P == 4) y += __shfl_xor_sync(0xffffffffu, y, 2);
             if (part < 2) ((float*)shared.y[i])[2 * pair + part] = y;
         }
-        __syncthreads();
+        if (SAVE && it + 1 < chunks) checkpoint(reverse ? j - 1 : j + 1);
+        sync_direction();
 
         float v[EPT];
 #pragma unroll
