@@ -186,7 +186,7 @@ def test_unknown_rows_and_missing_ports_are_named():
 
 def test_two_owners_of_a_tensor_are_refused():
     both = {"full": Unfreeze(targets="**"), "norm": Unfreeze(targets="layers.*.norm.weight")}
-    with pytest.raises(UserError, match="trained by another method already"):
+    with pytest.raises(UserError, match="both 'full' and 'norm' want to train layers.0.norm.weight"):
         adapt(backbone(), both, 7)
 
 
