@@ -11,14 +11,11 @@ from mambapeft_vision.errors import UserError
 from mambapeft_vision.methods.base import (
     Method,
     frozen_weight,
-    match_parameters,
     require_positive,
+    scan_weights,
     set_weight_reshape,
     site_key,
 )
-
-# (A_log, x_proj) of the forward and the backward direction, within one mixer.
-_PAIRS = (("A_log", "x_proj.weight"), ("A_b_log", "x_proj_b.weight"))
 
 
 class AdditionalScan(Method):
@@ -71,13 +68,11 @@ class AdditionalScan(Method):
         return self.zero_c
 
     def attach(self, model: nn.Module) -> None:
-        for log, projection in _PAIRS:
-            for name in match_parameters(model, f"layers.*.mixer.{log}", self.name):
-                rows_name = name.removesuffix(log) + projection
-                A_log, x_proj = frozen_weight(model, name), frozen_weight(model, rows_name)
-                self._own(model, name, self._new_columns(A_log), self._widen_state)
-                self._own(model, rows_name, self._new_rows(x_proj), partial(self._widen_projection, A_log.shape[1]))
-                self._columns.append(site_key(name))
+        for name, rows_name in scan_weights(model, self.name):
+            A_log, x_proj = frozen_weight(model, name), frozen_weight(model, rows_name)
+            self._own(model, name, self._new_columns(A_log), self._widen_state)
+            self._own(model, rows_name, self._new_rows(x_proj), partial(self._widen_projection, A_log.shape[1]))
+            self._columns.append(site_key(name))
 
     def _own(self, model: nn.Module, name: str, initial: Tensor, widen: Any) -> None:
         key = site_key(name)

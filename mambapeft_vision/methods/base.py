@@ -204,6 +204,13 @@ def mixers_of(model: nn.Module, who: str) -> list[nn.Module]:
     return model.mixers
 
 
+def scan_weights(model: nn.Module, who: str) -> list[tuple[str, str]]:
+    """Names of A_log and x_proj's weight of every mixer, for the forward and the backward direction each."""
+    pairs = (("A_log", "x_proj.weight"), ("A_b_log", "x_proj_b.weight"))
+    mixers = range(len(mixers_of(model, who)))
+    return [(f"layers.{i}.mixer.{log}", f"layers.{i}.mixer.{rows}") for i in mixers for log, rows in pairs]
+
+
 def blocks_of(model: nn.Module, who: str) -> dict[str, nn.Module]:
     """The transformer blocks of a backbone by name. Raises UserError for a backbone that has none."""
     if not hasattr(model, "blocks"):

@@ -7,11 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambapeft_vision.errors import UserError
-from mambapeft_vision.methods.base import add_weight_delta, frozen_weight, match_parameters, require_positive, site_key
+from mambapeft_vision.methods.base import add_weight_delta, frozen_weight, require_positive, scan_weights, site_key
 from mambapeft_vision.methods.lora import LoRA, LowRank
 
-# (A_log, x_proj) of the forward and the backward direction, within one mixer.
-_PAIRS = (("A_log", "x_proj.weight"), ("A_b_log", "x_proj_b.weight"))
 _OFF = 10.0  # A_log of a state that is switched off: A = -exp(10) forgets at once
 
 
@@ -66,16 +64,16 @@ class SDT(LoRA):
         return not any(site.selected and site.off for site in self._sparse)
 
     def attach(self, model: nn.Module) -> None:
+        weights = scan_weights(model, self.name)
         super().attach(model)
         self._initial_downs = {k: s.down.detach().clone() for k, s in self.sites.items() if isinstance(s, LowRank)}
-        for log, projection in _PAIRS:
-            for name in match_parameters(model, f"layers.*.mixer.{log}", self.name):
-                A_log = frozen_weight(model, name)
-                kept = [_kept(total, share) for total, share in zip(A_log.shape, (self.f_channels, self.f_states))]
-                site = SparseStates(A_log, *kept, off=round(self.f_off * A_log.shape[0]))
-                self.sites[site_key(name)] = site
-                add_weight_delta(model, name, self.name, site.state_delta)
-                add_weight_delta(model, name.removesuffix(log) + projection, self.name, site.row_delta)
+        for name, projection in weights:
+            A_log = frozen_weight(model, name)
+            kept = [_kept(total, share) for total, share in zip(A_log.shape, (self.f_channels, self.f_states))]
+            site = SparseStates(A_log, *kept, off=round(self.f_off * A_log.shape[0]))
+            self.sites[site_key(name)] = site
+            add_weight_delta(model, name, self.name, site.state_delta)
+            add_weight_delta(model, projection, self.name, site.row_delta)
 
     @property
     def _sparse(self) -> list["SparseStates"]:

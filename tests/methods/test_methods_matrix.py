@@ -1,5 +1,6 @@
 """One behaviour matrix over every preset (found by globbing: a new yaml is tested without an edit) and hybrids."""
 
+import copy
 import json
 
 import pytest
@@ -140,6 +141,19 @@ def test_config_is_json_and_builds_the_method_again(row):
         config = json.loads(json.dumps(method.config()))
         assert config["_target_"].startswith("mambapeft_vision.methods.")
         assert build_method(name, config, "test").config() == config
+
+
+@matrix
+def test_a_deep_copy_stands_alone(row):
+    """Ports hold the copy's methods, not the original's."""
+    model = move(tiny_model(row)).eval()
+    expected = model(IMAGES)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in twin.owned().values():
+            p += 0.1
+        assert torch.equal(model(IMAGES), expected)
+        assert torch.equal(twin(IMAGES), expected) == (not twin.owned())
 
 
 @matrix

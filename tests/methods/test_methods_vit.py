@@ -14,10 +14,12 @@ from mambapeft_vision.backbones.checkpoints import resize_pos_embed
 from mambapeft_vision.errors import UserError
 from mambapeft_vision.methods.adapter_plus import AdapterPlus
 from mambapeft_vision.methods.adaptformer import AdaptFormer
+from mambapeft_vision.methods.additional_scan import AdditionalScan
 from mambapeft_vision.methods.affix import Affix
 from mambapeft_vision.methods.fact import FacT
 from mambapeft_vision.methods.lora import LoRA
 from mambapeft_vision.methods.memba import Memba
+from mambapeft_vision.methods.sdt import SDT
 from mambapeft_vision.methods.state_offset import StateOffset
 
 NAME = "ported_deit_small_patch16_224"
@@ -79,7 +81,7 @@ def test_position_embedding_with_the_class_token_first():
     torch.testing.assert_close(out[:, 1:], torch.ones(1, 36, 4))
 
 
-@pytest.mark.parametrize("method", [lambda: Affix(tokens=1), lambda: Memba(), lambda: StateOffset()])
+@pytest.mark.parametrize("method", [Memba, StateOffset, SDT, lambda: Affix(tokens=1), lambda: AdditionalScan(states=1)])
 def test_mamba_methods_are_refused(method):
     with pytest.raises(UserError, match="use a Vim backbone"):
         adapt(tiny_backbone((ON_VIT,)), {"m": method()}, CLASSES)
