@@ -10,14 +10,37 @@ from torch import Tensor
 _FORWARD = ("common.cuh", "selective_scan/scan_forward.cu")
 _BACKWARD = ("common.cuh", "selective_scan/scan_backward.cu")
 
-# Launch choices, measured with scripts/bench_kernels.py: (compute capability, more than 16 states, extra gradients
-# or a state offset) → resident blocks a multiprocessor that registers must allow, and decays kept in registers.
-_TUNED: dict[tuple[tuple[int, int], bool, bool], dict[str, int]] = {}
-_FALLBACK = {"lanes": 2, "forward_blocks": 3, "backward_blocks": 3, "store_decay": 4}
+# Launch choices by compute capability, measured with scripts/bench_kernels.py; they change no result beyond rounding.
+# Forward: (more than 16 states, keeps checkpoints) → lanes of a channel pair, blocks that registers leave room for.
+# Backward: (more than 16 states, dA or a state offset) → decays kept in registers, such blocks.
+_H100 = {
+    "forward": {
+        (False, False): {"P": 2, "MIN_BLOCKS": 3},
+        (False, True): {"P": 4, "MIN_BLOCKS": 3},
+        (True, False): {"P": 2, "MIN_BLOCKS": 2},
+        (True, True): {"P": 2, "MIN_BLOCKS": 2},
+    },
+    "backward": {
+        (False, False): {"STORE_DECAY": 5, "MIN_BLOCKS": 3},
+        (False, True): {"STORE_DECAY": 2, "MIN_BLOCKS": 3},
+        (True, False): {"STORE_DECAY": 0, "MIN_BLOCKS": 3},
+        (True, True): {"STORE_DECAY": 0, "MIN_BLOCKS": 3},
+    },
+}
+_TUNED: dict[tuple[int, int], dict] = {(9, 0): _H100}
+_FALLBACK = _H100  # other chips have the same register file; nobody has measured them
 
 
-def _choice(device: torch.device, states: int, heavy: bool) -> dict[str, int]:
-    return _TUNED.get((torch.cuda.get_device_capability(device), states > 16, heavy), _FALLBACK)
+def _choice(device: torch.device, kernel: str, *key: bool) -> dict[str, int]:
+    return _TUNED.get(torch.cuda.get_device_capability(device), _FALLBACK)[kernel][key]
+
+
+def _backward_layout(states: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Lanes of a channel pair and states of a lane: the smallest product that holds the states."""
+    if states <= 16:
+        return 4, 4
+    # Six states a lane need more shared memory than a block has by default, where inputs are float32.
+    return (4, 6) if states <= 24 and dtype == torch.bfloat16 else (8, 4)
 
 
 def _aligned(*tensors: Tensor | None) -> bool:
@@ -71,20 +94,19 @@ def scan_forward(
     total = torch.empty_like(out) if save else out.new_empty(0)
     ckpt = empty_checkpoints(u, states) if save else out.new_empty(0, dtype=torch.float32)
     offset = any(t is not None for t in state_offset)
-    choice = _choice(u.device, states, offset)
+    choice = _choice(u.device, "forward", states > 16, save)
     macros = {
         "CHUNK": CHUNK,
         "IO_BF16": int(u.dtype == torch.bfloat16),
         "ALIGNED": int(_aligned(u, z)),
         "N": states,
-        "P": choice["lanes"],
         "G": groups,
         "SAVE": int(save),
         "HAS_SO": int(offset),
-        "MIN_BLOCKS": choice["forward_blocks"],
+        **choice,
     }
     nvrtc.run(
-        _FORWARD, "scan_forward", macros, ((channels + 63) // 64, batch), 32 * choice["lanes"] * groups, u.device,
+        _FORWARD, "scan_forward", macros, ((channels + 63) // 64, batch), 32 * choice["P"] * groups, u.device,
         [u, delta, bc, z, *_wide(A_log), *_wide(D), *_wide(state_offset), *_wide(output_offset), out, total, ckpt,
          batch, length, channels, *_strides(z), scale, _bits(reverse)],
     )  # fmt: skip
@@ -111,23 +133,24 @@ def scan_backward(
     _check_dtype(u)
     groups, batch, length, channels = u.shape
     states = A_log[0].shape[1]
-    block = 64 if states <= 16 else 32
+    lanes, per_lane = _backward_layout(states, u.dtype)
+    block = 256 // lanes
     blocks = (channels + block - 1) // block
     du, draw = torch.empty_like(u), torch.empty_like(u)
     dbc = torch.empty(blocks, *bc.shape, dtype=torch.float32, device=u.device)
     dA = torch.empty(batch, groups, channels, states, dtype=torch.float32, device=u.device) if need_dA else None
     offset = any(t is not None for t in state_offset)
-    choice = _choice(u.device, states, offset or need_dA)
     macros = {
         "CHUNK": CHUNK,
         "IO_BF16": int(u.dtype == torch.bfloat16),
         "ALIGNED": int(_aligned(u, z, dout, dz)),
         "N": states,
+        "P": lanes,
+        "ST": per_lane,
         "NEED_DZ": int(dz is not None),
         "NEED_DA": int(need_dA),
         "HAS_SO": int(offset),
-        "STORE_DECAY": choice["store_decay"],
-        "MIN_BLOCKS": choice["backward_blocks"],
+        **_choice(u.device, "backward", states > 16, offset or need_dA),
     }
     nvrtc.run(
         _BACKWARD, "scan_backward", macros, (blocks, batch, groups), 128, u.device,

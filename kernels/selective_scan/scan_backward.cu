@@ -1,7 +1,7 @@
-// The adjoint of both scans. Macros: CHUNK, N states, NEED_DZ, NEED_DA, HAS_SO, STORE_DECAY (how many of a chunk's decays stay
+// The adjoint of both scans. Macros: CHUNK, N states, P lanes of a channel pair, ST states of a lane (4 or 6), NEED_DZ, NEED_DA, HAS_SO, STORE_DECAY (how many of a chunk's decays stay
 // in registers, the rest is computed twice), MIN_BLOCKS (per multiprocessor).
 //
-// A block of four warps owns CB channels of one sample and direction. A lane owns four states of two channels: P
+// A block of four warps owns CB channels of one sample and direction. A lane owns ST states of two channels: P
 // lanes share a channel pair, Q = 32 / P pairs make a warp. Chunk by chunk from the end, it recomputes the states from
 // the checkpoint (they stay in registers), then runs the adjoint recurrence backwards.
 //
@@ -10,16 +10,16 @@
 // registers and no selects are needed; B and C lie in shared memory in the four orders that this asks for.
 
 constexpr int T = CHUNK;  // tokens of a chunk, see checkpoints.py
-constexpr int P = N <= 16 ? 4 : 8;
 constexpr int Q = 32 / P;
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
 constexpr int CB = 2 * Q * WARPS;         // channels of a block
-constexpr int NB = 4 * P;                 // states, as lanes hold them
+constexpr int NB = ST * P;                // states, as lanes hold them
 constexpr int NP = (N + 7) / 8 * 8;       // states, as checkpoints hold them
 constexpr int EPT = T * CB / THREADS;     // elements a thread stages and finishes: one row, EPT columns
 constexpr int VEC = 16 / sizeof(io_t);    // elements of a 16-byte copy
 constexpr int VPT = T * CB / VEC;         // such copies of a chunk's tile
 constexpr int RAW = NEED_DZ ? 5 : 4;      // Δ, u, dout, z, total
+constexpr int ORDERS = ST == 4 ? 4 : 1;
 constexpr float LN2 = 0.6931471805599453f;
 
 // One struct, so that a lane's addresses are a few registers plus constants.
@@ -27,7 +27,7 @@ struct __align__(16) Shared {
     io_t raw[2][RAW][T * CB];       // as copied, two buffers
     float bc[2][T * 2 * N];         // B|C as copied, in the order of memory
     float ckpt[2][CB * NP];
-    float4 order[T][2][4][P];       // B and C in four orders
+    float4 order[T][2][ORDERS][NB / 4];  // B and C in the orders that lanes ask for
     float2 step[T][CB];             // {Δ, Δu}; after its step: {Σ_n g B, Σ_n g a h A}
     float2 read[T][CB];             // {Δu, dy}
     float sum[WARPS][T][2][NB];     // a warp's dB and dC
@@ -65,21 +65,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     __shared__ Shared shared;
 
     int local[2];  // this lane's channels in the block
-    float A[2][4], carry[2][4];
+    auto state_of = [&](int s) { return ST == 4 ? 4 * p + (s ^ (q & 3)) : ST * p + s; };
+    float A[2][ST], carry[2][ST];
 #if HAS_SO
-    float so[2][4];
+    float so[2][ST];
     const float* so_ptr = dir ? so1 : so0;
 #endif
 #if NEED_DA
-    float dA[2][4];
+    float dA[2][ST];
 #endif
     const float* a_ptr = dir ? a1 : a0;
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
         local[k] = (warp * Q + q) * 2 + (k ^ (p & 1));
 #pragma unroll
-        for (int s = 0; s < 4; ++s) {
-            const int e = first + local[k], n = 4 * p + (s ^ (q & 3));
+        for (int s = 0; s < ST; ++s) {
+            const int e = first + local[k], n = state_of(s);
             const bool live = e < channels && n < N;
             A[k][s] = live ? -ex2(LOG2E * a_ptr[(i64)e * N + n]) * LOG2E : 0.0f;
             carry[k][s] = 0.0f;
@@ -92,6 +93,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         }
     }
     if (tid < CB) shared.skip[tid] = first + tid < channels ? (dir ? d1 : d0)[first + tid] : 0.0f;
+
+    // B (kind 0) or C (kind 1) of this lane's states at step i.
+    auto read_states = [&](int i, int kind, float* into) {
+        if constexpr (ST == 4) {
+            const float4 v = shared.order[i][kind][q & 3][p];
+            into[0] = v.x, into[1] = v.y, into[2] = v.z, into[3] = v.w;
+        } else {
+#pragma unroll
+            for (int s = 0; s < ST; s += 2) {
+                const float2 v = ((const float2*)shared.order[i][kind][0])[(ST * p + s) / 2];
+                into[s] = v.x, into[s + 1] = v.y;
+            }
+        }
+    };
 
     auto token_of = [&](int j, int i) { return j * T + (reverse ? T - 1 - i : i); };
     // This block's corner of every tensor: what is left to index fits 32 bits.
@@ -217,42 +232,45 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             }
 #endif
         }
+        constexpr int QUADS = NB / 4;
 #pragma unroll
-        for (int w = 0; w < (T * 2 * P + THREADS - 1) / THREADS; ++w) {
+        for (int w = 0; w < (T * 2 * QUADS + THREADS - 1) / THREADS; ++w) {
             const int v = w * THREADS + tid;
-            if (v >= T * 2 * P) break;
-            const int part = v % P, kind = v / P % 2, row = v / (2 * P), i = reverse ? T - 1 - row : row;
-            const float* from = &shared.bc[now][row * 2 * N + kind * N + 4 * part];
+            if (v >= T * 2 * QUADS) break;
+            const int quad = v % QUADS, kind = v / QUADS % 2, row = v / (2 * QUADS), i = reverse ? T - 1 - row : row;
+            const float* from = &shared.bc[now][row * 2 * N + kind * N + 4 * quad];
             float f[4];
-            if constexpr (N == 4 * P) {
+            if constexpr (N == NB) {
                 const float4 whole = *(const float4*)from;
                 f[0] = whole.x, f[1] = whole.y, f[2] = whole.z, f[3] = whole.w;
             } else {
 #pragma unroll
-                for (int s = 0; s < 4; ++s) f[s] = 4 * part + s < N ? from[s] : 0.0f;
+                for (int s = 0; s < 4; ++s) f[s] = 4 * quad + s < N ? from[s] : 0.0f;
             }
-            shared.order[i][kind][0][part] = make_float4(f[0], f[1], f[2], f[3]);
-            shared.order[i][kind][1][part] = make_float4(f[1], f[0], f[3], f[2]);
-            shared.order[i][kind][2][part] = make_float4(f[2], f[3], f[0], f[1]);
-            shared.order[i][kind][3][part] = make_float4(f[3], f[2], f[1], f[0]);
+            shared.order[i][kind][0][quad] = make_float4(f[0], f[1], f[2], f[3]);
+            if constexpr (ORDERS == 4) {
+                shared.order[i][kind][1][quad] = make_float4(f[1], f[0], f[3], f[2]);
+                shared.order[i][kind][2][quad] = make_float4(f[2], f[3], f[0], f[1]);
+                shared.order[i][kind][3][quad] = make_float4(f[3], f[2], f[1], f[0]);
+            }
         }
         __syncthreads();
         if (it + 1 < chunks) fetch(reverse ? j + 1 : j - 1, now ^ 1);
 
-        float decay[T][2][4], state[T][2][4];
+        float decay[T][2][ST], state[T][2][ST];
         auto start = [&](int k, int s) {
-            const int n = 4 * p + (s ^ (q & 3));
+            const int n = state_of(s);
             return n < NP ? shared.ckpt[now][local[k] * NP + n] : 0.0f;
         };
 #pragma unroll
         for (int i = 0; i < T; ++i) {
-            const float4 Bv = shared.order[i][0][q & 3][p];
-            const float B[4] = {Bv.x, Bv.y, Bv.z, Bv.w};
+            float B[ST];
+            read_states(i, 0, B);
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
                 const float2 step = shared.step[i][local[k]];
 #pragma unroll
-                for (int s = 0; s < 4; ++s) {
+                for (int s = 0; s < ST; ++s) {
                     decay[i][k][s] = ex2(step.x * A[k][s]);
                     const float before = i ? state[i ? i - 1 : 0][k][s] : start(k, s);
                     state[i][k][s] = decay[i][k][s] * before + step.y * B[s];
@@ -261,9 +279,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         }
 #pragma unroll
         for (int i = T - 1; i >= 0; --i) {
-            const float4 Bv = shared.order[i][0][q & 3][p], Cv = shared.order[i][1][q & 3][p];
-            const float B[4] = {Bv.x, Bv.y, Bv.z, Bv.w}, C[4] = {Cv.x, Cv.y, Cv.z, Cv.w};
-            float dB[4] = {0.0f, 0.0f, 0.0f, 0.0f}, dC[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            float B[ST], C[ST], dB[ST], dC[ST];
+            read_states(i, 0, B);
+            read_states(i, 1, C);
+#pragma unroll
+            for (int s = 0; s < ST; ++s) dB[s] = dC[s] = 0.0f;
             float gB[2] = {0.0f, 0.0f}, gA[2] = {0.0f, 0.0f};
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
@@ -274,7 +294,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                 const float delta_k = i < STORE_DECAY ? 0.0f : shared.step[i][local[k]].x;
 #endif
 #pragma unroll
-                for (int s = 0; s < 4; ++s) {
+                for (int s = 0; s < ST; ++s) {
                     const float a = i < STORE_DECAY ? decay[i][k][s] : ex2(delta_k * A[k][s]);
                     const float g = C[s] * step.y + carry[k][s];
 #if HAS_SO
@@ -301,18 +321,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             if (P == 4 || p < 4) (p & 2 ? shared.step[i][local[0]].y : shared.step[i][local[0]].x) = over_states;
 
             // Over channels.
-            dB[0] = add_from(dB[0], dB[2], 2 * P);
-            dC[0] = add_from(dC[0], dC[2], 2 * P);
-            dB[1] = add_from(dB[1], dB[3], 2 * P);
-            dC[1] = add_from(dC[1], dC[3], 2 * P);
-            dB[0] = add_from(dB[0], dB[1], P);
-            dC[0] = add_from(dC[0], dC[1], P);
-            const int n = 4 * p + (q & 3);
-            if constexpr (Q == 8) {
-                shared.sum[warp][i][q >> 2][n] = add_from(q & 4 ? dC[0] : dB[0], q & 4 ? dB[0] : dC[0], 4 * P);
-            } else {
-                shared.sum[warp][i][0][n] = dB[0];
-                shared.sum[warp][i][1][n] = dC[0];
+            float* sum = shared.sum[warp][i][0];
+            if constexpr (ST == 4) {
+                dB[0] = add_from(dB[0], dB[2], 2 * P);
+                dC[0] = add_from(dC[0], dC[2], 2 * P);
+                dB[1] = add_from(dB[1], dB[3], 2 * P);
+                dC[1] = add_from(dC[1], dC[3], 2 * P);
+                dB[0] = add_from(dB[0], dB[1], P);
+                dC[0] = add_from(dC[0], dC[1], P);
+                const int n = 4 * p + (q & 3);
+                if constexpr (Q == 8) {
+                    sum[(q >> 2) * NB + n] = add_from(q & 4 ? dC[0] : dB[0], q & 4 ? dB[0] : dC[0], 4 * P);
+                } else {
+                    sum[n] = dB[0];
+                    sum[NB + n] = dC[0];
+                }
+            } else {  // Q = 8: one bit of q chooses dB or dC, one a half of the states, the last is summed by both
+                float kept[ST], half[ST / 2];
+#pragma unroll
+                for (int s = 0; s < ST; ++s)
+                    kept[s] = add_from(q & 4 ? dC[s] : dB[s], q & 4 ? dB[s] : dC[s], 4 * P);
+#pragma unroll
+                for (int s = 0; s < ST / 2; ++s) {
+                    const float mine = q & 2 ? kept[s + ST / 2] : kept[s], yours = q & 2 ? kept[s] : kept[s + ST / 2];
+                    half[s] = add_from(mine, yours, 2 * P);
+                    half[s] = add_from(half[s], half[s], P);
+                    if (!(q & 1)) sum[(q >> 2) * NB + ST * p + (q >> 1 & 1) * (ST / 2) + s] = half[s];
+                }
             }
         }
     }
@@ -320,8 +355,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
     for (int k = 0; k < 2; ++k)
 #pragma unroll
-        for (int s = 0; s < 4; ++s) {
-            const int e = first + local[k], n = 4 * p + (s ^ (q & 3));
+        for (int s = 0; s < ST; ++s) {
+            const int e = first + local[k], n = state_of(s);
             if (e < channels && n < N) da[(((i64)b * groups + dir) * channels + e) * N + n] = dA[k][s];
         }
 #endif

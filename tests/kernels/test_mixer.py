@@ -15,7 +15,7 @@ FUSED = CPU[1:] + GPU[1:]
 FP32_BAR = 1e-5
 
 # batch, length, channels, states, rank. The interpreter is slow: it gets sizes that cross every boundary once.
-SMALL = [(2, 11, 12, 16, 3), (1, 1, 5, 17, 1), (2, 17, 70, 5, 2)]
+SMALL = [(2, 11, 12, 16, 3), (1, 1, 5, 17, 1), (1, 17, 34, 5, 2)]
 LARGE = [
     (2, 197, 768, 16, 24),
     (5, 1, 64, 16, 2),
@@ -23,6 +23,7 @@ LARGE = [
     (2, 65, 192, 22, 12),
     (1, 203, 384, 32, 12),
     (2, 730, 96, 16, 6),
+    (2, 33, 70, 5, 2),
     (1, 9, 1536, 19, 48),
     (70, 8, 77, 17, 3),
 ]
@@ -132,7 +133,8 @@ def test_only_the_gradient_asked_for(backend, device, name):
     if name == "none":
         out = ssm_mixer(*xz.chunk(2, -1), directions, backend=backend)
         assert not out.requires_grad
-        assert torch.equal(out, expected["out"])
+        # Not bit for bit: what keeps nothing for a backward may be another kernel.
+        assert relative_error(out, expected["out"]) <= 1e-6
         return
     leaf = xz if name == "xz" else getattr(directions[1], name)
     leaf.requires_grad_()
