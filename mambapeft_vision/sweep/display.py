@@ -1,0 +1,130 @@
+"""What a sweep shows: a live table on a terminal, a line for each run that begins or ends elsewhere."""
+
+import csv
+import sys
+import time
+from collections.abc import Sequence
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from mambapeft_vision.data.progress import format_duration
+from mambapeft_vision.results.record import RunRecord
+from mambapeft_vision.sweep.jobs import Job
+from mambapeft_vision.sweep.speeds import estimate_seconds
+from mambapeft_vision.sweep.worker import Outcome
+
+FAILURES_SHOWN = 5
+LINE_EVERY_S = 60.0
+
+
+class Display:
+    """Follows a sweep; a `Watcher` of the pool.
+
+    Args:
+        jobs: that are to run.
+        finished: how many were finished before.
+        records: known runs, from which the time left is estimated; those that end are added.
+        workers: runs at a time.
+    """
+
+    def __init__(self, jobs: Sequence[Job], finished: int, records: Sequence[RunRecord], workers: int) -> None:
+        self._waiting = list(jobs)
+        self._finished_before = finished
+        self._records = list(records)
+        self._workers = workers
+        self._running: dict[str, tuple[Job, float]] = {}  # by folder, with the time of the start
+        self._done = 0
+        self.failures: list[tuple[Job, str]] = []
+        self._next_line = time.monotonic() + LINE_EVERY_S
+        self._console = Console()
+        self._live = Live(console=self._console, auto_refresh=False) if sys.stdout.isatty() else None
+
+    def __enter__(self) -> "Display":
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.update(self._table(), refresh=True)
+            self._live.stop()
+
+    def started(self, job: Job) -> None:
+        self._waiting.remove(job)
+        self._running[str(job.folder)] = job, time.monotonic()
+        self._say(f"begins  {job.label}")
+
+    def ended(self, job: Job, outcome: Outcome) -> None:
+        _, since = self._running.pop(str(job.folder))
+        took = format_duration(time.monotonic() - since)
+        if outcome.record is None:
+            self.failures.append((job, outcome.error))
+            self._say(f"FAILED  {job.label} after {took}: {outcome.error}")
+        else:
+            self._done += 1
+            self._records.append(outcome.record)
+            self._say(f"done    {job.label} in {took}: {outcome.record.accuracy:.2%}   ({self.state()})")
+
+    def refresh(self) -> None:
+        if self._live is not None:
+            self._live.update(self._table(), refresh=True)
+        elif time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + LINE_EVERY_S
+            self._say(f"        {self.state()}")
+
+    def state(self) -> str:
+        """All counts, the speed and the time left in one line."""
+        before = f" (and {self._finished_before} before)" if self._finished_before else ""
+        counts = (
+            f"{self._done} done{before}, {len(self._running)} running, {len(self._waiting)} waiting, "
+            f"{len(self.failures)} failed"
+        )
+        if not (self._running or self._waiting):
+            return counts
+        rate = sum(_progress(job)[1] for job, _ in self._running.values())
+        return f"{counts}, {rate:,.0f} images/s, {self._time_left()}" if rate else f"{counts}, {self._time_left()}"
+
+    def _time_left(self) -> str:
+        seconds = total_seconds([*self._waiting], self._records)
+        for job, since in self._running.values():
+            estimate = estimate_seconds(job.plan, self._records)
+            seconds = None if seconds is None or estimate is None else seconds + max(0.0, estimate - _age(since))
+        return "time left unknown" if seconds is None else f"about {format_duration(seconds / self._workers)} left"
+
+    def _say(self, text: str) -> None:
+        if self._live is None:
+            print(text, flush=True)
+
+    def _table(self) -> Group:
+        table = Table("run", "epoch", "images/s", "for", box=None, header_style="bold")
+        for job, since in self._running.values():
+            epoch, rate = _progress(job)
+            epochs = f"{epoch}/{job.plan.recipe.max_epochs}"
+            table.add_row(job.label, epochs, f"{rate:,.0f}" if rate else "", format_duration(_age(since)))
+        failures = [
+            Text(f"failed: {job.label}: {error}", style="red") for job, error in self.failures[-FAILURES_SHOWN:]
+        ]
+        return Group(Text(self.state(), style="bold"), table, *failures)
+
+
+def total_seconds(jobs: Sequence[Job], records: Sequence[RunRecord]) -> float | None:
+    """Of all runs one after another; None where one's time cannot be told."""
+    estimates = [estimate_seconds(job.plan, records) for job in jobs]
+    return None if None in estimates else sum(estimates)
+
+
+def _age(since: float) -> float:
+    return time.monotonic() - since
+
+
+def _progress(job: Job) -> tuple[int, float]:
+    """Epochs done and images/s in the latest, from the run's metrics.csv; (0, 0.0) before the first."""
+    try:
+        with open(job.folder / "metrics.csv", newline="", encoding="utf-8") as file:
+            row = list(csv.DictReader(file))[-1]
+    except (OSError, IndexError):
+        return 0, 0.0
+    return int(row["epoch"]) + 1, float(row["images_per_second"])

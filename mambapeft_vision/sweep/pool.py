@@ -1,0 +1,184 @@
+"""The parent's side of a sweep's workers: starts them, shares the runs out, replaces those that die."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from mambapeft_vision.sweep.jobs import Job, State
+from mambapeft_vision.sweep.kept import task_key
+from mambapeft_vision.sweep.worker import Assignment, Outcome, work, write_failure
+
+REFRESH_S = 0.5
+PATIENCE_S = 10.0  # for a process to end by itself
+
+
+class Watcher(Protocol):
+    """Is told what happens in a sweep."""
+
+    def started(self, job: Job) -> None: ...
+
+    def ended(self, job: Job, outcome: Outcome) -> None: ...
+
+    def refresh(self) -> None:
+        """Called every now and then."""
+
+
+class Queue:
+    """The runs that wait. A worker gets one of the task whose images it has, or of one that no other worker has."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._jobs = list(jobs)
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def take(self, held: str | None, held_by_others: set[str]) -> Job:
+        """Args: held, held_by_others: `task_key` of the tasks that are loaded."""
+
+        def preference(job: Job) -> int:
+            key = task_key(job.plan)
+            return 0 if key == held else 1 if key not in held_by_others else 2
+
+        job = min(self._jobs, key=preference)
+        self._jobs.remove(job)
+        return job
+
+
+@dataclass
+class _Worker:
+    process: multiprocessing.process.BaseProcess
+    connection: Connection
+    job: Job | None = None
+    held: str | None = None
+
+
+class Pool:
+    """Runs jobs in `size` worker processes, one run at a time each.
+
+    Args:
+        gpus: values of CUDA_VISIBLE_DEVICES, dealt out to workers in turn; empty: workers see what this process sees.
+        logs: folder for what the workers print.
+    """
+
+    def __init__(self, size: int, gpus: Sequence[str], logs: Path) -> None:
+        self._size = size
+        self._gpus = gpus
+        self._logs = logs
+        self._context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
+        self._workers: dict[int, _Worker] = {}
+
+    def run(self, jobs: Sequence[Job], watcher: Watcher) -> None:
+        """Returns when every job has ended, well or not. Ends all workers when it is interrupted."""
+        queue = Queue(jobs)
+        with self._ended_at_exit():
+            while queue or any(worker.job for worker in self._workers.values()):
+                for number in range(self._size):
+                    if queue and self._idle(number):
+                        self._assign(number, queue, watcher)
+                self._wait()
+                for number, worker in list(self._workers.items()):
+                    if worker.job is not None:
+                        self._collect(number, worker, watcher)
+                watcher.refresh()
+
+    def _idle(self, number: int) -> bool:
+        return number not in self._workers or self._workers[number].job is None
+
+    def _assign(self, number: int, queue: Queue, watcher: Watcher) -> None:
+        worker = self._workers.get(number)
+        if worker is None:
+            worker = self._workers[number] = self._start(number)
+        job = queue.take(worker.held, {w.held for w in self._workers.values() if w is not worker and w.held})
+        worker.job, worker.held = job, task_key(job.plan)
+        watcher.started(job)
+        with suppress(OSError):  # it has died; _collect finds that out
+            worker.connection.send(assignment_of(job))
+
+    def _start(self, number: int) -> _Worker:
+        ours, theirs = self._context.Pipe()
+        environment = {"CUDA_VISIBLE_DEVICES": self._gpus[number % len(self._gpus)]} if self._gpus else {}
+        threads = max(1, torch.get_num_threads() // self._size)
+        arguments = (theirs, environment, threads, self._logs / f"worker{number}.log")
+        process = self._context.Process(target=work, args=arguments, name=f"sweep worker {number}")
+        with _interrupts_ignored():  # which the process inherits
+            process.start()
+        theirs.close()  # else its end would not be noticed
+        return _Worker(process, ours)
+
+    def _wait(self) -> None:
+        busy = [worker for worker in self._workers.values() if worker.job is not None]
+        wait([w.connection for w in busy] + [w.process.sentinel for w in busy], timeout=REFRESH_S)
+
+    def _collect(self, number: int, worker: _Worker, watcher: Watcher) -> None:
+        """Takes the outcome of a run that has ended; that of a worker that died is its death."""
+        job = worker.job
+        try:
+            dead = not worker.process.is_alive()  # asked first: its last words may come until then
+            if not dead and not worker.connection.poll():
+                return
+            outcome = worker.connection.recv()
+        except (EOFError, OSError):
+            worker.process.join(PATIENCE_S)
+            outcome = Outcome(None, _death(worker.process.exitcode), last=True)
+            write_failure(assignment_of(job), outcome.error, "")
+        worker.job = None
+        if outcome.last:
+            worker.process.join(PATIENCE_S)
+            worker.process.kill()
+            del self._workers[number]
+        watcher.ended(job, outcome)
+
+    @contextmanager
+    def _ended_at_exit(self) -> Iterator[None]:
+        try:
+            yield
+            for worker in self._workers.values():
+                with suppress(OSError):
+                    worker.connection.send(None)
+        except BaseException:
+            for worker in self._workers.values():
+                worker.process.terminate()
+            raise
+        finally:
+            deadline = time.monotonic() + PATIENCE_S
+            for worker in self._workers.values():
+                worker.process.join(max(0.0, deadline - time.monotonic()))
+                worker.process.kill()
+
+
+def visible_gpus() -> list[str]:
+    """One value of CUDA_VISIBLE_DEVICES for each GPU that this process sees."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else list(map(str, range(torch.cuda.device_count())))
+    return names[: torch.cuda.device_count()]
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def assignment_of(job: Job) -> Assignment:
+    cfg = job.cfg.copy()
+    cfg.resume = job.state is not State.OUTDATED  # False sets the outdated run aside
+    return Assignment(cfg, job.overrides, job.folder)
+
+
+def _death(code: int | None) -> str:
+    if code is not None and code < 0:
+        hint = "; out of memory?" if code == -9 else ""
+        return f"the worker process was ended by signal {-code}{hint}"
+    return f"the worker process ended with exit code {code}"

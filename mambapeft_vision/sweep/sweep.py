@@ -1,0 +1,130 @@
+"""A sweep: many runs from one command, each done once, whatever happens in between."""
+
+import signal
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mambapeft_vision.data.progress import format_duration
+from mambapeft_vision.errors import UserError
+from mambapeft_vision.results.record import RunRecord, read_record
+from mambapeft_vision.results.tables import find_records
+from mambapeft_vision.sweep.display import Display, total_seconds
+from mambapeft_vision.sweep.jobs import Job, State, plan_jobs
+from mambapeft_vision.sweep.pool import Pool, visible_gpus
+from mambapeft_vision.sweep.speeds import estimate_seconds
+
+LOGS = ".sweep"  # below paths.outputs
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sweep's command line. workers: None for one a GPU, or one on a CPU."""
+
+    overrides: list[str]
+    workers: int | None = None
+    dry_run: bool = False
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """`seeds=0,1,2`, `workers=N` and `--dry-run`; everything else is a Hydra override. Raises UserError."""
+    overrides, workers, dry_run = [], None, False
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if argument == "--dry-run":
+            dry_run = True
+        elif key == "workers":
+            workers = _positive(value)
+        elif key == "seeds":
+            overrides.append(f"seed={value}")
+        elif argument.startswith("-"):
+            raise UserError(f"{argument} is unknown; expected --dry-run, seeds=0,1,2, workers=N or Hydra overrides")
+        else:
+            overrides.append(argument)
+    return Command(overrides, workers, dry_run)
+
+
+def sweep(command: Command, configs: Path) -> int:
+    """Runs what is not finished yet, or lists it.
+
+    Returns: the number of failed runs.
+    Raises: UserError for mistakes in the command, before anything runs; KeyboardInterrupt after ending the workers.
+    """
+    jobs = plan_jobs(command.overrides, configs)
+    todo = [job for job in jobs if job.state is not State.FINISHED]
+    finished = [job for job in jobs if job.state is State.FINISHED]
+    outputs = Path(jobs[0].plan.config["paths"]["outputs"]).expanduser()
+    known = find_records([outputs]) if outputs.exists() else []
+    gpus = _gpus(jobs)
+    workers = command.workers or max(1, len(gpus))
+    if command.dry_run:
+        print(describe(jobs, known, workers))
+        return 0
+    print(f"{len(jobs)} runs, {len(finished)} of them finished before; {workers} at a time", flush=True)
+    if not todo:
+        return 0
+    display = _run(todo, len(finished), known, workers, Pool(workers, gpus, outputs / LOGS))
+    print(_closing(display, outputs), flush=True)
+    return len(display.failures)
+
+
+def describe(jobs: Sequence[Job], known: Sequence[RunRecord], workers: int) -> str:
+    """What would run, and for how long."""
+    todo = [job for job in jobs if job.state is not State.FINISHED]
+    lines = [f"{job.state.value:<9} {_duration(estimate_seconds(job.plan, known)):>9}  {job.label}" for job in todo]
+    lines += [f"{'finished':<9} {'':>9}  {job.label}" for job in jobs if job.state is State.FINISHED]
+    counts = Counter(job.state.value for job in jobs)
+    total = total_seconds(todo, known)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{len(jobs)} runs: " + ", ".join(f"{count} {state}" for state, count in counts.items()),
+            "time unknown: no run of this backbone is recorded yet"
+            if total is None
+            else f"about {format_duration(total / workers)} with {workers} at a time, judged by recorded runs",
+        ]
+    )
+
+
+def records_of(jobs: Sequence[Job]) -> list[RunRecord]:
+    """The records of those that are finished by now."""
+    return [read_record(job.folder) for job in jobs if (job.folder / "result.json").is_file()]
+
+
+def _run(todo: Sequence[Job], finished: int, known: Sequence[RunRecord], workers: int, pool: Pool) -> Display:
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with Display(todo, finished, known, workers) as display:
+            pool.run(todo, display)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return display
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _gpus(jobs: Sequence[Job]) -> list[str]:
+    """GPUs to deal out to workers: none where the runs name their device themselves."""
+    devices = {job.plan.recipe.device for job in jobs}
+    return visible_gpus() if devices <= {"auto", "cuda"} else []
+
+
+def _closing(display: Display, outputs: Path) -> str:
+    lines = [f"  {job.label}: {error}\n    {job.folder / 'failure.json'}" for job, error in display.failures]
+    if lines:
+        lines = [f"{len(lines)} of the runs failed; the same command tries them again:", *lines]
+    return "\n".join([display.state(), *lines, f"tables: python scripts/collect_results.py {outputs}"])
+
+
+def _duration(seconds: float | None) -> str:
+    return "?" if seconds is None else format_duration(seconds)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"workers={text}; expected a whole number of at least 1")
+    return int(text)

@@ -1,0 +1,105 @@
+"""A worker process of a sweep: takes runs from the parent one by one, and answers how each one ended."""
+
+import multiprocessing
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from mambapeft_vision.atomic import write_json
+from mambapeft_vision.results.record import RunRecord
+from mambapeft_vision.sweep.kept import Kept
+from mambapeft_vision.training.cli import is_mistake, summary
+from mambapeft_vision.training.run import train
+
+FAILURE_FILE = "failure.json"
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a worker is told to do. cfg: composed, not resolved; folder: of the run."""
+
+    cfg: DictConfig
+    overrides: list[str]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: with a record, or with an error in one line.
+
+    last: the worker ends with it, as after a crash nothing in its process is to be trusted.
+    """
+
+    record: RunRecord | None
+    error: str = ""
+    last: bool = False
+
+
+def work(connection: Connection, environment: Mapping[str, str], threads: int, log: Path) -> None:
+    """Main function of the process: works until told None, or until the parent is no more.
+
+    It is started with SIGINT ignored: Ctrl-C is the parent's to handle, which then ends the workers.
+
+    Args:
+        connection: gives an Assignment or None, takes an Outcome for each.
+        environment: variables that choose the GPU.
+        threads: of PyTorch on the CPU.
+        log: file for what runs print.
+    """
+    os.environ.update(environment)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _print_to(log)
+    torch.set_num_threads(threads)
+    kept = Kept()
+    while (assignment := connection.recv()) is not None:
+        outcome = run(assignment, kept)
+        connection.send(outcome)
+        if outcome.last:
+            return
+
+
+def run(assignment: Assignment, kept: Kept) -> Outcome:
+    """Does one run; an error is noted in its folder."""
+    try:
+        record = train(assignment.cfg, assignment.overrides, kept.sources)
+    except Exception as error:
+        traceback.print_exc()
+        write_failure(assignment, summary(error), traceback.format_exc())
+        return Outcome(None, summary(error), last=not is_mistake(error))
+    (assignment.folder / FAILURE_FILE).unlink(missing_ok=True)
+    return Outcome(record)
+
+
+def write_failure(assignment: Assignment, error: str, trace: str) -> None:
+    """Notes in the run's folder how it failed; the next attempt's success removes the note."""
+    assignment.folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "error": error,
+        "traceback": trace,
+        "overrides": assignment.overrides,
+        "failed_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    write_json(assignment.folder / FAILURE_FILE, content)
+
+
+def _end_with_parent() -> None:
+    """A worker left alone by a killed sweep would get in the way of the next one."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _print_to(log: Path) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", encoding="utf-8") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())

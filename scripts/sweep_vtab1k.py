@@ -1,0 +1,28 @@
+"""Many runs from one command: tasks x methods x seeds, shared out over the GPUs.
+
+python scripts/sweep_vtab1k.py method=lora_p_x,hybrid seeds=0,1,2 [dataset=vtab/cifar,vtab/dtd] [workers=N] [--dry-run]
+
+Anything else is a Hydra override, as train.py takes them; commas, range() and glob() list choices. Without `dataset`,
+the 19 tasks of VTAB-1K are taken. Finished runs are not repeated; after an interruption the same command goes on.
+"""
+
+import sys
+from pathlib import Path
+
+from mambapeft_vision.sweep.sweep import parse, sweep
+from mambapeft_vision.training.cli import CRASH, run_cli
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return
+    if sweep(parse(arguments), CONFIGS):
+        sys.exit(CRASH)
+
+
+if __name__ == "__main__":
+    run_cli(main)

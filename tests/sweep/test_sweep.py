@@ -1,0 +1,324 @@
+"""Sweeps as they are used: planned, killed, interrupted, gone on with, with runs that crash."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from fake_records import fake_record
+from hydra.errors import HydraException
+
+from mambapeft_vision.errors import UserError
+from mambapeft_vision.results.record import read_record, write_record
+from mambapeft_vision.sweep import worker
+from mambapeft_vision.sweep.jobs import Job, State, plan_jobs
+from mambapeft_vision.sweep.kept import Kept, task_key
+from mambapeft_vision.sweep.pool import Queue, assignment_of
+from mambapeft_vision.sweep.speeds import estimate_seconds
+from mambapeft_vision.sweep.sweep import Command, parse, sweep
+from mambapeft_vision.sweep.worker import Outcome
+from mambapeft_vision.training.plan import make_plan
+
+SCRIPT = runs.ROOT / "scripts" / "sweep_vtab1k.py"
+METHODS = "linear_probe,lora_p_x,a,d,bias,conv1d"
+SWEEP = [f"method={METHODS}", "seeds=0,1"]
+CRASHING_METHOD = """
+import os
+
+from mambapeft_vision.methods.linear_probe import LinearProbe
+
+
+class Crashing(LinearProbe):
+    def __init__(self, *, how: str) -> None:
+        super().__init__()
+        self.how = how
+        if how == "raise":
+            raise RuntimeError("this method cannot be built")
+        if how == "die":
+            os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Two tasks, custom/one and custom/two."""
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("one", "two"):
+        runs.lay_out_task(folder / "custom" / name)
+    return folder
+
+
+def arguments(data: Path, outputs: Path, *more: str) -> list[str]:
+    return [
+        *runs.SMALL_BACKBONE,
+        "dataset=folder",
+        "dataset.name=custom/one,custom/two",
+        "dataset.folder=${paths.data}/${dataset.name}",
+        f"dataset.num_classes={runs.CLASSES}",
+        "dataset.batch_size=16",
+        "trainer.max_epochs=2",
+        "trainer.warmup_epochs=1",
+        "trainer.device=cpu",
+        "trainer.checkpoint_every_s=0",
+        f"paths.data={data}",
+        f"paths.outputs={outputs}",
+        *more,
+    ]
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def finish(command: list[str]) -> tuple[int, str, str]:
+    process = start(command)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def results(outputs: Path) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in outputs.rglob("result.json")}
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# Planning
+
+
+def planned(data: Path, outputs: Path, *more: str) -> list[Job]:
+    return plan_jobs(parse(arguments(data, outputs, *more)).overrides, runs.CONFIGS)
+
+
+def test_every_choice_is_planned_once(data, tmp_path):
+    jobs = planned(data, tmp_path, "method=lora_p_x,[a,d]", "seeds=0,1,0")
+    assert {(job.plan.task, job.plan.method_names, job.plan.seed) for job in jobs} == {
+        (task, method, seed)
+        for task in ("custom/one", "custom/two")
+        for method in ("lora_p_x", "a+d")
+        for seed in (0, 1)
+    }
+    assert len(jobs) == 8 and {job.state for job in jobs} == {State.NEW}
+    assert jobs[0].label == "custom/one lora_p_x seed 0"
+    assert all(job.plan.config["dataset"]["seed"] == job.plan.seed for job in jobs)
+    assert all(make_plan(runs.compose_train(job.overrides)).folder == job.folder for job in jobs)
+
+
+def test_the_default_is_all_tasks_of_vtab(tmp_path):
+    jobs = plan_jobs(["method=lora_p_x", f"paths.outputs={tmp_path}"], runs.CONFIGS)
+    assert len({job.plan.task for job in jobs}) == len(jobs) == 19
+
+
+@pytest.mark.parametrize("wrong", ["workers=0", "workers=two", "--dry"])
+def test_mistakes_in_the_command_are_named(wrong):
+    with pytest.raises(UserError, match=wrong):
+        parse([wrong])
+
+
+def test_a_mistake_in_one_run_stops_before_any_runs(data, tmp_path):
+    with pytest.raises(HydraException, match="lora_p_y"):
+        sweep(Command(arguments(data, tmp_path, "method=lora_p_x,lora_p_y")), runs.CONFIGS)
+    with pytest.raises(UserError, match="matches nothing"):
+        planned(data, tmp_path, "method=glob(no_such*)")
+    assert not list(tmp_path.iterdir())
+
+
+def test_globs_choose_options(data, tmp_path):
+    jobs = plan_jobs(
+        [f"paths.outputs={tmp_path}", "dataset=glob(vtab/s*)", "method=glob(lora_p_*,exclude=*base)"], runs.CONFIGS
+    )
+    assert {job.plan.task for job in jobs} == {
+        f"vtab/{t}" for t in ("svhn", "sun397", "smallnorb_azi", "smallnorb_ele")
+    }
+    assert {job.plan.method_names for job in jobs} == {f"lora_p_{part}" for part in "bcdxz"}
+
+
+# Order and time
+
+
+def test_a_worker_gets_runs_of_the_task_that_it_holds(data, tmp_path):
+    jobs = planned(data, tmp_path, "method=a,d")
+    one, two = jobs[0], jobs[2]
+    queue = Queue(jobs)
+    assert queue.take(task_key(two.plan), set()) is two
+    assert queue.take(None, {task_key(one.plan)}).plan.task == "custom/two"
+    assert queue.take(None, {task_key(one.plan)}) is one  # rather than nothing
+
+
+def test_time_is_estimated_from_the_runs_most_alike(data, tmp_path):
+    plan = planned(data, tmp_path, "method=a")[0].plan  # two epochs
+    # per epoch 1 s; test of 100 images at 2,000/s 0.05 s; other 120 - 100 - 0.05 s
+    near = fake_record("custom/one", "a", 0, 0.5, backbone={"name": plan.config["backbone"]["name"]})
+    far = fake_record(
+        "custom/one",
+        "d",
+        0,
+        0.5,
+        backbone={"name": plan.config["backbone"]["name"]},
+        train_seconds=1e4,
+        wall_seconds=2e4,
+    )
+    assert estimate_seconds(plan, [near, far]) == pytest.approx(2 + 0.05 + 19.95)
+    assert estimate_seconds(plan, [far]) == pytest.approx(200 + 0.05 + 9999.95)
+    assert estimate_seconds(plan, [fake_record("custom/one", "a", 0, 0.5)]) is None
+
+
+# Running
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in Linux's /proc")
+def test_killed_and_interrupted_the_same_command_goes_on(data, tmp_path):
+    """6 methods x 2 tasks x 2 seeds, killed, then interrupted, then finished."""
+    command = arguments(data, tmp_path, *SWEEP, "workers=2")
+
+    process = start(command)
+    wait_until(lambda: len(results(tmp_path)) >= 5)
+    workers = children(process.pid)
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not any(map(alive, workers)), seconds=10)
+    after_kill = results(tmp_path)
+    assert 5 <= len(after_kill) < 24
+
+    process = start(command)
+    wait_until(lambda: len(results(tmp_path)) >= len(after_kill) + 3)
+    workers = children(process.pid)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in err
+    wait_until(lambda: not any(map(alive, workers)), seconds=10)
+    after_interrupt = results(tmp_path)
+    assert len(after_interrupt) < 24
+
+    code, out, _ = finish(command)
+    assert code == 0 and f"{len(after_interrupt)} of them finished before" in out
+    final = results(tmp_path)
+    assert len(final) == 24
+    assert {file: final[file] for file in after_kill} == after_kill
+    assert {file: final[file] for file in after_interrupt} == after_interrupt
+    assert not list(tmp_path.rglob("*.replaced-*")) and not list(tmp_path.rglob("checkpoint.ckpt"))
+
+    jobs = plan_jobs(parse(command).overrides, runs.CONFIGS)
+    assert {job.state for job in jobs} == {State.FINISHED}
+
+    # A run in a sweep is the run that train.py does, to the last bit, whatever ran before it in its process.
+    for job in jobs[-3:]:
+        alone = runs.run([*job.overrides, f"paths.outputs={tmp_path / 'alone'}"])
+        assert alone.accuracy == read_record(job.folder).accuracy and alone.loss == read_record(job.folder).loss
+        tensors = runs.read_adapter_tensors(tmp_path / "alone" / job.folder.relative_to(tmp_path))
+        assert all(torch.equal(tensors[k], v) for k, v in runs.read_adapter_tensors(job.folder).items())
+
+
+def carry_out(job: Job) -> Outcome:
+    """As a worker does."""
+    return worker.run(assignment_of(job), Kept())
+
+
+@pytest.mark.slow
+def test_crashed_runs_are_recorded_and_the_others_done(data, tmp_path):
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / "crashing.py").write_text(CRASHING_METHOD)
+    command = arguments(
+        data,
+        tmp_path / "out",
+        "method=linear_probe",
+        "dataset.name=custom/one",
+        f"paths.methods={tmp_path / 'methods'}",
+        "+method.crashing._target_=mambapeft_vision.methods.crashing.Crashing",
+        "+method.crashing.how=raise,die,not",
+    )
+    code, out, _ = finish(command)
+    assert code == 1 and "2 of the runs failed" in out and "1 done" in out
+    failures = [json.loads(file.read_text()) for file in (tmp_path / "out").rglob("failure.json")]
+    assert sorted(failure["error"] for failure in failures) == [
+        "RuntimeError: this method cannot be built",
+        "the worker process was ended by signal 9; out of memory?",
+    ]
+    assert all("+method.crashing.how=" in " ".join(failure["overrides"]) for failure in failures)
+    assert any("in __init__" in failure["traceback"] for failure in failures)
+    assert len(results(tmp_path / "out")) == 1
+
+
+def test_a_failed_run_is_tried_again_and_its_note_goes(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    image = tmp_path / "data" / "custom" / "one" / "images" / "train800val200" / "000007.png"
+    image.rename(image.with_suffix(".away"))
+    job = planned(tmp_path / "data", tmp_path / "out", "method=linear_probe")[0]
+    outcome = carry_out(job)
+    assert outcome.record is None and "000007.png" in outcome.error
+    assert json.loads((job.folder / "failure.json").read_text())["error"] == outcome.error
+    assert not outcome.last  # a mistake in the data does no harm to the process
+    image.with_suffix(".away").rename(image)
+    (again, *_) = planned(tmp_path / "data", tmp_path / "out", "method=linear_probe")
+    assert again.state is State.NEW
+    assert carry_out(again).record is not None and not (job.folder / "failure.json").exists()
+
+
+def test_runs_on_other_images_are_done_again(data, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    command = arguments(tmp_path / "data", tmp_path / "out", "method=linear_probe")
+    for job in plan_jobs(command, runs.CONFIGS):
+        runs.run(job.overrides)
+    assert {job.state for job in plan_jobs(command, runs.CONFIGS)} == {State.FINISHED}
+    file = tmp_path / "data" / "custom" / "one" / "test.txt"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    one, two = plan_jobs(command, runs.CONFIGS)
+    assert (one.state, two.state) == (State.OUTDATED, State.FINISHED)
+    capsys.readouterr()
+    sweep(Command(command, dry_run=True), runs.CONFIGS)
+    assert "1 outdated, 1 finished" in capsys.readouterr().out
+    outcome = worker.run(assignment_of(one), Kept())
+    assert outcome.record.num_test == 19
+    assert read_record(one.folder.with_name(f"{one.folder.name}.replaced-1")).num_test == 20
+
+
+def test_runs_on_other_weights_are_done_again(data, tmp_path):
+    command = arguments(data, tmp_path, "method=linear_probe", "dataset.name=custom/one")
+    (job,) = plan_jobs(command, runs.CONFIGS)
+    record = runs.run(job.overrides)
+    write_record(job.folder, dataclasses.replace(record, backbone_sha256="0" * 64))
+    (job,) = plan_jobs(command, runs.CONFIGS)
+    assert job.state is State.OUTDATED
+
+
+def test_what_is_kept_is_shared_and_stays_clean(data, tmp_path):
+    """Two runs of a task have the same images in memory, and the backbone that the first one changed is not reused."""
+    jobs = planned(data, tmp_path, "method=a,d")
+    kept = Kept()
+    first, second = (kept.sources.task(job.plan) for job in jobs[:2])
+    assert first is second and kept.sources.task(jobs[2].plan) is not first
+    backbones = [kept.sources.backbone(job.plan) for job in jobs[:2]]
+    backbones[0].pos_embed.data.zero_()
+    assert backbones[1].pos_embed.abs().sum() > 0
