@@ -15,8 +15,6 @@ from PIL import Image
 
 from mambapeft_vision.data.manifest import read_record, write_record
 from mambapeft_vision.data.module import TaskDataModule
-from mambapeft_vision.data.preprocessing import Preprocessing
-from mambapeft_vision.data.progress import ProgressCallback
 from mambapeft_vision.data.verify import verify_task
 from mambapeft_vision.data.vtab import DIGITS
 from mambapeft_vision.errors import UserError
@@ -25,11 +23,10 @@ SPLIT_SEED = 0
 
 
 class DemoDataModule(TaskDataModule):
-    """The digits; `load` lays them out first where `folder` does not exist."""
+    """The digits, laid out where `folder` does not exist."""
 
-    def load(self, preprocessing: Preprocessing, progress: ProgressCallback | None = None) -> None:
+    def lay_out(self) -> None:
         lay_out_digits(self.folder)
-        super().load(preprocessing, progress)
 
     def remedy(self) -> str:
         return f"Delete {self.folder} and start again: it is laid out anew by itself."

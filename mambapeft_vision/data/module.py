@@ -80,6 +80,17 @@ class TaskDataModule(LightningDataModule):
 
     # Loading
 
+    def lay_out(self) -> None:
+        """Makes the task's folder, for tasks that bring their own images; nothing for the others."""
+
+    def check(self) -> None:
+        """Reads both splits' lists and looks for their images; quick, so that it can come before all else.
+
+        Raises UserError for what is missing or does not fit the task.
+        """
+        self.lay_out()
+        self._listings = {split: self._checked_list(split) for split in (self.train_split, self.test_split)}
+
     def load(self, preprocessing: Preprocessing, progress: ProgressCallback | None = None) -> None:
         """Checks both splits and decodes the training images into memory.
 
@@ -89,10 +100,9 @@ class TaskDataModule(LightningDataModule):
         """
         if self.preprocessing == preprocessing:
             return
-        listings = {split: self._checked_list(split) for split in (self.train_split, self.test_split)}
-        self._train_set = decode_list(listings[self.train_split], preprocessing, progress=progress)
+        self.check()
+        self._train_set = decode_list(self._listings[self.train_split], preprocessing, progress=progress)
         self._test_set = None
-        self._listings = listings
         self._progress = progress
         self.preprocessing = preprocessing
 

@@ -70,6 +70,7 @@ def assemble(
     reset_peak_memory(device)
     apply_precision(plan.recipe.precision)
     task = sources.task(plan)
+    task.check()  # before weights are fetched: missing data is the commonest mistake
     backbone = sources.backbone(plan)
     resolved = set_kernel(backbone, kernel, device)
     console.say(mambapeft_kernels.describe(kernel, device))
