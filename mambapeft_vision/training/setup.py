@@ -12,6 +12,7 @@ from mambapeft_vision.data import ConsoleProgress, Preprocessing, TaskDataModule
 from mambapeft_vision.results.environment import reset_peak_memory
 from mambapeft_vision.training.build import build_backbone, build_dataset, set_kernel
 from mambapeft_vision.training.console import Console
+from mambapeft_vision.training.memory import keep_freed_memory
 from mambapeft_vision.training.module import Normalise
 from mambapeft_vision.training.plan import RunPlan
 from mambapeft_vision.training.testing import Predictions, apply_precision, predict
@@ -67,6 +68,8 @@ def assemble(
         kernel: as asked for, e.g. "auto".
     Raises: UserError.
     """
+    if device.type == "cpu":
+        keep_freed_memory()
     reset_peak_memory(device)
     apply_precision(plan.recipe.precision)
     task = sources.task(plan)
