@@ -9,6 +9,7 @@ the 19 tasks of VTAB-1K are taken. Finished runs are not repeated; after an inte
 import sys
 from pathlib import Path
 
+from mambapeft_vision.sweep.jobs import plan_jobs
 from mambapeft_vision.sweep.sweep import parse, sweep
 from mambapeft_vision.training.cli import CRASH, run_cli
 
@@ -20,7 +21,8 @@ def main() -> None:
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return
-    if sweep(parse(arguments), CONFIGS):
+    command = parse(arguments)
+    if sweep(plan_jobs(command.overrides, CONFIGS), command):
         sys.exit(CRASH)
 
 

@@ -11,7 +11,7 @@ from mambapeft_vision.errors import UserError
 from mambapeft_vision.results.record import RunRecord, read_record
 from mambapeft_vision.results.tables import find_records
 from mambapeft_vision.sweep.display import Display, total_seconds
-from mambapeft_vision.sweep.jobs import Job, State, plan_jobs
+from mambapeft_vision.sweep.jobs import Job, State
 from mambapeft_vision.sweep.pool import Pool, visible_gpus
 from mambapeft_vision.sweep.speeds import estimate_seconds
 
@@ -45,13 +45,12 @@ def parse(arguments: Sequence[str]) -> Command:
     return Command(overrides, workers, dry_run)
 
 
-def sweep(command: Command, configs: Path) -> int:
-    """Runs what is not finished yet, or lists it.
+def sweep(jobs: Sequence[Job], command: Command) -> int:
+    """Runs those of the jobs (`plan_jobs` of the command's overrides) that are not finished yet, or lists them.
 
     Returns: the number of failed runs.
-    Raises: UserError for mistakes in the command, before anything runs; KeyboardInterrupt after ending the workers.
+    Raises: KeyboardInterrupt after ending the workers.
     """
-    jobs = plan_jobs(command.overrides, configs)
     todo = [job for job in jobs if job.state is not State.FINISHED]
     finished = [job for job in jobs if job.state is State.FINISHED]
     outputs = Path(jobs[0].plan.config["paths"]["outputs"]).expanduser()

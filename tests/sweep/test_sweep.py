@@ -148,7 +148,7 @@ def test_mistakes_in_the_command_are_named(wrong):
 
 def test_a_mistake_in_one_run_stops_before_any_runs(data, tmp_path):
     with pytest.raises(HydraException, match="lora_p_y"):
-        sweep(Command(arguments(data, tmp_path, "method=lora_p_x,lora_p_y")), runs.CONFIGS)
+        planned(data, tmp_path, "method=lora_p_x,lora_p_y")
     with pytest.raises(UserError, match="matches nothing"):
         planned(data, tmp_path, "method=glob(no_such*)")
     assert not list(tmp_path.iterdir())
@@ -201,9 +201,9 @@ def test_time_is_estimated_from_the_runs_most_alike(data, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in Linux's /proc")
 def test_killed_and_interrupted_the_same_command_goes_on(data, tmp_path):
     """6 methods x 2 tasks x 2 seeds, killed, then interrupted, then finished."""
-    command = arguments(data, tmp_path, *SWEEP, "workers=2")
+    command = arguments(data, tmp_path, *SWEEP)
 
-    process = start(command)
+    process = start([*command, "workers=2"])
     wait_until(lambda: len(results(tmp_path)) >= 5)
     workers = children(process.pid)
     process.kill()
@@ -297,7 +297,7 @@ def test_runs_on_other_images_are_done_again(data, tmp_path, capsys):
     one, two = plan_jobs(command, runs.CONFIGS)
     assert (one.state, two.state) == (State.OUTDATED, State.FINISHED)
     capsys.readouterr()
-    sweep(Command(command, dry_run=True), runs.CONFIGS)
+    sweep([one, two], Command(command, dry_run=True))
     assert "1 outdated, 1 finished" in capsys.readouterr().out
     outcome = worker.run(assignment_of(one), Kept())
     assert outcome.record.num_test == 19
