@@ -144,7 +144,12 @@ def _keep(x: Tensor, groups: int) -> bool:
     return 2 * groups * x.numel() * x.element_size() <= KEEP_BYTES
 
 
-@torch.library.custom_op("mambapeft::mixer_forward", mutates_args=())
+@torch.library.custom_op(
+    "mambapeft::mixer_forward",
+    mutates_args=(),
+    schema="(Tensor x, Tensor z, Tensor[] tensors, bool[] present, bool[] reverse, float scale, str scans, bool save)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def _mixer_forward(
     x: Tensor,
     z: Tensor,
@@ -186,7 +191,13 @@ def _(x, z, tensors, present, reverse, scale, scans, save):
     )
 
 
-@torch.library.custom_op("mambapeft::mixer_backward", mutates_args=())
+@torch.library.custom_op(
+    "mambapeft::mixer_backward",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor x, Tensor z, Tensor total, Tensor ckpt, Tensor u, Tensor delta, Tensor bc, "
+    "Tensor[] tensors, bool[] present, bool[] reverse, float scale, str scans, bool need_x, bool need_z, bool[] need)"
+    " -> Tensor[]",
+)
 def _mixer_backward(
     dout: Tensor,
     x: Tensor,

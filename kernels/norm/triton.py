@@ -89,7 +89,11 @@ def _tile(width: int) -> tuple[int, int, int]:
     return rows, block, 4 if block <= 1024 else 8
 
 
-@torch.library.custom_op("mambapeft::add_rms_norm", mutates_args=())
+@torch.library.custom_op(
+    "mambapeft::add_rms_norm",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor? residual, Tensor weight, float eps, Tensor? branch_scale) -> (Tensor, Tensor)",
+)
 def _op(
     hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float, branch_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -113,7 +117,12 @@ def _(hidden, residual, weight, eps, branch_scale):
     return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape, dtype=_WIDE)
 
 
-@torch.library.custom_op("mambapeft::add_rms_norm_backward", mutates_args=())
+@torch.library.custom_op(
+    "mambapeft::add_rms_norm_backward",
+    mutates_args=(),
+    schema="(Tensor dnormed, Tensor? dout, Tensor out, Tensor weight, Tensor? branch_scale, float eps, "
+    "ScalarType dtype, bool need_hidden, bool need_residual, bool need_weight) -> (Tensor, Tensor, Tensor)",
+)
 def _op_backward(
     dnormed: Tensor,
     dout: Tensor | None,

@@ -24,7 +24,7 @@ _H100 = {
         (False, False): {"STORE_DECAY": 5, "MIN_BLOCKS": 3},
         (False, True): {"STORE_DECAY": 2, "MIN_BLOCKS": 3},
         (True, False): {"STORE_DECAY": 0, "MIN_BLOCKS": 3},
-        (True, True): {"STORE_DECAY": 0, "MIN_BLOCKS": 3},
+        (True, True): {"STORE_DECAY": 4, "MIN_BLOCKS": 2},
     },
 }
 _TUNED: dict[tuple[int, int], dict] = {(9, 0): _H100}

@@ -161,6 +161,23 @@ def test_gradient_of_one_half(backend, device, half):
     assert halves[1 - half].grad is None
 
 
+@pytest.mark.parametrize(("backend", "device"), FUSED)
+def test_watched_halves_get_their_own_gradients(backend, device):
+    """x and z split from one tensor are joined again inside the op, but not behind the back of who looks at them."""
+    directions = cast(make_directions(8, 3, 2, device=device), torch.float32, grad=False)
+    xz = make_xz(1, 9, 8, device).float().requires_grad_()
+    x, z = xz.chunk(2, -1)
+    x.retain_grad()
+    ssm_mixer(x, z, directions, backend=backend).sum().backward()
+    assert torch.equal(x.grad, xz.grad[..., :8])
+    unwatched = xz.detach().clone().requires_grad_()
+    ssm_mixer(*unwatched.chunk(2, -1), directions, backend=backend).sum().backward()
+    assert torch.equal(unwatched.grad, xz.grad)
+    with torch.no_grad():
+        x, z = xz.chunk(2, -1)
+    assert not ssm_mixer(x, z, directions, backend=backend).requires_grad
+
+
 @pytest.fixture
 def poisoned():
     """Every uninitialised tensor that torch hands out is full of NaN."""
