@@ -54,6 +54,8 @@ def rows_name(rows: str, mixer: str, backward: str | None, factor: str) -> str:
 
 def reference_name(name: str) -> str:
     name = re.sub(r"\blayers\.\d+\.", "layers.*.", name)
+    name = re.sub(r"^(all|hybrid)_", "", name)  # in a hybrid: the part's own name
+    name = re.sub(r"^(\w+)_(base|r24|wo_proj)\.", r"\1.", name)  # another form of the same method
     for pattern, rename in RENAMES:
         if match := re.fullmatch(pattern, name):
             return rename(match)
