@@ -1,4 +1,4 @@
-"""Labelled images of any origin: one npz file, or a tree with a folder for each class.
+"""Labelled images of any origin, read and laid out as a task: one npz file, or a tree with a folder for each class.
 
 npz: `blob` (uint8, encoded images end to end: PNG, JPEG, WebP), `offsets` (image i is
 `blob[offsets[i]:offsets[i + 1]]`), `labels`, `class_names`, and optionally `split` (a word for each image).
@@ -6,6 +6,8 @@ npz: `blob` (uint8, encoded images end to end: PNG, JPEG, WebP), `offsets` (imag
 
 from __future__ import annotations
 
+import os
+import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
+from mambapeft_vision.data.manifest import write_record
+from mambapeft_vision.data.verify import TaskReport, verify_task
+from mambapeft_vision.data.vtab import GROUPS, Task
 from mambapeft_vision.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_SIGNATURES = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp"}
 _KEYS = ("blob", "offsets", "labels", "class_names")
 
 
@@ -116,3 +122,106 @@ def _npz_problem(content: dict[str, np.ndarray]) -> str | None:
     if "split" in content and content["split"].shape != labels.shape:
         return f"split has shape {content['split'].shape}, expected one word for each of {len(labels)} images"
     return None
+
+
+# Laying out a task
+
+
+@dataclass(frozen=True)
+class EncodedSplits:
+    """A task's images before they are laid out: (content, label) pairs of each split."""
+
+    train800: list[tuple[bytes, int]]
+    val200: list[tuple[bytes, int]]
+    test: list[tuple[bytes, int]]
+
+
+def split_labelled(labelled: LabelledImages, *, max_test: int, seed: int) -> EncodedSplits:
+    """Takes the splits `train800`, `val200`, `test` as they are marked; else draws them, in proportion to the classes.
+
+    Without such marks, images marked `test` (or, without any mark, all that are left) are for testing, at most
+    `max_test` of them. Raises UserError when there are too few.
+    """
+    if labelled.splits is not None and {"train800", "val200", "test"} <= set(labelled.splits.tolist()):
+        chosen = [np.flatnonzero(labelled.splits == split) for split in ("train800", "val200", "test")]
+    else:
+        chosen = _draw_splits(labelled, max_test, seed)
+    return EncodedSplits(*([(labelled.read(i), int(labelled.labels[i])) for i in indices] for indices in chosen))
+
+
+def lay_out_task(task: Task, folder: Path, splits: EncodedSplits) -> TaskReport:
+    """Writes a task's images and list files, checks all of it, and moves it to `folder`, with its manifest entry.
+
+    The folder appears complete and checked or not at all. Raises UserError where it exists, and for images that
+    cannot be decoded.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} exists: expected a new folder. Delete it, or give another --name or --out.")
+    temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process that had the same number
+    try:
+        _write_splits(temporary, splits)
+        report = verify_task(task, temporary)
+        if report.record is None:
+            more = f" ({len(report.problems) - 1:,} more problems.)" if len(report.problems) > 1 else ""
+            raise UserError(f"{task.name} cannot be laid out: {report.problems[0]}{more}")
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    write_record(folder.parent, folder.name, report.record)
+    return report
+
+
+def import_task(
+    path: Path | str, name: str, root: Path, *, group: str = "custom", max_test: int = 2000, seed: int = 0
+) -> TaskReport:
+    """Lays out an npz file or a class-per-folder tree as the task `mini/<name>` in `root/<name>`. Raises UserError."""
+    if group not in GROUPS:
+        raise UserError(f"group {group!r}: expected one of {', '.join(GROUPS)}.")
+    labelled = read_labelled(path)
+    splits = split_labelled(labelled, max_test=max_test, seed=seed)
+    sizes = {"num_train": len(splits.train800), "num_val": len(splits.val200), "num_test": len(splits.test)}
+    task = Task(name, group, len(labelled.class_names), family="mini", **sizes)
+    return lay_out_task(task, root / name, splits)
+
+
+def _draw_splits(labelled: LabelledImages, max_test: int, seed: int) -> list[np.ndarray]:
+    from mambapeft_vision.data.demo import stratified_splits  # takes Lightning along, which is slow to import
+
+    marked = np.zeros(len(labelled), dtype=bool)
+    if labelled.splits is not None:
+        marked = labelled.splits == "test"
+    pool, test = np.flatnonzero(~marked), np.flatnonzero(marked)
+    left = len(pool) - 1000
+    if left < 0 or (not len(test) and left == 0):
+        raise UserError(
+            f"{labelled.source} has {len(pool)} images to train on: expected 1,000 (800 + 200), and some more to test."
+        )
+    train, val, rest = (pool[part] for part in stratified_splits(labelled.labels[pool], [800, 200, left], seed))
+    candidates = test if len(test) else rest
+    if len(candidates) > max_test:
+        sizes = [max_test, len(candidates) - max_test]
+        candidates = candidates[stratified_splits(labelled.labels[candidates], sizes, seed)[0]]
+    return [train, val, candidates]
+
+
+def _write_splits(folder: Path, splits: EncodedSplits) -> None:
+    by_split = {
+        "train800": splits.train800,
+        "val200": splits.val200,
+        "train800val200": splits.train800 + splits.val200,
+        "test": splits.test,
+    }
+    for split, images in by_split.items():
+        (folder / "images" / split).mkdir(parents=True)
+        lines = []
+        for number, (content, label) in enumerate(images):
+            path = f"images/{split}/{number:06d}{_suffix(content)}"
+            (folder / path).write_bytes(content)
+            lines.append(f"{path} {label}\n")
+        (folder / f"{split}.txt").write_text("".join(lines), encoding="utf-8")
+
+
+def _suffix(content: bytes) -> str:
+    """The usual ending of a file of this content; what no known format begins like is left to the check to find."""
+    return next((suffix for start, suffix in _SIGNATURES.items() if content.startswith(start)), ".img")

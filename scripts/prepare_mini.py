@@ -1,0 +1,103 @@
+#!/usr/bin/env python
+"""Make labelled images mini tasks. `python scripts/prepare_mini.py --help` says how."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mambapeft_vision.data.importer import import_task
+from mambapeft_vision.data.manifest import read_record
+from mambapeft_vision.data.mini import GENERATED, IMPORTED, lay_out_generated
+from mambapeft_vision.data.verify import TaskReport
+from mambapeft_vision.data.vtab import GROUPS
+from mambapeft_vision.errors import UserError
+
+EPILOG = """\
+examples:
+  python scripts/prepare_mini.py import birds.npz --name birds     an npz file (format: data/README.md)
+  python scripts/prepare_mini.py import PHOTOS --name photos       a folder with one folder for each class
+  python scripts/prepare_mini.py all --from DIR                    DIR/usps.npz and so on: the 13 tasks of the table
+  python scripts/prepare_mini.py generate                          the tasks that need no data (also done at first use)
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code: 0 good, 2 with the reason on stderr."""
+    options = _parser().parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.run(options)
+        return 0
+    except (UserError, OSError) as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 2
+
+
+def import_one(options: argparse.Namespace) -> None:
+    known = IMPORTED.get(options.name)
+    group = options.group or (known.group if known else "custom")
+    sizes = {"max_test": options.max_test, "seed": options.seed}
+    report = import_task(options.path, options.name, options.out, group=group, **sizes)
+    print(_summary(report))
+    if known is None:
+        print(
+            f"Train with: python train.py dataset=folder dataset.name=mini/{options.name} "
+            f"dataset.folder={options.out / options.name} dataset.num_classes={report.task.num_classes}"
+        )
+
+
+def import_all(options: argparse.Namespace) -> None:
+    """Those that are laid out already stay."""
+    missing = [name for name in IMPORTED if not (options.source / f"{name}.npz").is_file()]
+    if missing:
+        raise UserError(f"{options.source} lacks {', '.join(f'{name}.npz' for name in missing)}. Correct --from.")
+    for name, task in IMPORTED.items():
+        if read_record(options.out, name) is not None and (options.out / name).is_dir():
+            print(f"{task.name}: laid out before")
+            continue
+        print(_summary(import_task(options.source / f"{name}.npz", name, options.out, group=task.group)))
+
+
+def generate(options: argparse.Namespace) -> None:
+    for task in GENERATED.values():
+        lay_out_generated(task, options.out / task.folder)
+        print(f"{task.name}: laid out")
+
+
+def _summary(report: TaskReport) -> str:
+    task, record = report.task, report.record
+    notes = "".join(f"\n  note: {note}" for note in report.notes)
+    counts = f"{task.num_train} + {task.num_val} to train, {task.num_test} to test"
+    return f"{task.name}: {task.group}, {task.num_classes} classes, {counts}, sha256 {record.sha256[:12]}{notes}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--out", type=Path, default=Path("data/mini"), help="folder of the task folders (default: %(default)s)"
+    )
+    parser = argparse.ArgumentParser(
+        prog="prepare_mini.py",
+        description="Make labelled images tasks in the layout of VTAB-1K.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    one = commands.add_parser("import", parents=[common], help="one npz file or class-per-folder tree")
+    one.add_argument("path", type=Path)
+    one.add_argument("--name", required=True, help="of the task and its folder")
+    one.add_argument("--group", choices=GROUPS, help="for tables (default: the table's, else custom)")
+    one.add_argument("--max-test", type=int, default=2000, help="test images at most, where none are marked")
+    one.add_argument("--seed", type=int, default=0, help="of the splits, where none are marked")
+    one.set_defaults(run=import_one)
+    every = commands.add_parser("all", parents=[common], help="the 13 npz files of a folder")
+    every.add_argument("--from", dest="source", type=Path, required=True, metavar="DIR")
+    every.set_defaults(run=import_all)
+    drawn = commands.add_parser("generate", parents=[common], help="the tasks that need no data")
+    drawn.set_defaults(run=generate)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
