@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambapeft_vision.errors import UserError
 from mambapeft_vision.methods.base import Method, blocks_of, require_positive, site_key
 
 
@@ -16,20 +18,24 @@ class AdapterPlus(Method):
 
     Args:
         dim: of the bottleneck.
+        drop_path: probability that an adapter is left out for a sample in training; the same in every block, and
+            beside the backbone's own drop path (both as in the authors' configuration).
     """
 
     identity_at_init = False
     merge_obstacle = "the GELU between down and up is no function of a weight"
 
-    def __init__(self, *, dim: int = 8, lr_mult: float = 1.0, decay_mult: float = 1.0) -> None:
+    def __init__(self, *, dim: int = 8, drop_path: float = 0.1, lr_mult: float = 1.0, decay_mult: float = 1.0) -> None:
         super().__init__(lr_mult=lr_mult, decay_mult=decay_mult)
         require_positive(self, dim=dim)
-        self.dim = dim
+        if not 0 <= drop_path < 1:
+            raise UserError(f"AdapterPlus: drop_path={drop_path!r}; expected 0 <= drop_path < 1")
+        self.dim, self.drop_path = dim, drop_path
         self.sites = nn.ModuleDict()
 
     def attach(self, model: nn.Module) -> None:
         for name, block in blocks_of(model, self.name).items():
-            site = ScaledBottleneck(model.cls_token.new_empty(self.dim, model.embed_dim))
+            site = ScaledBottleneck(model.cls_token.new_empty(self.dim, model.embed_dim), self.drop_path)
             self.sites[site_key(name)] = site
             block.after.add(self.name, site)
 
@@ -42,10 +48,11 @@ class AdapterPlus(Method):
 
 
 class ScaledBottleneck(nn.Module):
-    """One site: [..., D] → s ⊙ up(GELU(down(x))). `like` [r, D] gives sizes, device and dtype."""
+    """One site: [B, L, D] → s ⊙ up(GELU(down(x))). `like` [r, D] gives sizes, device and dtype."""
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, like: Tensor, drop_path: float) -> None:
         super().__init__()
+        self.drop_path = drop_path
         rank, dim = like.shape
         self.down = nn.Parameter(like.new_empty(rank, dim))
         self.down_bias = nn.Parameter(like.new_zeros(rank))
@@ -57,4 +64,8 @@ class ScaledBottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         low = F.gelu(F.linear(x, self.down, self.down_bias))
-        return self.scale * F.linear(low, self.up, self.up_bias)
+        out = self.scale * F.linear(low, self.up, self.up_bias)
+        if not (self.training and self.drop_path):
+            return out
+        keep = 1.0 - self.drop_path
+        return out * (torch.rand(out.shape[0], 1, 1, device=out.device) < keep).to(out.dtype) / keep

@@ -121,6 +121,19 @@ def test_adapter_plus():
     torch.testing.assert_close(model.backbone.blocks[1](x), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_adapter_plus_leaves_out_whole_samples_in_training():
+    """Each sample's adapter output is 0 or 1 / keep times the full one, in about the given share."""
+    model, _ = built(AdapterPlus(dim=3, drop_path=0.25))
+    site = model.methods["m"].sites["blocks/1"]
+    x = torch.randn(400, 2, 32, dtype=torch.float64)
+    full, dropped = site.eval()(x), site.train()(x)
+    left_out = (dropped == 0).all(dim=(1, 2))
+    torch.testing.assert_close(dropped[~left_out], full[~left_out] / 0.75, rtol=1e-12, atol=1e-12)
+    assert 60 < left_out.sum() < 140
+    with pytest.raises(UserError, match=r"drop_path=1.5; expected 0 <= drop_path < 1"):
+        AdapterPlus(drop_path=1.5)
+
+
 def test_fact():
     """Every D x D part of every weight changes by s · V C_kᵀ U."""
     method = FacT(rank=3, targets=WEIGHTS, scale=0.7)
