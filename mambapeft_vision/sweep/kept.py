@@ -1,4 +1,4 @@
-"""What a worker keeps loaded between runs: the images of the last task, the weights of the last backbone."""
+"""What a worker keeps loaded between runs: the images of the last tasks, the weights of the last backbone."""
 
 import copy
 import json
@@ -13,19 +13,25 @@ from mambapeft_vision.training.setup import Sources
 
 
 class Kept:
-    """Makes `sources` for `train`. One task and one backbone at a time, so memory does not grow with the sweep."""
+    """Makes `sources` for `train`. A few tasks and one backbone at a time, so memory does not grow with the sweep.
 
-    def __init__(self) -> None:
+    Args:
+        tasks: how many (the training images of one are 150 MB at 224x224).
+    """
+
+    def __init__(self, tasks: int = 1) -> None:
         self.sources = Sources(task=self._task_of, backbone=self._backbone_of)
-        self._task: tuple[str, TaskDataModule] | None = None
+        self._size = tasks
+        self._tasks: dict[str, TaskDataModule] = {}
         self._backbone: tuple[str, nn.Module] | None = None
 
     def _task_of(self, plan: RunPlan) -> TaskDataModule:
         key = task_key(plan)
-        if self._task is None or self._task[0] != key:
-            self._task = None  # gives the old images' memory back before the new ones need it
-            self._task = key, build_dataset(plan)
-        task = self._task[1]
+        if key not in self._tasks:
+            while len(self._tasks) >= self._size:  # before the new images need the memory
+                del self._tasks[next(iter(self._tasks))]
+            self._tasks[key] = build_dataset(plan)
+        task = self._tasks[key]
         task.seed = plan.config["dataset"]["seed"]
         return task
 
