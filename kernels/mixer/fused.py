@@ -1,8 +1,8 @@
 """The mixer core on fused kernels: one autograd node made of `torch.library` ops, for every fused backend.
 
-Forward: conv + SiLU + x_proj + dt_proj + softplus (one launch), then both scans with gate and sum. Backward:
-recompute u, Δ, B, C (unless kept), both scans' adjoints, the way back through the projections, the convolution.
-The backends differ in the scans only (`_SCANS`). Gradients are computed only for what asks for them.
+Forward: conv + SiLU, x_proj, dt_proj + softplus, then both scans with gate and sum. Backward: recompute u, Δ, B, C
+(unless kept), both scans' adjoints, the way back through the projections, the convolution. The backends differ in
+the scans (`_SCANS`) and the convolution. Gradients are computed only for what asks for them.
 """
 
 import importlib
@@ -18,8 +18,8 @@ _SCANS = {
     "cuda": "mambapeft_kernels.selective_scan.cuda",
 }
 
-# Keep u and Δ of the forward up to this many bytes a call; beyond, the backward computes them again (one more
-# launch of about 4 % of the block's time). 256 MiB is Vim-S at batch 200 in bfloat16.
+# Keep u and Δ of the forward up to this many bytes a call; beyond, the backward computes them again (three launches,
+# 8 % of the block's time at batch 32). 256 MiB is Vim-S at a batch of about 220 in bfloat16.
 KEEP_BYTES = 256 << 20
 
 

@@ -1,37 +1,39 @@
-// The adjoint of both scans. Macros: CHUNK, N states, P lanes of a channel pair, ST states of a lane (4 or 6), NEED_DZ, NEED_DA, HAS_SO, STORE_DECAY (how many of a chunk's decays stay
-// in registers, the rest is computed twice), MIN_BLOCKS (per multiprocessor).
+// The adjoint of both scans. Macros: CHUNK, N states, P lanes that share a channel pair (4 or 8), ST states of a lane (4;
+// or 6 with four lanes), NEED_DZ, NEED_DA, HAS_SO (state offset), STORE_DECAY (how many of a chunk's decays stay in
+// registers; the rest is computed twice), MIN_BLOCKS (per multiprocessor).
 //
-// A block of four warps owns CB channels of one sample and direction. A lane owns ST states of two channels: P
-// lanes share a channel pair, Q = 32 / P pairs make a warp. Chunk by chunk from the end, it recomputes the states from
-// the checkpoint (they stay in registers), then runs the adjoint recurrence backwards.
+// A block of four warps owns CB channels of one sample and direction. A lane owns ST states of two channels; Q = 32 / P
+// channel pairs make a warp. Chunk by chunk from the end, it recomputes the states from the checkpoint (they stay in
+// registers), then runs the adjoint recurrence backwards.
 //
 // Two sums cross lanes in every step: over channels (dB, dC) and over states (du, dΔ). Both are reduce-scatters. A lane
-// keeps state j at register j ^ (q & 3) and channel k at register k ^ (p & 1), so what it sends is always in the same
-// registers and no selects are needed; B and C lie in shared memory in the four orders that this asks for.
+// keeps channel k at register k ^ (p & 1) and, of four states, state j at register j ^ (q & 3), so what it sends is
+// always in the same registers and no selects are needed; B and C lie in shared memory in the four orders that this
+// asks for. Six states have no such order: there the lanes select.
 
 constexpr int T = CHUNK;  // tokens of a chunk, see checkpoints.py
 constexpr int Q = 32 / P;
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
-constexpr int CB = 2 * Q * WARPS;         // channels of a block
-constexpr int NB = ST * P;                // states, as lanes hold them
-constexpr int NP = (N + 7) / 8 * 8;       // states, as checkpoints hold them
-constexpr int EPT = T * CB / THREADS;     // elements a thread stages and finishes: one row, EPT columns
-constexpr int VEC = 16 / sizeof(io_t);    // elements of a 16-byte copy
-constexpr int VPT = T * CB / VEC;         // such copies of a chunk's tile
-constexpr int RAW = NEED_DZ ? 5 : 4;      // Δ, u, dout, z, total
+constexpr int CB = 2 * Q * WARPS;       // channels of a block
+constexpr int NB = ST * P;              // states, as lanes hold them
+constexpr int NP = (N + 7) / 8 * 8;     // states, as checkpoints hold them
+constexpr int EPT = T * CB / THREADS;   // elements a thread stages and finishes: one row, EPT columns
+constexpr int VEC = 16 / sizeof(io_t);  // elements of a 16-byte copy
+constexpr int VPT = T * CB / VEC;       // such copies of a chunk's tile
+constexpr int RAW = NEED_DZ ? 5 : 4;    // Δ, u, dout, z, total
 constexpr int ORDERS = ST == 4 ? 4 : 1;
 constexpr float LN2 = 0.6931471805599453f;
 
 // One struct, so that a lane's addresses are a few registers plus constants.
 struct __align__(16) Shared {
-    io_t raw[2][RAW][T * CB];       // as copied, two buffers
-    float bc[2][T * 2 * N];         // B|C as copied, in the order of memory
-    float ckpt[2][CB * NP];
+    io_t raw[2][RAW][T * CB];            // as copied, two buffers
+    float bc[2][T * 2 * N];              // B|C as copied, in the order of memory
+    float ckpt[2][CB * NP];              // the states with which the chunk begins
     float4 order[T][2][ORDERS][NB / 4];  // B and C in the orders that lanes ask for
-    float2 step[T][CB];             // {Δ, Δu}; after its step: {Σ_n g B, Σ_n g a h A}
-    float2 read[T][CB];             // {Δu, dy}
-    float sum[WARPS][T][2][NB];     // a warp's dB and dC
-    float skip[CB];
+    float2 step[T][CB];                  // {Δ, Δu}; after its step: {Σ_n g B, Σ_n g a h A}
+    float2 read[T][CB];                  // {Δu, dy}
+    float sum[WARPS][T][2][NB];          // a warp's dB and dC
+    float skip[CB];                      // D
 };
 
 __device__ __forceinline__ u32 smem(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -109,6 +111,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     };
 
     auto token_of = [&](int j, int i) { return j * T + (reverse ? T - 1 - i : i); };
+
     // This block's corner of every tensor: what is left to index fits 32 bits.
     const i64 own = row0 * channels + first;
     const io_t *delta_b = delta + own, *u_b = u + own, *dout_b = dout + b * ob + first * oe;
