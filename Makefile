@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu lint format bench clean
+.PHONY: help install demo test test-gpu lint format bench report clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ format: $(INSTALLED) ## apply style and formatting
 
 bench: $(INSTALLED) ## kernel benchmarks (needs a GPU)
 	$(BIN)/python scripts/bench_kernels.py
+
+report: $(INSTALLED) ## tables and plots of the published runs (results/), as results/report.html
+	$(BIN)/python scripts/collect_results.py results --format html --out results/report.html
 
 clean: ## remove the environment and everything that was built; runs and data stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

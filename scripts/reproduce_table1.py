@@ -9,9 +9,10 @@ Only the runs of this command are in the report, whatever else is in the outputs
 import sys
 from pathlib import Path
 
+from mambapeft_vision.atomic import write_text
 from mambapeft_vision.errors import UserError
 from mambapeft_vision.results.paper import PAPER
-from mambapeft_vision.results.report import write_report
+from mambapeft_vision.results.report import report
 from mambapeft_vision.results.tables import collect, read_standard, tables_of, to_markdown
 from mambapeft_vision.sweep.jobs import plan_jobs
 from mambapeft_vision.sweep.sweep import parse, records_of, sweep
@@ -25,7 +26,7 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
         return
-    arguments, report = _take_report(sys.argv[1:])
+    arguments, page = _take_report(sys.argv[1:])
     if not any(argument.startswith("method=") for argument in arguments):
         arguments.append("method=" + ",".join(row.presets[0] for row in PAPER if row.backbone == "vim_s"))
     command = parse(arguments)
@@ -40,8 +41,8 @@ def main() -> None:
     for collection in collections:
         print(f"\n{to_markdown(tables_of(collection)[0])}")
     examples = [job.folder for job in jobs if (job.folder / "predictions.npz").is_file()][:EXAMPLES]
-    write_report(report, collections, examples, title="MambaPEFT on VTAB-1K, reproduced")
-    print(f"report: {report}")
+    write_text(page, report(collections, examples, title="MambaPEFT on VTAB-1K, reproduced"))
+    print(f"report: {page}")
     if failed:
         sys.exit(CRASH)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from mambapeft_vision.atomic import write_text
 from mambapeft_vision.results.plots import (
     accuracy_against_parameters,
     confusion_matrix,
@@ -33,32 +32,28 @@ p.note { color: #444; margin: .3rem 0; }
 """.strip()
 
 
-def write_report(path: Path, collections: Sequence[Collection], examples: Sequence[Path] = (), title: str = "") -> None:
-    """Writes the report.
+def report(collections: Sequence[Collection], examples: Sequence[Path] = (), *, title: str) -> str:
+    """The page.
 
     Args:
         collections: what it shows, in this order.
         examples: folders of finished runs whose curves, confusion matrix and page of test images are shown.
     """
-    title = title or "mambapeft_vision: results"
     sections = [_section(collection) for collection in collections]
     if examples:
         sections.append(_examples(examples))
     made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    write_text(
-        path,
-        "\n".join(
-            [
-                "<!DOCTYPE html>",
-                f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
-                f"<style>{STYLE}</style></head><body>",
-                f"<h1>{html.escape(title)}</h1>",
-                f'<p class="note">Made {made} from result.json files.</p>',
-                *sections,
-                "</body></html>",
-                "",
-            ]
-        ),
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
+            f"<style>{STYLE}</style></head><body>",
+            f"<h1>{html.escape(title)}</h1>",
+            f'<p class="note">Made {made} from result.json files.</p>',
+            *sections,
+            "</body></html>",
+            "",
+        ]
     )
 
 
