@@ -14,6 +14,7 @@ from mambapeft_vision.methods.parallel_adapter import ParallelAdapter
 from mambapeft_vision.methods.prodial import ProDiaL
 from mambapeft_vision.methods.prompt import Prompt
 from mambapeft_vision.methods.sdt import SDT
+from mambapeft_vision.methods.spt import SPT
 from mambapeft_vision.methods.state_offset import StateOffset
 from mambapeft_vision.methods.unfreeze import Unfreeze
 
@@ -62,6 +63,7 @@ def test_two_owners_of_one_place_are_refused_with_both_names(make):
         (lambda: StateOffset(form="both"), "'state' or 'output'"),
         (lambda: SDT(f_channels=1.0), "f_channels=1.0"),
         (lambda: SDT(f_channels=0.5, f_off=0.6), "f_off=0.6"),
+        (lambda: SPT(targets=IN_PROJ, budget=0), "budget=0"),
         (lambda: LoRA(targets=IN_PROJ, rank=2, lr_mult=-1), "lr_mult=-1"),
     ],
 )

@@ -1,20 +1,31 @@
-"""SDT's two phases as a training loop sees them: warm-up, selection, training; and going on after a stop in either."""
+"""Two phases as a training loop sees them: warm-up, selection, training; and going on after a stop in either."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from method_cases import CLASSES, IMAGES, LABELS, tiny_backbone
+from method_cases import CLASSES, IMAGES, LABELS, ON_VIT, PRESETS, tiny_backbone
 
 from mambapeft_vision.adapt import adapt, read_adapter
 from mambapeft_vision.methods.linear_probe import LinearProbe
 from mambapeft_vision.methods.sdt import SDT
+from mambapeft_vision.methods.spt import SPT
 
 WARMUP, STEPS = 3, 6
+KINDS, BUDGETS = ("sdt", "vit", "vim"), {"vit": 1500, "vim": 1500}
+SPT_TARGETS = {"vit": PRESETS["spt_lora"].methods["spt_lora"]["targets"], "vim": ["layers.**", "norm_f.weight"]}
 
 
-def new_model():
-    method = SDT(warmup_steps=WARMUP, f_channels=0.9, f_states=0.75, f_off=0.25, rank=2, dropout=0.0, lr_mult=2.0)
-    return adapt(tiny_backbone(), {"sdt": method}, CLASSES, seed=1)
+def new_model(kind="sdt"):
+    """SDT on Vim, or SPT on the named backbone."""
+    if kind == "sdt":
+        method = SDT(warmup_steps=WARMUP, f_channels=0.9, f_states=0.75, f_off=0.25, rank=2, dropout=0.0, lr_mult=2.0)
+    else:
+        method = SPT(targets=SPT_TARGETS[kind], budget=BUDGETS[kind], warmup_steps=WARMUP, rank=2, scale=0.5)
+    return adapt(new_backbone(kind), {"two_phases": method}, CLASSES, seed=1)
+
+
+def new_backbone(kind="sdt"):
+    return tiny_backbone((ON_VIT,) if kind == "vit" else ())
 
 
 def optimiser_of(model):
@@ -37,7 +48,7 @@ def train(model, first, last, optimiser=None):
 
 def test_phases():
     model = new_model()
-    method = model.methods["sdt"]
+    method = model.methods["two_phases"]
     start = {name: p.detach().clone() for name, p in method.owned().items()}
     train(model, 0, WARMUP)
     assert method.warming_up
@@ -71,19 +82,20 @@ def test_phases():
         assert torch.equal(owned[key], start[key])
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stop", [2, WARMUP, 5])
-def test_stopped_and_continued_equals_straight_through(stop):
+def test_stopped_and_continued_equals_straight_through(stop, kind):
     """A checkpoint is the adapter's state and the optimiser's; the phase follows from the former."""
-    straight = new_model()
+    straight = new_model(kind)
     _, lines = train(straight, 0, STEPS)
     assert len(lines) == 1
 
-    first = new_model()
+    first = new_model(kind)
     optimiser, _ = train(first, 0, stop)
     state = {name: t.detach().clone() for name, t in first.adapter_state().items()}
-    second = new_model()
+    second = new_model(kind)
     second.load_adapter_state(state)
-    assert second.methods["sdt"].warming_up == (stop <= WARMUP)
+    assert second.methods["two_phases"].warming_up == (stop <= WARMUP)
     continued = optimiser_of(second)
     continued.load_state_dict(optimiser.state_dict())
     train(second, stop, STEPS, continued)
@@ -92,19 +104,20 @@ def test_stopped_and_continued_equals_straight_through(stop):
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("steps", [2, STEPS])
-def test_adapter_of_either_phase_loads(steps, tmp_path):
-    model = new_model()
+def test_adapter_of_either_phase_loads(steps, kind, tmp_path):
+    model = new_model(kind)
     train(model, 0, steps)
     model.save(tmp_path, {})
-    loaded = read_adapter(tmp_path).apply(tiny_backbone())
+    loaded = read_adapter(tmp_path).apply(new_backbone(kind))
     assert torch.equal(model.eval()(IMAGES), loaded.eval()(IMAGES))
 
 
 def test_switched_off_channels_have_no_memory():
     model = new_model()
     train(model, 0, WARMUP + 1)
-    off = model.methods["sdt"].saved()["layers.0.mixer.A_log.off_channels"]
+    off = model.methods["two_phases"].saved()["layers.0.mixer.A_log.off_channels"]
     A_log = model.backbone.layers[0].mixer.A_log
     torch.testing.assert_close(A_log[off], torch.full_like(A_log[off], 10.0))
     assert (A_log > 9).sum() == 16 * 16

@@ -1,0 +1,168 @@
+"""SPT-LoRA: sensitivity-aware tuning (arXiv 2303.08566): the task says which weights train, and how."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mambapeft_vision.methods.base import (
+    Method,
+    add_weight_delta,
+    frozen_weight,
+    match_parameters,
+    owner_module,
+    plain_name,
+    require_positive,
+    site_key,
+)
+from mambapeft_vision.methods.lora import low_rank_pair
+
+
+class SPT(Method):
+    """Two phases. (1) For `warmup_steps` nothing but the head trains, and the squared gradient of every entry of the
+    targets is summed: its sensitivity. Then the most sensitive entries of all targets together are selected, as many
+    as `budget`. (2) A matrix of which at least as many entries are selected as its LoRA would train gets
+    ΔW = s · up · down; of the others, and of all vectors, just the selected entries train.
+
+    Entries beyond the number that a matrix' LoRA trains cost nothing, so they are not counted, and exactly `budget`
+    numbers train (fewer only if the targets have no more to offer). A weight whose rows the backbone names in blocks
+    (q, k, v; x, z; d, b, c) is one matrix for each block.
+
+    The head starts at zero, where no gradient reaches the backbone: it has to train while sensitivities are measured.
+
+    Args:
+        targets: patterns of parameter names.
+        budget: how many numbers train in phase 2, without the head.
+        warmup_steps: optimiser steps of phase 1. Gradients are those of single backward passes.
+        rank, scale: r and s of the LoRA.
+    """
+
+    def __init__(
+        self,
+        *,
+        targets: str | list[str],
+        budget: int,
+        warmup_steps: int = 32,
+        rank: int = 8,
+        scale: float = 1.0,
+        lr_mult: float = 1.0,
+        decay_mult: float = 1.0,
+    ) -> None:
+        super().__init__(lr_mult=lr_mult, decay_mult=decay_mult)
+        require_positive(self, budget=budget, warmup_steps=warmup_steps, rank=rank)
+        self.targets, self.budget, self.warmup_steps = targets, budget, warmup_steps
+        self.rank, self.scale = rank, scale
+        self.sites = nn.ModuleDict()
+
+    def attach(self, model: nn.Module) -> None:
+        for parameter in match_parameters(model, self.targets, self.name):
+            weight = frozen_weight(model, parameter)
+            is_matrix = weight.ndim == 2 and owner_module(model, parameter)[1] == "weight"
+            blocks = model.row_blocks(parameter) if is_matrix else {}
+            for block, rows in (blocks or {None: None}).items():
+                part = weight if rows is None else weight[rows]
+                site = Sensitive(part, self.rank if is_matrix else None, self.scale)
+                self.sites[site_key(parameter if block is None else f"{parameter}.{block}")] = site
+                add_weight_delta(model, parameter, self.name, site.delta, rows)
+
+    @property
+    def warming_up(self) -> bool:
+        return any(site.measuring for site in self.sites.values())
+
+    @torch.no_grad()
+    def finish_warmup(self) -> str:
+        sites = list(self.sites.values())
+        rankings = [site.ranking() for site in sites]
+        scores = torch.cat([scores for scores, _ in rankings])
+        # A model without values is only there to be counted: any selection trains as many numbers.
+        scores = torch.zeros(scores.shape) if scores.is_meta else scores.cpu()
+        owners = torch.arange(len(sites)).repeat_interleave(torch.tensor([site.limit for site in sites]))
+        best = scores.argsort(descending=True, stable=True)[: self.budget]
+        chosen = owners[best].bincount(minlength=len(sites)).tolist()
+        for site, count, (_, entries) in zip(sites, chosen, rankings):
+            site.select(entries[:count])
+        structured = sum(site.down is not None for site in sites)
+        alone = sum(site.entries.numel() for site in sites if site.entries is not None)
+        return f"warm-up finished; LoRA on {structured} of {len(sites)} weights, and {alone:,} single entries train"
+
+    def enter_phase_of(self, saved: Mapping[str, Tensor]) -> None:
+        if not saved or any(name.endswith(".sensitivity") for name in saved):
+            return
+        for key, site in self.sites.items():
+            name = plain_name(key)
+            if not site.measuring:
+                continue
+            if f"{name}.down" in saved and site.low_rank:
+                site.enter_lora()
+            else:
+                site.enter_entries(len(saved.get(f"{name}.places", ())))
+
+
+class Sensitive(nn.Module):
+    """One weight (or block of its rows): measured first, then with a LoRA, with single trained entries, or frozen.
+
+    Args:
+        weight: W, any shape; frozen.
+        rank: of the LoRA; None: only single entries can train.
+        scale: of the LoRA.
+    """
+
+    def __init__(self, weight: Tensor, rank: int | None, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.limit = weight.numel()  # the most numbers that can train
+        self.low_rank = rank is not None and rank * sum(weight.shape) < self.limit
+        if self.low_rank:
+            self.limit = rank * sum(weight.shape)
+            down, up = low_rank_pair(weight, rank)  # drawn now: the draw must not depend on what is selected
+            self.register_buffer("first_down", down.detach(), persistent=False)
+            self.register_buffer("first_up", up.detach(), persistent=False)
+        self.register_buffer("sensitivity", torch.zeros_like(weight))
+        self.register_buffer("places", None)
+        for name in ("entries", "down", "up"):
+            self.register_parameter(name, None)
+
+    @property
+    def measuring(self) -> bool:
+        return self.sensitivity is not None
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """ΔW in W's shape. While measuring: zeros, whose gradient is W's."""
+        if self.measuring and self.training and torch.is_grad_enabled():
+            probe = torch.zeros_like(weight, requires_grad=True)
+            probe.register_hook(self._measure)
+            return probe
+        if self.down is not None:
+            return self.scale * self.up @ self.down
+        change = torch.zeros_like(weight)
+        if self.entries is None:
+            return change
+        return change.flatten().index_put((self.places,), self.entries.to(weight.dtype)).view_as(weight)
+
+    def _measure(self, gradient: Tensor) -> None:
+        self.sensitivity += gradient.square()
+
+    def ranking(self) -> tuple[Tensor, Tensor]:
+        """The `limit` highest sensitivities, highest first, and their places in the flat weight."""
+        return self.sensitivity.flatten().topk(self.limit)
+
+    def select(self, places: Tensor) -> None:
+        """Starts phase 2 with these places [count <= limit] of the flat weight selected."""
+        if self.low_rank and len(places) == self.limit:
+            self.enter_lora()
+            return
+        self.enter_entries(len(places))
+        if len(places):
+            self.places.copy_(places.sort().values)
+
+    def enter_lora(self) -> None:
+        """Goes on with a LoRA, which starts at zero."""
+        self.down, self.up = nn.Parameter(self.first_down.clone()), nn.Parameter(self.first_up.clone())
+        self.sensitivity = None
+
+    def enter_entries(self, count: int) -> None:
+        """Goes on with single entries, at places that are still to be filled in; 0: frozen."""
+        if count:
+            self.places = torch.zeros(count, dtype=torch.int64, device=self.sensitivity.device)
+            self.entries = nn.Parameter(self.sensitivity.new_zeros(count))
+        self.sensitivity = None
