@@ -1,0 +1,72 @@
+"""Uploads finished runs that were made without W&B.
+
+python scripts/sync_results_wandb.py [outputs ...] [--project NAME] [--entity NAME] [--tags a,b] [--offline]
+
+Each run folder becomes the W&B run that logger=wandb would have made: same name, group, tags, config, history and
+summary. Runs that have one already (wandb_id.txt) are left alone, so the command can be repeated.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+from mambapeft_vision.errors import UserError
+from mambapeft_vision.results.record import RESULT_FILE, read_record
+from mambapeft_vision.training.cli import run_cli
+from mambapeft_vision.training.config import TrainerConfig
+from mambapeft_vision.training.fit import METRICS_FILE
+from mambapeft_vision.training.loggers import WANDB_ID_FILE, WandbLogger
+from mambapeft_vision.training.plan import RunPlan
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Uploads finished runs that were made without W&B.")
+    parser.add_argument("places", nargs="*", type=Path, default=[Path("outputs")], help="folders with runs")
+    parser.add_argument("--project", default="mambapeft-vision")
+    parser.add_argument("--entity")
+    parser.add_argument("--tags", default="", help="separated by commas")
+    parser.add_argument("--offline", action="store_true", help="write files for `wandb sync` into the run folders")
+    arguments = parser.parse_args()
+    finished = [file.parent for place in arguments.places for file in sorted(place.rglob(RESULT_FILE))]
+    if not finished:
+        raise UserError(f"no finished run below {', '.join(map(str, arguments.places))}; expected folders with runs")
+    new = [folder for folder in finished if not (folder / WANDB_ID_FILE).exists() and ".replaced-" not in folder.name]
+    for folder in new:
+        upload(folder, make_logger(arguments))
+        print(f"uploaded {folder}", flush=True)
+    print(f"{len(new)} runs uploaded, {len(finished) - len(new)} left alone")
+
+
+def make_logger(arguments: argparse.Namespace) -> WandbLogger:
+    return WandbLogger(
+        project=arguments.project,
+        entity=arguments.entity,
+        mode="offline" if arguments.offline else "online",
+        tags=[tag for tag in arguments.tags.split(",") if tag],
+    )
+
+
+def upload(folder: Path, logger: WandbLogger) -> None:
+    """Repeats to the logger what the run would have told it."""
+    record = read_record(folder)
+    plan = RunPlan(record.config, TrainerConfig(**record.config["trainer"]), record.fingerprint, folder)
+    try:
+        logger.start(plan)
+        for row in _metrics(folder / METRICS_FILE):
+            logger.log_epoch(row)
+        logger.finish(record)
+    except BaseException:
+        (folder / WANDB_ID_FILE).unlink(missing_ok=True)  # an upload that broke off is made anew
+        raise
+
+
+def _metrics(file: Path) -> list[dict[str, float]]:
+    """Rows of metrics.csv; none for a record that is kept alone, as in results/."""
+    if not file.is_file():
+        return []
+    with open(file, newline="", encoding="utf-8") as stream:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(stream)]
+
+
+if __name__ == "__main__":
+    run_cli(main)
