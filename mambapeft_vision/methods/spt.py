@@ -75,10 +75,10 @@ class SPT(Method):
         rankings = [site.ranking() for site in sites]
         scores = torch.cat([scores for scores, _ in rankings])
         # A model without values is only there to be counted: any selection trains as many numbers.
-        scores = torch.zeros(scores.shape) if scores.is_meta else scores.cpu()
-        owners = torch.arange(len(sites)).repeat_interleave(torch.tensor([site.limit for site in sites]))
+        scores = torch.zeros(scores.shape, device="cpu") if scores.is_meta else scores.cpu()
         best = scores.argsort(descending=True, stable=True)[: self.budget]
-        chosen = owners[best].bincount(minlength=len(sites)).tolist()
+        ends = torch.tensor([site.limit for site in sites], device="cpu").cumsum(0)
+        chosen = torch.bucketize(best, ends, right=True).bincount(minlength=len(sites)).tolist()
         for site, count, (_, entries) in zip(sites, chosen, rankings):
             site.select(entries[:count])
         structured = sum(site.down is not None for site in sites)
