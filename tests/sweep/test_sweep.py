@@ -22,7 +22,7 @@ from mambapeft_vision.results.record import read_record, write_record
 from mambapeft_vision.sweep import worker
 from mambapeft_vision.sweep.jobs import Job, State, plan_jobs
 from mambapeft_vision.sweep.kept import Kept, task_key
-from mambapeft_vision.sweep.pool import Queue, assignment_of
+from mambapeft_vision.sweep.pool import Queue, assignment_of, visible_gpus
 from mambapeft_vision.sweep.speeds import estimate_seconds
 from mambapeft_vision.sweep.sweep import Command, parse, sweep
 from mambapeft_vision.sweep.worker import Outcome
@@ -192,6 +192,14 @@ def test_time_is_estimated_from_the_runs_most_alike(data, tmp_path):
     assert estimate_seconds(plan, [near, far]) == pytest.approx(2 + 0.05 + 19.95)
     assert estimate_seconds(plan, [far]) == pytest.approx(200 + 0.05 + 9999.95)
     assert estimate_seconds(plan, [fake_record("custom/one", "a", 0, 0.5)]) is None
+
+
+def test_gpus_are_those_that_this_process_sees(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert visible_gpus() == ["2", "5"]
 
 
 # Running
