@@ -24,7 +24,7 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 demo: $(INSTALLED) ## fine-tune a small Vim with LoRA_p(X) on real images, on the CPU, and show the result
-	$(BIN)/python train.py experiment=demo
+	$(BIN)/python train.py experiment=demo method.lora_p_x.rank=16
 
 test: $(INSTALLED) ## all tests (GPU tests skip themselves where there is no GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
