@@ -30,9 +30,7 @@ def create_backbone(name: str, weights: str = "official", seed: int = 0, **archi
         try:
             model = timm.create_model(name, num_classes=0, **architecture)
         except TypeError as error:
-            raise UserError(
-                f"backbone {name}: {error}; its sizes are in mambapeft_vision/backbones"
-            ) from error
+            raise UserError(f"backbone {name}: {error}; its sizes are in mambapeft_vision/backbones") from error
     model.default_cfg["name"] = name
     if weights == "official":
         load_official(model)

@@ -22,6 +22,9 @@ NO_PART_OF_IDENTITY = {
     "dataset": ("num_workers", "test_batch_size"),
 }
 
+# Of a folder with methods' names; file systems allow 255 bytes.
+LONGEST_NAME = 120
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -63,7 +66,7 @@ def make_plan(cfg: DictConfig) -> RunPlan:
     task = config["dataset"].get("name")
     if not isinstance(task, str) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", task):
         raise UserError(f"dataset.name={task!r}; expected letters, digits, '_', '-', '.', in parts split by '/'")
-    methods = "+".join(sorted(config["method"]))
+    methods = _folder_name(sorted(config["method"]))
     folder = Path(config["paths"]["outputs"]).expanduser() / task / methods / f"seed{config['seed']}-{identity[:8]}"
     return RunPlan(config, recipe, identity, folder)
 
@@ -79,6 +82,14 @@ def fingerprint(cfg: DictConfig) -> str:
         for key in keys:
             section.pop(key, None)
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def _folder_name(methods: list[str]) -> str:
+    """The methods joined by +; a long hybrid's name is cut, for file systems, and told apart by a hash."""
+    name = "+".join(methods)
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def set_aside(folder: Path) -> Path | None:

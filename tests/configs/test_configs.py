@@ -124,6 +124,12 @@ def test_an_experiment_overrides_the_root():
     assert plan_of("experiment=demo", "trainer.max_epochs=3").recipe.max_epochs == 3
 
 
+def test_the_folder_of_a_long_hybrid_fits_a_file_system():
+    plan = plan_of("method=[all,hybrid_wo_proj]")
+    assert len(plan.method_names) > 255 and len(plan.folder.parent.name) <= 120
+    assert plan_of("method=all").folder.parent.name != plan.folder.parent.name
+
+
 # Misspelt keys
 
 
