@@ -27,7 +27,8 @@ demo: $(INSTALLED) ## fine-tune a small Vim with LoRA_p(X) on real images, on th
 	$(BIN)/python train.py experiment=demo method.lora_p_x.rank=16
 
 test: $(INSTALLED) ## all tests (GPU tests skip themselves where there is no GPU)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --ignore=tests/kernels tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/kernels # alone: see its conftest.py
 
 test-gpu: $(INSTALLED) ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
