@@ -22,6 +22,5 @@ def pytest_collection_modifyitems(items):
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="NO CUDA GPU: the GPU kernels were NOT checked in this run"))
         elif "interpreter" in item.nodeid and "tests/kernels" in item.nodeid and not interpreting:
-            item.add_marker(
-                pytest.mark.skip(reason="NOT RUN: Triton was imported before; run tests/kernels alone, as `make test` does")
-            )
+            reason = "NOT RUN: Triton was imported before; run tests/kernels alone, as `make test` does"
+            item.add_marker(pytest.mark.skip(reason=reason))
