@@ -91,6 +91,23 @@ def test_pushing_without_a_token_says_what_to_do(tmp_path, monkeypatch):
         push_to_hub(tmp_path, "user/name")
 
 
+def test_pushing_with_a_token_uploads_the_folder(tmp_path, monkeypatch):
+    calls = []
+
+    class Api:
+        def create_repo(self, repository, exist_ok):
+            calls.append((repository, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path):
+            calls.append((repo_id, folder_path))
+            return "commit"
+
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert push_to_hub(tmp_path, "user/name") == "commit"
+    assert calls == [("user/name", True), ("user/name", str(tmp_path))]
+
+
 def test_methods_that_cannot_merge_are_named(tmp_path):
     golden = load_golden("adaptformer")
     from mambapeft_vision.interop import load_reference
