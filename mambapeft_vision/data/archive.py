@@ -16,8 +16,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from mambapeft_vision.atomic import write_json
 from mambapeft_vision.data.listfile import parse_list
-from mambapeft_vision.data.manifest import write_json
 from mambapeft_vision.data.progress import ProgressCallback, ProgressMeter
 from mambapeft_vision.data.vtab import SPLITS, Task
 from mambapeft_vision.errors import UserError

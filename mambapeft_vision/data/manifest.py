@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mambapeft_vision.atomic import write_json
 from mambapeft_vision.data.listfile import ImageList
 from mambapeft_vision.errors import UserError
 
@@ -84,17 +85,6 @@ def manifest_hash(task_folder: Path, listings: Iterable[ImageList]) -> str:
     for listing in listings:
         hashes |= {entry.path: str(os.path.getsize(listing.path(entry))) for entry in listing.entries}
     return f"unverified:{task_sha256(hashes)}"
-
-
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON so that a reader, or a kill, sees the old file or the new one and nothing between."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=2)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
 
 
 def _read(root: Path) -> dict[str, Any]:
