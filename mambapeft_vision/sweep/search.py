@@ -7,8 +7,10 @@ import copy
 import hashlib
 import json
 import os
+import random
 import socket
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +18,10 @@ from typing import Any
 
 import optuna
 from omegaconf import OmegaConf
-from optuna.storages import JournalStorage
+from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import IntegrityError, OperationalError
 
 from mambapeft_vision.atomic import write_text
 from mambapeft_vision.errors import UserError
@@ -83,7 +86,10 @@ def open_study(settings: Search) -> optuna.Study:
     """The study, made where there is none. Raises UserError where the one that is there is of another search."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     settings.folder.mkdir(parents=True, exist_ok=True)
-    storage = settings.storage or JournalStorage(JournalFileBackend(str(settings.folder / JOURNAL)))
+    if settings.storage is None:
+        storage = JournalStorage(JournalFileBackend(str(settings.folder / JOURNAL)))
+    else:
+        storage = _database(settings.storage)
     sampler = optuna.samplers.TPESampler(multivariate=True)
     study = optuna.create_study(
         storage=storage, sampler=sampler, study_name=settings.name, direction="maximize", load_if_exists=True
@@ -98,6 +104,16 @@ def open_study(settings: Search) -> optuna.Study:
             f"cannot be compared with new ones; give this one another name with name=..."
         )
     return study
+
+
+def _database(url: str) -> RDBStorage:
+    """Workers that begin at once on a new database all make its tables; those that come second find them made."""
+    for wait in (0.1, 0.3, 1.0, 3.0):
+        try:
+            return RDBStorage(url)
+        except (IntegrityError, OperationalError):
+            time.sleep(wait * (1 + random.random()))
+    return RDBStorage(url)
 
 
 def release_dead_trials(study: optuna.Study) -> None:
