@@ -100,7 +100,8 @@ class TaskDataModule(LightningDataModule):
         """
         if self.preprocessing == preprocessing:
             return
-        self.check()
+        if not self._listings:  # a caller that checked first need not wait for it twice
+            self.check()
         self._train_set = decode_list(self._listings[self.train_split], preprocessing, progress=progress)
         self._test_set = None
         self._progress = progress
