@@ -24,10 +24,15 @@ __device__ __forceinline__ float rcp(float v) {
 
 __device__ __forceinline__ float sigmoid(float v) { return rcp(1.0f + ex2(-LOG2E * v)); }
 
-// 1 - exp(-v): the derivative of softplus in terms of its value; a series where the subtraction would cancel.
+// 1 - exp(-v): the derivative of softplus in terms of its value; a series where the subtraction would cancel, as long as
+// the accuracy of the results asks for.
 __device__ __forceinline__ float one_minus_exp(float v) {
+#if IO_BF16
+    return v < 0.03f ? v - v * v * 0.5f : 1.0f - ex2(-LOG2E * v);
+#else
     float series = v * (1.0f - v * 0.5f * (1.0f - v * (1.0f / 3) * (1.0f - v * 0.25f * (1.0f - v * 0.2f))));
     return v < 0.1f ? series : 1.0f - ex2(-LOG2E * v);
+#endif
 }
 
 __device__ __forceinline__ float widen(io_t v) {
@@ -124,6 +129,27 @@ struct Pack {
 #pragma unroll
         for (int k = 0; k < COUNT; ++k)
             if (k < live) p[k * stride] = narrow(get(k));  // exact: get() widened the same element
+#endif
+    }
+
+    // Of four elements: exchanges the two halves, and then the two elements of each half.
+    __device__ __forceinline__ void exchange(bool halves, bool neighbours) {
+        static_assert(COUNT == 4, "four elements");
+        constexpr int HALF = WORDS / 2;
+#pragma unroll
+        for (int w = 0; w < HALF; ++w) {
+            const u32 low = word[w], high = word[w + HALF];
+            word[w] = halves ? high : low, word[w + HALF] = halves ? low : high;
+        }
+#if IO_BF16
+#pragma unroll
+        for (int w = 0; w < WORDS; ++w) word[w] = __funnelshift_l(word[w], word[w], neighbours ? 16 : 0);
+#else
+#pragma unroll
+        for (int w = 0; w < WORDS; w += 2) {
+            const u32 low = word[w], high = word[w + 1];
+            word[w] = neighbours ? high : low, word[w + 1] = neighbours ? low : high;
+        }
 #endif
     }
 

@@ -184,7 +184,7 @@ def _(x, z, tensors, present, reverse, scale, scans, save):
     return (
         out,
         x.new_empty(x.shape if save else (0,)),
-        x.new_empty(shape if save else (0,), dtype=torch.float32),
+        x.new_empty(shape if save else (0,)),
         x.new_empty(kept),
         x.new_empty(kept),
         x.new_empty(bc if len(kept) > 1 else kept, dtype=torch.float32),

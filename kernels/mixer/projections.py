@@ -119,7 +119,7 @@ def _dt_proj_backward(
     mask_s = mask_t[:, None] & (state < S)[None, :]
     for part in tl.static_range(PARTS):  # unrolled: all loads are under way at once
         at = dbc_ptr + part * part_stride + (token * S)[:, None] + state[None, :]
-        dbc += tl.load(at, mask=mask_s, other=0.0)
+        dbc += tl.load(at, mask=mask_s, other=0.0).to(tl.float32)
     row = dproj_ptr + (token * (R + S))[:, None]
     tl.store(row + rank[None, :], dlow.to(io), mask=mask_t[:, None] & (rank < R)[None, :])
     tl.store(row + R + state[None, :], dbc.to(io), mask=mask_s)
@@ -217,7 +217,7 @@ def dt_proj_backward(draw: Tensor, dt_proj: list[Tensor], dbc: Tensor) -> Tensor
 
     Args:
         draw: [G, B, L, E] gradient of Δ before softplus.
-        dbc: [P, G, B, L, 2N] float32, partial sums of the gradients of B|C.
+        dbc: [P, G, B, L, 2N], partial sums of the gradients of B|C; float32 or draw's dtype.
     """
     groups, batch, length, channels = draw.shape
     tokens, rank, pair_states = batch * length, dt_proj[0].shape[1], dbc.shape[-1]

@@ -1,4 +1,6 @@
-"""The states that the fused forward keeps for the backward: one in every CHUNK tokens, float32.
+"""The states that the fused forward keeps for the backward: one in every CHUNK tokens, in the activations' dtype.
+
+The recurrence itself is float32 everywhere; what is rounded is where the backward starts a chunk from.
 
 Chunks lie on the same grid of tokens for both directions: chunk j covers tokens [j·CHUNK, (j+1)·CHUNK), and its
 checkpoint is the state with which its direction enters it.
@@ -27,4 +29,4 @@ def checkpoint_shape(groups: int, batch: int, length: int, channels: int, states
 
 def empty_checkpoints(like: Tensor, states: int) -> Tensor:
     """Uninitialised checkpoints for a scan over `like` [G, B, L, E]."""
-    return torch.empty(checkpoint_shape(*like.shape, states), dtype=torch.float32, device=like.device)
+    return torch.empty(checkpoint_shape(*like.shape, states), dtype=like.dtype, device=like.device)

@@ -16,12 +16,12 @@ _BACKWARD = ("common.cuh", "selective_scan/scan_backward.cu")
 _H100 = {
     "forward": {
         (False, False): {"P": 2, "MIN_BLOCKS": 3},
-        (False, True): {"P": 4, "MIN_BLOCKS": 3},
+        (False, True): {"P": 2, "MIN_BLOCKS": 3},
         (True, False): {"P": 2, "MIN_BLOCKS": 2},
         (True, True): {"P": 2, "MIN_BLOCKS": 2},
     },
     "backward": {
-        (False, False): {"STORE_DECAY": 5, "MIN_BLOCKS": 3},
+        (False, False): {"STORE_DECAY": 8, "MIN_BLOCKS": 3},
         (False, True): {"STORE_DECAY": 2, "MIN_BLOCKS": 3},
         (True, False): {"STORE_DECAY": 0, "MIN_BLOCKS": 3},
         (True, True): {"STORE_DECAY": 4, "MIN_BLOCKS": 2},
@@ -92,7 +92,7 @@ def scan_forward(
     states = A_log[0].shape[1]
     out = torch.empty(u.shape[1:], dtype=u.dtype, device=u.device)
     total = torch.empty_like(out) if save else out.new_empty(0)
-    ckpt = empty_checkpoints(u, states) if save else out.new_empty(0, dtype=torch.float32)
+    ckpt = empty_checkpoints(u, states) if save else out.new_empty(0)
     offset = any(t is not None for t in state_offset)
     choice = _choice(u.device, "forward", states > 16, save)
     macros = {
@@ -137,7 +137,7 @@ def scan_backward(
     block = 256 // lanes
     blocks = (channels + block - 1) // block
     du, draw = torch.empty_like(u), torch.empty_like(u)
-    dbc = torch.empty(blocks, *bc.shape, dtype=torch.float32, device=u.device)
+    dbc = torch.empty(blocks, *bc.shape, dtype=u.dtype, device=u.device)
     dA = torch.empty(batch, groups, channels, states, dtype=torch.float32, device=u.device) if need_dA else None
     offset = any(t is not None for t in state_offset)
     macros = {

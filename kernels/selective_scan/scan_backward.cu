@@ -17,7 +17,8 @@ constexpr int WARPS = 4, THREADS = 32 * WARPS;
 constexpr int CB = 2 * Q * WARPS;       // channels of a block
 constexpr int NB = ST * P;              // states, as lanes hold them
 constexpr int NP = (N + 7) / 8 * 8;     // states, as checkpoints hold them
-constexpr int EPT = T * CB / THREADS;   // elements a thread stages and finishes: one row, EPT columns
+constexpr int PAIRS = CB / 2;           // a thread stages and finishes one channel pair ...
+constexpr int ROWS = THREADS / PAIRS;   // ... in every ROWS-th token: warps touch shared memory in whole lines
 constexpr int VEC = 16 / sizeof(io_t);  // elements of a 16-byte copy
 constexpr int VPT = T * CB / VEC;       // such copies of a chunk's tile
 constexpr int RAW = NEED_DZ ? 5 : 4;    // Δ, u, dout, z, total
@@ -28,7 +29,7 @@ constexpr float LN2 = 0.6931471805599453f;
 struct __align__(16) Shared {
     io_t raw[2][RAW][T * CB];            // as copied, two buffers
     float bc[2][T * 2 * N];              // B|C as copied, in the order of memory
-    float ckpt[2][CB * NP];              // the states with which the chunk begins
+    io_t ckpt[2][CB * NP];               // the states with which the chunk begins
     float4 order[T][2][ORDERS][NB / 4];  // B and C in the orders that lanes ask for
     float2 step[T][CB];                  // {Δ, Δu}; after its step: {Σ_n g B, Σ_n g a h A}
     float2 read[T][CB];                  // {Δu, dy}
@@ -54,9 +55,9 @@ __device__ __forceinline__ float add_from(float keep, float send, int lanes) {
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     const io_t* __restrict__ dout, const io_t* __restrict__ u, const io_t* __restrict__ delta,
     const float* __restrict__ bc, const io_t* __restrict__ z, const io_t* __restrict__ total,
-    const float* __restrict__ ckpt, const float* a0, const float* a1, const float* d0, const float* d1,
+    const io_t* __restrict__ ckpt, const float* a0, const float* a1, const float* d0, const float* d1,
     const float* so0, const float* so1, io_t* __restrict__ du, io_t* __restrict__ draw, io_t* __restrict__ dz,
-    float* __restrict__ dbc, float* __restrict__ da, int batch, int length, int channels, i64 ob, i64 ol, i64 oe,
+    io_t* __restrict__ dbc, float* __restrict__ da, int batch, int length, int channels, i64 ob, i64 ol, i64 oe,
     i64 zb, i64 zl, i64 ze, i64 gb, i64 gl, i64 ge, float scale, int reverse_bits) {
     const int dir = blockIdx.z, b = blockIdx.y, first = blockIdx.x * CB, groups = gridDim.z;
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, p = lane % P, q = lane / P;
@@ -117,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     const io_t *delta_b = delta + own, *u_b = u + own, *dout_b = dout + b * ob + first * oe;
     const io_t *z_b = z + b * zb + first * ze, *total_b = total + (i64)b * length * channels + first;
     const float* bc_b = bc + row0 * (2 * N);
-    const float* ckpt_b = ckpt + (((i64)dir * batch + b) * chunks * channels + first) * NP;
+    const io_t* ckpt_b = ckpt + (((i64)dir * batch + b) * chunks * channels + first) * NP;
     const int width = channels - first;  // may exceed CB
 
     // Starts the copies of chunk j into buffer `to`; which tensor a warp copies is known at compile time.
@@ -147,44 +148,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             const int v = (w * THREADS + tid) * 2;
             if (v < T * 2 * N) copy_async<8>(&shared.bc[to][v], bc_b + (j * T * 2 * N + v), v < words);
         }
-        const float* state_from = ckpt_b + (i64)j * channels * NP;
+        const io_t* state_from = ckpt_b + (i64)j * channels * NP;
 #pragma unroll
-        for (int w = 0; w < (CB * NP / 4 + THREADS - 1) / THREADS; ++w) {
-            const int v = (w * THREADS + tid) * 4;
+        for (int w = 0; w < (CB * NP / VEC + THREADS - 1) / THREADS; ++w) {
+            const int v = (w * THREADS + tid) * VEC;
             if (v < CB * NP) copy_async<16>(&shared.ckpt[to][v], state_from + v, v < width * NP);
         }
         asm volatile("cp.async.commit_group;");
     };
 
-    const int slot = tid / (CB / EPT), col = tid % (CB / EPT) * EPT;
-    const int live_cols = width <= col ? 0 : (width - col > EPT ? EPT : width - col);
-    io_t *du_b = du + own + col, *draw_b = draw + own + col;
-    io_t* dz_b = dz + b * gb + (first + col) * ge;
-    float* dbc_b = dbc + (((i64)blockIdx.x * groups * batch * length) + row0) * (2 * N);
+    const int pair = tid % PAIRS, first_row = tid / PAIRS;
+    const int live_cols = width <= 2 * pair ? 0 : (width == 2 * pair + 1 ? 1 : 2);
+    io_t *du_b = du + own + 2 * pair, *draw_b = draw + own + 2 * pair;
+    io_t* dz_b = dz + b * gb + (first + 2 * pair) * ge;
+    io_t* dbc_b = dbc + (((i64)blockIdx.x * groups * batch * length) + row0) * (2 * N);
 
     // Writes out what the chunk's sums give. A thread finishes the elements that it staged, so what it reads of its own
     // (step, read) it may overwrite next.
     auto finish = [&](int j, int buffer) {
-        const int token = token_of(j, slot);
-        const int live = token < length ? live_cols : 0;
-        {
-            Pack<EPT> rd, ru, out_u, out_d;
-            const int at = slot * CB + col;
+        const float skip[2] = {shared.skip[2 * pair], shared.skip[2 * pair + 1]};
+#pragma unroll
+        for (int r = 0; r < T / ROWS; ++r) {
+            const int i = r * ROWS + first_row, token = token_of(j, i), at = i * CB + 2 * pair;
+            const int live = token < length ? live_cols : 0;
+            Pack<2> rd, ru, out_u, out_d;
             rd.load_vector(&shared.raw[buffer][0][at]);
             ru.load_vector(&shared.raw[buffer][1][at]);
-            float vu[EPT], vd[EPT];
-#pragma unroll
-            for (int k = 0; k < EPT; ++k) {
-                const float2 sums = shared.step[slot][col + k];
-                const float step = rd.get(k), dy = shared.read[slot][col + k].y;
-                vu[k] = step * sums.x + shared.skip[col + k] * dy;
-                vd[k] = (ru.get(k) * sums.x + LN2 * sums.y) * one_minus_exp(step);
-            }
-#pragma unroll
-            for (int k = 0; k < EPT; k += 2) {
-                out_u.set_pair(k / 2, vu[k], vu[k + 1]);
-                out_d.set_pair(k / 2, vd[k], vd[k + 1]);
-            }
+            const float4 sums = *(const float4*)&shared.step[i][2 * pair], read = *(const float4*)&shared.read[i][2 * pair];
+            out_u.set_pair(0, rd.get(0) * sums.x + skip[0] * read.y, rd.get(1) * sums.z + skip[1] * read.w);
+            out_d.set_pair(0, (ru.get(0) * sums.x + LN2 * sums.y) * one_minus_exp(rd.get(0)),
+                           (ru.get(1) * sums.z + LN2 * sums.w) * one_minus_exp(rd.get(1)));
             out_u.store(du_b + token * channels, 1, live);
             out_d.store(draw_b + token * channels, 1, live);
         }
@@ -194,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             float sum = 0.0f;
 #pragma unroll
             for (int k = 0; k < WARPS; ++k) sum += (&shared.sum[k][0][0][0])[v];
-            if (n < N && t < length) dbc_b[t * (2 * N) + kind * N + n] = sum;
+            if (n < N && t < length) dbc_b[t * (2 * N) + kind * N + n] = narrow(sum);
         }
     };
 
@@ -206,32 +199,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         if (it > 0) finish(reverse ? it - 1 : chunks - it, now ^ 1);
         if (it == chunks) break;
         const int j = reverse ? it : chunks - 1 - it;
-        const int token = token_of(j, slot);
-        const int live = token < length ? live_cols : 0;
 
-        {  // stage this thread's elements: dy = scale · dout · silu(z), and dz
-            Pack<EPT> rd, ru, ro, rz, grad;
-            const int at = slot * CB + col;
+        // Stage this thread's elements: dy = scale · dout · silu(z), and dz.
+#pragma unroll
+        for (int r = 0; r < T / ROWS; ++r) {
+            const int i = r * ROWS + first_row, at = i * CB + 2 * pair;
+            Pack<2> rd, ru, ro, rz;
             rd.load_vector(&shared.raw[now][0][at]);
             ru.load_vector(&shared.raw[now][1][at]);
             ro.load_vector(&shared.raw[now][2][at]);
             rz.load_vector(&shared.raw[now][3][at]);
-            float g[EPT];
+            float step[2], input[2], dy[2], grad[2];
 #pragma unroll
-            for (int k = 0; k < EPT; ++k) {
+            for (int k = 0; k < 2; ++k) {
                 const float zk = rz.get(k), gate = sigmoid(zk), o = scale * ro.get(k);
-                const float step = rd.get(k), du_k = step * ru.get(k);
-                shared.step[slot][col + k] = make_float2(step, du_k);
-                shared.read[slot][col + k] = make_float2(du_k, o * zk * gate);
-                g[k] = o * gate * (1.0f + zk * (1.0f - gate));
+                step[k] = rd.get(k);
+                input[k] = step[k] * ru.get(k);
+                dy[k] = o * zk * gate;
+                grad[k] = o * gate * (1.0f + zk * (1.0f - gate));
             }
+            *(float4*)&shared.step[i][2 * pair] = make_float4(step[0], input[0], step[1], input[1]);
+            *(float4*)&shared.read[i][2 * pair] = make_float4(input[0], dy[0], input[1], dy[1]);
 #if NEED_DZ
             if (dir == 0) {
-                Pack<EPT> rt;
+                const int token = token_of(j, i);
+                Pack<2> rt, out_z;
                 rt.load_vector(&shared.raw[now][RAW - 1][at]);
-#pragma unroll
-                for (int k = 0; k < EPT; k += 2) grad.set_pair(k / 2, g[k] * rt.get(k), g[k + 1] * rt.get(k + 1));
-                grad.store(dz_b + (i64)token * gl, ge, live);
+                out_z.set_pair(0, grad[0] * rt.get(0), grad[1] * rt.get(1));
+                out_z.store(dz_b + (i64)token * gl, ge, token < length ? live_cols : 0);
             }
 #endif
         }
@@ -261,9 +256,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         if (it + 1 < chunks) fetch(reverse ? j + 1 : j - 1, now ^ 1);
 
         float decay[T][2][ST], state[T][2][ST];
-        auto start = [&](int k, int s) {
-            const int n = state_of(s);
-            return n < NP ? shared.ckpt[now][local[k] * NP + n] : 0.0f;
+        // The states with which the chunk begins, of one channel.
+        auto read_start = [&](int k, float* into) {
+            const io_t* from = &shared.ckpt[now][local[k] * NP];
+            if constexpr (ST == 4) {
+                Pack<4> four;
+                if (4 * p < NP)
+                    four.load_vector(from + 4 * p);
+                else
+                    four.clear();
+                four.exchange(q & 2, q & 1);
+#pragma unroll
+                for (int s = 0; s < 4; ++s) into[s] = four.get(s);
+            } else {
+#pragma unroll
+                for (int s = 0; s < ST; ++s) into[s] = state_of(s) < NP ? widen(from[state_of(s)]) : 0.0f;
+            }
         };
 #pragma unroll
         for (int i = 0; i < T; ++i) {
@@ -272,10 +280,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
                 const float2 step = shared.step[i][local[k]];
+                float begin[ST];
+                if (i == 0) read_start(k, begin);
 #pragma unroll
                 for (int s = 0; s < ST; ++s) {
                     decay[i][k][s] = ex2(step.x * A[k][s]);
-                    const float before = i ? state[i ? i - 1 : 0][k][s] : start(k, s);
+                    const float before = i ? state[i ? i - 1 : 0][k][s] : begin[s];
                     state[i][k][s] = decay[i][k][s] * before + step.y * B[s];
                 }
             }
@@ -291,6 +301,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
                 const float2 step = shared.read[i][local[k]];
+                float begin[ST];
+                if (i == 0) read_start(k, begin);
 #if NEED_DA
                 const float delta_k = shared.step[i][local[k]].x;
 #else
@@ -308,7 +320,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                     dB[s] += step.x * g;
                     gB[k] += g * B[s];
                     carry[k][s] = a * g;
-                    const float kept = carry[k][s] * (i ? state[i ? i - 1 : 0][k][s] : start(k, s));
+                    const float kept = carry[k][s] * (i ? state[i ? i - 1 : 0][k][s] : begin[s]);
                     gA[k] += kept * A[k][s];
 #if NEED_DA
                     dA[k][s] += kept * delta_k;

@@ -30,7 +30,7 @@ struct __align__(16) Shared {  // of a direction
 extern "C" __global__ void __launch_bounds__(THREADS * G, MIN_BLOCKS) scan_forward(
     const io_t* __restrict__ u, const io_t* __restrict__ delta, const float* __restrict__ bc,
     const io_t* __restrict__ z, const float* a0, const float* a1, const float* d0, const float* d1,
-    const float* so0, const float* so1, const float* oo0, const float* oo1, io_t* out, io_t* total, float* ckpt,
+    const float* so0, const float* so1, const float* oo0, const float* oo1, io_t* out, io_t* total, io_t* ckpt,
     int batch, int length, int channels, i64 zb, i64 zl, i64 ze, float scale, int reverse_bits) {
     const int dir = threadIdx.x / THREADS, tid = threadIdx.x % THREADS;
     const int pair = tid / P, part = tid % P;
@@ -94,14 +94,17 @@ extern "C" __global__ void __launch_bounds__(THREADS * G, MIN_BLOCKS) scan_forwa
     };
 
     auto checkpoint = [&](int j) {
-        float* at = ckpt + ((((i64)dir * batch + b) * chunks + j) * channels + first + 2 * pair) * NP;
+        io_t* at = ckpt + ((((i64)dir * batch + b) * chunks + j) * channels + first + 2 * pair) * NP;
 #pragma unroll
         for (int k = 0; k < 2; ++k)
 #pragma unroll
             for (int s = 0; s < ST; s += 4)
-                if (first + 2 * pair + k < channels && state_of(s) < NP)
-                    *(float4*)(at + k * NP + state_of(s)) =
-                        make_float4(h[k][s], h[k][s + 1], h[k][s + 2], h[k][s + 3]);
+                if (first + 2 * pair + k < channels && state_of(s) < NP) {
+                    Pack<4> four;
+                    four.set_pair(0, h[k][s], h[k][s + 1]);
+                    four.set_pair(1, h[k][s + 2], h[k][s + 3]);
+                    four.store_vector(at + k * NP + state_of(s));
+                }
     };
     auto sync_direction = [&]() {
         if (dir)

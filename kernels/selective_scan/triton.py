@@ -62,7 +62,8 @@ def _forward(
         j = tl.where(reverse, chunks - 1 - c, c)
         if SAVE:
             entry = ckpt_ptr + ((d * B + b) * chunks + j) * E * NP
-            tl.store(entry + chan[:, None] * NP + n[None, :], h, mask=mask_e[:, None] & (n < NP)[None, :])
+            kept = h.to(ckpt_ptr.dtype.element_ty)
+            tl.store(entry + chan[:, None] * NP + n[None, :], kept, mask=mask_e[:, None] & (n < NP)[None, :])
         for i in range(T):
             step = j * T + tl.where(reverse, T - 1 - i, i)
             live = step < L  # beyond the end Δ = 0: the state passes unchanged
@@ -158,7 +159,7 @@ def _backward(
     for c in range(chunks):
         j = tl.where(reverse, c, chunks - 1 - c)
         entry = ckpt_ptr + ((d * B + b) * chunks + j) * E * NP
-        h = tl.load(entry + chan[:, None] * NP + n[None, :], mask=mask, other=0.0)
+        h = tl.load(entry + chan[:, None] * NP + n[None, :], mask=mask, other=0.0).to(tl.float32)
         tl.debug_barrier()  # the scratch of the chunk before has been read
         for i in range(T):
             tl.store(scratch + i * (BLOCK_E * NB), h)
@@ -242,7 +243,7 @@ def scan_forward(
     states = A_log[0].shape[1]
     out = torch.empty(u.shape[1:], dtype=u.dtype, device=u.device)
     total = torch.empty_like(out) if save else out.new_empty(0)
-    ckpt = empty_checkpoints(u, states) if save else out.new_empty(0, dtype=torch.float32)
+    ckpt = empty_checkpoints(u, states) if save else out.new_empty(0)
     y = torch.empty_like(u)
     sizes = _blocks(channels, states)
     _forward[(triton.cdiv(channels, sizes["BLOCK_E"]), batch, groups)](

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambapeft_vision.backbones.low_rank import compute_dtype, low_rank_linear
 from mambapeft_vision.errors import UserError
 
 
@@ -57,10 +59,26 @@ class SidePort:
         self.branches = [b for b in self.branches if b.owner != owner]
 
     def __call__(self, x: Tensor, out: Tensor) -> Tensor:
-        for branch in self.branches:
-            delta = branch.fn(x)
-            out = out + delta if branch.rows is None else _AddToFeatures.apply(out, delta, branch.rows)
-        return out
+        return _add_branches(self.branches, x, out)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """F.linear(x, weight, bias) and all branches.
+
+        The first function with an attribute `low_rank` (down, up, scale, dropout) is joined to the product itself.
+        """
+        for position, branch in enumerate(self.branches):
+            factors = getattr(branch.fn, "low_rank", None)
+            if factors is not None:
+                others = self.branches[:position] + self.branches[position + 1 :]
+                return _add_branches(others, x, low_rank_linear(x, weight, bias, *factors, branch.rows))
+        return _add_branches(self.branches, x, F.linear(x, weight, bias))
+
+
+def _add_branches(branches: list[Branch], x: Tensor, out: Tensor) -> Tensor:
+    for branch in branches:
+        delta = branch.fn(x)
+        out = out + delta if branch.rows is None else _AddToFeatures.apply(out, delta, branch.rows)
+    return out
 
 
 class _AddToFeatures(torch.autograd.Function):
@@ -84,20 +102,53 @@ class PortedLinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, name: str) -> None:
         super().__init__(in_features, out_features, bias)
         self.side = SidePort(name)
+        self._narrow = _NarrowCopy()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.side(x, super().forward(x))
+        weight = self.weight
+        dtype = compute_dtype(x)
+        if dtype != weight.dtype and not weight.requires_grad:
+            weight = self._narrow.of(weight, dtype)
+        return self.side.linear(x, weight, self.bias)
 
 
-class PortedConv2d(nn.Conv2d):
-    """`nn.Conv2d` with a side port on its input and output maps."""
+class _NarrowCopy:
+    """A frozen weight in autocast's dtype, cast once: autocast itself casts frozen weights again in every call."""
 
-    def __init__(self, *args: Any, name: str, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self) -> None:
+        self._key: tuple | None = None
+        self._copy: Tensor | None = None
+
+    def of(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        key = weight.data_ptr(), weight._version, weight.device, weight.dtype, dtype
+        if key != self._key:
+            self._key, self._copy = key, weight.detach().to(dtype)
+        return self._copy
+
+    def __deepcopy__(self, memo: dict) -> "_NarrowCopy":
+        return _NarrowCopy()  # it belongs to one weight
+
+    def __getstate__(self) -> dict:
+        return {"_key": None, "_copy": None}
+
+
+class PortedPatches(nn.Conv2d):
+    """A patch embedding: `nn.Conv2d` without padding, and a side port on its input and output maps.
+
+    Computed as one matrix product over the patches: cuDNN's convolutions take seven times as long for so wide a stride.
+    """
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: int, stride: int, *, name: str) -> None:
+        super().__init__(in_chans, embed_dim, patch_size, stride)
         self.side = SidePort(name)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.side(x, super().forward(x))
+        """[B, C, H, W] → [B, D, rows, columns]."""
+        size, stride = self.kernel_size[0], self.stride[0]
+        patches = x.to(compute_dtype(x)).unfold(2, size, stride).unfold(3, size, stride)  # [B, C, rows, columns, p, p]
+        flat = patches.permute(0, 2, 3, 1, 4, 5).flatten(3)
+        out = F.linear(flat, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return self.side(x, out)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from timm.layers import lecun_normal_, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 
-from mambapeft_vision.backbones.ports import AffixPort, Port, PortedConv2d, PortedLinear
+from mambapeft_vision.backbones.ports import AffixPort, Port, PortedLinear, PortedPatches
 from mambapeft_vision.errors import UserError
 
 
@@ -194,7 +194,7 @@ class PatchEmbed(nn.Module):
         self.img_size = img_size
         self.grid_size = tuple((size - patch_size) // stride + 1 for size in img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.proj = PortedConv2d(in_chans, embed_dim, patch_size, stride, name="patch_embed.proj")
+        self.proj = PortedPatches(in_chans, embed_dim, patch_size, stride, name="patch_embed.proj")
 
     def forward(self, images: Tensor) -> Tensor:
         if tuple(images.shape[-2:]) != self.img_size:

@@ -96,6 +96,11 @@ class LowRank(nn.Module):
         self.stride = module.stride if convolution else None
         self.padding = module.padding if convolution else None
 
+    @property
+    def low_rank(self) -> tuple[Tensor, Tensor, float, float] | None:
+        """down, up, scale, dropout: what a linear map's port joins to the map itself; None beside a convolution."""
+        return (self.down, self.up, self.scale, self.dropout * self.training) if self.stride is None else None
+
     def forward(self, x: Tensor) -> Tensor:
         if self.stride is None:
             low = F.dropout(F.linear(x, self.down), self.dropout, self.training)
