@@ -21,7 +21,7 @@ def low_rank_linear(
     dropout: float,
     rows: slice | None,
 ) -> Tensor:
-    """F.linear(x, weight, bias) + scale · up(dropout(down(x))), the latter on the features `rows`. [..., in] → [..., out].
+    """F.linear(x, weight, bias) + scale · up(dropout(down(x))), that on the features `rows`. [..., in] → [..., out].
 
     Under autocast everything is computed in its dtype. Gradients of first order only.
 

@@ -26,6 +26,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.names)
 
+    def batch(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and labels at `chosen`, int64 [b]."""
+        return self.images[chosen], self.labels[chosen]
+
     def to(self, device: torch.device | str) -> ImageSet:
         """The same set with images and labels on `device` (1,000 images of 224x224 are 150 MB)."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))

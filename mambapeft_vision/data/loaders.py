@@ -53,10 +53,11 @@ class TrainLoader:
         epoch = self._current_epoch()
         resume_at, self._resume_at = self._resume_at, _NOWHERE
         done = resume_at["batches"] if resume_at["epoch"] == epoch else 0
-        chunks = epoch_order(len(self._set), self._seed, epoch).split(self._batch_size)
+        order = epoch_order(len(self._set), self._seed, epoch).to(self._set.labels.device)
+        chunks = order.split(self._batch_size)
         for number, chunk in enumerate(chunks[done:], start=done + 1):
             self._position = {"epoch": epoch, "batches": number}
-            yield self._set.images[chunk], self._set.labels[chunk]
+            yield self._set.batch(chunk)
 
     def state_dict(self) -> dict[str, int]:
         return dict(self._position)

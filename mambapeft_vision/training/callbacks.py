@@ -8,9 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
-from torch.optim import Optimizer
 
 from mambapeft_vision.atomic import write_text
 from mambapeft_vision.data.progress import format_duration
@@ -53,14 +51,15 @@ class History(Callback):
         self._started = time.monotonic()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: FineTuning) -> None:
-        metrics = pl_module.epoch_metrics()  # waits for the device
-        seconds = time.monotonic() - self._started
+        loss_sum, correct, _ = pl_module.step.take_totals()  # waits for the device
+        seconds, images = time.monotonic() - self._started, pl_module.images_seen
         row = {
             "epoch": trainer.current_epoch,
-            "step": trainer.global_step,
-            **metrics,
-            "lr": max(group["lr"] for group in trainer.optimizers[0].param_groups),
-            "images_per_second": pl_module.images_seen / seconds,
+            "step": pl_module.steps_done,
+            "loss": loss_sum / images,
+            "accuracy": correct / images,
+            "lr": max(float(group["lr"]) for group in trainer.optimizers[0].param_groups),
+            "images_per_second": images / seconds,
             "seconds": seconds,
         }
         self.rows.append(row)
@@ -122,7 +121,9 @@ class ProgressLine(Callback):
 
 
 class StopAtNonFiniteLoss(Callback):
-    """Ends the run before a NaN or infinite loss reaches the weights.
+    """Ends the run after a step whose loss or gradient was not finite. Such a step changes no weight (see `TrainStep`).
+
+    The device is asked without waiting for it, so steps after the bad one may have been launched: they change nothing.
 
     Args:
         task, methods: for the message.
@@ -132,16 +133,27 @@ class StopAtNonFiniteLoss(Callback):
     def __init__(self, task: str, methods: str, checkpoint: Path) -> None:
         self._task, self._methods, self._checkpoint = task, methods, checkpoint
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: FineTuning, optimizer: Optimizer) -> None:
-        if torch.isfinite(pl_module.last_loss):
-            return
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: FineTuning, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        last = batch_idx + 1 == trainer.num_training_batches
+        if pl_module.step.failed(wait=last):
+            self._stop(trainer, pl_module)
+
+    def _stop(self, trainer: Trainer, pl_module: FineTuning) -> None:
+        _, _, number = pl_module.step.take_totals()  # good steps of this epoch: the number of the bad one
+        epoch, size = trainer.current_epoch, trainer.datamodule.batch_size
+        chosen = trainer.datamodule.epoch_order(epoch)[number * size : (number + 1) * size]
+        loss = pl_module.gradients(trainer.datamodule.train_set.batch(chosen), number)
         module, norm = largest_gradient(pl_module)
         kept = f"{self._checkpoint} is the last good state" if self._checkpoint.exists() else "no checkpoint was made"
+        what = f"the loss is {loss}"
+        if math.isfinite(loss) and math.isfinite(norm):
+            what = f"a loss or gradient was not finite, but computed again it is (a fault of the machine?): loss {loss}"
         raise UserError(
-            f"the loss is {pl_module.last_loss.item()} in step {trainer.global_step} (epoch "
-            f"{trainer.current_epoch + 1}) of {self._methods} on {self._task}; largest gradient norm: {norm:.3g} in "
-            f"{module}. Training stopped and {kept}; lower trainer.learning_rate or the method's scale, or set "
-            f"trainer.precision=fp32"
+            f"{what} in step {epoch * trainer.num_training_batches + number} (epoch {epoch + 1}) of {self._methods} on "
+            f"{self._task}; largest gradient norm: {norm:.3g} in {module}. Training stopped and {kept}; lower "
+            f"trainer.learning_rate or the method's scale, or set trainer.precision=fp32"
         )
 
 
@@ -175,11 +187,12 @@ class WarmupPhases(Callback):
         self, trainer: Trainer, pl_module: FineTuning, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         methods = pl_module.model.methods.values()
-        due = [method for method in methods if method.warming_up and trainer.global_step >= method.warmup_steps]
+        due = [method for method in methods if method.warming_up and pl_module.steps_done >= method.warmup_steps]
         for method in due:
             self._console.note(f"{method.name}: {method.finish_warmup()}")
         if due:
             trainer.optimizers = [make_optimizer(pl_module.model, pl_module.recipe)]
+            pl_module.renew_step()
 
 
 class Checkpoints(Callback):

@@ -11,7 +11,7 @@ from omegaconf import MISSING
 
 from mambapeft_vision.errors import UserError
 
-PRECISIONS = ("fp32", "tf32", "bf16")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 
 
 @dataclass
@@ -37,6 +37,8 @@ class TrainerConfig:
     head_lr_mult: float = MISSING
     head_decay_mult: float = MISSING
     precision: str = MISSING
+    micro_batch: int | None = MISSING
+    cuda_graph: bool = MISSING
     device: str = MISSING
     checkpoint_every_s: float = MISSING
     picture: bool = MISSING
@@ -56,6 +58,8 @@ class TrainerConfig:
             "two numbers of at least 0 and below 1",
         )
         _require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0, or null")
+        micro = self.micro_batch
+        _require(micro is None or micro >= 1, "micro_batch", micro, "at least 1, or null")
         _require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
 
 

@@ -2,7 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -23,9 +24,9 @@ from mambapeft_vision.training.console import Console
 from mambapeft_vision.training.module import FineTuning
 from mambapeft_vision.training.plan import RunPlan
 from mambapeft_vision.training.setup import Setup
+from mambapeft_vision.training.step import StepSettings
 
 METRICS_FILE = "metrics.csv"
-_LIGHTNING_PRECISION = {"fp32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed"}
 
 
 def fit(plan: RunPlan, setup: Setup, log_epoch: Callable[[Row], None], console: Console) -> History:
@@ -36,9 +37,9 @@ def fit(plan: RunPlan, setup: Setup, log_epoch: Callable[[Row], None], console: 
     checkpoint = plan.folder / CHECKPOINT_FILE
     history = History(plan.folder / METRICS_FILE, log_epoch)
     callbacks = [
+        StopAtNonFiniteLoss(plan.task, plan.method_names, checkpoint),
         history,
         ProgressLine(console, history),
-        StopAtNonFiniteLoss(plan.task, plan.method_names, checkpoint),
         WarmupPhases(console),
         Checkpoints(checkpoint, plan.recipe.checkpoint_every_s),
     ]
@@ -46,12 +47,32 @@ def fit(plan: RunPlan, setup: Setup, log_epoch: Callable[[Row], None], console: 
     if resumes:
         console.say(f"continues from {checkpoint}")
     trainer = make_trainer(plan.recipe, setup.device, callbacks)
-    module = FineTuning(setup.model, setup.normalise, plan.recipe, plan.seed)
+    settings = step_settings(plan.recipe, setup.precision)
+    module = FineTuning(setup.model, setup.normalise, plan.recipe, plan.seed, settings, console.note)
     try:
-        trainer.fit(module, datamodule=setup.task, ckpt_path=checkpoint if resumes else None)
+        with _own_stream(setup.device):
+            trainer.fit(module, datamodule=setup.task, ckpt_path=checkpoint if resumes else None)
     except SystemExit as ctrl_c:  # Lightning's answer to Ctrl-C
         raise KeyboardInterrupt from ctrl_c
     return history
+
+
+def step_settings(recipe: TrainerConfig, precision: str) -> StepSettings:
+    """precision: the resolved one."""
+    return StepSettings(precision, recipe.clip_norm, recipe.micro_batch, recipe.cuda_graph)
+
+
+@contextmanager
+def _own_stream(device: torch.device) -> Iterator[None]:
+    """A stream of its own on a GPU: a step cannot be recorded on the default one."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
 
 
 def make_trainer(recipe: TrainerConfig, device: torch.device, callbacks: list[Callback]) -> Trainer:
@@ -62,7 +83,6 @@ def make_trainer(recipe: TrainerConfig, device: torch.device, callbacks: list[Ca
     return Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=[device.index] if device.type == "cuda" else 1,
-        precision=_LIGHTNING_PRECISION[recipe.precision],
         max_epochs=recipe.max_epochs,
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO(), LightningEnvironment()],  # one process, also inside a Slurm job

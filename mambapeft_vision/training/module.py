@@ -1,11 +1,9 @@
 """The training step, as a LightningModule."""
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,6 +12,7 @@ from mambapeft_vision.adapt import AdaptedModel
 from mambapeft_vision.data import Preprocessing
 from mambapeft_vision.training.config import TrainerConfig
 from mambapeft_vision.training.optim import make_optimizer, set_learning_rates
+from mambapeft_vision.training.step import StepSettings, TrainStep
 
 
 class Normalise(nn.Module):
@@ -30,60 +29,71 @@ class Normalise(nn.Module):
 
 
 class FineTuning(LightningModule):
-    """Trains what an adapted model's methods own, and its head, with plain cross entropy.
+    """Trains what an adapted model's methods own, and its head, with plain cross entropy, by a `TrainStep` a batch.
 
     Its saved state is the adapter (methods' tensors and the head), never the frozen backbone.
 
     Args:
         normalise: from the loader's images to the backbone's input.
-        seed: with the epoch, decides dropout and drop path, so that an epoch draws the same whether or not the run
-            was interrupted before it.
+        seed: with the epoch and the batch, decides dropout and drop path, so that a step draws the same whether or not
+            the run was interrupted before it.
+        note: told in one line when steps cannot be recorded.
     """
 
-    def __init__(self, model: AdaptedModel, normalise: nn.Module, recipe: TrainerConfig, seed: int) -> None:
+    def __init__(
+        self,
+        model: AdaptedModel,
+        normalise: nn.Module,
+        recipe: TrainerConfig,
+        seed: int,
+        settings: StepSettings,
+        note: Callable[[str], None] = print,
+    ) -> None:
         super().__init__()
+        self.automatic_optimization = False  # the step is ours, from zeroed gradients to the update
         self.model = model
         self.normalise = normalise
         self.recipe = recipe
         self.seed = seed
-        self.last_loss: Tensor | None = None  # of the latest step
-        self._loss_sum: Tensor | float = 0.0
-        self._correct: Tensor | int = 0
+        self.step: TrainStep | None = None
         self.images_seen = 0  # in this epoch
+        self._settings = settings
+        self._note = note
 
     def configure_optimizers(self) -> Optimizer:
         return make_optimizer(self.model, self.recipe)
 
-    def on_train_epoch_start(self) -> None:
-        torch.manual_seed(epoch_seed(self.seed, self.current_epoch))
-        self._loss_sum, self._correct, self.images_seen = 0.0, 0, 0
+    def on_train_start(self) -> None:
+        self.renew_step()
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+    def renew_step(self) -> None:
+        """A new step for the trainer's optimiser; after a change of what is trained, or of the optimiser."""
+        optimizer = self.trainer.optimizers[0]
+        self.step = TrainStep(self.model, self.normalise, optimizer, self._settings, self._note)
+
+    def on_train_epoch_start(self) -> None:
+        self._epoch_seed = epoch_seed(self.seed, self.current_epoch)
+        self.images_seen = 0
+
+    @property
+    def steps_done(self) -> int:
+        """Steps taken over the whole run, up to the latest batch."""
+        return self.current_epoch * self.trainer.num_training_batches + self.trainer.fit_loop.batch_idx + 1
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
         steps = self.trainer.num_training_batches
         step = self.current_epoch * steps + batch_idx
-        set_learning_rates(self.optimizers(), self.recipe, step=step, epoch=self.current_epoch, steps_per_epoch=steps)
+        optimizer = self.trainer.optimizers[0]
+        set_learning_rates(optimizer, self.recipe, step=step, epoch=self.current_epoch, steps_per_epoch=steps)
+        self.step(images, labels, self._epoch_seed + batch_idx)
+        self.images_seen += len(labels) * self._settings.ranks
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
-        logits = self.model(self.normalise(images))
-        loss = F.cross_entropy(logits, labels)
-        self.last_loss = loss.detach()
-        self._loss_sum = self._loss_sum + self.last_loss * len(labels)
-        self._correct = self._correct + (logits.detach().argmax(dim=1) == labels).sum()
-        self.images_seen += len(labels)
-        return loss
+    def gradients(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> float:
+        """The loss of a batch of this epoch; fills the gradients and changes nothing else."""
+        return self.step.gradients(*batch, self._epoch_seed + batch_idx)
 
-    def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        # Lightning's own refuses fused optimisers in mixed precision, where (without a loss scale) nothing is amiss.
-        if self.recipe.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.trained().values(), self.recipe.clip_norm)
-
-    def epoch_metrics(self) -> dict[str, float]:
-        """Mean loss and top-1 accuracy (0 to 1) over this epoch's images so far, as they were trained on."""
-        seen = self.images_seen
-        return {"loss": float(self._loss_sum) / seen, "accuracy": float(self._correct) / seen}
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in self.model.adapter_state().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> None:
@@ -91,6 +101,6 @@ class FineTuning(LightningModule):
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """A seed for one epoch's dropout and drop path, unrelated to those of other epochs and seeds."""
+    """The seed of an epoch's first step, unrelated to those of other epochs and seeds; later steps count on from it."""
     digest = hashlib.sha256(f"training step, seed {seed}, epoch {epoch}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -2,6 +2,7 @@
 
 import math
 
+from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from mambapeft_vision.adapt import AdaptedModel
@@ -50,7 +51,7 @@ def set_learning_rates(
 ) -> None:
     """Sets every group's rate for the step about to be taken; depends on nothing but its arguments."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(
+        rate = learning_rate(
             group["base_lr"],
             step=step,
             epoch=epoch,
@@ -60,3 +61,7 @@ def set_learning_rates(
             start_factor=recipe.start_factor,
             min_lr=recipe.min_lr,
         )
+        if isinstance(group["lr"], Tensor):  # a recorded step reads it there
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

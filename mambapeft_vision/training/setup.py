@@ -15,7 +15,7 @@ from mambapeft_vision.training.console import Console
 from mambapeft_vision.training.memory import keep_freed_memory
 from mambapeft_vision.training.module import Normalise
 from mambapeft_vision.training.plan import RunPlan
-from mambapeft_vision.training.testing import Predictions, apply_precision, predict
+from mambapeft_vision.training.testing import Predictions, apply_precision, predict, resolve_precision
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def assemble(
     if device.type == "cpu":
         keep_freed_memory()
     reset_peak_memory(device)
-    apply_precision(plan.recipe.precision)
+    precision = resolve_precision(plan.recipe.precision, device)
+    apply_precision(precision)
     task = sources.task(plan)
     task.check()  # before weights are fetched: missing data is the commonest mistake
     backbone = sources.backbone(plan)
@@ -80,4 +81,6 @@ def assemble(
     model = attach(backbone, task.num_classes)
     preprocessing = Preprocessing.from_timm(backbone.default_cfg)
     task.load(preprocessing, ConsoleProgress(f"decode {task.name}", "images"))
-    return Setup(device, resolved, plan.recipe.precision, task, model, Normalise(preprocessing))
+    if task.train_set.images.device != device:
+        task.train_set = task.train_set.to(device)  # and there they stay: a step chooses its batch on the device
+    return Setup(device, resolved, precision, task, model, Normalise(preprocessing))

@@ -41,6 +41,13 @@ class Predictions:
             np.savez_compressed(file, predicted=self.predicted.numpy(), labels=self.labels.numpy())
 
 
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """auto → bf16 on a GPU, fp32 elsewhere."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
 def apply_precision(precision: str) -> None:
     """Sets PyTorch's process-wide switches for float32 products on GPUs: full precision, or tf32."""
     tf32 = precision == "tf32"

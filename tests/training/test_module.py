@@ -10,15 +10,23 @@ from torch import nn
 from mambapeft_vision.data import Preprocessing
 from mambapeft_vision.training.build import build_backbone, build_model
 from mambapeft_vision.training.callbacks import largest_gradient
+from mambapeft_vision.training.fit import step_settings
 from mambapeft_vision.training.module import FineTuning, Normalise, epoch_seed
+from mambapeft_vision.training.optim import make_optimizer
 from mambapeft_vision.training.plan import make_plan
+from mambapeft_vision.training.step import StepSettings, TrainStep
 
 
 @pytest.fixture
 def module(task, tmp_path) -> FineTuning:
     plan = make_plan(runs.compose_train(runs.overrides(task, tmp_path)))
     model = build_model(plan, build_backbone(plan), num_classes=3)
-    return FineTuning(model, nn.Identity(), plan.recipe, seed=0)
+    return FineTuning(model, nn.Identity(), plan.recipe, 0, step_settings(plan.recipe, "fp32"))
+
+
+def step_of(module: FineTuning, **settings) -> TrainStep:
+    optimizer = make_optimizer(module.model, module.recipe)
+    return TrainStep(module.model.train(), nn.Identity(), optimizer, StepSettings("fp32", None, **settings), print)
 
 
 def test_normalisation_scales_and_shifts_each_channel():
@@ -32,12 +40,13 @@ def test_normalisation_scales_and_shifts_each_channel():
 
 def test_the_head_starts_at_zero_so_the_first_step_moves_the_head_alone(module):
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
-    loss = module.training_step((images, labels), 0)
-    assert loss.item() == pytest.approx(math.log(3), rel=1e-6)
-    loss.backward()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    loss = step_of(module).gradients(images, labels, seed=0)
+    assert loss == pytest.approx(math.log(3), rel=1e-6)
     moving = {name for name, p in module.model.trained().items() if p.grad is not None and p.grad.any()}
     assert moving == {"head.weight", "head.bias"}
     assert largest_gradient(module)[0] == "head"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
 def test_largest_gradient_counts_nan_as_largest(module):
@@ -49,11 +58,44 @@ def test_largest_gradient_counts_nan_as_largest(module):
     assert site == "lora_p_x.layers.1.mixer.in_proj.weight" and math.isnan(norm)
 
 
-def test_epoch_metrics_are_means_over_images_not_batches(module):
+def test_totals_are_sums_over_images_not_batches(module):
+    step = step_of(module)
+    for group in step._optimizer.param_groups:
+        group["lr"] = 0.0
     for labels in (torch.tensor([0, 0, 0]), torch.tensor([1])):  # zero logits: argmax is class 0
-        module.training_step((torch.randn(len(labels), 3, 32, 32), labels), 0)
-    assert module.images_seen == 4
-    assert module.epoch_metrics() == pytest.approx({"loss": math.log(3), "accuracy": 0.75})
+        step(torch.randn(len(labels), 3, 32, 32), labels, seed=0)
+    assert step.take_totals() == (pytest.approx(4 * math.log(3)), 3, 2)
+    assert step.take_totals() == (0.0, 0, 0)
+
+
+def test_micro_batches_add_up_to_the_batch(module):
+    for name, parameter in module.model.trained().items():  # off their start, so that every gradient is something
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    module.model.backbone._drops = False  # drop path draws by pass
+    for method in module.model.methods.values():
+        for site in method.sites.values():
+            site.dropout = 0.0
+    images, labels = torch.randn(5, 3, 32, 32), torch.tensor([0, 1, 2, 0, 1])
+    found = []
+    for micro_batch in (None, 2):
+        loss = step_of(module, micro_batch=micro_batch).gradients(images, labels, seed=0)
+        found.append([torch.tensor(loss), *(p.grad.clone() for p in module.model.trained().values())])
+    for whole, parts in zip(*found):
+        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_neither_do_later_ones(module):
+    step = step_of(module)
+    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    step(images, labels, seed=0)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    assert not step.failed()
+    step(images * float("nan"), labels, seed=1)
+    assert step.failed()
+    step(images, labels, seed=2)
+    assert step.failed(wait=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert step.take_totals()[2] == 1
 
 
 def test_state_is_the_adapter_and_loads_strictly(module):

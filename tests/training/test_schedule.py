@@ -27,6 +27,8 @@ RECIPE = {
     "device": "cpu",
     "checkpoint_every_s": 30.0,
     "picture": False,
+    "micro_batch": None,
+    "cuda_graph": True,
 }
 VTAB = {"steps_per_epoch": 32, "max_epochs": 100, "warmup_epochs": 10, "start_factor": 0.001, "min_lr": 1e-05}
 

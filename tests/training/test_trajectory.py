@@ -6,29 +6,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from mambapeft_vision.adapt import AdaptedModel, adapt
 from mambapeft_vision.backbones.vim import Vim
 from mambapeft_vision.methods.lora import LoRA
-from mambapeft_vision.training.callbacks import StopAtNonFiniteLoss
 from mambapeft_vision.training.config import TrainerConfig
-from mambapeft_vision.training.fit import make_trainer
+from mambapeft_vision.training.fit import make_trainer, step_settings
 from mambapeft_vision.training.module import FineTuning
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "trajectory" / "lora_X.npz"
 
 
-class Recorder(StopAtNonFiniteLoss):
-    """Keeps the loss and the learning rates that each optimiser step is about to use."""
+class Recorder(Callback):
+    """Keeps the loss and the learning rates of each optimiser step."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.rates: list[list[float]] = []
 
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-        self.losses.append(pl_module.last_loss.item())
-        self.rates.append([group["lr"] for group in optimizer.param_groups])
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        loss_sum, _, steps = pl_module.step.take_totals()
+        assert steps == 1
+        self.losses.append(loss_sum / len(batch[1]))
+        self.rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
 
 
 class GoldenBatches:
@@ -100,9 +102,11 @@ def run(golden) -> tuple[Recorder, dict[str, Tensor]]:
         device="cpu",
         checkpoint_every_s=30,
         picture=False,
+        micro_batch=None,
+        cuda_graph=True,
     )
     recorder = Recorder()
-    module = FineTuning(build(golden, meta), nn.Identity(), recipe, seed=0)
+    module = FineTuning(build(golden, meta), nn.Identity(), recipe, 0, step_settings(recipe, recipe.precision))
     trainer = make_trainer(recipe, torch.device("cpu"), [recorder])
     trainer.fit(module, GoldenBatches(golden, meta["batch"]))
     return recorder, module.state_dict()
