@@ -69,14 +69,26 @@ def decode_list(
     """
     height, width = preprocessing.size
     images = np.empty((len(listing), 3, height, width), dtype=np.uint8)
+    decode_into(images, listing, preprocessing, workers=workers, progress=progress)
+    names = [entry.path for entry in listing.entries]
+    return ImageSet(torch.from_numpy(images), listing.labels(), names)
+
+
+def decode_into(
+    images: np.ndarray,
+    listing: ImageList,
+    preprocessing: Preprocessing,
+    *,
+    workers: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> None:
+    """Fills `images`, uint8 [n, 3, H, W], as `decode_list` does."""
     meter = ProgressMeter(len(listing), progress)
 
-    def decode_into(index: int) -> None:
+    def decode(index: int) -> None:
         images[index] = decode_entry(listing, listing.entries[index], preprocessing)
 
     # An error, or Ctrl-C, leaves the loop; map then cancels what is still waiting.
     with ThreadPoolExecutor(workers or available_cpus()) as pool:
-        for _ in pool.map(decode_into, range(len(listing))):
+        for _ in pool.map(decode, range(len(listing))):
             meter.advance()
-    names = [entry.path for entry in listing.entries]
-    return ImageSet(torch.from_numpy(images), listing.labels(), names)

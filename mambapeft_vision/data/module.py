@@ -9,7 +9,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mambapeft_vision.data.images import ImageSet, available_cpus, decode_list
+from mambapeft_vision.data.cache import cached_list
+from mambapeft_vision.data.images import ImageSet, available_cpus
 from mambapeft_vision.data.listfile import ImageList, missing_images, read_list
 from mambapeft_vision.data.loaders import DecodingLoader, MemoryLoader, TrainLoader, epoch_order
 from mambapeft_vision.data.manifest import manifest_hash
@@ -18,7 +19,7 @@ from mambapeft_vision.data.progress import ProgressCallback
 from mambapeft_vision.data.vtab import GROUPS, SPLITS, find_task, prepare_command
 from mambapeft_vision.errors import UserError
 
-# Test sets up to this size are decoded once and kept (4,096 images of 224x224 are 617 MB).
+# Without a cache, test sets up to this size are decoded once and kept (4,096 images of 224x224 are 617 MB).
 KEEP_IN_MEMORY = 4096
 # Each worker holds the batches it decodes ahead: two of 256 images of 224x224 are 77 MB.
 MAX_DEFAULT_WORKERS = 8
@@ -36,6 +37,7 @@ class TaskDataModule(LightningDataModule):
     num_test: images expected in `test.txt`; None for any number.
     num_workers: processes that decode a test split of over 4,096 images; None takes one a CPU, at most 8.
     seed: decides, with the epoch, the order of the training images.
+    cache: folder for decoded images, shared by all runs; None: decode in every run.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class TaskDataModule(LightningDataModule):
         test_batch_size: int = 256,
         num_workers: int | None = None,
         seed: int = 0,
+        cache: str | Path | None = None,
     ) -> None:
         super().__init__()
         if group not in GROUPS:
@@ -72,6 +75,7 @@ class TaskDataModule(LightningDataModule):
         self.test_batch_size = test_batch_size
         self.num_workers = min(available_cpus(), MAX_DEFAULT_WORKERS) if num_workers is None else num_workers
         self.seed = seed
+        self.cache = None if cache is None else Path(cache).expanduser()
         self.preprocessing: Preprocessing | None = None
         self._train_set: ImageSet | None = None
         self._test_set: ImageSet | None = None
@@ -102,7 +106,7 @@ class TaskDataModule(LightningDataModule):
             return
         if not self._listings:  # a caller that checked first need not wait for it twice
             self.check()
-        self._train_set = decode_list(self._listings[self.train_split], preprocessing, progress=progress)
+        self._train_set = cached_list(self._listings[self.train_split], preprocessing, self.cache, progress)
         self._test_set = None
         self._progress = progress
         self.preprocessing = preprocessing
@@ -174,10 +178,10 @@ class TaskDataModule(LightningDataModule):
         if self.preprocessing is None:
             raise UserError(f"The images of {self.name} are not loaded: call load(preprocessing) first.")
         listing = self._listings[self.test_split]
-        if len(listing) > KEEP_IN_MEMORY:
+        if self.cache is None and len(listing) > KEEP_IN_MEMORY:
             return DecodingLoader(listing, self.preprocessing, self.test_batch_size, self.num_workers)
         if self._test_set is None:
-            self._test_set = decode_list(listing, self.preprocessing, progress=self._progress)
+            self._test_set = cached_list(listing, self.preprocessing, self.cache, self._progress)
         return MemoryLoader(self._test_set, self.test_batch_size)
 
     def _current_epoch(self) -> int:

@@ -37,7 +37,7 @@ def build(group: str, section: Mapping[str, Any]) -> Any:
 
 
 def build_dataset(plan: RunPlan) -> TaskDataModule:
-    return build("dataset", plan.config["dataset"])
+    return build("dataset", {**plan.config["dataset"], "cache": plan.config["paths"]["cache"]})
 
 
 def build_backbone(plan: RunPlan) -> nn.Module:

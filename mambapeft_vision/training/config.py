@@ -18,6 +18,7 @@ PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 class PathsConfig:
     data: str = MISSING
     outputs: str = MISSING
+    cache: str | None = MISSING
     methods: str | None = MISSING
 
 

@@ -75,7 +75,7 @@ def fingerprint(cfg: DictConfig) -> str:
     """sha256 of the resolved config, without what cannot change the result (where things are, logging, …)."""
     # With fixed paths the values derived from them, such as dataset.folder, do not depend on the machine.
     neutral = copy.deepcopy(cfg)
-    neutral.paths = PathsConfig(data="data", outputs="outputs", methods=None)
+    neutral.paths = PathsConfig(data="data", outputs="outputs", cache=None, methods=None)
     config = OmegaConf.to_container(neutral, resolve=True, throw_on_missing=True)
     for group, keys in NO_PART_OF_IDENTITY.items():
         section = config[group] if group else config

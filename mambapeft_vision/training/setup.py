@@ -20,7 +20,7 @@ from mambapeft_vision.training.testing import Predictions, apply_precision, pred
 
 @dataclass(frozen=True)
 class Setup:
-    """What training and testing work on. kernel: the name of the backend that runs."""
+    """What training and testing work on. kernel: the name of the backend that runs; record: CUDA graphs on a GPU."""
 
     device: torch.device
     kernel: str
@@ -28,6 +28,7 @@ class Setup:
     task: TaskDataModule
     model: AdaptedModel
     normalise: Normalise
+    record: bool
 
     def test(self, console: Console) -> Predictions:
         """Tests the model as it is now on the task's test split."""
@@ -38,6 +39,7 @@ class Setup:
             precision=self.precision,
             device=self.device,
             console=console,
+            record=self.record,
         )
 
 
@@ -83,4 +85,4 @@ def assemble(
     task.load(preprocessing, ConsoleProgress(f"decode {task.name}", "images"))
     if task.train_set.images.device != device:
         task.train_set = task.train_set.to(device)  # and there they stay: a step chooses its batch on the device
-    return Setup(device, resolved, precision, task, model, Normalise(preprocessing))
+    return Setup(device, resolved, precision, task, model, Normalise(preprocessing), plan.recipe.cuda_graph)

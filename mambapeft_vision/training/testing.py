@@ -68,28 +68,80 @@ def predict(
     precision: str,
     device: torch.device,
     console: Console,
+    record: bool = True,
 ) -> Predictions:
-    """Runs `model` in evaluation mode over batches of (uint8 [b, 3, H, W], int64 [b])."""
+    """Runs `model` in evaluation mode over batches of (uint8 [b, 3, H, W], int64 [b]).
+
+    Args:
+        record: on a GPU, record the forward pass of a whole batch as a CUDA graph and replay it.
+    """
     model.eval().to(device)
     normalise.to(device)
+    forward = _Forward(model, normalise, precision, record and device.type == "cuda" and len(batches) > 2)
     predicted, labels, losses = [], [], []
-    total = len(batches)
+    total, done = len(batches), 0
     started = time.monotonic()
     for number, (images, targets) in enumerate(batches, start=1):
-        with autocast(precision, device):
-            logits = model(normalise(images.to(device))).float()
-        losses.append(F.cross_entropy(logits, targets.to(device), reduction="sum").double())
-        predicted.append(logits.argmax(dim=1).cpu())
-        labels.append(targets.cpu())
-        console.live(_live_line(number, total, sum(map(len, labels)), time.monotonic() - started))
+        logits = forward(_to(images, device))
+        losses.append(F.cross_entropy(logits, _to(targets, device), reduction="sum").double())
+        predicted.append(logits.argmax(dim=1))
+        labels.append(targets)
+        done += len(targets)
+        if number > 1:
+            predicted[-2] = predicted[-2].cpu()  # waits for the batch before, so that the host is one batch ahead
+        console.live(_live_line(number, total, done, time.monotonic() - started))
     console.clear()
-    count = sum(map(len, labels))
     return Predictions(
-        predicted=torch.cat(predicted),
-        labels=torch.cat(labels),
-        loss=torch.stack(losses).sum().item() / count,
+        predicted=torch.cat([p.cpu() for p in predicted]),
+        labels=torch.cat([t.cpu() for t in labels]),
+        loss=torch.stack(losses).sum().item() / done,
         seconds=time.monotonic() - started,
     )
+
+
+class _Forward:
+    """From uint8 images [b, 3, H, W] to float32 logits [b, classes].
+
+    Recorded at the first batch's size; smaller batches fill a part of it (no image's result depends on the others).
+    """
+
+    def __init__(self, model: nn.Module, normalise: nn.Module, precision: str, record: bool) -> None:
+        self._model, self._normalise, self._precision = model, normalise, precision
+        self._record = record
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self._record:
+            logits = self._run(images)  # also brings everything up that a recording must not wait for
+            self._record = False
+            self._start_recording(images)
+            return logits
+        if self._graph is None:
+            return self._run(images)
+        self._images[: len(images)].copy_(images)
+        self._graph.replay()
+        return self._logits[: len(images)].clone()
+
+    def _run(self, images: Tensor) -> Tensor:
+        with autocast(self._precision, images.device):
+            return self._model(self._normalise(images)).float()
+
+    def _start_recording(self, images: Tensor) -> None:
+        self._images, graph = images.clone(), torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._logits = self._run(self._images)
+        except RuntimeError:  # a model that cannot be recorded is launched kernel by kernel, as in training
+            torch.cuda.synchronize()
+            return
+        self._graph = graph
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    """On `device`; from the host without waiting for the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _live_line(batch: int, batches: int, images: int, seconds: float) -> str:

@@ -174,7 +174,7 @@ def test_a_small_test_split_comes_in_list_order_and_is_decoded_once(toy_folder, 
     data.load(preprocessing)
     batches = list(data.test_dataloader())
     assert [labels.tolist() for _, labels in batches] == [[0, 1, 2], [0]]
-    monkeypatch.setattr(module, "decode_list", None)
+    monkeypatch.setattr(module, "cached_list", None)
     again = list(data.test_dataloader())
     assert all(torch.equal(first[0], second[0]) for first, second in zip(batches, again, strict=True))
 
@@ -224,7 +224,7 @@ def test_loading_again_decodes_only_for_another_size(toy_folder, preprocessing, 
     data.load(type(preprocessing)((4, 4), "bicubic", (0, 0, 0), (1, 1, 1)))
     assert data.train_set.images.shape[2:] == (4, 4)
     assert next(iter(data.test_dataloader()))[0].shape[2:] == (4, 4)
-    monkeypatch.setattr(module, "decode_list", None)
+    monkeypatch.setattr(module, "cached_list", None)
     data.load(type(preprocessing)((4, 4), "bicubic", (0, 0, 0), (1, 1, 1)))
 
 
