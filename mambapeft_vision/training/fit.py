@@ -50,7 +50,7 @@ def fit(plan: RunPlan, setup: Setup, log_epoch: Callable[[Row], None], console: 
     settings = step_settings(plan.recipe, setup.precision)
     module = FineTuning(setup.model, setup.normalise, plan.recipe, plan.seed, settings, console.note)
     try:
-        with _own_stream(setup.device):
+        with own_stream(setup.device):
             trainer.fit(module, datamodule=setup.task, ckpt_path=checkpoint if resumes else None)
     except SystemExit as ctrl_c:  # Lightning's answer to Ctrl-C
         raise KeyboardInterrupt from ctrl_c
@@ -63,7 +63,7 @@ def step_settings(recipe: TrainerConfig, precision: str) -> StepSettings:
 
 
 @contextmanager
-def _own_stream(device: torch.device) -> Iterator[None]:
+def own_stream(device: torch.device) -> Iterator[None]:
     """A stream of its own on a GPU: a step cannot be recorded on the default one."""
     if device.type != "cuda":
         yield

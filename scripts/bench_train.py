@@ -1,0 +1,337 @@
+"""Training speed on one GPU, through `python train.py`'s own path: images/s, GPU busy share, peak memory.
+
+    python scripts/bench_train.py                                    # LoRA_p(X), batch 32 and 256, bf16
+    python scripts/bench_train.py --methods all --batch 32           # every preset that fits the backbone
+    python scripts/bench_train.py --profile lora_p_x                 # where the step's time goes
+    python scripts/bench_train.py --whole-task                       # a VTAB-sized task as a process; two in a sweep
+    python scripts/bench_train.py --reference MambaPEFT              # and a checkout of the published code, if it runs
+
+The images are JPEG files of random content in VTAB's folder layout, 1,000 to train on, made by this script; weights are
+random. A run trains a few epochs; its speed is the median over the epochs after the second (the first two launch kernel
+by kernel and record). Busy share: time that kernels run, by the profiler, over the time of a step.
+"""
+
+import argparse
+import csv
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from PIL import Image
+
+from mambapeft_vision.data import Preprocessing
+from mambapeft_vision.errors import UserError
+from mambapeft_vision.sweep.kept import Kept
+from mambapeft_vision.training.build import build_backbone, build_model, set_kernel
+from mambapeft_vision.training.config import register_schemas
+from mambapeft_vision.training.fit import METRICS_FILE, own_stream, step_settings
+from mambapeft_vision.training.module import Normalise
+from mambapeft_vision.training.optim import make_optimizer
+from mambapeft_vision.training.plan import RunPlan, make_plan
+from mambapeft_vision.training.run import train
+from mambapeft_vision.training.step import TrainStep
+from mambapeft_vision.training.testing import apply_precision
+
+ROOT = Path(__file__).resolve().parent.parent
+CLASSES, TRAIN_IMAGES = 100, 1000
+EPOCHS = {32: 6, 256: 8}  # a step and a half a second at least; the last three are counted
+
+
+# Data
+
+
+def write_image(path: Path, seed: int, size: int = 224) -> None:
+    """A JPEG of random blobs, which takes about the bytes of a photograph."""
+    random = np.random.RandomState(seed)
+    small = Image.fromarray(random.randint(0, 255, (size // 8, size // 8, 3), dtype=np.uint8))
+    small.resize((size, size), Image.Resampling.BICUBIC).save(path, quality=90)
+
+
+def make_task(folder: Path, test_images: int) -> Path:
+    counts = {"train800val200": TRAIN_IMAGES, "test": test_images}
+    paths = {split: [f"images/{split}/{i:06d}.jpg" for i in range(count)] for split, count in counts.items()}
+    for split, names in paths.items():
+        (folder / "images" / split).mkdir(parents=True)
+        (folder / f"{split}.txt").write_text("".join(f"{name} {i % CLASSES}\n" for i, name in enumerate(names)))
+    files = [folder / name for names in paths.values() for name in names]
+    with ProcessPoolExecutor() as pool:
+        list(pool.map(write_image, files, range(len(files)), chunksize=64))
+    return folder
+
+
+def overrides(task: Path, outputs: Path, method: str, *more: str) -> list[str]:
+    return [
+        f"method=[{method}]",
+        "dataset=folder",
+        f"dataset.name=bench/{task.name}",
+        f"dataset.folder={task}",
+        f"dataset.num_classes={CLASSES}",
+        f"paths.outputs={outputs}",
+        f"paths.cache={outputs}/cache",
+        "backbone.weights=random",
+        *more,
+    ]
+
+
+def plan_of(arguments: list[str]) -> tuple:
+    register_schemas()
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("train", arguments)
+    return cfg, make_plan(cfg)
+
+
+# Runs
+
+
+def measure(task: Path, outputs: Path, method: str, batch: int, precision: str, kept: Kept, more: list[str]) -> dict:
+    """One short run through `train`; what its files say."""
+    chosen = [f"dataset.batch_size={batch}", f"trainer.precision={precision}", *more]
+    epochs = [f"trainer.max_epochs={EPOCHS.get(batch, 8)}", "trainer.warmup_epochs=1"]
+    cfg, plan = plan_of(overrides(task, outputs, method, *epochs, *chosen))
+    record = train(cfg, sources=kept.sources)
+    with open(plan.folder / METRICS_FILE, encoding="utf-8") as file:
+        rates = [float(row["images_per_second"]) for row in csv.DictReader(file)][2:]
+    return {
+        "method": method,
+        "batch": batch,
+        "precision": precision,
+        "train_images_per_s": round(median(rates)),
+        "peak_gib": round(record.peak_memory_bytes / 2**30, 2),
+        "trainable": record.trainable,
+        "test_images_per_s": round(record.test_images_per_second),
+    }
+
+
+def presets(backbone: str) -> list[str]:
+    """Methods that attach to the backbone, in the order of their files."""
+    fitting = []
+    for file in sorted((ROOT / "configs" / "method").glob("*.yaml")):
+        try:
+            _, plan = plan_of([f"method=[{file.stem}]", f"backbone={backbone}", "backbone.weights=random"])
+            build_model(plan, build_backbone(plan), CLASSES)
+        except UserError as error:
+            print(f"{file.stem} is left out: {str(error).splitlines()[0]}", flush=True)
+            continue
+        fitting.append(file.stem)
+    return fitting
+
+
+# A profile
+
+
+def profile(plan: RunPlan, batch: int, precision: str, top: int = 16) -> Iterator[str]:
+    """Lines of a table: where the time of one recorded step goes."""
+    device = torch.device("cuda", 0)
+    apply_precision(precision)
+    backbone = build_backbone(plan)
+    set_kernel(backbone, plan.config["kernel"], device)
+    model = build_model(plan, backbone, CLASSES).to(device).train()
+    normalise = Normalise(Preprocessing.from_timm(backbone.default_cfg)).to(device)
+    size = backbone.default_cfg["input_size"][-1]
+    images = torch.randint(0, 255, (batch, 3, size, size), dtype=torch.uint8, device=device)
+    labels = torch.arange(batch, device=device) % CLASSES
+    with own_stream(device):
+        optimizer = make_optimizer(model, plan.recipe)
+        step = TrainStep(model, normalise, optimizer, step_settings(plan.recipe, precision), print)
+        for seed in range(6):
+            step(images, labels, seed)
+        torch.cuda.synchronize()
+        started, count = time.perf_counter(), 20
+        for seed in range(count):
+            step(images, labels, seed)
+        torch.cuda.synchronize()
+        seconds = (time.perf_counter() - started) / count
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            step(images, labels, 0)
+            torch.cuda.synchronize()
+    times: dict[str, list[float]] = defaultdict(list)
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times[_short(event.name)].append(event.time_range.end - event.time_range.start)
+    busy = sum(map(sum, times.values()))
+    kernels = sum(map(len, times.values()))
+    yield (
+        f"{plan.method_names}, batch {batch}, {precision}: {1e3 * seconds:.2f} ms a step, {batch / seconds:,.0f} "
+        f"images/s; {kernels:,} kernels run for {busy / 1e3:.2f} ms: busy {busy / 1e4 / seconds:.0f} % of the time"
+    )
+    yield "| kernel | calls | µs each | ms | share |"
+    yield "|---|---|---|---|---|"
+    ranked = sorted(times.items(), key=lambda item: -sum(item[1]))
+    rest = [t for _, found in ranked[top:] for t in found]
+    for name, found in [*ranked[:top], (f"{len(ranked) - top} others", rest)]:
+        each = sum(found) / max(1, len(found))
+        yield f"| {name} | {len(found)} | {each:.1f} | {sum(found) / 1e3:.2f} | {100 * sum(found) / busy:.0f} % |"
+
+
+def _short(name: str) -> str:
+    if name.startswith("nvjet") or "gemm" in name:
+        return "matrix products (cuBLAS)"
+    name = name.removeprefix("void ").replace("at::native::", "").replace("(anonymous namespace)::", "")
+    return name.split("(")[0].split("<")[0][:60]
+
+
+# Whole tasks
+
+
+def whole_task(task: Path, second: Path, outputs: Path) -> Iterator[str]:
+    """Seconds from the start of a process to result.json, for one task and for two in one sweep."""
+    command = [sys.executable, str(ROOT / "train.py"), *overrides(task, outputs / "one", "lora_p_x")]
+    started = time.monotonic()
+    subprocess.run(command, check=True, cwd=outputs, stdout=subprocess.DEVNULL)
+    seconds = time.monotonic() - started
+    (record,) = (outputs / "one").rglob("result.json")
+    yield f"one task, `python train.py`: {seconds:.1f} s from start to exit ({record.name} written)"
+
+    first = overrides(task, outputs / "two", "lora_p_x", f"dataset.folder={task},{second}", "dataset.name=bench/two")
+    first = [text for text in first if text not in (f"dataset.folder={task}", f"dataset.name=bench/{task.name}")]
+    command = [sys.executable, str(ROOT / "scripts" / "sweep_vtab1k.py"), *first]
+    started, began = time.monotonic(), time.time()
+    subprocess.run(command, check=True, cwd=outputs, stdout=subprocess.DEVNULL)
+    written = sorted(file.stat().st_mtime for file in (outputs / "two").rglob("result.json"))
+    yield (
+        f"two tasks, one sweep process: first result after {written[0] - began:.1f} s, second "
+        f"{written[1] - written[0]:.1f} s later, {time.monotonic() - started:.1f} s in all"
+    )
+
+
+# The published code
+
+
+def reference_rate(checkout: Path, batch: int, bf16: bool) -> float:
+    """Images/s of the published code's LoRA_p(X), rank 64: forward, loss, backward, clipping, AdamW; no data loading.
+
+    Raises: ImportError where it, mmpretrain or its CUDA kernels cannot be imported.
+    """
+    sys.path.insert(0, str(checkout / "vision"))
+    import personal_lib.mmpretrain.models  # noqa: F401  (registers its models)
+    from mmpretrain.registry import MODELS
+
+    vim = {
+        "type": "VisionMamba", "patch_size": 16, "embed_dim": 384, "depth": 24, "rms_norm": True,
+        "residual_in_fp32": True, "fused_add_norm": False, "final_pool_type": "mean", "if_abs_pos_embed": True,
+        "if_rope": False, "if_rope_residual": False, "bimamba_type": "v2", "if_cls_token": True,
+        "if_devide_out": True, "use_middle_cls_token": True, "drop_path_rate": 0.1,
+    }  # fmt: skip
+    peft = {"type": "VimPEFTModel", "lora_X": True, "dim_X": 64, "s_X": 0.1, "bit_X": 32, "module": vim}
+    model = MODELS.build(peft).cuda().train()
+    head = torch.nn.Linear(384, CLASSES).cuda()
+    trained = [p for p in (*model.parameters(), *head.parameters()) if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=1e-4)
+    images = torch.randn(batch, 3, 224, 224, device="cuda")
+    labels = torch.arange(batch, device="cuda") % CLASSES
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            features = model(images)
+            loss = F.cross_entropy(head(features[-1] if isinstance(features, (tuple, list)) else features), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 5.0)
+        optimizer.step()
+
+    times = []
+    for _ in range(13):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return batch / median(times[3:])
+
+
+# Output
+
+
+def table(rows: list[dict]) -> str:
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines += [
+        "| " + " | ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()) + " |" for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Bars of the training speed of every row, in one colour a batch size; the first row's 0.6 as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = sorted(rows, key=lambda row: row["train_images_per_s"])
+    figure, axes = plt.subplots(figsize=(7, 1 + 0.22 * len(rows)), layout="constrained")
+    colours = dict(zip(sorted({row["batch"] for row in rows}), ("#0072B2", "#E69F00", "#009E73", "#CC79A7")))
+    labels = [f"{row['method']} (batch {row['batch']})" if len(colours) > 1 else row["method"] for row in rows]
+    bars = axes.barh(labels, [row["train_images_per_s"] for row in rows], color=[colours[row["batch"]] for row in rows])
+    axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=7)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set(xlabel="training images/s", title=f"Vim-S, {rows[0]['precision']}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.12, y=0.01)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="*", default=["lora_p_x"], help="presets, or `all`; none: no such runs")
+    parser.add_argument("--batch", type=int, nargs="+", default=[32, 256])
+    parser.add_argument("--precision", nargs="+", default=["bf16"])
+    parser.add_argument("--backbone", default="vim_s")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more of train.py's overrides")
+    parser.add_argument("--profile", nargs="*", default=[], metavar="METHOD")
+    parser.add_argument("--whole-task", action="store_true")
+    parser.add_argument("--reference", type=Path, metavar="PATH", help="a checkout of the published MambaPEFT code")
+    parser.add_argument("--out", type=Path, help="write OUT.csv and OUT.png")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(2, "error: this benchmark needs a CUDA GPU, and there is none here\n")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    more = [f"backbone={options.backbone}", *options.set]
+    methods = presets(options.backbone) if options.methods == ["all"] else options.methods
+    with tempfile.TemporaryDirectory() as temporary:
+        outputs = Path(temporary)
+        rows = []
+        if methods:
+            task, kept = make_task(outputs / "small", test_images=1024), Kept()
+            for batch in options.batch:
+                for precision in options.precision:
+                    for method in methods:
+                        rows.append(measure(task, outputs / "runs", method, batch, precision, kept, more))
+                        print(rows[-1], flush=True)
+        if rows:
+            print(table(rows))
+        if rows and options.out:
+            with open(f"{options.out}.csv", "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+            plot(rows, Path(f"{options.out}.png"))
+        for method in options.profile:
+            for batch in options.batch:
+                _, plan = plan_of([f"method=[{method}]", "backbone.weights=random", *more])
+                print("\n".join(profile(plan, batch, options.precision[0])), flush=True)
+        if options.whole_task:
+            tasks = [make_task(outputs / name, test_images=10_000) for name in ("first", "second")]
+            print("\n".join(whole_task(*tasks, outputs)), flush=True)
+    if options.reference:
+        for batch in options.batch:
+            for bf16 in (False, True):
+                try:
+                    rate = f"{reference_rate(options.reference, batch, bf16):,.0f} images/s"
+                except (ImportError, RuntimeError) as error:
+                    rate = f"does not run here: {str(error).splitlines()[0]}"
+                print(f"published code, LoRA_p(X), batch {batch}, {'bf16 autocast' if bf16 else 'fp32'}: {rate}")
+
+
+if __name__ == "__main__":
+    main()
