@@ -20,6 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -34,7 +35,7 @@ from mambapeft_vision.errors import UserError
 from mambapeft_vision.sweep.kept import Kept
 from mambapeft_vision.training.build import build_backbone, build_model, set_kernel
 from mambapeft_vision.training.config import register_schemas
-from mambapeft_vision.training.fit import METRICS_FILE, own_stream, step_settings
+from mambapeft_vision.training.fit import METRICS_FILE, step_settings
 from mambapeft_vision.training.module import Normalise
 from mambapeft_vision.training.optim import make_optimizer
 from mambapeft_vision.training.plan import RunPlan, make_plan
@@ -126,11 +127,25 @@ def presets(backbone: str) -> list[str]:
     return fitting
 
 
-# A profile
+# One step by itself
 
 
-def profile(plan: RunPlan, batch: int, precision: str, top: int = 16) -> Iterator[str]:
-    """Lines of a table: where the time of one recorded step goes."""
+@dataclass
+class Prepared:
+    """A training step on a stream of its own, with a batch of random images that is on the device."""
+
+    step: TrainStep
+    images: torch.Tensor
+    labels: torch.Tensor
+    stream: torch.cuda.Stream
+
+    def __call__(self, seed: int) -> None:
+        with torch.cuda.stream(self.stream):
+            self.step(self.images, self.labels, seed)
+
+
+def prepare(plan: RunPlan, batch: int, precision: str) -> Prepared:
+    """Steps that are recorded by the time this returns."""
     device = torch.device("cuda", 0)
     apply_precision(precision)
     backbone = build_backbone(plan)
@@ -140,20 +155,44 @@ def profile(plan: RunPlan, batch: int, precision: str, top: int = 16) -> Iterato
     size = backbone.default_cfg["input_size"][-1]
     images = torch.randint(0, 255, (batch, 3, size, size), dtype=torch.uint8, device=device)
     labels = torch.arange(batch, device=device) % CLASSES
-    with own_stream(device):
-        optimizer = make_optimizer(model, plan.recipe)
-        step = TrainStep(model, normalise, optimizer, step_settings(plan.recipe, precision), print)
-        for seed in range(6):
-            step(images, labels, seed)
+    optimizer = make_optimizer(model, plan.recipe)
+    step = TrainStep(model, normalise, optimizer, step_settings(plan.recipe, precision), print)
+    torch.cuda.synchronize()
+    prepared = Prepared(step, images, labels, torch.cuda.Stream())
+    for seed in range(6):
+        prepared(seed)
+    torch.cuda.synchronize()
+    return prepared
+
+
+def seconds_a_round(steps: list[Prepared], count: int) -> float:
+    """Seconds in which each of `steps` is taken once, all of them side by side."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for seed in range(count):
+        for step in steps:
+            step(seed)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - started) / count
+
+
+def side_by_side(plan: RunPlan, batch: int, precision: str, most: int) -> Iterator[str]:
+    """Lines: the throughput of 1, 2, 4, … independent runs on one GPU, each a recorded step on its own stream."""
+    steps, alone = [], None
+    while len(steps) < most:
+        steps += [prepare(plan, batch, precision) for _ in range(max(1, len(steps)))]
+        rate = len(steps) * batch / seconds_a_round(steps, 40)
+        alone = alone or rate
+        yield f"{plan.method_names}, batch {batch}: {len(steps)} runs side by side {rate:,.0f} images/s, {rate / alone:.2f}x"
+
+
+def profile(plan: RunPlan, batch: int, precision: str, top: int = 16) -> Iterator[str]:
+    """Lines of a table: where the time of one recorded step goes."""
+    step = prepare(plan, batch, precision)
+    seconds = seconds_a_round([step], 20)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        step(0)
         torch.cuda.synchronize()
-        started, count = time.perf_counter(), 20
-        for seed in range(count):
-            step(images, labels, seed)
-        torch.cuda.synchronize()
-        seconds = (time.perf_counter() - started) / count
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            step(images, labels, 0)
-            torch.cuda.synchronize()
     times: dict[str, list[float]] = defaultdict(list)
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
@@ -289,6 +328,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="vim_s")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more of train.py's overrides")
     parser.add_argument("--profile", nargs="*", default=[], metavar="METHOD")
+    parser.add_argument("--side-by-side", type=int, default=0, metavar="K", help="up to K independent runs on one GPU")
     parser.add_argument("--whole-task", action="store_true")
     parser.add_argument("--reference", type=Path, metavar="PATH", help="a checkout of the published MambaPEFT code")
     parser.add_argument("--out", type=Path, help="write OUT.csv and OUT.png")
@@ -302,7 +342,7 @@ def main() -> None:
         outputs = Path(temporary)
         rows = []
         if methods:
-            task, kept = make_task(outputs / "small", test_images=1024), Kept()
+            task, kept = make_task(outputs / "small", test_images=512), Kept()
             for batch in options.batch:
                 for precision in options.precision:
                     for method in methods:
@@ -320,6 +360,10 @@ def main() -> None:
             for batch in options.batch:
                 _, plan = plan_of([f"method=[{method}]", "backbone.weights=random", *more])
                 print("\n".join(profile(plan, batch, options.precision[0])), flush=True)
+        for method in methods if options.side_by_side else ():
+            _, plan = plan_of([f"method=[{method}]", "backbone.weights=random", *more])
+            for line in side_by_side(plan, options.batch[0], options.precision[0], options.side_by_side):
+                print(line, flush=True)
         if options.whole_task:
             tasks = [make_task(outputs / name, test_images=10_000) for name in ("first", "second")]
             print("\n".join(whole_task(*tasks, outputs)), flush=True)

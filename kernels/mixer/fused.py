@@ -19,8 +19,8 @@ _SCANS = {
 }
 
 # Keep u and Δ of the forward up to this many bytes a call; beyond, the backward computes them again (three launches,
-# 8 % of the block's time at batch 32). 256 MiB is Vim-S at a batch of about 220 in bfloat16.
-KEEP_BYTES = 256 << 20
+# 8 % of the block's time). 512 MiB is Vim-S at a batch of about 440 in bfloat16.
+KEEP_BYTES = 512 << 20
 
 
 def run(x: Tensor, z: Tensor, directions: tuple[Direction, ...], scale: float, scans: str) -> Tensor:

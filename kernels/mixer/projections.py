@@ -171,7 +171,7 @@ def _precision(x: Tensor) -> str:
 _TILES: dict[str, dict[str, int]] = {
     "x_proj": {"BLOCK_T": 64, "BLOCK_E": 64, "num_warps": 4, "num_stages": 3},
     "dt_proj": {"BLOCK_T": 64, "BLOCK_E": 64, "num_warps": 4, "num_stages": 1},
-    "dt_proj_backward": {"BLOCK_T": 32, "BLOCK_E": 64, "num_warps": 4, "num_stages": 3},
+    "dt_proj_backward": {"BLOCK_T": 64, "BLOCK_E": 128, "num_warps": 4, "num_stages": 3},
     "x_proj_backward": {"BLOCK_T": 64, "BLOCK_E": 128, "num_warps": 4, "num_stages": 1},
 }
 _FLOAT32_TILE = {"BLOCK_T": 32, "BLOCK_E": 32, "num_warps": 4, "num_stages": 2}

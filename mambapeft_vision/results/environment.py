@@ -66,6 +66,7 @@ def device_name(device: torch.device) -> str:
 def reset_peak_memory(device: torch.device) -> None:
     """Starts the count of `peak_memory_bytes` again, where that can be done (on GPUs)."""
     if device.type == "cuda":
+        torch.cuda.init()  # before that there is nothing to count
         torch.cuda.reset_peak_memory_stats(device)
 
 

@@ -127,7 +127,7 @@ def test_a_step_that_cannot_be_recorded_is_launched_and_says_so(task, tmp_path):
 
 
 def test_bf16_follows_fp32_for_a_hundred_steps(task, tmp_path):
-    """Stated band: each epoch's mean loss within 3 %. (Dropout draws differently in another dtype, so there is none.)"""
+    """Stated band: each epoch's mean loss within 3 %. (Dropout draws differently in another dtype: there is none.)"""
     rows = []
     for precision in ("bf16", "fp32"):
         more = ["trainer.max_epochs=20", "dataset.batch_size=8", "method.lora_p_x.dropout=0"]
