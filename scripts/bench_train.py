@@ -183,7 +183,7 @@ def side_by_side(plan: RunPlan, batch: int, precision: str, most: int) -> Iterat
         steps += [prepare(plan, batch, precision) for _ in range(max(1, len(steps)))]
         rate = len(steps) * batch / seconds_a_round(steps, 40)
         alone = alone or rate
-        yield f"{plan.method_names}, batch {batch}: {len(steps)} runs side by side {rate:,.0f} images/s, {rate / alone:.2f}x"
+        yield f"{plan.method_names}, batch {batch}: {len(steps)} side by side {rate:,.0f} images/s, {rate / alone:.2f}x"
 
 
 def profile(plan: RunPlan, batch: int, precision: str, top: int = 16) -> Iterator[str]:
