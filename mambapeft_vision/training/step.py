@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mambapeft_vision.adapt import AdaptedModel
-from mambapeft_vision.training.testing import autocast
+from mambapeft_vision.training.testing import after_failed_recording, autocast
 
 # Steps launched one by one before one is recorded: kernels compile, libraries load, the optimiser makes its state.
 WARM_UP = 3
@@ -178,15 +178,23 @@ class TrainStep:
                 self._run(*inputs)
         except Exception as error:
             self._records = False
-            torch.cuda.synchronize()
+            self._graphs.clear()
+            after_failed_recording(images.device)
             self._optimizer.zero_grad(set_to_none=True)
             self._note(
-                f"the training step cannot be recorded as a CUDA graph ({str(error).splitlines()[0]}); it is launched "
-                f"kernel by kernel, which is slower and otherwise the same"
+                f"the training step cannot be recorded as a CUDA graph ({first_cause(error)}); it is launched kernel by "
+                f"kernel, which is slower and otherwise the same"
             )
             return None
         self._graphs[len(labels)] = recorded = _Recorded(graph, *inputs)
         return recorded
+
+
+def first_cause(error: BaseException) -> str:
+    """The first line of what went wrong first: the error of a recording hides what broke it off."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,12 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" else "fp32"
 
 
+def after_failed_recording(device: torch.device) -> None:
+    """Makes a device fit for launches again: a recording that broke off leaves its random generator waiting for its end."""
+    torch.cuda.synchronize(device)
+    torch.cuda.default_generators[device.index].graphsafe_set_state(torch.Generator(device))
+
+
 def apply_precision(precision: str) -> None:
     """Sets PyTorch's process-wide switches for float32 products on GPUs: full precision, or tf32."""
     tf32 = precision == "tf32"
@@ -132,7 +138,7 @@ class _Forward:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._logits = self._run(self._images)
         except RuntimeError:  # a model that cannot be recorded is launched kernel by kernel, as in training
-            torch.cuda.synchronize()
+            after_failed_recording(images.device)
             return
         self._graph = graph
 
