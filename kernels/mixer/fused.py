@@ -251,9 +251,10 @@ def _mixer_backward(
                 triton.conv_input_gradient(du, w.conv_weight, rev, dx)
         if need_conv:
             grads["conv_weight"], grads["conv_bias"] = triton.conv_weight_gradients(du, x, taps, rev)
-        if need_proj:
-            rows = u.flatten(1, 2)
+        rows = u.flatten(1, 2)
+        if wanted["x_proj"]:
             grads["x_proj"] = torch.bmm(dproj.flatten(1, 2).transpose(1, 2), rows)
+        if wanted["dt_proj"]:
             # The low-rank Δ is not stored; one product brings it back.
             low = torch.stack([r @ p[:rank].T.to(r.dtype) for r, p in zip(rows, w.x_proj)])
             grads["dt_proj"] = torch.bmm(draw.flatten(1, 2).transpose(1, 2), low)

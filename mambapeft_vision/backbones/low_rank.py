@@ -1,7 +1,7 @@
-"""A linear map with a low-rank branch beside it, as one autograd node: LoRA in activation space without its copies.
+"""Low-rank branches beside a linear map without their copies: LoRA in activation space.
 
 Written out, `out = F.linear(x, W); out[..., rows] += s · up(dropout(down(x)))` costs two passes over `out` and one over
-the gradient of `x` for the additions alone: a twelfth of a Vim-S block's time. Here the products add to what is there.
+the gradient of `x` for the additions alone: a twelfth of a Vim-S block's time. Here products add to what is there.
 """
 
 import torch
@@ -33,54 +33,99 @@ def low_rank_linear(
     return _LowRankLinear.apply(x, weight, bias, down, up, scale, dropout, rows)
 
 
+def add_low_rank(
+    out: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float, dropout: float, rows: slice | None
+) -> Tensor:
+    """Adds scale · up(dropout(down(x))) to the features `rows` of out [..., out], which is contiguous, in place.
+
+    Args: as for `low_rank_linear`.
+    """
+    return _AddLowRank.apply(out, x, down, up, scale, dropout, rows)
+
+
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, down, up, scale, dropout, rows):
         dtype = compute_dtype(x)
-        ctx.shape, ctx.rows, ctx.scale, ctx.dropout = x.shape, rows, scale, dropout
-        ctx.dtypes = x.dtype, *(None if t is None else t.dtype for t in (weight, bias, down, up))
+        ctx.shape, ctx.dtypes = x.shape, (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         with torch.autocast(x.device.type, enabled=False):
             flat = x.to(dtype).reshape(-1, x.shape[-1])
-            weight, bias, down = (None if t is None else t.to(dtype) for t in (weight, bias, down))
-            scaled = up.to(dtype) if scale == 1 else torch.mul(up, scale, out=up.new_empty(up.shape, dtype=dtype))
+            weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
             out = flat.new_empty(*x.shape[:-1], weight.shape[0])
             flat_out = out.view(-1, out.shape[-1])
             if bias is None:
                 torch.mm(flat, weight.T, out=flat_out)
             else:
                 torch.addmm(bias, flat, weight.T, out=flat_out)
-            low, mask = flat @ down.T, None
-            if dropout:
-                low, mask = torch.native_dropout(low, dropout, True)
-            _features(flat_out, rows).addmm_(low, scaled.T)
-        ctx.save_for_backward(flat, weight, down, scaled, low, mask)
+            ctx.branch, saved = _add_branch(flat_out, flat, down, up, scale, dropout, rows)
+        ctx.save_for_backward(weight, *saved)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        flat, weight, down, scaled, low, mask = ctx.saved_tensors
-        x_dtype, weight_dtype, bias_dtype, down_dtype, up_dtype = ctx.dtypes
-        need_x, need_weight, need_bias, need_down, need_up, *_ = ctx.needs_input_grad
-        dx = dweight = dbias = ddown = dup = None
+        weight, *saved = ctx.saved_tensors
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        need_x, need_weight, need_bias, *need_branch, _, _, _ = ctx.needs_input_grad
+        dx = dweight = dbias = None
         with torch.autocast(grad.device.type, enabled=False):
-            grad = grad.reshape(-1, grad.shape[-1]).to(scaled.dtype)
-            through = _features(grad, ctx.rows)
-            dlow = through @ scaled
-            if mask is not None:
-                dlow = torch.ops.aten.native_dropout_backward(dlow, mask, 1 / (1 - ctx.dropout))
-            if need_x:
-                dx = (grad @ weight).addmm_(dlow, down).view(ctx.shape).to(x_dtype)
+            grad = grad.reshape(-1, grad.shape[-1]).to(weight.dtype)
             if need_weight:
-                dweight = _product(grad.T, flat, weight_dtype)
+                dweight = _product(grad.T, saved[0], weight_dtype)
             if need_bias:
                 dbias = grad.sum(0, dtype=bias_dtype)
-            if need_down:
-                ddown = _product(dlow.T, flat, down_dtype)
-            if need_up:
-                dup = _product(through.T, low, up_dtype)
-                dup = dup if ctx.scale == 1 else dup.mul_(ctx.scale)
+            dlow, ddown, dup = _branch_gradients(grad, ctx.branch, saved, *need_branch)
+            if need_x:
+                dx = (grad @ weight).addmm_(dlow, saved[1]).view(ctx.shape).to(x_dtype)
         return dx, dweight, dbias, ddown, dup, None, None, None
+
+
+class _AddLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out, x, down, up, scale, dropout, rows):
+        ctx.shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.mark_dirty(out)
+        with torch.autocast(x.device.type, enabled=False):
+            flat = x.to(out.dtype).reshape(-1, x.shape[-1])
+            ctx.branch, saved = _add_branch(out.view(-1, out.shape[-1]), flat, down, up, scale, dropout, rows)
+        ctx.save_for_backward(*saved)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        saved = ctx.saved_tensors
+        _, need_x, *need_branch, _, _, _ = ctx.needs_input_grad
+        with torch.autocast(grad.device.type, enabled=False):
+            flat = grad.reshape(-1, grad.shape[-1]).to(saved[0].dtype)
+            dlow, ddown, dup = _branch_gradients(flat, ctx.branch, saved, *need_branch)
+            dx = (dlow @ saved[1]).view(ctx.shape).to(ctx.x_dtype) if need_x else None
+        return grad, dx, ddown, dup, None, None, None
+
+
+def _add_branch(out: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float, dropout: float, rows: slice | None):
+    """Adds the branch to out [m, out] for x [m, in] of one dtype; returns what `_branch_gradients` needs."""
+    dtype = x.dtype
+    narrow = down.to(dtype)
+    scaled = up.to(dtype) if scale == 1 else torch.mul(up, scale, out=up.new_empty(up.shape, dtype=dtype))
+    low, mask = x @ narrow.T, None
+    if dropout:
+        low, mask = torch.native_dropout(low, dropout, True)
+    _features(out, rows).addmm_(low, scaled.T)
+    return (rows, scale, dropout, down.dtype, up.dtype), (x, narrow, scaled, low, mask)
+
+
+def _branch_gradients(grad: Tensor, branch, saved, need_down: bool, need_up: bool):
+    """Gradients of down(x), down and up from grad [m, out]."""
+    rows, scale, dropout, down_dtype, up_dtype = branch
+    x, _, scaled, low, mask = saved
+    through = _features(grad, rows)
+    dlow = through @ scaled
+    if mask is not None:
+        dlow = torch.ops.aten.native_dropout_backward(dlow, mask, 1 / (1 - dropout))
+    ddown = _product(dlow.T, x, down_dtype) if need_down else None
+    dup = _product(through.T, low, up_dtype) if need_up else None
+    return dlow, ddown, dup if dup is None or scale == 1 else dup.mul_(scale)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

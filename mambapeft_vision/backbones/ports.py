@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambapeft_vision.backbones.low_rank import compute_dtype, low_rank_linear
+from mambapeft_vision.backbones.low_rank import add_low_rank, compute_dtype, low_rank_linear
 from mambapeft_vision.errors import UserError
 
 
@@ -59,26 +59,32 @@ class SidePort:
         self.branches = [b for b in self.branches if b.owner != owner]
 
     def __call__(self, x: Tensor, out: Tensor) -> Tensor:
-        return _add_branches(self.branches, x, out)
+        for branch in self.branches:
+            out = _add_branch(branch, x, out)
+        return out
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """F.linear(x, weight, bias) and all branches.
 
-        The first function with an attribute `low_rank` (down, up, scale, dropout) is joined to the product itself.
+        Functions with an attribute `low_rank` (down, up, scale, dropout) join products; the first joins this one.
         """
-        for position, branch in enumerate(self.branches):
-            factors = getattr(branch.fn, "low_rank", None)
-            if factors is not None:
-                others = self.branches[:position] + self.branches[position + 1 :]
-                return _add_branches(others, x, low_rank_linear(x, weight, bias, *factors, branch.rows))
-        return _add_branches(self.branches, x, F.linear(x, weight, bias))
+        low_rank = [(branch, getattr(branch.fn, "low_rank", None)) for branch in self.branches]
+        low_rank = [(branch, factors) for branch, factors in low_rank if factors is not None]
+        if not low_rank:
+            return self(x, F.linear(x, weight, bias))
+        (first, factors), *others = low_rank
+        out = low_rank_linear(x, weight, bias, *factors, first.rows)
+        for branch, factors in others:
+            out = add_low_rank(out, x, *factors, branch.rows)
+        for branch in self.branches:
+            if getattr(branch.fn, "low_rank", None) is None:
+                out = _add_branch(branch, x, out)
+        return out
 
 
-def _add_branches(branches: list[Branch], x: Tensor, out: Tensor) -> Tensor:
-    for branch in branches:
-        delta = branch.fn(x)
-        out = out + delta if branch.rows is None else _AddToFeatures.apply(out, delta, branch.rows)
-    return out
+def _add_branch(branch: Branch, x: Tensor, out: Tensor) -> Tensor:
+    delta = branch.fn(x)
+    return out + delta if branch.rows is None else _AddToFeatures.apply(out, delta, branch.rows)
 
 
 class _AddToFeatures(torch.autograd.Function):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mambapeft_vision.adapt import AdaptedModel
-from mambapeft_vision.training.testing import after_failed_recording, autocast
+from mambapeft_vision.training.testing import after_failed_recording, autocast, no_garbage_collection
 
 # Steps launched one by one before one is recorded: kernels compile, libraries load, the optimiser makes its state.
 WARM_UP = 3
@@ -172,8 +172,10 @@ class TrainStep:
         graph = torch.cuda.CUDAGraph()
         try:
             self._optimizer.zero_grad(set_to_none=True)
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+            stream = torch.cuda.current_stream()
+            with (
+                no_garbage_collection(),
+                torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
             ):
                 self._run(*inputs)
         except Exception as error:
@@ -182,8 +184,8 @@ class TrainStep:
             after_failed_recording(images.device)
             self._optimizer.zero_grad(set_to_none=True)
             self._note(
-                f"the training step cannot be recorded as a CUDA graph ({first_cause(error)}); it is launched kernel by "
-                f"kernel, which is slower and otherwise the same"
+                f"the training step cannot be recorded as a CUDA graph ({first_cause(error)}); it is launched kernel "
+                f"by kernel, which is slower and otherwise the same"
             )
             return None
         self._graphs[len(labels)] = recorded = _Recorded(graph, *inputs)

@@ -1,8 +1,9 @@
 """Testing a model on a split: predictions, accuracy, loss, speed."""
 
+import gc
 import time
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,8 +49,19 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" else "fp32"
 
 
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """For the time of a recording: freeing what an earlier run left on the device would break it off."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def after_failed_recording(device: torch.device) -> None:
-    """Makes a device fit for launches again: a recording that broke off leaves its random generator waiting for its end."""
+    """Makes a device fit for launches again: its random generator still waits for the end of the recording."""
     torch.cuda.synchronize(device)
     torch.cuda.default_generators[device.index].graphsafe_set_state(torch.Generator(device))
 
@@ -135,7 +147,7 @@ class _Forward:
     def _start_recording(self, images: Tensor) -> None:
         self._images, graph = images.clone(), torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with no_garbage_collection(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._logits = self._run(self._images)
         except RuntimeError:  # a model that cannot be recorded is launched kernel by kernel, as in training
             after_failed_recording(images.device)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mambapeft_vision.backbones.low_rank import low_rank_linear
+from mambapeft_vision.backbones.low_rank import add_low_rank, low_rank_linear
 from mambapeft_vision.backbones.ports import PortedLinear
 
 IN, OUT, RANK = 6, 10, 3
@@ -41,6 +41,23 @@ def test_values_and_all_gradients(rows, bias, scale, dropout):
         out = function(*inputs, scale, dropout, rows)
         wanted = [t for t in inputs if t is not None]
         results.append([out, *torch.autograd.grad(out.square().sum(), wanted)])
+    for ours, expected in zip(*results):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [None, slice(3, 10)])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_second_branch_adds_to_the_first(rows, dropout):
+    x, weight, _, down, up = tensors(rows, False)
+    results = []
+    for joined in (True, False):
+        torch.manual_seed(1)
+        out = F.linear(x, weight)
+        if joined:
+            out = add_low_rank(out, x, down, up, 0.1, dropout, rows)
+        else:
+            out = out + written_out(x, torch.zeros_like(weight), None, down, up, 0.1, dropout, rows)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (x, weight, down, up))])
     for ours, expected in zip(*results):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
