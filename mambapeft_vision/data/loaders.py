@@ -36,13 +36,23 @@ class TrainLoader:
     Every `iter()` is one epoch; its number is asked of `current_epoch` when the first batch is drawn.
     `state_dict` and `load_state_dict` are Lightning's interface for going on inside an epoch: the first
     epoch after loading skips the batches it had already handed out.
+    With several ranks each hands out its part of every batch (of a very small last one perhaps nothing).
     """
 
-    def __init__(self, images: ImageSet, batch_size: int, seed: int, current_epoch: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        images: ImageSet,
+        batch_size: int,
+        seed: int,
+        current_epoch: Callable[[], int],
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
         self._set = images
         self._batch_size = batch_size
         self._seed = seed
         self._current_epoch = current_epoch
+        self._rank, self._ranks = rank, ranks
         self._position = _NOWHERE  # of the latest pass, for state_dict
         self._resume_at = _NOWHERE  # from load_state_dict, used up by the next pass
 
@@ -57,7 +67,7 @@ class TrainLoader:
         chunks = order.split(self._batch_size)
         for number, chunk in enumerate(chunks[done:], start=done + 1):
             self._position = {"epoch": epoch, "batches": number}
-            yield self._set.batch(chunk)
+            yield self._set.batch(chunk.tensor_split(self._ranks)[self._rank])
 
     def state_dict(self) -> dict[str, int]:
         return dict(self._position)

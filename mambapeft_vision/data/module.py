@@ -171,7 +171,8 @@ class TaskDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """Shuffled batches; each pass is the epoch that the trainer is in."""
-        return TrainLoader(self.train_set, self.batch_size, self.seed, self._current_epoch)
+        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return TrainLoader(self.train_set, self.batch_size, self.seed, self._current_epoch, rank, ranks)
 
     def test_dataloader(self) -> MemoryLoader | DataLoader:
         """Batches of the test split in list order."""

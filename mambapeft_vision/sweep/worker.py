@@ -1,20 +1,19 @@
 """A worker process of a sweep: takes runs from the parent one by one, and answers how each one ended."""
 
-import multiprocessing
 import os
 import sys
-import threading
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
 
 from mambapeft_vision.atomic import write_json
+from mambapeft_vision.processes import end_with_parent
 from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.sweep.kept import Kept
 from mambapeft_vision.training.cli import is_mistake, summary
@@ -56,7 +55,7 @@ def work(connection: Connection, environment: Mapping[str, str], threads: int, l
         log: file for what runs print.
     """
     os.environ.update(environment)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     _print_to(log)
     torch.set_num_threads(threads)
     kept = Kept()
@@ -89,12 +88,6 @@ def write_failure(assignment: Assignment, error: str, trace: str) -> None:
         "failed_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     write_json(assignment.folder / FAILURE_FILE, content)
-
-
-def _end_with_parent() -> None:
-    """A worker left alone by a killed sweep would get in the way of the next one."""
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
 
 
 def _print_to(log: Path) -> None:

@@ -41,6 +41,7 @@ class TrainerConfig:
     micro_batch: int | None = MISSING
     cuda_graph: bool = MISSING
     device: str = MISSING
+    devices: int = MISSING
     checkpoint_every_s: float = MISSING
     picture: bool = MISSING
 
@@ -61,6 +62,7 @@ class TrainerConfig:
         _require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0, or null")
         micro = self.micro_batch
         _require(micro is None or micro >= 1, "micro_batch", micro, "at least 1, or null")
+        _require(self.devices >= 1, "devices", self.devices, "at least 1")
         _require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
 
 

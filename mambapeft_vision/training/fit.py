@@ -1,15 +1,20 @@
 """Training proper: a Lightning trainer with our callbacks, continued from the run's checkpoint where there is one."""
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
+from mambapeft_vision.errors import UserError
+from mambapeft_vision.methods import add_methods_folder
+from mambapeft_vision.training.build import build_model, resolve_device
 from mambapeft_vision.training.callbacks import (
     Checkpoints,
     History,
@@ -23,7 +28,8 @@ from mambapeft_vision.training.config import TrainerConfig
 from mambapeft_vision.training.console import Console
 from mambapeft_vision.training.module import FineTuning
 from mambapeft_vision.training.plan import RunPlan
-from mambapeft_vision.training.setup import Setup
+from mambapeft_vision.training.ranks import SummedGradients, other_ranks, sum_over_ranks
+from mambapeft_vision.training.setup import Setup, assemble
 from mambapeft_vision.training.step import StepSettings
 
 METRICS_FILE = "metrics.csv"
@@ -43,23 +49,50 @@ def fit(plan: RunPlan, setup: Setup, log_epoch: Callable[[Row], None], console: 
         WarmupPhases(console),
         Checkpoints(checkpoint, plan.recipe.checkpoint_every_s),
     ]
-    resumes = checkpoint.is_file()
-    if resumes:
+    if checkpoint.is_file():
         console.say(f"continues from {checkpoint}")
-    trainer = make_trainer(plan.recipe, setup.device, callbacks)
-    settings = step_settings(plan.recipe, setup.precision)
-    module = FineTuning(setup.model, setup.normalise, plan.recipe, plan.seed, settings, console.note)
+    devices = plan.recipe.devices
+    phased = [name for name, method in setup.model.methods.items() if method.warming_up]
+    if devices > 1 and phased:
+        raise UserError(f"trainer.devices={devices}: {phased[0]} chooses what to train on one device; set it to 1")
     try:
-        with own_stream(setup.device):
-            trainer.fit(module, datamodule=setup.task, ckpt_path=checkpoint if resumes else None)
+        with other_ranks(devices, partial(fit_rank, plan)):
+            _fit(plan, setup, callbacks, console, rank=0)
     except SystemExit as ctrl_c:  # Lightning's answer to Ctrl-C
         raise KeyboardInterrupt from ctrl_c
     return history
 
 
-def step_settings(recipe: TrainerConfig, precision: str) -> StepSettings:
-    """precision: the resolved one."""
-    return StepSettings(precision, recipe.clip_norm, recipe.micro_batch, recipe.cuda_graph)
+def fit_rank(plan: RunPlan, rank: int) -> None:
+    """What a rank above 0 does of a run: everything but writing and printing, into a log of its own."""
+    if plan.config["paths"]["methods"] is not None:
+        add_methods_folder(plan.config["paths"]["methods"])
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        Console(plan.folder / f"rank{rank}.log", stream=nowhere) as console,
+    ):
+        device = resolve_device(plan.recipe.device)
+        if device.type == "cuda":
+            device = torch.device("cuda", rank)
+            torch.cuda.set_device(device)
+        attach = partial(build_model, plan)
+        setup = assemble(plan, attach, device=device, kernel=plan.config["kernel"], console=console)
+        _fit(plan, setup, [WarmupPhases(console)], console, rank)
+
+
+def _fit(plan: RunPlan, setup: Setup, callbacks: list[Callback], console: Console, rank: int) -> None:
+    checkpoint = plan.folder / CHECKPOINT_FILE
+    trainer = make_trainer(plan.recipe, setup.device, callbacks)
+    settings = step_settings(plan.recipe, setup.precision, rank)
+    module = FineTuning(setup.model, setup.normalise, plan.recipe, plan.seed, settings, console.note)
+    with own_stream(setup.device):
+        trainer.fit(module, datamodule=setup.task, ckpt_path=checkpoint if checkpoint.is_file() else None)
+
+
+def step_settings(recipe: TrainerConfig, precision: str, rank: int = 0) -> StepSettings:
+    """precision: the resolved one; rank: of this process."""
+    reduce = sum_over_ranks if recipe.devices > 1 else None
+    return StepSettings(precision, recipe.clip_norm, recipe.micro_batch, recipe.cuda_graph, rank, reduce)
 
 
 @contextmanager
@@ -80,12 +113,16 @@ def make_trainer(recipe: TrainerConfig, device: torch.device, callbacks: list[Ca
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=PossibleUserWarning)  # advice on its own loaders and checkpoints
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # between Lightning and PyTorch
+    several = recipe.devices > 1
+    one_gpu = device.type == "cuda" and not several
     return Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=[device.index] if device.type == "cuda" else 1,
+        devices=[device.index] if one_gpu else recipe.devices,
+        strategy=SummedGradients() if several else "auto",
+        use_distributed_sampler=False,  # our loader takes each rank's part itself
         max_epochs=recipe.max_epochs,
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO(), LightningEnvironment()],  # one process, also inside a Slurm job
+        plugins=[AtomicCheckpointIO(), LightningEnvironment()],  # our own processes, also inside a Slurm job
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -86,8 +86,16 @@ class FineTuning(LightningModule):
         step = self.current_epoch * steps + batch_idx
         optimizer = self.trainer.optimizers[0]
         set_learning_rates(optimizer, self.recipe, step=step, epoch=self.current_epoch, steps_per_epoch=steps)
-        self.step(images, labels, self._epoch_seed + batch_idx)
-        self.images_seen += len(labels) * self._settings.ranks
+        whole = self._images_in_step(batch_idx, len(labels))
+        self.step(images, labels, self._epoch_seed + batch_idx, whole)
+        self.images_seen += whole
+
+    def _images_in_step(self, batch_idx: int, here: int) -> int:
+        """On all ranks."""
+        if self.trainer.world_size == 1:
+            return here
+        task = self.trainer.datamodule
+        return min(task.batch_size, len(task.train_set) - batch_idx * task.batch_size)
 
     def gradients(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> float:
         """The loss of a batch of this epoch; fills the gradients and changes nothing else."""

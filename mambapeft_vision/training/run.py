@@ -22,6 +22,7 @@ from mambapeft_vision.training.console import Console
 from mambapeft_vision.training.dry_run import describe_counts, describe_recipe, dry_run_report
 from mambapeft_vision.training.fit import fit
 from mambapeft_vision.training.plan import RunPlan, make_plan, set_aside
+from mambapeft_vision.training.ranks import check_devices
 from mambapeft_vision.training.setup import FRESH, Setup, Sources, assemble
 from mambapeft_vision.training.testing import Predictions
 
@@ -59,10 +60,12 @@ def execute(plan: RunPlan, console: Console, sources: Sources) -> RunRecord:
     """Trains, saves and tests; result.json is written last."""
     started = time.monotonic()
     console.say(f"{plan.method_names} on {plan.task}, seed {plan.seed}, in {plan.folder}")
+    device = resolve_device(plan.recipe.device)
+    check_devices(plan.recipe.devices, device)
     setup = assemble(
         plan,
         partial(build_model, plan),
-        device=resolve_device(plan.recipe.device),
+        device=device,
         kernel=plan.config["kernel"],
         console=console,
         sources=sources,

@@ -29,15 +29,16 @@ AHEAD = 8
 class StepSettings:
     """precision: fp32, tf32 or bf16; clip_norm: of the global gradient; micro_batch: images per pass, None for all.
 
-    record: whether to record CUDA graphs (on a GPU); reduce: sums a list of gradients over processes, in place.
+    record: whether to record CUDA graphs (on a GPU); rank: of this process among those that share the batches;
+    reduce: sums a list of tensors over them, in place.
     """
 
     precision: str
     clip_norm: float | None
     micro_batch: int | None = None
     record: bool = True
+    rank: int = 0
     reduce: Callable[[list[Tensor]], None] | None = None
-    ranks: int = 1
 
 
 class TrainStep:
@@ -76,8 +77,8 @@ class TrainStep:
         self._signal = torch.zeros((), pin_memory=self._on_gpu)
         self._under_way: deque[torch.cuda.Event] = deque()
         self._records = settings.record and self._on_gpu
-        self._graphs: dict[int, _Recorded] = {}
-        self._launched: dict[int, int] = {}  # steps launched one by one, by batch size
+        self._graphs: dict[tuple[int, int], _Recorded] = {}  # by size, here and on all ranks
+        self._launched: dict[tuple[int, int], int] = {}  # steps launched one by one
         self._pool = torch.cuda.graph_pool_handle() if self._records else None
 
     @property
@@ -85,18 +86,24 @@ class TrainStep:
         """Whether the latest batch size runs as a CUDA graph by now."""
         return bool(self._graphs)
 
-    def __call__(self, images: Tensor, labels: Tensor, seed: int) -> None:
-        """One step. images: uint8 [b, 3, H, W]; labels: int64 [b]; seed: of this step's dropout and drop path."""
-        torch.manual_seed(seed)
-        size = len(labels)
+    def __call__(self, images: Tensor, labels: Tensor, seed: int, whole: int | None = None) -> None:
+        """One step.
+
+        Args:
+            images: uint8 [b, 3, H, W]; labels: int64 [b].
+            seed: of this step's dropout and drop path.
+            whole: images of this step on all ranks; default: b.
+        """
+        torch.manual_seed(seed + (self._settings.rank << 32))
+        size = len(labels), len(labels) if whole is None else whole
         recorded = self._graphs.get(size)
         if recorded is None and self._records and self._is_warm(size):
-            recorded = self._record(images, labels)
+            recorded = self._record(images, labels, size)
         if recorded is not None:
             recorded.replay(images, labels)
         else:
             self._launched[size] = self._launched.get(size, 0) + 1
-            self._run(images, labels)
+            self._run(images, labels, size[1])
         if self._on_gpu:
             self._wait_for_older()
 
@@ -114,9 +121,9 @@ class TrainStep:
         return totals
 
     def gradients(self, images: Tensor, labels: Tensor, seed: int) -> float:
-        """Computes a batch's gradients without a step and returns its loss: to look into a step that failed."""
+        """Computes a whole batch's gradients here, takes no step, returns the loss: to look into a step that failed."""
         torch.manual_seed(seed)
-        return self._backward(images, labels).item()
+        return self._backward(images, labels, len(labels))[0].item()
 
     def _wait_for_older(self) -> None:
         if len(self._under_way) == AHEAD:
@@ -125,8 +132,13 @@ class TrainStep:
 
     # One step
 
-    def _run(self, images: Tensor, labels: Tensor) -> None:
-        loss = self._backward(images, labels, count=True)
+    def _run(self, images: Tensor, labels: Tensor, whole: int) -> None:
+        sums = self._backward(images, labels, whole)
+        if self._settings.reduce is not None:
+            self._settings.reduce([sums, *(p.grad for p in self._trained if p.grad is not None)])
+        loss, correct = sums
+        self._loss_sum += loss * whole
+        self._correct += correct.long()
         norm = self._clip()
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         self._not_finite.copy_(torch.maximum(self._not_finite, (~finite).float()))
@@ -134,25 +146,18 @@ class TrainStep:
         self._steps += (1 - self._not_finite).long()
         self._signal.copy_(self._not_finite, non_blocking=True)
 
-    def _backward(self, images: Tensor, labels: Tensor, count: bool = False) -> Tensor:
-        """Fills the gradients; returns the mean loss over the batch. With several processes: over all of theirs."""
+    def _backward(self, images: Tensor, labels: Tensor, whole: int) -> Tensor:
+        """Fills the gradients; returns [sum of losses / whole, right answers], float64."""
         self._optimizer.zero_grad(set_to_none=True)
-        whole = len(labels) * self._settings.ranks
-        size = self._settings.micro_batch or len(labels)
-        total = torch.zeros((), dtype=torch.float64, device=images.device)
+        size = self._settings.micro_batch or max(1, len(labels))
+        sums = torch.zeros(2, dtype=torch.float64, device=images.device)
         for part, wanted in zip(images.split(size), labels.split(size)):
             with autocast(self._settings.precision, images.device):
                 logits = self._model(self._normalise(part))
                 loss = F.cross_entropy(logits, wanted, reduction="sum") / whole
             loss.backward()
-            total += loss.detach()
-            if count:
-                self._correct += (logits.detach().argmax(dim=1) == wanted).sum()
-        if self._settings.reduce is not None:
-            self._settings.reduce([total, *(p.grad for p in self._trained if p.grad is not None)])
-        if count:
-            self._loss_sum += total * whole
-        return total
+            sums += torch.stack((loss.detach().double(), (logits.detach().argmax(dim=1) == wanted).sum().double()))
+        return sums
 
     def _clip(self) -> Tensor:
         """Clips the gradients' global norm, if asked for, and returns it as it was."""
@@ -162,11 +167,11 @@ class TrainStep:
 
     # Recording
 
-    def _is_warm(self, size: int) -> bool:
+    def _is_warm(self, size: tuple[int, int]) -> bool:
         """Every size is launched once before it is recorded: the last batch of an epoch has kernels of its own."""
         return self._launched.get(size, 0) > 0 and sum(self._launched.values()) >= WARM_UP
 
-    def _record(self, images: Tensor, labels: Tensor) -> _Recorded | None:
+    def _record(self, images: Tensor, labels: Tensor, size: tuple[int, int]) -> _Recorded | None:
         """Records a step for batches of this size; None, and never again, where that does not work."""
         inputs = images.clone(), labels.clone()
         graph = torch.cuda.CUDAGraph()
@@ -177,7 +182,7 @@ class TrainStep:
                 no_garbage_collection(),
                 torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
             ):
-                self._run(*inputs)
+                self._run(*inputs, size[1])
         except Exception as error:
             self._records = False
             self._graphs.clear()
@@ -188,7 +193,7 @@ class TrainStep:
                 f"by kernel, which is slower and otherwise the same"
             )
             return None
-        self._graphs[len(labels)] = recorded = _Recorded(graph, *inputs)
+        self._graphs[size] = recorded = _Recorded(graph, *inputs)
         return recorded
 
 

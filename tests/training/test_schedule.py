@@ -29,6 +29,7 @@ RECIPE = {
     "picture": False,
     "micro_batch": None,
     "cuda_graph": True,
+    "devices": 1,
 }
 VTAB = {"steps_per_epoch": 32, "max_epochs": 100, "warmup_epochs": 10, "start_factor": 0.001, "min_lr": 1e-05}
 

@@ -104,6 +104,7 @@ def run(golden) -> tuple[Recorder, dict[str, Tensor]]:
         picture=False,
         micro_batch=None,
         cuda_graph=True,
+        devices=1,
     )
     recorder = Recorder()
     module = FineTuning(build(golden, meta), nn.Identity(), recipe, 0, step_settings(recipe, recipe.precision))
