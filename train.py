@@ -1,11 +1,17 @@
 """Fine-tunes a Vision Mamba: python train.py method=lora_p_x dataset=vtab/cifar (python train.py --help)."""
 
+import sys
+from pathlib import Path
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from mambapeft_vision.training.cli import job, run_cli
 from mambapeft_vision.training.config import register_schemas
+from mambapeft_vision.training.overrides import prepare_multirun
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
 
 register_schemas()
 
@@ -18,5 +24,10 @@ def main(cfg: DictConfig) -> None:
     train(cfg, HydraConfig.get().overrides.task)
 
 
+def prepare_and_run() -> None:
+    sys.argv[1:] = prepare_multirun(sys.argv[1:], CONFIGS)
+    main()
+
+
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(prepare_and_run)

@@ -13,11 +13,11 @@ from hydra.core.override_parser.types import Glob, Override
 from omegaconf import DictConfig
 
 from mambapeft_vision.data.vtab import TASKS
-from mambapeft_vision.errors import UserError
 from mambapeft_vision.results.record import is_finished, read_record
 from mambapeft_vision.sweep.inputs import Inputs
 from mambapeft_vision.training.checkpoint import CHECKPOINT_FILE
 from mambapeft_vision.training.config import register_schemas
+from mambapeft_vision.training.overrides import glob_options, sweep_name
 from mambapeft_vision.training.plan import RunPlan, make_plan
 
 ALL_TASKS = f"dataset={','.join(task.name for task in TASKS.values())}"
@@ -61,7 +61,8 @@ def plan_jobs(arguments: Sequence[str], configs: Path) -> list[Job]:
         if not any(argument.partition("=")[0] == "dataset" for argument in arguments):
             arguments = [ALL_TASKS, *arguments]
         product = itertools.product(*_choices(arguments, configs))
-        composed = [job for choices in product for job in _compose(choices)]
+        sweep = sweep_name(arguments)
+        composed = [job for choices in product for job in _compose(choices, sweep)]
     inputs = Inputs()
     jobs = {plan.folder: Job(label, texts, cfg, plan, state_of(plan, inputs)) for label, texts, cfg, plan in composed}
     return list(jobs.values())
@@ -98,20 +99,15 @@ def _choices(arguments: Sequence[str], configs: Path) -> list[list[_Choice]]:
 
 
 def _values(override: Override, configs: Path) -> tuple[str, ...]:
-    glob = override.value()
-    if not isinstance(glob, Glob):
-        return tuple(override.sweep_string_iterator())
-    # Hydra's own glob() does not see options in subfolders, such as those of dataset/vtab.
-    folder = configs / override.key_or_group
-    names = tuple(glob.filter(sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.yaml"))))
-    if not names:
-        raise UserError(f"{override.input_line} matches nothing in {folder}; expected e.g. dataset=glob(vtab/*)")
-    return names
+    if isinstance(override.value(), Glob):
+        return glob_options(override, [configs])
+    return tuple(override.sweep_string_iterator())
 
 
-def _compose(choices: Sequence[_Choice]) -> list[tuple[str, list[str], DictConfig, RunPlan]]:
+def _compose(choices: Sequence[_Choice], sweep: str) -> list[tuple[str, list[str], DictConfig, RunPlan]]:
     fixed = [text for choice in choices if choice.key != "seed" for text in choice.texts()]
     base = compose("train", fixed)
+    base.sweep = base.sweep or sweep
     seeds = next((choice for choice in choices if choice.key == "seed"), None)
     jobs = []
     for seed in seeds.texts() if seeds else [f"seed={base.seed}"]:

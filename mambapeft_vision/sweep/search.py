@@ -170,7 +170,7 @@ def _objective(settings: Search, jobs: Sequence[Job], kept: Kept) -> Callable[[o
         point = settings.space.suggest(trial)
         trial.set_user_attr("point", {"methods": point.methods, "trainer": point.trainer})
         try:
-            records = [train(_config(job, point), job.overrides, kept.sources) for job in jobs]
+            records = [train(_config(job, point, settings.name), job.overrides, kept.sources) for job in jobs]
         except Exception as error:
             trial.set_user_attr("error", summary(error))
             raise
@@ -181,9 +181,9 @@ def _objective(settings: Search, jobs: Sequence[Job], kept: Kept) -> Callable[[o
     return value
 
 
-def _config(job: Job, point: Point) -> Any:
+def _config(job: Job, point: Point, study: str) -> Any:
     cfg = copy.deepcopy(job.cfg)
-    cfg.method = point.methods
+    cfg.method, cfg.sweep = point.methods, study
     for key, value in point.trainer.items():
         cfg.trainer[key] = value
     return cfg

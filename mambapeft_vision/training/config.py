@@ -77,6 +77,7 @@ class TrainConfig:
     kernel: str = MISSING
     resume: bool = MISSING
     dry_run: bool = MISSING
+    sweep: str | None = MISSING
     paths: PathsConfig = MISSING
 
 

@@ -17,7 +17,7 @@ from mambapeft_vision.training.config import PathsConfig, TrainConfig, TrainerCo
 
 # Keys that cannot change a result, so they are no part of a run's identity.
 NO_PART_OF_IDENTITY = {
-    "": ("paths", "logger", "resume", "dry_run"),
+    "": ("paths", "logger", "resume", "dry_run", "sweep"),
     "trainer": ("checkpoint_every_s", "picture", "cuda_graph"),
     "dataset": ("num_workers", "test_batch_size"),
 }
