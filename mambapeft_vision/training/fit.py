@@ -85,8 +85,12 @@ def _fit(plan: RunPlan, setup: Setup, callbacks: list[Callback], console: Consol
     trainer = make_trainer(plan.recipe, setup.device, callbacks)
     settings = step_settings(plan.recipe, setup.precision, rank)
     module = FineTuning(setup.model, setup.normalise, plan.recipe, plan.seed, settings, console.note)
-    with own_stream(setup.device):
-        trainer.fit(module, datamodule=setup.task, ckpt_path=checkpoint if checkpoint.is_file() else None)
+    try:
+        with own_stream(setup.device):
+            trainer.fit(module, datamodule=setup.task, ckpt_path=checkpoint if checkpoint.is_file() else None)
+    finally:
+        if module.step is not None:
+            module.step.release()
 
 
 def step_settings(recipe: TrainerConfig, precision: str, rank: int = 0) -> StepSettings:

@@ -130,6 +130,14 @@ class TrainStep:
             self._under_way.popleft().synchronize()
         self._under_way.append(torch.cuda.current_stream().record_event(torch.cuda.Event(blocking=True)))
 
+    def release(self) -> None:
+        """Gives the recorded steps and their memory back. NCCL waits for this before it lets a process group end."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        self._graphs.clear()
+        self._under_way.clear()
+        self._optimizer.zero_grad(set_to_none=True)  # gradients lie in the recorded steps' memory
+
     # One step
 
     def _run(self, images: Tensor, labels: Tensor, whole: int) -> None:
