@@ -22,6 +22,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.distributed import distributed_c10d
 
 from mambapeft_vision.errors import UserError
 from mambapeft_vision.processes import end_with_parent
@@ -84,14 +85,23 @@ def other_ranks(count: int, work: Callable[[int], None]) -> Iterator[None]:
         done.set()
         for process in others:
             process.kill()
+        _leave(broken=True)
         raise
-    finally:
-        done.set()
-        for process in others:
-            process.join(PATIENCE_S)
-            process.kill()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    _leave()  # before the others are waited for: NCCL's goodbye is a meeting of all
+    done.set()
+    for process in others:
+        process.join(PATIENCE_S)
+        process.kill()
+
+
+def _leave(broken: bool = False) -> None:
+    """Ends the process group; one that is broken is not waited for."""
+    if not dist.is_initialized():
+        return
+    if broken and dist.get_backend() == "nccl" and hasattr(distributed_c10d, "_abort_process_group"):
+        distributed_c10d._abort_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 def _rank(rank: int, count: int, port: int, work: Callable[[int], None]) -> None:
@@ -99,8 +109,7 @@ def _rank(rank: int, count: int, port: int, work: Callable[[int], None]) -> None
     end_with_parent()
     with _environment(rank, count, port):
         work(rank)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    _leave()
 
 
 def _watch(processes: list[BaseProcess], done: threading.Event) -> None:
