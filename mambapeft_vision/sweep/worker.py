@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig
 
 from mambapeft_vision.atomic import write_json
+from mambapeft_vision.lock import InUseError
 from mambapeft_vision.processes import end_with_parent
 from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.sweep.kept import Kept
@@ -70,6 +71,8 @@ def run(assignment: Assignment, kept: Kept) -> Outcome:
     """Does one run; an error is noted in its folder."""
     try:
         record = train(assignment.cfg, assignment.overrides, kept.sources)
+    except InUseError as error:
+        return Outcome(None, summary(error))  # another process does this run: nothing to note in its folder
     except Exception as error:
         traceback.print_exc()
         write_failure(assignment, summary(error), traceback.format_exc())

@@ -4,7 +4,9 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -99,13 +101,15 @@ def set_kernel(backbone: nn.Module, kernel: str, device: torch.device) -> str:
 def _build_method(name: str, spec: Any) -> Method:
     if not isinstance(spec, Mapping):
         raise UserError(f"method.{name}={spec!r}; expected a mapping with _target_ and arguments")
+    arguments = {key: value for key, value in spec.items() if key != "_target_"}
     try:
-        return build_method(name, spec, "config")
+        method = build_method(name, spec, "config")
     except UserError as error:
         if isinstance(error.__cause__, TypeError):  # arguments that do not fit: say which would
-            arguments = {key: value for key, value in spec.items() if key != "_target_"}
             _check_arguments(_locate(spec["_target_"], f"method.{name}"), arguments, f"method.{name}")
         raise
+    _check_arguments(type(method), arguments, f"method.{name}")
+    return method
 
 
 def _locate(target: str, group: str) -> Callable[..., Any]:
@@ -117,12 +121,40 @@ def _locate(target: str, group: str) -> Callable[..., Any]:
 
 
 def _check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], group: str) -> None:
-    parameters = inspect.signature(function).parameters
+    parameters = inspect.signature(function, eval_str=True).parameters
     known = [name for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     if len(known) == len(parameters):
         for key in arguments:
             if key not in known:
                 raise UserError(f"{group}.{key} is no key of {function.__name__}; {nearest(key, known)}")
+    for key, value in arguments.items():
+        expected = _expected(value, parameters[key].annotation) if key in parameters else None
+        if expected is not None:
+            raise UserError(f"{group}.{key}={value!r}; expected {expected}")
     missing = [name for name in known if parameters[name].default is inspect.Parameter.empty and name not in arguments]
     if missing:
         raise UserError(f"{group} lacks {', '.join(missing)}, which {function.__name__} needs")
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "text"}
+
+
+def _expected(value: Any, annotation: Any) -> str | None:
+    """What an annotation of numbers, text and lists of them asks for, in words; None where `value` is that."""
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    if any(_is_a(value, option) for option in options):
+        return None
+    words = {_KINDS.get(option, "null" if option in (None, type(None)) else "a list") for option in options}
+    return " or ".join(sorted(words))
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if kind in (None, type(None)):
+        return value is None
+    if kind in _KINDS:
+        accepted = {float: (int, float), Path: (str, Path)}.get(kind, kind)
+        return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+    if get_origin(kind) in (list, tuple) and get_args(kind):
+        item = get_args(kind)[0]
+        return isinstance(value, (list, tuple)) and all(_is_a(v, item) for v in value)
+    return True  # an annotation that says more than a config can check here

@@ -3,6 +3,8 @@
 import csv
 import io
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ from lightning.pytorch import Callback, Trainer
 
 from mambapeft_vision.atomic import write_text
 from mambapeft_vision.data.progress import format_duration
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.errors import Preempted, UserError
 from mambapeft_vision.training.console import Console
 from mambapeft_vision.training.module import FineTuning
 from mambapeft_vision.training.optim import make_optimizer
@@ -193,6 +195,31 @@ class WarmupPhases(Callback):
         if due:
             trainer.optimizers = [make_optimizer(pl_module.model, pl_module.recipe)]
             pl_module.renew_step()
+
+
+class StopAtSigterm(Callback):
+    """On SIGTERM (Slurm's preemption) the epoch under way is the last one: its end is saved and the process leaves.
+
+    While training only: at other times SIGTERM ends the process as usual, and nothing is lost but what it was at.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._checkpoint = checkpoint
+        self._told = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: FineTuning) -> None:
+        # In place of Lightning's, which leaves without saving; its teardown restores what was there before.
+        if threading.current_thread() is threading.main_thread():  # others get no signals
+            signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, *_: object) -> None:
+        self._told = True
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: FineTuning) -> None:
+        if self._told:
+            trainer.save_checkpoint(self._checkpoint)
+            epoch = trainer.current_epoch + 1
+            raise Preempted(f"terminated after epoch {epoch} of {trainer.max_epochs}, which is saved")
 
 
 class Checkpoints(Callback):

@@ -18,11 +18,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.errors import Preempted, UserError
 
 CRASH = 1
 USER_MISTAKE = 2
 INTERRUPTED = 130  # as shells report Ctrl-C
+PREEMPTED = 143  # as shells report SIGTERM: the state is saved, start the same command again
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,9 @@ def run_cli(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except Preempted as stop:
+        print(f"\n{stop}; the same command continues", file=sys.stderr)
+        sys.exit(PREEMPTED)
     except Exception as error:
         # Of a job that raised, Hydra has already said with which overrides.
         print(describe_error(error), file=sys.stderr)

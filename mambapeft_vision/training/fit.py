@@ -21,6 +21,7 @@ from mambapeft_vision.training.callbacks import (
     ProgressLine,
     Row,
     StopAtNonFiniteLoss,
+    StopAtSigterm,
     WarmupPhases,
 )
 from mambapeft_vision.training.checkpoint import CHECKPOINT_FILE, AtomicCheckpointIO
@@ -48,6 +49,7 @@ def fit(plan: RunPlan, setup: Setup, log_epoch: Callable[[Row], None], console: 
         ProgressLine(console, history),
         WarmupPhases(console),
         Checkpoints(checkpoint, plan.recipe.checkpoint_every_s),
+        StopAtSigterm(checkpoint),
     ]
     if checkpoint.is_file():
         console.say(f"continues from {checkpoint}")

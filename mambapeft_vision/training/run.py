@@ -7,10 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from mambapeft_vision.atomic import write_text
 from mambapeft_vision.data.progress import format_duration
+from mambapeft_vision.errors import UserError
+from mambapeft_vision.lock import locked
 from mambapeft_vision.methods import add_methods_folder
 from mambapeft_vision.results.environment import device_name, git_state, library_versions, peak_memory_bytes
 from mambapeft_vision.results.pictures import page_of_predictions
@@ -48,16 +51,34 @@ def train(cfg: DictConfig, overrides: Sequence[str] = (), sources: Sources = FRE
         record = read_record(plan.folder)
         print(f"{summarise(record, plan.folder)}\nThis run was finished before; resume=false runs it again.")
         return record
-    aside = None if cfg.resume else set_aside(plan.folder)
-    _prepare_folder(plan, overrides)
-    with Console(plan.folder / LOG_FILE) as console:
-        if aside is not None:
-            console.say(f"the run that was here is kept in {aside}")
-        return execute(plan, console, sources)
+    aside = None
+    if not cfg.resume and plan.folder.exists():
+        with locked(plan.folder):
+            aside = set_aside(plan.folder)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    with locked(plan.folder):
+        _write_config(plan, overrides)
+        with Console(plan.folder / LOG_FILE) as console:
+            if aside is not None:
+                console.say(f"the run that was here is kept in {aside}")
+            return execute(plan, console, sources)
 
 
 def execute(plan: RunPlan, console: Console, sources: Sources) -> RunRecord:
-    """Trains, saves and tests; result.json is written last."""
+    """Trains, saves and tests; result.json is written last. Raises UserError, also where the GPU is too small."""
+    try:
+        return _execute(plan, console, sources)
+    except torch.OutOfMemoryError as error:
+        sizes = plan.config["dataset"]
+        raise UserError(
+            f"{plan.method_names} on {plan.task} needs more memory than the GPU has: {str(error).split('. If')[0]}. "
+            f"Lower trainer.micro_batch (now {plan.recipe.micro_batch or sizes['batch_size']} images a pass), "
+            f"dataset.batch_size (now {sizes['batch_size']}) or, if it was testing, dataset.test_batch_size (now "
+            f"{sizes['test_batch_size']}); trainer.precision=bf16 needs half of what fp32 needs"
+        ) from error
+
+
+def _execute(plan: RunPlan, console: Console, sources: Sources) -> RunRecord:
     started = time.monotonic()
     console.say(f"{plan.method_names} on {plan.task}, seed {plan.seed}, in {plan.folder}")
     device = resolve_device(plan.recipe.device)
@@ -114,8 +135,7 @@ def summarise(record: RunRecord, folder: Path) -> str:
     return "\n" + "\n".join(f"  {name:<10} {text}" for name, text in lines)
 
 
-def _prepare_folder(plan: RunPlan, overrides: Sequence[str]) -> None:
-    plan.folder.mkdir(parents=True, exist_ok=True)
+def _write_config(plan: RunPlan, overrides: Sequence[str]) -> None:
     write_text(plan.folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(plan.config)))
     write_text(plan.folder / OVERRIDES_FILE, OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
 

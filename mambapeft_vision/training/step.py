@@ -191,6 +191,8 @@ class TrainStep:
                 torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
             ):
                 self._run(*inputs, size[1])
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             self._records = False
             self._graphs.clear()

@@ -1,0 +1,66 @@
+"""Slurm's preemption: SIGTERM saves and ends with a code of its own; the same command goes on to the same weights."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import runs
+import torch
+
+from mambapeft_vision.errors import Preempted
+from mambapeft_vision.training.checkpoint import CHECKPOINT_FILE
+from mambapeft_vision.training.cli import PREEMPTED
+from mambapeft_vision.training.step import TrainStep
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return runs.lay_out_task(tmp_path_factory.mktemp("sigterm") / "task")
+
+
+def test_the_epoch_under_way_is_the_last_and_is_saved(task, tmp_path, monkeypatch):
+    rare = "trainer.checkpoint_every_s=1000"  # no checkpoint but the one that SIGTERM makes
+    runs.run(runs.overrides(task, tmp_path / "whole", rare))
+    command = runs.overrides(task, tmp_path / "parts", rare)
+    original, calls = TrainStep.__call__, 0
+
+    def told(self, *arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, *arguments)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", told)
+        with pytest.raises(Preempted, match="terminated after epoch 2 of 5, which is saved"):
+            runs.run(command)
+    assert signal.getsignal(signal.SIGTERM) is before
+    folder = runs.only_run_folder(tmp_path / "parts")
+    assert (folder / CHECKPOINT_FILE).is_file() and len(runs.read_metrics(folder)) == 2
+    runs.run(command)
+    whole = runs.read_adapter_tensors(runs.only_run_folder(tmp_path / "whole"))
+    parts = runs.read_adapter_tensors(folder)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_the_command_ends_with_its_own_code(task, tmp_path):
+    command = runs.overrides(task, tmp_path, "trainer.max_epochs=100000", "trainer.checkpoint_every_s=1000")
+    process = subprocess.Popen(
+        [sys.executable, str(runs.ROOT / "train.py"), *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    for line in process.stdout:
+        if line.startswith("epoch 1/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == PREEMPTED == 143
+    assert "which is saved; the same command continues" in err
+    assert (runs.only_run_folder(tmp_path) / CHECKPOINT_FILE).is_file()

@@ -1,0 +1,38 @@
+"""Values of the wrong type in the sections whose keys are a class's arguments."""
+
+import pytest
+import runs
+
+from mambapeft_vision.errors import UserError
+from mambapeft_vision.training.build import _expected
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return runs.lay_out_task(tmp_path_factory.mktemp("types") / "task")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dataset.batch_size=abc", r"dataset\.batch_size='abc'; expected a whole number"),
+        ("dataset.batch_size=2.5", r"dataset\.batch_size=2\.5; expected a whole number"),
+        ("dataset.batch_size=null", r"dataset\.batch_size=None; expected a whole number"),
+        ("dataset.num_workers=many", r"dataset\.num_workers='many'; expected a whole number or null"),
+        ("dataset.folder=5", r"dataset\.folder=5; expected text"),
+        ("dataset.num_classes=true", r"dataset\.num_classes=True; expected a whole number"),
+        ("method.lora_p_x.rank=abc", r"rank='abc'; expected a whole number >= 1"),
+        ("method.lora_p_x.scale=[1]", r"method\.lora_p_x\.scale=\[1\]; expected a number"),
+        ("logger=wandb logger.mode=3", r"logger\.mode=3; expected text"),
+    ],
+)
+def test_is_refused_with_what_was_expected(task, tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        runs.run(runs.overrides(task, tmp_path, *override.split()))
+
+
+def test_words():
+    assert _expected(1, float) is None and _expected(1.5, int) == "a whole number"
+    assert _expected(True, int) == "a whole number" and _expected(1, bool) == "true or false"
+    assert _expected(["a"], str | list[str]) is None and _expected([1], str | list[str]) == "a list or text"
+    assert _expected(object(), dict) is None
