@@ -76,6 +76,8 @@ class Standard:
             expected["trainer"] |= preset.overrides.get("trainer", {})
         given = {"trainer": config["trainer"], "method": config["method"]}
         given |= {key: config["dataset"][key] for key in PROTOCOL_KEYS}
+        if config.get("method_sizes", "given") != "given":
+            given["method_sizes"] = config["method_sizes"]
         expected, given = _flat(expected), _flat(given)
         neutral = ("trainer.checkpoint_every_s", "trainer.picture", "trainer.device")
         return {

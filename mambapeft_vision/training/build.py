@@ -18,8 +18,10 @@ from mambapeft_vision.data import TaskDataModule
 from mambapeft_vision.errors import UserError
 from mambapeft_vision.methods.base import Method
 from mambapeft_vision.training.cli import nearest
+from mambapeft_vision.training.config import OF_VIM_S
 from mambapeft_vision.training.loggers import RunLogger
 from mambapeft_vision.training.plan import RunPlan
+from mambapeft_vision.training.sizes import scaled
 
 _TARGET = re.compile(r"mambapeft_vision(\.\w+)+")
 
@@ -50,13 +52,16 @@ def build_logger(plan: RunPlan) -> RunLogger:
     return build("logger", plan.config["logger"])
 
 
-def build_methods(plan: RunPlan) -> dict[str, Method]:
-    """The methods by name. Only classes inside mambapeft_vision.methods are ever called."""
-    return {name: _build_method(name, spec) for name, spec in plan.config["method"].items()}
+def build_methods(plan: RunPlan, backbone: nn.Module) -> dict[str, Method]:
+    """The methods by name, sized for `backbone`. Only classes inside mambapeft_vision.methods are ever called."""
+    specs = plan.config["method"]
+    if plan.config["method_sizes"] == OF_VIM_S:
+        specs = scaled(specs, backbone)
+    return {name: _build_method(name, spec) for name, spec in specs.items()}
 
 
 def build_model(plan: RunPlan, backbone: nn.Module, num_classes: int) -> AdaptedModel:
-    return adapt(backbone, build_methods(plan), num_classes, plan.seed)
+    return adapt(backbone, build_methods(plan, backbone), num_classes, plan.seed)
 
 
 def build_backbone_offline(plan: RunPlan) -> tuple[nn.Module, str]:

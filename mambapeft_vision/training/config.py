@@ -12,6 +12,7 @@ from omegaconf import MISSING
 from mambapeft_vision.errors import UserError
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+GIVEN, OF_VIM_S = METHOD_SIZES = ("given", "of_vim_s")
 
 
 @dataclass
@@ -73,6 +74,7 @@ class TrainConfig:
     trainer: TrainerConfig = MISSING
     logger: dict[str, Any] = MISSING
     method: dict[str, Any] = MISSING
+    method_sizes: str = MISSING
     seed: int = MISSING
     kernel: str = MISSING
     resume: bool = MISSING

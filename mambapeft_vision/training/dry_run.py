@@ -18,6 +18,7 @@ from mambapeft_vision.training.build import (
 )
 from mambapeft_vision.training.config import TrainerConfig
 from mambapeft_vision.training.plan import RunPlan
+from mambapeft_vision.training.sizes import SIZES
 
 
 def dry_run_report(plan: RunPlan) -> str:
@@ -34,6 +35,7 @@ def dry_run_report(plan: RunPlan) -> str:
             "",
             _sites_table(model, plan.recipe),
             "",
+            *describe_sizes(plan, model),
             describe_counts(model.counts()),
             f"backbone {backbone.default_cfg['name']}, {weights}",
             describe_recipe(plan.recipe, dataset.batch_size),
@@ -41,6 +43,17 @@ def dry_run_report(plan: RunPlan) -> str:
             f"run folder {plan.folder}",
         ]
     )
+
+
+def describe_sizes(plan: RunPlan, model: AdaptedModel) -> list[str]:
+    """A line with the methods' sizes that were scaled to the backbone, or none."""
+    changed = [
+        f"{name}.{key} {value} → {getattr(model.methods[name], key)}"
+        for name, spec in plan.config["method"].items()
+        for key, value in spec.items()
+        if key in SIZES and getattr(model.methods[name], key) != value
+    ]
+    return [f"sizes scaled from Vim-S: {', '.join(changed)}"] if changed else []
 
 
 def describe_counts(counts: dict[str, Any]) -> str:

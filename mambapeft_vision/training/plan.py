@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mambapeft_vision.errors import UserError
 from mambapeft_vision.training.cli import nearest
-from mambapeft_vision.training.config import PathsConfig, TrainConfig, TrainerConfig
+from mambapeft_vision.training.config import GIVEN, METHOD_SIZES, PathsConfig, TrainConfig, TrainerConfig
 
 # Keys that cannot change a result, so they are no part of a run's identity.
 NO_PART_OF_IDENTITY = {
@@ -60,6 +60,8 @@ def make_plan(cfg: DictConfig) -> RunPlan:
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     if not config["method"]:
         raise UserError("method=[] names no method; for the head alone choose method=linear_probe")
+    if config["method_sizes"] not in METHOD_SIZES:
+        raise UserError(f"method_sizes={config['method_sizes']!r}; expected one of {', '.join(METHOD_SIZES)}")
     recipe = TrainerConfig(**config["trainer"])
     recipe.check()
     identity = fingerprint(cfg)
@@ -81,6 +83,8 @@ def fingerprint(cfg: DictConfig) -> str:
         section = config[group] if group else config
         for key in keys:
             section.pop(key, None)
+    if config["method_sizes"] == GIVEN:  # as before there was this key
+        del config["method_sizes"]
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 

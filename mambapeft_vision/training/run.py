@@ -22,7 +22,7 @@ from mambapeft_vision.training.build import build_logger, build_model, resolve_d
 from mambapeft_vision.training.callbacks import History
 from mambapeft_vision.training.checkpoint import CHECKPOINT_FILE
 from mambapeft_vision.training.console import Console
-from mambapeft_vision.training.dry_run import describe_counts, describe_recipe, dry_run_report
+from mambapeft_vision.training.dry_run import describe_counts, describe_recipe, describe_sizes, dry_run_report
 from mambapeft_vision.training.fit import fit
 from mambapeft_vision.training.plan import RunPlan, make_plan, set_aside
 from mambapeft_vision.training.ranks import check_devices
@@ -91,7 +91,8 @@ def _execute(plan: RunPlan, console: Console, sources: Sources) -> RunRecord:
         console=console,
         sources=sources,
     )
-    console.say(describe_counts(setup.model.counts()))
+    for line in (*describe_sizes(plan, setup.model), describe_counts(setup.model.counts())):
+        console.say(line)
     console.say(describe_recipe(plan.recipe, setup.task.batch_size))
     logger = build_logger(plan)
     logger.start(plan)

@@ -21,8 +21,8 @@ def make(folder, **changes) -> TaskDataModule:
 class Trainer:
     """All the data module asks of a trainer."""
 
-    def __init__(self, current_epoch):
-        self.current_epoch = current_epoch
+    def __init__(self, current_epoch, rank=0, ranks=1):
+        self.current_epoch, self.global_rank, self.world_size = current_epoch, rank, ranks
 
 
 # Order
@@ -60,6 +60,18 @@ def test_an_epoch_is_its_order_in_batches_with_the_last_partial_one(toy_folder, 
     order = data.epoch_order(2)
     assert images.dtype == torch.uint8 and labels.dtype == torch.int64
     assert torch.equal(images, data.train_set.images[order]) and torch.equal(labels, data.train_set.labels[order])
+
+
+def test_ranks_share_every_batch(toy_folder, preprocessing):
+    data = make(toy_folder)
+    data.load(preprocessing)
+    parts = []
+    for rank in range(2):
+        data.trainer = Trainer(0, rank, 2)
+        parts.append([labels for _, labels in data.train_dataloader()])
+    together = torch.cat([torch.cat(pair) for pair in zip(*parts, strict=True)])
+    assert torch.equal(together, data.train_set.labels[data.epoch_order(0)])
+    assert all(0 <= len(first) - len(second) <= 1 for first, second in zip(*parts))
 
 
 def test_each_pass_follows_the_trainers_epoch(toy_folder, preprocessing):
