@@ -137,6 +137,20 @@ def test_bf16_follows_fp32_for_a_hundred_steps(task, tmp_path):
     assert rows[0] == pytest.approx(rows[1], rel=0.03)
 
 
+@pytest.mark.parametrize("kernel", ["auto", "triton"])
+def test_thirty_steps_with_kernels_and_with_the_definition_give_the_same_losses(task, tmp_path, kernel):
+    """A small Vim of which projections, convolution, A and the branches are trained: gradients of every kind."""
+    losses = []
+    for backend in (kernel, "naive"):
+        more = ["method=[lora_p_x,a,conv1d,lora_x_proj]", "trainer.max_epochs=10", "trainer.learning_rate=1e-3"]
+        command = ["trainer.precision=fp32", f"kernel={backend}", *more]
+        record, folder = run_on_gpu(task, tmp_path / backend, *command)
+        assert record.kernel != "naive" or backend == "naive"
+        losses.append([float(row["loss"]) for row in runs.read_metrics(folder)])
+    assert len(losses[0]) == 10 and 10 * -(-runs.TRAIN_IMAGES // 16) == 30
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_the_default_precision_is_bf16(task, tmp_path):
     record, _ = run_on_gpu(task, tmp_path, "trainer.precision=auto")
     assert record.precision == "bf16"
