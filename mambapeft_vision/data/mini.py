@@ -18,8 +18,7 @@ from mambapeft_vision.data.demo import lay_out_digits
 from mambapeft_vision.data.importer import EncodedSplits, lay_out_task
 from mambapeft_vision.data.manifest import read_record, write_record
 from mambapeft_vision.data.module import TaskDataModule
-from mambapeft_vision.data.preprocessing import Preprocessing
-from mambapeft_vision.data.progress import ConsoleProgress, ProgressCallback, ProgressMeter
+from mambapeft_vision.data.progress import ConsoleProgress, ProgressMeter
 from mambapeft_vision.data.verify import verify_task
 from mambapeft_vision.data.vtab import Task
 from mambapeft_vision.errors import UserError
@@ -63,13 +62,12 @@ GENERATED: dict[str, Task] = {
 
 
 class MiniDataModule(TaskDataModule):
-    """A mini task; `load` first lays out a generated one whose folder is not there."""
+    """A mini task; a generated one is laid out where `folder` does not exist."""
 
-    def load(self, preprocessing: Preprocessing, progress: ProgressCallback | None = None) -> None:
+    def lay_out(self) -> None:
         task = GENERATED.get(self.name.removeprefix("mini/"))
         if task is not None:
             lay_out_generated(task, self.folder)
-        super().load(preprocessing, progress)
 
     def remedy(self) -> str:
         name = self.name.removeprefix("mini/")

@@ -116,6 +116,12 @@ def test_a_generated_task_is_laid_out_at_first_use_and_always_the_same(small, tm
     make(tmp_path / "a" / "sprites_loc").load(PREPROCESSING)
 
 
+def test_a_generated_task_is_there_when_a_run_checks_it(small, tmp_path):
+    """Runs check a task before anything else, before they load it."""
+    make(tmp_path / "sprites_loc").check()
+    assert (tmp_path / "sprites_loc" / "test.txt").is_file()
+
+
 def test_a_kill_before_the_manifest_is_made_good_the_next_time(small, tmp_path):
     folder = tmp_path / "sprites_loc"
     make(folder).load(PREPROCESSING)
