@@ -15,6 +15,7 @@ from mambapeft_vision.results.paper import PAPER
 from mambapeft_vision.results.report import report
 from mambapeft_vision.results.tables import collect, read_standard, tables_of, to_markdown
 from mambapeft_vision.sweep.jobs import plan_jobs
+from mambapeft_vision.sweep.parent import publish_sweep
 from mambapeft_vision.sweep.sweep import parse, records_of, sweep
 from mambapeft_vision.training.cli import CRASH, run_cli
 
@@ -37,7 +38,9 @@ def main() -> None:
     records = records_of(jobs)
     if not records:
         raise UserError("no run is finished, so there is nothing to report; the errors are above")
-    collections = collect(records, read_standard(CONFIGS))
+    standard = read_standard(CONFIGS)
+    publish_sweep(jobs, standard)
+    collections = collect(records, standard)
     for collection in collections:
         print(f"\n{to_markdown(tables_of(collection)[0])}")
     examples = [job.folder for job in jobs if (job.folder / "predictions.npz").is_file()][:EXAMPLES]

@@ -9,7 +9,9 @@ the 19 tasks of VTAB-1K are taken. Finished runs are not repeated; after an inte
 import sys
 from pathlib import Path
 
+from mambapeft_vision.results.tables import read_standard
 from mambapeft_vision.sweep.jobs import plan_jobs
+from mambapeft_vision.sweep.parent import publish_sweep
 from mambapeft_vision.sweep.sweep import parse, sweep
 from mambapeft_vision.training.cli import CRASH, run_cli
 
@@ -22,7 +24,11 @@ def main() -> None:
         print(__doc__)
         return
     command = parse(arguments)
-    if sweep(plan_jobs(command.overrides, CONFIGS), command):
+    jobs = plan_jobs(command.overrides, CONFIGS)
+    failed = sweep(jobs, command)
+    if not command.dry_run:
+        publish_sweep(jobs, read_standard(CONFIGS))
+    if failed:
         sys.exit(CRASH)
 
 

@@ -1,9 +1,10 @@
 """Uploads finished runs that were made without W&B.
 
-python scripts/sync_results_wandb.py [outputs ...] [--project NAME] [--entity NAME] [--tags a,b] [--offline]
+python scripts/sync_results_wandb.py [outputs ...] [--project NAME] [--entity NAME] [--tags a,b] [--offline] [--sweeps]
 
 Each run folder becomes the W&B run that logger=wandb would have made: same name, group, tags, config, history and
-summary. Runs that have one already (wandb_id.txt) are left alone, so the command can be repeated.
+summary. Runs that have one already (wandb_id.txt) are left alone, so the command can be repeated. --sweeps
+also makes, or brings up to date, the W&B run of each sweep that runs here are part of, with its tables and plots.
 """
 
 import argparse
@@ -11,12 +12,17 @@ import csv
 from pathlib import Path
 
 from mambapeft_vision.errors import UserError
-from mambapeft_vision.results.record import RESULT_FILE, read_record
+from mambapeft_vision.results.pictures import draw_from_files, pictures_of, run_title
+from mambapeft_vision.results.record import RESULT_FILE, RunRecord, read_record
+from mambapeft_vision.results.tables import read_standard
+from mambapeft_vision.sweep.parent import publish
 from mambapeft_vision.training.cli import run_cli
 from mambapeft_vision.training.config import TrainerConfig
 from mambapeft_vision.training.fit import METRICS_FILE
 from mambapeft_vision.training.loggers import WANDB_ID_FILE, WandbLogger
 from mambapeft_vision.training.plan import RunPlan
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 def main() -> None:
@@ -26,6 +32,7 @@ def main() -> None:
     parser.add_argument("--entity")
     parser.add_argument("--tags", default="", help="separated by commas")
     parser.add_argument("--offline", action="store_true", help="write files for `wandb sync` into the run folders")
+    parser.add_argument("--sweeps", action="store_true", help="also the runs of whole sweeps, with tables and plots")
     arguments = parser.parse_args()
     finished = [file.parent for place in arguments.places for file in sorted(place.rglob(RESULT_FILE))]
     if not finished:
@@ -35,6 +42,19 @@ def main() -> None:
         upload(folder, make_logger(arguments))
         print(f"uploaded {folder}", flush=True)
     print(f"{len(new)} runs uploaded, {len(finished) - len(new)} left alone")
+    if arguments.sweeps:
+        publish_sweeps([folder for folder in finished if ".replaced-" not in folder.name], arguments)
+
+
+def publish_sweeps(folders: list[Path], arguments: argparse.Namespace) -> None:
+    sweeps: dict[str, dict[Path, RunRecord]] = {}
+    for folder in folders:
+        record = read_record(folder)
+        if record.config.get("sweep"):
+            sweeps.setdefault(record.config["sweep"], {})[folder] = record
+    for sweep, records in sweeps.items():
+        publish(make_logger(arguments), sweep, records, read_standard(CONFIGS), arguments.places[0])
+        print(f"uploaded {sweep}: {len(records)} runs", flush=True)
 
 
 def make_logger(arguments: argparse.Namespace) -> WandbLogger:
@@ -43,6 +63,7 @@ def make_logger(arguments: argparse.Namespace) -> WandbLogger:
         entity=arguments.entity,
         mode="offline" if arguments.offline else "online",
         tags=[tag for tag in arguments.tags.split(",") if tag],
+        pictures=True,
     )
 
 
@@ -54,7 +75,8 @@ def upload(folder: Path, logger: WandbLogger) -> None:
         logger.start(plan)
         for row in _metrics(folder / METRICS_FILE):
             logger.log_epoch(row)
-        logger.finish(record)
+        draw_from_files(folder, title=run_title(record), num_classes=record.config["dataset"]["num_classes"])
+        logger.finish(record, pictures_of(folder))
     except BaseException:
         (folder / WANDB_ID_FILE).unlink(missing_ok=True)  # an upload that broke off is made anew
         raise

@@ -1,4 +1,4 @@
-"""Pictures of a run's predictions."""
+"""Pictures of one run: its training curves, its confusion matrix and a page of test images with predictions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,10 +8,32 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mambapeft_vision.atomic import atomic_path
+from mambapeft_vision.results.plots import confusion_matrix, save, training_curves
+from mambapeft_vision.results.record import RunRecord
+
+PAGE_FILE, CURVES_FILE, CONFUSION_FILE = "predictions.png", "curves.png", "confusion.png"
 
 # Okabe and Ito's green and orange: told apart with any kind of colour blindness.
 RIGHT, WRONG = "#009E73", "#D55E00"
 COLUMNS, ROWS = 8, 4
+
+
+def draw_from_files(folder: Path, *, title: str, num_classes: int) -> None:
+    """Draws what metrics.csv and predictions.npz of a run's folder tell: curves.png and confusion.png."""
+    if (folder / "metrics.csv").is_file():
+        save(training_curves({title: folder}), folder / CURVES_FILE)
+    if (folder / "predictions.npz").is_file():
+        save(confusion_matrix(folder, title, num_classes), folder / CONFUSION_FILE)
+
+
+def run_title(record: RunRecord) -> str:
+    return f"{'+'.join(record.methods)} on {record.task}, seed {record.seed}"
+
+
+def pictures_of(folder: Path) -> dict[str, Path]:
+    """The pictures that there are in a run's folder, by name."""
+    files = {"predictions": PAGE_FILE, "curves": CURVES_FILE, "confusion": CONFUSION_FILE}
+    return {name: folder / file for name, file in files.items() if (folder / file).is_file()}
 
 
 def page_of_predictions(

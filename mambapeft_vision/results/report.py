@@ -8,6 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from mambapeft_vision.results.pictures import PAGE_FILE, run_title
 from mambapeft_vision.results.plots import (
     accuracy_against_parameters,
     confusion_matrix,
@@ -15,7 +16,7 @@ from mambapeft_vision.results.plots import (
     task_bars,
     training_curves,
 )
-from mambapeft_vision.results.record import RESULT_FILE, read_record
+from mambapeft_vision.results.record import read_record
 from mambapeft_vision.results.tables import MISSING, Collection, Table, tables_of
 
 MOST_CURVES = 7  # that colours and markers tell apart
@@ -69,21 +70,16 @@ def _section(collection: Collection) -> str:
 
 
 def _examples(folders: Sequence[Path]) -> str:
-    named = {_name(folder): folder for folder in folders}
+    named = {run_title(read_record(folder)): folder for folder in folders}
     shown = dict(list(named.items())[:MOST_CURVES])
     parts = ["<section><h2>Single runs</h2>", _figure(training_curves(shown), "Training curves")]
     for name, folder in shown.items():
         classes = read_record(folder).config["dataset"]["num_classes"]
         parts.append(_figure(confusion_matrix(folder, name, classes), f"Confusion matrix of {name}"))
-        picture = folder / "predictions.png"
+        picture = folder / PAGE_FILE
         if picture.is_file():
             parts.append(_image(picture.read_bytes(), f"Test images of {name}"))
     return "\n".join([*parts, "</section>"])
-
-
-def _name(folder: Path) -> str:
-    record = read_record(folder / RESULT_FILE)
-    return f"{'+'.join(record.methods)} on {record.task}, seed {record.seed}"
 
 
 def _table(table: Table) -> str:

@@ -11,6 +11,7 @@ import random
 import socket
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,9 @@ from mambapeft_vision.sweep.jobs import Job, plan_jobs
 from mambapeft_vision.sweep.kept import Kept
 from mambapeft_vision.sweep.search_plots import history, importances
 from mambapeft_vision.sweep.space import Point, Space
+from mambapeft_vision.training.build import build_logger
 from mambapeft_vision.training.cli import summary
+from mambapeft_vision.training.loggers import RunLogger, WandbLogger
 from mambapeft_vision.training.run import train
 
 PROTOCOLS = {
@@ -79,7 +82,9 @@ def search(settings: Search, configs: Path) -> Path:
     stop = optuna.study.MaxTrialsCallback(settings.trials, states=(TrialState.COMPLETE, TrialState.FAIL))
     if _ended(study) < settings.trials:
         study.optimize(_objective(settings, jobs, kept), catch=(Exception,), callbacks=[_report, _give_up, stop])
-    return export(settings, study)
+    winner = export(settings, study)
+    publish(settings, build_logger(jobs[0].plan), study)
+    return winner
 
 
 def open_study(settings: Search) -> optuna.Study:
@@ -154,6 +159,31 @@ def export(settings: Search, study: optuna.Study) -> Path:
     if figure is not None:
         save(figure, settings.folder / "importances.png")
     return path
+
+
+def publish(settings: Search, logger: RunLogger, study: optuna.Study) -> None:
+    """The search as a W&B run, which its trials' runs name as `sweep`."""
+    if not isinstance(logger, WandbLogger):
+        return
+    trials = study.get_trials(deepcopy=False)
+    files = {name: settings.folder / f"{name}.png" for name in ("history", "importances")}
+    rows = [
+        [str(t.number), t.state.name.lower(), "" if t.value is None else f"{t.value:.2f}", json.dumps(t.params)]
+        for t in trials
+    ]
+    logger.log_parent(
+        settings.name,
+        settings.folder,
+        job_type="search",
+        config={"sweep": settings.name, "protocol": settings.protocol, "overrides": list(settings.overrides)},
+        summary={
+            **Counter(t.state.name.lower() for t in trials),
+            "best": study.best_value,
+            "best_trial": study.best_trial.number,
+        },
+        pictures={name: file for name, file in files.items() if file.is_file()},
+        tables={"trials": (["trial", "state", "value", "settings"], rows)},
+    )
 
 
 def _overrides(settings: Search) -> list[str]:

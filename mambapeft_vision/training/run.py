@@ -16,7 +16,7 @@ from mambapeft_vision.errors import UserError
 from mambapeft_vision.lock import locked
 from mambapeft_vision.methods import add_methods_folder
 from mambapeft_vision.results.environment import device_name, git_state, library_versions, peak_memory_bytes
-from mambapeft_vision.results.pictures import page_of_predictions
+from mambapeft_vision.results.pictures import PAGE_FILE, draw_from_files, page_of_predictions, pictures_of
 from mambapeft_vision.results.record import RunRecord, is_finished, read_record, write_record
 from mambapeft_vision.training.build import build_logger, build_model, resolve_device
 from mambapeft_vision.training.callbacks import History
@@ -29,7 +29,7 @@ from mambapeft_vision.training.ranks import check_devices
 from mambapeft_vision.training.setup import FRESH, Setup, Sources, assemble
 from mambapeft_vision.training.testing import Predictions
 
-CONFIG_FILE, OVERRIDES_FILE, LOG_FILE, PICTURE_FILE = "config.yaml", "overrides.yaml", "train.log", "predictions.png"
+CONFIG_FILE, OVERRIDES_FILE, LOG_FILE = "config.yaml", "overrides.yaml", "train.log"
 
 
 def train(cfg: DictConfig, overrides: Sequence[str] = (), sources: Sources = FRESH) -> RunRecord | None:
@@ -104,12 +104,12 @@ def _execute(plan: RunPlan, console: Console, sources: Sources) -> RunRecord:
         unmerged = setup.model.merge()
         predictions = setup.test(console)
         predictions.save(plan.folder)
-        if plan.recipe.picture:
+        if plan.recipe.picture or logger.pictures:
             _draw(plan, setup, predictions)
         wall_seconds = time.monotonic() - started + history.seconds_before
         record = _make_record(plan, setup, counts, unmerged, history, predictions, wall_seconds)
     finally:
-        logger.finish(record)
+        logger.finish(record, pictures_of(plan.folder))
     write_record(plan.folder, record)
     (plan.folder / CHECKPOINT_FILE).unlink(missing_ok=True)  # the adapter holds what it held
     console.say(summarise(record, plan.folder))
@@ -155,13 +155,15 @@ def _adapter_metadata(plan: RunPlan) -> dict[str, Any]:
 
 def _draw(plan: RunPlan, setup: Setup, predictions: Predictions) -> None:
     images, _ = next(iter(setup.task.test_dataloader()))
+    what = f"{plan.method_names} on {plan.task}, seed {plan.seed}"
     page_of_predictions(
         images[:32].numpy(),
         predictions.predicted[:32].tolist(),
         predictions.labels[:32].tolist(),
-        plan.folder / PICTURE_FILE,
-        title=f"{plan.task}, {plan.method_names}: {predictions.accuracy:.1%} right",
+        plan.folder / PAGE_FILE,
+        title=f"{what}: {predictions.accuracy:.1%} right",
     )
+    draw_from_files(plan.folder, title=what, num_classes=setup.task.num_classes)
 
 
 def _make_record(

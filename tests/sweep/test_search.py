@@ -12,6 +12,7 @@ import runs
 import yaml
 from optuna.trial import FixedTrial, TrialState
 from PIL import Image
+from wandb_files import offline_runs
 
 from mambapeft_vision.errors import UserError
 from mambapeft_vision.presets import read_preset, read_presets
@@ -186,6 +187,18 @@ def test_tuning_keeps_the_method(data, here):
     assert (
         0.01 <= found.methods["lora_p_x"]["scale"] <= 10 and 1e-4 <= found.overrides["trainer"]["learning_rate"] <= 1e-2
     )
+
+
+def test_a_search_is_a_run_on_wandb_that_its_trials_name(data, here):
+    search(
+        settings(data, "method=lora_p_x", "trials=1", "logger=wandb", "logger.mode=offline", tuned=True), runs.CONFIGS
+    )
+    trial, parent = sorted(offline_runs(here / "searches"), key=lambda run: run.job_type)
+    assert (trial.job_type, parent.job_type) == ("run", "search")
+    assert trial.config["sweep"] == parent.id == parent.config["sweep"] == "tune_lora_p_x_validation"
+    assert (parent.summary["complete"], parent.summary["best"]) == (1, pytest.approx(100 * trial.summary["accuracy"]))
+    logged = {key: value for row in parent.history for key, value in row.items()}
+    assert parent.file(logged["pictures/history"]).is_file() and parent.file(logged["tables/trials"]).is_file()
 
 
 def test_a_failed_trial_is_a_failed_trial(data, here, monkeypatch):

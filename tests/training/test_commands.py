@@ -99,18 +99,6 @@ def test_a_sweep_goes_on_after_a_failing_job_and_reports_it(task, tmp_path):
     assert "Traceback" not in sweep.stderr
 
 
-def test_wandb_offline(task, tmp_path):
-    logger = ("logger=wandb", "logger.mode=offline", "logger.tags=[tiny]", "trainer.max_epochs=2")
-    result = call("train.py", *runs.overrides(task, tmp_path, *logger))
-    assert result.returncode == 0, result.stderr
-    folder = runs.only_run_folder(tmp_path)
-    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    content = file.read_bytes()
-    for text in ("custom/tiny lora_p_x seed 0", "train/images_per_second", "backbone_sha256", "tiny"):
-        assert text.encode() in content, text
-    assert (folder / "wandb_id.txt").read_text() in file.name
-
-
 def test_wandb_without_a_login_is_a_readable_error(task, tmp_path):
     environment = {k: v for k, v in ENVIRONMENT.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path)}
     result = call("train.py", *runs.overrides(task, tmp_path, "logger=wandb"), environment=environment)
