@@ -263,6 +263,8 @@ def build_method(name: str, spec: Mapping[str, Any], source: str | Path) -> Meth
         raise UserError(f"{source}: method {name!r} names {target}, which is no Method")
     try:
         return cls(**spec)
+    except UserError as error:
+        raise UserError(f"{source}: method {name!r}: {error}") from error
     except TypeError as error:
         raise UserError(f"{source}: arguments of method {name!r} do not fit {target}: {error}") from error
 

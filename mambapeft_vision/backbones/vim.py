@@ -267,8 +267,8 @@ class Vim(nn.Module):
     def row_blocks(self, parameter: str) -> dict[str, slice]:
         """Named blocks of output rows of a weight, e.g. {"x": …, "z": …} for "layers.0.mixer.in_proj.weight"."""
         path, _, module = parameter.rpartition(".")[0].rpartition(".")
-        blocks = getattr(self.get_submodule(path), "row_blocks", {})
-        return blocks.get(module, {})
+        owner = self.get_submodule(path)
+        return {} if owner is self else getattr(owner, "row_blocks", {}).get(module, {})
 
     def set_kernel(self, kernel: str, device: torch.device | str) -> str:
         """Chooses the kernel backend for all mixers; returns the name of what will run on `device`."""

@@ -122,7 +122,8 @@ class Vit(nn.Module):
     def row_blocks(self, parameter: str) -> dict[str, slice]:
         """Named blocks of output rows of a weight: q, k, v of "blocks.0.attn.qkv.weight"."""
         path, _, module = parameter.rpartition(".")[0].rpartition(".")
-        return getattr(self.get_submodule(path), "row_blocks", {}).get(module, {})
+        owner = self.get_submodule(path)
+        return {} if owner is self else getattr(owner, "row_blocks", {}).get(module, {})
 
     def set_kernel(self, kernel: str, device: torch.device | str) -> str:
         """There is no scan to choose a kernel for: attention is PyTorch's own. Returns "torch"."""

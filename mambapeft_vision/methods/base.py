@@ -32,7 +32,8 @@ class Method(nn.Module):
     identity_at_init: ClassVar[bool] = True
     #: Why this method cannot be folded into the backbone's weights; None: it can.
     merge_obstacle: str | None = None
-    #: Methods attach in this order, then by name: 0 most; 1 changes shapes; 2 needs to see the final shapes.
+    #: Methods attach in this order, then by name: -1 draws the backbone's weights anew; 0 most; 1 changes shapes;
+    #: 2 needs to see the final shapes.
     attach_order: ClassVar[int] = 0
     #: Optimiser steps after which `finish_warmup` is due; 0: the method has one phase.
     warmup_steps: int = 0
@@ -138,6 +139,24 @@ def require_positive(method: Method, **values: int) -> None:
                 f"{type(method).__name__}: {name}={value!r}; expected a whole number >= 1 "
                 f"(to switch the method off, leave it out of method=[...])"
             )
+
+
+def require_matrix(weight: Tensor, parameter: str, who: str) -> None:
+    """Raises for a bias, a norm, D, …: a vector has no rank to lower."""
+    if weight.ndim < 2:
+        raise UserError(
+            f"{who}: {parameter} is a vector of {weight.numel()} numbers; expected a weight of two dimensions or more. "
+            f"Change targets, or train it with Offset"
+        )
+
+
+def require_ported_linear(module: nn.Module, attribute: str, parameter: str, who: str) -> None:
+    """Raises unless a parameter is the weight of a linear map beside which branches can run."""
+    if not (isinstance(module, nn.Linear) and attribute == "weight" and hasattr(module, "side")):
+        raise UserError(
+            f"{who}: {parameter} is no weight of a linear map with a port on activations; change targets to those of "
+            f"in_proj, out_proj (Vim) or attn, mlp (ViT)"
+        )
 
 
 def require_dropout(method: Method, dropout: float) -> None:

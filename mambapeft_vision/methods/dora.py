@@ -9,6 +9,7 @@ from mambapeft_vision.methods.base import (
     frozen_weight,
     match_parameters,
     owner_module,
+    require_matrix,
     require_positive,
     row_slice,
     site_key,
@@ -50,6 +51,7 @@ class DoRA(Method):
             module, _ = owner_module(model, parameter)
             rows = row_slice(model, parameter, self.rows, self.name)
             weight = frozen_weight(model, parameter)
+            require_matrix(weight, parameter, self.name)
             site = Decomposed(weight if rows is None else weight[rows], module, self.rank, self.scale)
             self.sites[site_key(parameter)] = site
             add_weight_delta(model, parameter, self.name, site.delta, rows)

@@ -11,6 +11,7 @@ from mambapeft_vision.methods.base import (
     match_parameters,
     owner_module,
     require_dropout,
+    require_ported_linear,
     require_positive,
 )
 
@@ -48,8 +49,7 @@ class FacT(Method):
         dim, slots = model.embed_dim, 0
         for parameter in match_parameters(model, self.targets, self.name):
             module, attribute = owner_module(model, parameter)
-            if not (isinstance(module, nn.Linear) and attribute == "weight" and hasattr(module, "side")):
-                raise UserError(f"{self.name}: {parameter} is no weight of a linear map with a port on activations")
+            require_ported_linear(module, attribute, parameter, self.name)
             if module.out_features % dim or module.in_features % dim:
                 raise UserError(
                     f"{self.name}: {parameter} is {module.out_features} x {module.in_features}; "

@@ -13,6 +13,7 @@ from mambapeft_vision.methods.base import (
     match_parameters,
     owner_module,
     require_dropout,
+    require_matrix,
     require_positive,
     row_slice,
     site_key,
@@ -64,6 +65,7 @@ class LoRA(Method):
             module, attribute = owner_module(model, parameter)
             rows = row_slice(model, parameter, self.rows, self.name)
             weight = frozen_weight(model, parameter)
+            require_matrix(weight, parameter, self.name)
             site = LowRank(weight if rows is None else weight[rows], module, self.rank, self.scale, self.dropout)
             self.sites[site_key(parameter)] = site
             self._places[parameter] = rows

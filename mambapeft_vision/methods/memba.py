@@ -14,11 +14,11 @@ class Memba(Method):
     X_1 … X_T are chunks of z along the sequence, padded with zeros to T · ceil(L / T) tokens; the padding is dropped
     again. reset(v) is 0 where v > V_th, else v. u_1 is the mean over the chunks of the previous block's membrane
     (cross-layer transfer; 0 in the first block). It has no trained tensors: the paper trains it beside LoRA on in_proj
-    and out_proj. With τ = 0 and V_th = .inf it changes nothing.
+    and out_proj. With τ = 0 and without a threshold it changes nothing.
 
     Args:
         tau: τ, the leak.
-        threshold: V_th.
+        threshold: V_th; None: the membrane is never reset.
         chunks: T.
         transfer: u_1 comes from the previous block; false: 0 in every block.
     """
@@ -29,7 +29,7 @@ class Memba(Method):
         self,
         *,
         tau: float = 0.5,
-        threshold: float = 1.0,
+        threshold: float | None = 1.0,
         chunks: int = 4,
         transfer: bool = True,
         lr_mult: float = 1.0,
@@ -39,14 +39,14 @@ class Memba(Method):
         require_positive(self, chunks=chunks)
         if not tau >= 0:
             raise UserError(f"Memba: tau={tau!r}; expected a number >= 0 (0: no memory)")
-        if not threshold > 0:
-            raise UserError(f"Memba: threshold={threshold!r}; expected a number > 0 (.inf: never reset)")
+        if threshold is not None and not 0 < threshold < float("inf"):
+            raise UserError(f"Memba: threshold={threshold!r}; expected a number > 0, or null (never reset)")
         self.tau, self.threshold, self.chunks, self.transfer = tau, threshold, chunks, transfer
         self._means: dict[int, list[Tensor]] = {}  # layer → mean membranes of the present forward
 
     @property
     def identity_at_init(self) -> bool:
-        return self.tau == 0 and self.threshold == float("inf")
+        return self.tau == 0 and self.threshold is None
 
     def attach(self, model: nn.Module) -> None:
         self._last = len(mixers_of(model, self.name)) - 1
@@ -62,7 +62,7 @@ class Memba(Method):
         membrane = []
         for part in parts.unbind(1):
             v = part if u is None else self.tau * u + part
-            u = v.masked_fill(v > self.threshold, 0.0)
+            u = v if self.threshold is None else v.masked_fill(v > self.threshold, 0.0)
             membrane.append(u)
         self._keep(layer, sum(membrane) / self.chunks)
         return torch.cat(membrane, dim=1)[:, :length]

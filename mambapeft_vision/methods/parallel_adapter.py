@@ -3,12 +3,12 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambapeft_vision.errors import UserError
 from mambapeft_vision.methods.base import (
     Method,
     match_parameters,
     owner_module,
     require_dropout,
+    require_ported_linear,
     require_positive,
     site_key,
 )
@@ -48,8 +48,7 @@ class ParallelAdapter(Method):
     def attach(self, model: nn.Module) -> None:
         for parameter in match_parameters(model, self.targets, self.name):
             module, attribute = owner_module(model, parameter)
-            if not (isinstance(module, nn.Linear) and attribute == "weight" and hasattr(module, "side")):
-                raise UserError(f"{self.name}: {parameter} is no weight of a linear map with a port on activations")
+            require_ported_linear(module, attribute, parameter, self.name)
             site = Bottleneck(module.weight, self.rank, self.scale, self.dropout)
             self.sites[site_key(parameter)] = site
             module.side.add(self.name, site)

@@ -13,6 +13,7 @@ from mambapeft_vision.methods.base import (
     match_parameters,
     owner_module,
     require_dropout,
+    require_ported_linear,
     require_positive,
     site_key,
 )
@@ -60,8 +61,7 @@ class ProDiaL(Method):
     def attach(self, model: nn.Module) -> None:
         for parameter in match_parameters(model, self.targets, self.name):
             module, attribute = owner_module(model, parameter)
-            if not (isinstance(module, nn.Linear) and attribute == "weight" and hasattr(module, "side")):
-                raise UserError(f"{self.name}: {parameter} is no weight of a linear map with a port on activations")
+            require_ported_linear(module, attribute, parameter, self.name)
             site = Projector(self, module)
             self.sites[site_key(parameter)] = site
             add_weight_delta(model, parameter, self.name, site.transform_delta)

@@ -17,7 +17,8 @@ class Unfreeze(Method):
     Args:
         targets: patterns of parameter names; "**" is everything.
         no_decay: patterns of further tensors without weight decay (those that the backbone has).
-        reinitialise: start from random weights ("scratch") instead of the pretrained ones.
+        reinitialise: start from random weights ("scratch") instead of the pretrained ones; needs targets "**", as
+            only what is owned is saved.
         flat_decay_mult: decay multiplier of the one-dimensional tensors.
     """
 
@@ -41,11 +42,17 @@ class Unfreeze(Method):
     def identity_at_init(self) -> bool:
         return not self.reinitialise
 
+    @property
+    def attach_order(self) -> int:
+        return -1 if self.reinitialise else 0  # before what starts from the weights, as DoRA does
+
     def attach(self, model: nn.Module) -> None:
-        if self.reinitialise:
-            model.init_weights()
         parameters = backbone_parameters(model)
-        for name in match_parameters(model, self.targets, self.name):
+        names = match_parameters(model, self.targets, self.name)
+        if self.reinitialise:
+            self._require_everything(names, parameters)
+            model.init_weights()
+        for name in names:
             p = parameters[name]
             if p.requires_grad:
                 raise UserError(
@@ -56,6 +63,15 @@ class Unfreeze(Method):
             self._owned[name] = p.requires_grad_(True)
         if self.no_decay:
             self._undecayed = set(match_parameters(model, self.no_decay, self.name, each=False))
+
+    def _require_everything(self, names: list[str], parameters: dict[str, nn.Parameter]) -> None:
+        """What is drawn anew and not owned would not be saved: the adapter could not be loaded again."""
+        others = [name for name in parameters if name not in names and not name.startswith("head.")]
+        if others:
+            raise UserError(
+                f"{self.name}: reinitialise draws all weights anew, but targets={self.targets!r} leaves out "
+                f'{len(others)} of them ({others[0]}, …); set targets: "**" or reinitialise: false'
+            )
 
     def owned(self) -> dict[str, nn.Parameter]:
         return self._owned

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,7 @@ def make_plan(cfg: DictConfig) -> RunPlan:
         raise UserError("method=[] names no method; for the head alone choose method=linear_probe")
     if config["method_sizes"] not in METHOD_SIZES:
         raise UserError(f"method_sizes={config['method_sizes']!r}; expected one of {', '.join(METHOD_SIZES)}")
+    _check_numbers(config, "")
     recipe = TrainerConfig(**config["trainer"])
     recipe.check()
     identity = fingerprint(cfg)
@@ -104,6 +106,15 @@ def set_aside(folder: Path) -> Path | None:
     while (aside := folder.with_name(f"{folder.name}.replaced-{number}")).exists():
         number += 1
     return folder.rename(aside)
+
+
+def _check_numbers(section: Any, name: str) -> None:
+    """Raises UserError for infinity and NaN, which no key means and JSON, the record's format, does not know."""
+    if isinstance(section, float) and not math.isfinite(section):
+        raise UserError(f"{name}={section}; expected a finite number")
+    items = section.items() if isinstance(section, dict) else enumerate(section) if isinstance(section, list) else ()
+    for key, value in items:
+        _check_numbers(value, f"{name}.{key}" if name else str(key))
 
 
 def _check_keys(cfg: DictConfig, schema: type, prefix: str) -> None:

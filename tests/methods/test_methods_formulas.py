@@ -240,7 +240,7 @@ def test_memba(transfer, chunks):
 
 
 def test_memba_without_leak_and_threshold_changes_nothing():
-    method = Memba(tau=0, threshold=float("inf"))
+    method = Memba(tau=0, threshold=None)
     assert method.identity_at_init
     _, weights, actual = built(method)
     check(actual, weights)

@@ -1,6 +1,7 @@
 """Wrong arguments and conflicts are refused with what was given, what was expected and what to do."""
 
 import pytest
+import torch
 from method_cases import CLASSES, tiny_backbone
 
 from mambapeft_vision.adapt import adapt
@@ -59,6 +60,7 @@ def test_two_owners_of_one_place_are_refused_with_both_names(make):
         (lambda: AdditionalScan(states=1, constant=2.0), "none with another init"),
         (lambda: ProDiaL(targets=IN_PROJ, n_blocks=2, rank=2, alpha=1, diagonal="fixed"), "'free' or 'relu'"),
         (lambda: Memba(threshold=0), "threshold=0"),
+        (lambda: Memba(threshold=float("inf")), "or null"),
         (lambda: Memba(tau=-1), "tau=-1"),
         (lambda: StateOffset(form="both"), "'state' or 'output'"),
         (lambda: SDT(f_channels=1.0), "f_channels=1.0"),
@@ -78,6 +80,10 @@ def test_wrong_arguments(make, words):
     [
         (lambda: DoRA(targets="layers.*.mixer.in_prj.weight", rank=2), "layers.*.mixer.in_proj.weight"),
         (lambda: DoRA(targets=X_PROJ, rank=2, rows="x"), "d, b, c"),
+        (lambda: DoRA(targets="layers.*.mixer.D", rank=2), "is a vector of 64 numbers"),
+        (lambda: LoRA(targets="norm_f.weight", rank=2), "is a vector of 32 numbers"),
+        (lambda: LoRA(targets="cls_token", rank=2, rows="x"), "no block of cls_token"),
+        (lambda: Unfreeze(targets="**.bias", reinitialise=True), 'targets: "**" or reinitialise: false'),
         (lambda: ParallelAdapter(targets=X_PROJ, rank=2), "port on activations"),
         (lambda: ProDiaL(targets="patch_embed.proj.weight", n_blocks=2, rank=2, alpha=1), "port on activations"),
     ],
@@ -87,3 +93,11 @@ def test_wrong_places(method, words):
         adapt(tiny_backbone(), {"mine": method()}, CLASSES)
     assert words in str(error.value)
     assert "mine" in str(error.value)
+
+
+def test_from_scratch_comes_before_what_starts_from_the_weights():
+    """DoRA's magnitudes are the norms of the weights that it will scale, whatever the methods are called."""
+    methods = {"a": DoRA(targets=IN_PROJ, rank=2), "b": Unfreeze(targets="**", reinitialise=True)}
+    model = adapt(tiny_backbone(), methods, CLASSES)
+    weight = model.owned()["b.layers.0.mixer.in_proj.weight"]
+    assert torch.equal(model.owned()["a.layers.0.mixer.in_proj.weight.magnitude"], weight.norm(dim=0, keepdim=True))
