@@ -85,14 +85,14 @@ class Work:
 
 
 def work(case: Case) -> dict[str, Work]:
-    """Kernel → its work; bytes count bfloat16 activations, float32 B|C, residual and checkpoints."""
+    """Kernel → its work; bytes count bfloat16 activations and checkpoints, float32 B|C and residual."""
     c, groups = case, len(REVERSE)
     tokens = c.batch * c.length
     plane = 2.0 * tokens * c.channels  # bytes of one [B, L, E]
     updates = float(groups * tokens * c.channels * c.states)
     bc = 4.0 * groups * tokens * 2 * c.states
     padded = (c.states + 7) // 8 * 8
-    checkpoints = 4.0 * groups * c.batch * -(-c.length // 8) * c.channels * padded
+    checkpoints = 2.0 * groups * c.batch * -(-c.length // 8) * c.channels * padded
     x_proj = 2.0 * groups * tokens * c.channels * (c.rank + 2 * c.states)
     dt_proj = 2.0 * groups * tokens * c.channels * c.rank
     rows = tokens * c.width
@@ -400,6 +400,7 @@ def plot(rows: list[dict], case: str, path: Path) -> None:
         if r["floor_us"] == r["floor_us"]:
             axis.vlines(r["floor_us"], kernels.index(r["kernel"]) - 0.45, kernels.index(r["kernel"]) + 0.45, "k")
     axis.set(yticks=range(len(kernels)), yticklabels=kernels, xscale="log", xlabel="µs (black line: floor)", title=case)
+    axis.set_xlim(right=2 * max(r["us"] for r in rows))  # room for the longest bar's label
     axis.invert_yaxis()
     axis.legend()
     figure.savefig(path, dpi=110)

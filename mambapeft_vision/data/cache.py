@@ -35,6 +35,11 @@ LARGEST = 40 << 30
 SUFFIX = ".images.npy"
 
 
+def is_cacheable(listing: ImageList, preprocessing: Preprocessing) -> bool:
+    """Whether the list is large enough for the cache."""
+    return _size(listing, preprocessing) >= SMALLEST
+
+
 def cached_list(
     listing: ImageList, preprocessing: Preprocessing, folder: Path | None, progress: ProgressCallback | None = None
 ) -> ImageSet:
@@ -47,15 +52,13 @@ def cached_list(
         progress: of the decoding, if there is one.
     Raises: UserError for an image that is missing or damaged.
     """
-    height, width = preprocessing.size
-    size = len(listing) * 3 * height * width
-    if folder is None or size < SMALLEST:
+    if folder is None or not is_cacheable(listing, preprocessing):
         return decode_list(listing, preprocessing, progress=progress)
     file = folder / f"{_key(listing, preprocessing)}{SUFFIX}"
-    shape = (len(listing), 3, height, width)
+    shape = (len(listing), 3, *preprocessing.size)
     images = _open(file, shape)
     if images is None:
-        obstacle = _obstacle(folder, size)
+        obstacle = _obstacle(folder, _size(listing, preprocessing))
         if obstacle is not None:
             warnings.warn(f"decoded images are not kept: {obstacle}", stacklevel=2)
             return decode_list(listing, preprocessing, progress=progress)
@@ -90,6 +93,12 @@ def entries(folder: Path) -> list[tuple[Path, int, float]]:
     """The cache's files, their bytes and when they were last used (seconds since 1970); the longest unused first."""
     found = [(file, file.stat()) for file in folder.glob(f"*{SUFFIX}")] if folder.is_dir() else []
     return sorted(((file, stat.st_size, stat.st_mtime) for file, stat in found), key=lambda entry: entry[2])
+
+
+def _size(listing: ImageList, preprocessing: Preprocessing) -> int:
+    """Bytes of the decoded images."""
+    height, width = preprocessing.size
+    return len(listing) * 3 * height * width
 
 
 def _key(listing: ImageList, preprocessing: Preprocessing) -> str:

@@ -9,11 +9,12 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mambapeft_vision.data.cache import cached_list
+from mambapeft_vision.data.cache import cached_list, is_cacheable
 from mambapeft_vision.data.images import ImageSet, available_cpus
 from mambapeft_vision.data.listfile import ImageList, missing_images, read_list
 from mambapeft_vision.data.loaders import DecodingLoader, MemoryLoader, TrainLoader, epoch_order
 from mambapeft_vision.data.manifest import manifest_hash
+from mambapeft_vision.data.prefetch import Prefetch
 from mambapeft_vision.data.preprocessing import Preprocessing
 from mambapeft_vision.data.progress import ProgressCallback
 from mambapeft_vision.data.vtab import GROUPS, SPLITS, find_task, prepare_command
@@ -79,6 +80,7 @@ class TaskDataModule(LightningDataModule):
         self.preprocessing: Preprocessing | None = None
         self._train_set: ImageSet | None = None
         self._test_set: ImageSet | None = None
+        self._prefetch: Prefetch | None = None
         self._listings: dict[str, ImageList] = {}
         self._progress: ProgressCallback | None = None
 
@@ -174,10 +176,19 @@ class TaskDataModule(LightningDataModule):
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return TrainLoader(self.train_set, self.batch_size, self.seed, self._current_epoch, rank, ranks)
 
+    def prefetch_test(self) -> None:
+        """Has the test split decoded into the cache by another process meanwhile, where there is a cache."""
+        listing = self._listings[self.test_split]
+        if self.cache is not None and self._test_set is None and is_cacheable(listing, self.preprocessing):
+            self._prefetch = Prefetch(listing, self.preprocessing, self.cache)
+
     def test_dataloader(self) -> MemoryLoader | DataLoader:
         """Batches of the test split in list order."""
         if self.preprocessing is None:
             raise UserError(f"The images of {self.name} are not loaded: call load(preprocessing) first.")
+        if self._prefetch is not None:
+            self._prefetch.wait(self._progress)
+            self._prefetch = None
         listing = self._listings[self.test_split]
         if self.cache is None and len(listing) > KEEP_IN_MEMORY:
             return DecodingLoader(listing, self.preprocessing, self.test_batch_size, self.num_workers)

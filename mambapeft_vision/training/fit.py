@@ -57,6 +57,8 @@ def fit(plan: RunPlan, setup: Setup, log_epoch: Callable[[Row], None], console: 
     phased = [name for name, method in setup.model.methods.items() if method.warming_up]
     if devices > 1 and phased:
         raise UserError(f"trainer.devices={devices}: {phased[0]} chooses what to train on one device; set it to 1")
+    if setup.device.type == "cuda":  # on a CPU the two would share the cores
+        setup.task.prefetch_test()
     try:
         with other_ranks(devices, partial(fit_rank, plan)):
             _fit(plan, setup, callbacks, console, rank=0)

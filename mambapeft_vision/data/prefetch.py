@@ -1,0 +1,60 @@
+"""Decoding into the cache in a process of its own, while this one trains on a GPU.
+
+A test split of VTAB-1K has up to 73,728 images, which take as long to decode as a good part of the training. Threads
+would contend with the training loop for Python's lock; a process does not.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+import warnings
+from contextlib import suppress
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+
+from mambapeft_vision.data.cache import cached_list
+from mambapeft_vision.data.listfile import ImageList
+from mambapeft_vision.data.preprocessing import Preprocessing
+from mambapeft_vision.data.progress import Progress, ProgressCallback
+from mambapeft_vision.processes import end_with_parent
+
+_LOOK_EVERY_S = 0.2
+
+
+class Prefetch:
+    """Fills the cache with a list's images. Whatever goes wrong there is left to whoever asks for the images next.
+
+    Args:
+        folder: of the cache.
+    """
+
+    def __init__(self, listing: ImageList, preprocessing: Preprocessing, folder: Path) -> None:
+        context = multiprocessing.get_context("spawn")  # a forked process would share what CUDA has started
+        self._total, self._done = len(listing), context.Value("q", 0)
+        self._started = time.monotonic()
+        arguments = (listing, preprocessing, folder, self._done)
+        self._process = context.Process(target=_decode, args=arguments, name="prefetch", daemon=True)
+        self._process.start()
+
+    def wait(self, progress: ProgressCallback | None = None) -> None:
+        """Returns when the process has ended; `progress` is told how far it is meanwhile."""
+        while self._process.is_alive():
+            self._process.join(_LOOK_EVERY_S)
+            if progress is not None and 0 < self._done.value < self._total:
+                progress(Progress(self._done.value, self._total, time.monotonic() - self._started))
+
+
+def _decode(listing: ImageList, preprocessing: Preprocessing, folder: Path, done: Synchronized) -> None:
+    end_with_parent()
+    with suppress(OSError):
+        os.nice(5)  # the training process comes first
+
+    def count(progress: Progress) -> None:
+        done.value = progress.done
+
+    with suppress(Exception), warnings.catch_warnings():
+        # A cache that cannot be filled is warned of, before the images are decoded for nothing.
+        warnings.filterwarnings("error", message="decoded images are not kept")
+        cached_list(listing, preprocessing, folder, count)
