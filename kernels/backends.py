@@ -89,6 +89,9 @@ def _takes(name: str, dtype: torch.dtype | None) -> bool:
 
 def describe(name: str, device: torch.device | str) -> str:
     """One line for the log: what was asked for and what runs."""
+    device = torch.device(device)
     resolved = resolve_backend(name, device)
     asked = "" if name == resolved else f" (kernel={name})"
-    return f"kernel {resolved}{asked} on {device}: {BACKENDS[resolved]}"
+    slower = name == "auto" and device.type == "cuda" and resolved != "cuda"
+    remedy = f"; kernel=cuda is faster: {_REMEDY['cuda']}" if slower else ""
+    return f"kernel {resolved}{asked} on {device}: {BACKENDS[resolved]}{remedy}"

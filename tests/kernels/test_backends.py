@@ -79,6 +79,14 @@ def test_describe_says_what_was_asked_and_what_runs(machine):
     assert describe("naive", "cpu").startswith("kernel naive on cpu")
 
 
+def test_auto_on_a_gpu_says_what_would_be_faster(machine):
+    machine(gpu=True, modules={"triton"})
+    assert "kernel=cuda is faster: it needs" in describe("auto", "cuda")
+    assert "faster" not in describe("triton", "cuda")
+    machine(gpu=True, modules={"triton", "cuda.core", "cuda.bindings"})
+    assert "faster" not in describe("auto", "cuda")
+
+
 def test_import_needs_neither_triton_nor_cuda():
     """In a fresh interpreter where both are hidden, the package imports and the CPU path runs."""
     code = (
