@@ -9,9 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from mambapeft_vision.adapt import adapt, build_method
+from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.errors import UserError
+from mambapeft_vision.training.sizes import scaled
 
 _KEYS = ("backbone", "count", "paper", "run")
 
@@ -64,6 +68,30 @@ def read_preset(path: str | Path) -> Preset:
 def read_presets(folder: str | Path) -> dict[str, Preset]:
     """Every preset of a folder, by name."""
     return {path.stem: read_preset(path) for path in sorted(Path(folder).glob("*.yaml"))}
+
+
+def fitting_presets(folder: str | Path, backbone: str, *, of_vim_s: bool = False) -> tuple[list[str], dict[str, str]]:
+    """Which presets of a folder attach to a backbone, found by attaching each to one block of it.
+
+    Args:
+        backbone: name of the architecture, such as vim_nano_patch8_64.
+        of_vim_s: with sizes scaled from Vim-S; presets that state another Vim's own sizes (`_base`) then do not count.
+    Returns: names of those that do, and why the others do not, by name.
+    """
+    fitting, reasons = [], {}
+    for name, preset in read_presets(folder).items():
+        try:
+            if of_vim_s and preset.backbone.startswith("vim") and preset.backbone != "vim_s":
+                raise UserError(f"its sizes are for {preset.backbone}")
+            with torch.device("meta"):
+                model = create_backbone(backbone, "random", depth=1)
+                specs = scaled(preset.methods, model) if of_vim_s else preset.methods
+                adapt(model, {key: build_method(key, spec, name) for key, spec in specs.items()}, 2)
+        except UserError as error:
+            reasons[name] = str(error).splitlines()[0]
+        else:
+            fitting.append(name)
+    return fitting, reasons
 
 
 def _leading_comment(text: str) -> list[str]:

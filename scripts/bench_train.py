@@ -31,7 +31,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from mambapeft_vision.data import Preprocessing
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.presets import fitting_presets
 from mambapeft_vision.sweep.kept import Kept
 from mambapeft_vision.training.build import build_backbone, build_model, set_kernel
 from mambapeft_vision.training.config import register_schemas
@@ -115,15 +115,10 @@ def measure(task: Path, outputs: Path, method: str, batch: int, precision: str, 
 
 def presets(backbone: str) -> list[str]:
     """Methods that attach to the backbone, in the order of their files."""
-    fitting = []
-    for file in sorted((ROOT / "configs" / "method").glob("*.yaml")):
-        try:
-            _, plan = plan_of([f"method=[{file.stem}]", f"backbone={backbone}", "backbone.weights=random"])
-            build_model(plan, build_backbone(plan), CLASSES)
-        except UserError as error:
-            print(f"{file.stem} is left out: {str(error).splitlines()[0]}", flush=True)
-            continue
-        fitting.append(file.stem)
+    _, plan = plan_of([f"backbone={backbone}", "backbone.weights=random"])
+    fitting, reasons = fitting_presets(ROOT / "configs" / "method", plan.config["backbone"]["name"])
+    for name, reason in reasons.items():
+        print(f"{name} is left out: {reason}", flush=True)
     return fitting
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -80,10 +81,20 @@ def read_record(path: str | Path) -> RunRecord:
         raise UserError(f"{path} cannot be read ({error.strerror}); expected the folder of a finished run") from error
     except ValueError as error:
         raise UserError(f"{path} is no valid JSON ({error}); run again with resume=false") from error
+    return record_of(content, str(path))
+
+
+def record_of(content: Any, where: str) -> RunRecord:
+    """The record that was written as `content`. Raises: UserError naming `where` and every wrong field."""
     problems = _problems(content)
     if problems:
-        raise UserError(f"{path} is no result of schema {SCHEMA_VERSION}: {'; '.join(problems)}")
+        raise UserError(f"{where} is no result of schema {SCHEMA_VERSION}: {'; '.join(problems)}")
     return RunRecord(**content)
+
+
+@cache
+def _types() -> dict[str, Any]:
+    return get_type_hints(RunRecord)
 
 
 def _problems(content: Any) -> list[str]:
@@ -91,7 +102,7 @@ def _problems(content: Any) -> list[str]:
         return ["expected an object"]
     if content.get("schema_version") != SCHEMA_VERSION:
         return [f"schema_version is {content.get('schema_version')!r}"]
-    types = get_type_hints(RunRecord)
+    types = _types()
     names = [field.name for field in fields(RunRecord)]
     problems = [f"{name} is missing" for name in names if name not in content]
     problems += [f"{name} is unknown" for name in content if name not in types]

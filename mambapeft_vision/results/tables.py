@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from mambapeft_vision.data.vtab import TASKS
 from mambapeft_vision.errors import UserError
 from mambapeft_vision.presets import Preset, read_presets
+from mambapeft_vision.results.bundle import SUFFIX, read_bundle
 from mambapeft_vision.results.paper import PAPER, PaperRow, paper_row
 from mambapeft_vision.results.record import RESULT_FILE, RunRecord, read_record
 
@@ -38,16 +39,21 @@ UNEQUAL_SEEDS = "†"
 
 
 def find_records(places: Iterable[str | Path]) -> list[RunRecord]:
-    """Every finished run below `places`; runs that were set aside do not count.
+    """Every finished run below `places`, and all runs of bundles (`*.runs.json`); runs set aside do not count.
 
-    Raises: UserError for a place that does not exist, or a damaged result.json.
+    Raises: UserError for a place that does not exist, or a damaged file.
     """
-    files = []
+    files, bundles = [], []
     for place in map(Path, places):
         if not place.exists():
             raise UserError(f"{place} does not exist; expected a folder with finished runs, such as outputs")
-        files += [place] if place.is_file() else sorted(place.rglob(RESULT_FILE))
-    return [read_record(file) for file in files if ".replaced-" not in file.parent.name]
+        if place.is_file():
+            (bundles if place.name.endswith(SUFFIX) else files).append(place)
+        else:
+            files += sorted(place.rglob(RESULT_FILE))
+            bundles += sorted(place.rglob(f"*{SUFFIX}"))
+    records = [read_record(file) for file in files if ".replaced-" not in file.parent.name]
+    return records + [record for file in bundles for record in read_bundle(file)]
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 import copy
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
@@ -34,13 +34,19 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep. label: the choices that make it differ from the others."""
+    """One run of a sweep.
+
+    label: the choices that make it differ from the others; cfg: many runs may share it, then the plan has each one's
+    seed, and `sections` replace its own; turn: runs of a lower one are begun first.
+    """
 
     label: str
     overrides: list[str]
     cfg: DictConfig
     plan: RunPlan
     state: State
+    turn: int = 0
+    sections: Mapping[str, DictConfig] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -33,10 +33,13 @@ class Watcher(Protocol):
 
 
 class Queue:
-    """The runs that wait. A worker gets one of the task whose images it has, or of one that no other worker has."""
+    """The runs that wait. Of those whose turn it is, a worker gets one of the task whose images it has, or of one that
+    no other worker has.
+    """
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._jobs = list(jobs)
+        self._keys = [task_key(job.plan) for job in self._jobs]
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -44,13 +47,16 @@ class Queue:
     def take(self, held: str | None, held_by_others: set[str]) -> Job:
         """Args: held, held_by_others: `task_key` of the tasks that are loaded."""
 
-        def preference(job: Job) -> int:
-            key = task_key(job.plan)
-            return 0 if key == held else 1 if key not in held_by_others else 2
+        def preference(place: int) -> tuple[int, int]:
+            key = self._keys[place]
+            return self._jobs[place].turn, 0 if key == held else 1 if key not in held_by_others else 2
 
-        job = min(self._jobs, key=preference)
-        self._jobs.remove(job)
-        return job
+        place = min(range(len(self._jobs)), key=preference)
+        del self._keys[place]
+        return self._jobs.pop(place)
+
+    def clear(self) -> None:
+        self._jobs, self._keys = [], []
 
 
 @dataclass
@@ -67,20 +73,28 @@ class Pool:
     Args:
         gpus: values of CUDA_VISIBLE_DEVICES, dealt out to workers in turn; empty: workers see what this process sees.
         logs: folder for what the workers print.
+        tasks: whose images a worker keeps loaded.
     """
 
-    def __init__(self, size: int, gpus: Sequence[str], logs: Path) -> None:
+    def __init__(self, size: int, gpus: Sequence[str], logs: Path, tasks: int = 1) -> None:
         self._size = size
+        self._tasks = tasks
         self._gpus = gpus
         self._logs = logs
         self._context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
         self._workers: dict[int, _Worker] = {}
 
-    def run(self, jobs: Sequence[Job], watcher: Watcher) -> None:
-        """Returns when every job has ended, well or not. Ends all workers when it is interrupted."""
+    def run(self, jobs: Sequence[Job], watcher: Watcher, enough: Callable[[], bool] = lambda: False) -> None:
+        """Returns when every job has ended, well or not. Ends all workers when it is interrupted.
+
+        Args:
+            enough: once it says so, no further job begins, and it returns when those under way have ended.
+        """
         queue = Queue(jobs)
         with self._ended_at_exit():
             while queue or any(worker.job for worker in self._workers.values()):
+                if queue and enough():
+                    queue.clear()
                 for number in range(self._size):
                     if queue and self._idle(number):
                         self._assign(number, queue, watcher)
@@ -107,7 +121,7 @@ class Pool:
         ours, theirs = self._context.Pipe()
         environment = {"CUDA_VISIBLE_DEVICES": self._gpus[number % len(self._gpus)]} if self._gpus else {}
         threads = max(1, torch.get_num_threads() // self._size)
-        arguments = (theirs, environment, threads, self._logs / f"worker{number}.log")
+        arguments = (theirs, environment, threads, self._logs / f"worker{number}.log", self._tasks)
         process = self._context.Process(target=work, args=arguments, name=f"sweep worker {number}")
         with _interrupts_ignored():  # which the process inherits
             process.start()
@@ -173,6 +187,9 @@ def _interrupts_ignored() -> Iterator[None]:
 
 def assignment_of(job: Job) -> Assignment:
     cfg = job.cfg.copy()
+    for name, section in job.sections.items():
+        cfg[name] = section
+    cfg.seed = job.plan.seed
     cfg.resume = job.state is not State.OUTDATED  # False sets the outdated run aside
     return Assignment(cfg, job.overrides, job.folder)
 

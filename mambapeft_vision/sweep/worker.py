@@ -44,7 +44,7 @@ class Outcome:
     last: bool = False
 
 
-def work(connection: Connection, environment: Mapping[str, str], threads: int, log: Path) -> None:
+def work(connection: Connection, environment: Mapping[str, str], threads: int, log: Path, tasks: int = 1) -> None:
     """Main function of the process: works until told None, or until the parent is no more.
 
     It is started with SIGINT ignored: Ctrl-C is the parent's to handle, which then ends the workers.
@@ -54,12 +54,13 @@ def work(connection: Connection, environment: Mapping[str, str], threads: int, l
         environment: variables that choose the GPU.
         threads: of PyTorch on the CPU.
         log: file for what runs print.
+        tasks: whose images are kept loaded.
     """
     os.environ.update(environment)
     end_with_parent()
     _print_to(log)
     torch.set_num_threads(threads)
-    kept = Kept()
+    kept = Kept(tasks)
     while (assignment := connection.recv()) is not None:
         outcome = run(assignment, kept)
         connection.send(outcome)

@@ -2,7 +2,8 @@
 
 With `method_sizes=of_vim_s` a size is a share of Vim-S and stays that share: ranks, adapter widths and numbers of
 blocks in proportion to the channels of the scan (d_inner, 768 in Vim-S), extra states in proportion to the states
-(d_state, 16 in Vim-S); rounded, at least 1. Numbers of tokens stay: they are no width.
+(d_state, 16 in Vim-S); rounded, at least 1. Numbers of tokens stay: they are no width. An alpha goes with its rank, as
+alpha / rank is the scale of a branch.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ def scaled(methods: Mapping[str, Mapping[str, Any]], backbone: nn.Module) -> dic
     mixer = backbone.mixers[0]
     shares = dict.fromkeys(BY_CHANNELS, mixer.d_inner / CHANNELS)
     shares |= dict.fromkeys(BY_STATES, mixer.A_log.shape[1] / STATES)
-    return {
-        name: {key: _share(value, shares[key]) if key in shares else value for key, value in spec.items()}
-        for name, spec in methods.items()
-    }
+    found = {}
+    for name, spec in methods.items():
+        found[name] = {key: _share(value, shares[key]) if key in shares else value for key, value in spec.items()}
+        if isinstance(spec.get("alpha"), (int, float)) and isinstance(spec.get("rank"), int):
+            found[name]["alpha"] = spec["alpha"] * found[name]["rank"] / spec["rank"]
+    return found
 
 
 def _share(size: Any, share: float) -> Any:

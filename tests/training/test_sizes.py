@@ -23,6 +23,7 @@ def model_of(plan: RunPlan):
         ("lora_p_x", "rank", 16),  # 64 of 768 channels are 16 of 192
         ("additional_scan", "states", 3),  # 6 of 16 states are 3 of 8
         ("prodial", "n_blocks", 48),
+        ("prodial", "alpha", 4),  # as its rank, 16 in Vim-S: alpha / rank scales the branch
         ("affix_wo_proj", "tokens", 3),  # no width
     ],
 )

@@ -1,0 +1,97 @@
+"""Many records in one small JSON file, `<name>.runs.json`: what all runs have in common once, then a line a run.
+
+`columns` names what a line has: fields of `RunRecord`, and sections of its config as `config.<section>`. A column in
+`values` lists its distinct values there, and lines have their places in that list.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mambapeft_vision.atomic import write_text
+from mambapeft_vision.errors import UserError
+from mambapeft_vision.results.record import SCHEMA_VERSION, RunRecord, record_of
+
+SUFFIX = ".runs.json"
+FORMAT = 1
+ABSENT = {"absent": True}  # of a config's section that a run does not have
+
+
+def write_bundle(path: Path, records: Iterable[RunRecord]) -> None:
+    """Writes records, sorted; the same records always make the same bytes. Raises UserError for a wrong file name."""
+    if not path.name.endswith(SUFFIX):
+        raise UserError(f"{path}: expected a name that ends in {SUFFIX}")
+    rows = sorted((_flat(record) for record in records), key=_order)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    texts = {name: [_text(row.get(name, ABSENT)) for row in rows] for name in names}
+    distinct = {name: list(dict.fromkeys(column)) for name, column in texts.items()}
+    common = [name for name in names if len(distinct[name]) == 1]
+    columns = [name for name in names if len(distinct[name]) > 1]
+    listed = {name: distinct[name] for name in columns if _is_shorter_listed(texts[name], distinct[name])}
+    places = {name: {text: str(place) for place, text in enumerate(values)} for name, values in listed.items()}
+    lines = [
+        "[" + ",".join(places[name][texts[name][i]] if name in listed else texts[name][i] for name in columns) + "]"
+        for i in range(len(rows))
+    ]
+    parts = [
+        f'"format": {FORMAT}',
+        f'"schema_version": {SCHEMA_VERSION}',
+        '"common": {\n' + ",\n".join(f"{_text(name)}: {distinct[name][0]}" for name in common) + "\n}",
+        '"values": {\n' + ",\n".join(f"{_text(n)}: [\n{_lines(values)}\n]" for n, values in listed.items()) + "\n}",
+        f'"columns": {_text(columns)}',
+        f'"runs": [\n{_lines(lines)}\n]',
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def read_bundle(path: Path) -> list[RunRecord]:
+    """The records, each checked as strictly as a result.json. Raises UserError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']}, expected {FORMAT}")
+        columns, values, common = content["columns"], content["values"], content["common"]
+        rows = []
+        for number, line in enumerate(content["runs"], start=1):
+            if len(line) != len(columns):
+                raise ValueError(f"run {number} has {len(line)} values, expected {len(columns)}")
+            row = {name: values[name][value] if name in values else value for name, value in zip(columns, line)}
+            rows.append(common | row)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(
+            f"{path} is no bundle of runs ({type(error).__name__}: {error}); pack the runs again"
+        ) from error
+    return [record_of(_nested(row), f"{path}, run {number}") for number, row in enumerate(rows, start=1)]
+
+
+def _flat(record: RunRecord) -> dict[str, Any]:
+    content = asdict(record)
+    config = content.pop("config")
+    return content | {f"config.{section}": value for section, value in config.items()}
+
+
+def _nested(row: dict[str, Any]) -> dict[str, Any]:
+    config = {name.removeprefix("config."): v for name, v in row.items() if name.startswith("config.") and v != ABSENT}
+    return {name: value for name, value in row.items() if not name.startswith("config.")} | {"config": config}
+
+
+def _order(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["task"], row["methods"], row["seed"], row["fingerprint"], row["finished_at"]
+
+
+def _is_shorter_listed(column: Sequence[str], distinct: Sequence[str]) -> bool:
+    digits = len(str(len(distinct)))
+    return sum(map(len, distinct)) + digits * len(column) < sum(map(len, column))
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def _lines(texts: Sequence[str]) -> str:
+    return ",\n".join(texts)
