@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what a killed process left of files that it was writing; for folders where no other process writes."""
+    for file in folder.glob(".*.tmp"):
+        with suppress(OSError):
+            file.unlink()
 
 
 def write_text(path: str | Path, text: str) -> None:

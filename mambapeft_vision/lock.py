@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""One process at a time in a folder, or at a file."""
 
 import errno
 import fcntl
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mambapeft_vision.atomic import atomic_path
 from mambapeft_vision.errors import UserError
 
 LOCK_FILE = ".lock"
@@ -48,3 +49,78 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def sole_writer(path: Path) -> Iterator[Path | None]:
+    """Lets one process at a time make the file `path`; the others wait for it.
+
+    Gives a temporary path beside it, which is flushed and renamed on success; None where another process has made the
+    file meanwhile. What a killed process left is taken over. A file system without locks is used without.
+    """
+    temporary = _being_written(path)
+    descriptor = _waited_for(temporary)
+    if descriptor is None:
+        with atomic_path(path) as own:
+            yield own
+        return
+    try:
+        if path.exists():
+            temporary.unlink()
+            yield None
+            return
+        try:
+            yield temporary
+            os.fsync(descriptor)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Deletes what killed processes left in `sole_writer`: temporary files that nobody holds."""
+    for temporary in folder.glob(_being_written(Path("*")).name):
+        try:
+            descriptor = os.open(temporary, os.O_RDWR)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_still(temporary, descriptor):
+                temporary.unlink()
+        except OSError:
+            continue
+        finally:
+            os.close(descriptor)
+
+
+def _being_written(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+def _waited_for(temporary: Path) -> int | None:
+    """A descriptor of the file, locked; None where there are no locks."""
+    while True:
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in _NO_LOCKS:
+                temporary.unlink(missing_ok=True)
+                return None
+            raise
+        if _is_still(temporary, descriptor):
+            return descriptor
+        os.close(descriptor)  # its holder has renamed or deleted it
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    try:
+        there, ours = os.stat(path), os.fstat(descriptor)
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)

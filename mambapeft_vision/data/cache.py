@@ -2,11 +2,12 @@
 
 A cached split is one file, uint8 [n, 3, H, W] in numpy's format, that runs map into memory. Its name is a hash over the
 content of the images, in list order, and all that decides what becomes of them; so a changed image is another file, and
-a file never changes. It is written under another name and renamed when whole.
+a file never changes. It is written under another name and renamed when whole; a second process that wants it waits.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,11 +21,11 @@ import numpy as np
 import PIL
 import torch
 
-from mambapeft_vision.atomic import atomic_path
 from mambapeft_vision.data.images import ImageSet, available_cpus, decode_into, decode_list
 from mambapeft_vision.data.listfile import ImageList
 from mambapeft_vision.data.preprocessing import Preprocessing
 from mambapeft_vision.data.progress import ProgressCallback
+from mambapeft_vision.lock import remove_abandoned, sole_writer
 
 # Splits that take less memory than this are decoded in the time that looking them up would take.
 SMALLEST = 32 << 20
@@ -59,18 +60,48 @@ def cached_list(
     images = _open(file, shape)
     if images is None:
         obstacle = _obstacle(folder, _size(listing, preprocessing))
+        if obstacle is None:
+            obstacle = _fill(file, shape, listing, preprocessing, progress)
         if obstacle is not None:
             warnings.warn(f"decoded images are not kept: {obstacle}", stacklevel=2)
             return decode_list(listing, preprocessing, progress=progress)
-        with atomic_path(file) as temporary:
-            written = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-            decode_into(written, listing, preprocessing, progress=progress)
-            written.flush()
         images = _open(file, shape)
         clean(folder, LARGEST)
+        if images is None:  # cleaned away by another process at once: its cache is far too small
+            return decode_list(listing, preprocessing, progress=progress)
     with suppress(OSError):  # a cache that others made may be read-only
         os.utime(file)  # used now: what was not used for longest is cleaned first
     return ImageSet(torch.from_numpy(images), listing.labels(), [entry.path for entry in listing.entries])
+
+
+def _fill(
+    file: Path,
+    shape: tuple[int, ...],
+    listing: ImageList,
+    preprocessing: Preprocessing,
+    progress: ProgressCallback | None,
+) -> str | None:
+    """Decodes into the cache, or waits for the process that does; returns what the disk said against it."""
+    try:
+        with sole_writer(file) as temporary:
+            if temporary is not None:
+                written = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+                _reserve(temporary)
+                decode_into(written, listing, preprocessing, progress=progress)
+                written.flush()
+    except OSError as error:
+        return f"{file.parent}: {error.strerror}; set paths.cache to another disk or to null"
+    return None
+
+
+def _reserve(file: Path) -> None:
+    """Has the disk allocate the whole of a file: a mapped file that finds the disk full is the process's sudden end."""
+    with open(file, "rb+") as opened:
+        try:
+            os.posix_fallocate(opened.fileno(), 0, os.fstat(opened.fileno()).st_size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot
+                raise
 
 
 def clean(folder: Path, keep_bytes: int) -> list[tuple[Path, int]]:
@@ -78,6 +109,7 @@ def clean(folder: Path, keep_bytes: int) -> list[tuple[Path, int]]:
 
     A run that has a deleted file mapped goes on with it.
     """
+    remove_abandoned(folder)
     files = entries(folder)
     total, deleted = sum(size for _, size, _ in files), []
     for file, size, _ in files:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from mambapeft_vision.atomic import write_text
+from mambapeft_vision.atomic import remove_leftovers, write_text
 from mambapeft_vision.data.progress import format_duration
 from mambapeft_vision.errors import UserError
 from mambapeft_vision.lock import locked
@@ -48,20 +49,29 @@ def train(cfg: DictConfig, overrides: Sequence[str] = (), sources: Sources = FRE
         print(dry_run_report(plan))
         return None
     if cfg.resume and is_finished(plan.folder):
-        record = read_record(plan.folder)
-        print(f"{summarise(record, plan.folder)}\nThis run was finished before; resume=false runs it again.")
-        return record
+        return _finished_before(plan)
     aside = None
     if not cfg.resume and plan.folder.exists():
         with locked(plan.folder):
             aside = set_aside(plan.folder)
     plan.folder.mkdir(parents=True, exist_ok=True)
     with locked(plan.folder):
+        if cfg.resume and is_finished(plan.folder):  # by another process, since this one looked
+            return _finished_before(plan)
+        remove_leftovers(plan.folder)
         _write_config(plan, overrides)
         with Console(plan.folder / LOG_FILE) as console:
             if aside is not None:
                 console.say(f"the run that was here is kept in {aside}")
             return execute(plan, console, sources)
+
+
+def _finished_before(plan: RunPlan) -> RunRecord:
+    record = read_record(plan.folder)
+    with suppress(OSError):  # there if the run was killed right after its end; the folder may be read-only
+        (plan.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+    print(f"{summarise(record, plan.folder)}\nThis run was finished before; resume=false runs it again.")
+    return record
 
 
 def execute(plan: RunPlan, console: Console, sources: Sources) -> RunRecord:

@@ -1,0 +1,270 @@
+"""SIGKILL at any moment: the same command goes on, to the same bits; no half file is read, nothing is done twice."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import crashes
+import numpy as np
+import pytest
+import runs
+import torch
+from safetensors.torch import load_file
+
+from mambapeft_vision.data import cache
+from mambapeft_vision.results.record import RESULT_FILE, read_record
+from mambapeft_vision.sweep import pool
+from mambapeft_vision.sweep.inputs import Inputs
+from mambapeft_vision.sweep.jobs import State, plan_jobs, state_of
+from mambapeft_vision.sweep.sweep import Command, sweep
+from mambapeft_vision.training.checkpoint import CHECKPOINT_FILE
+from mambapeft_vision.training.run import train
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="NOT RUN: needs Linux's process clocks")
+
+KILLS = 20
+MEASURED = {  # the fields of result.json that are measured, and so differ between any two runs
+    "train_images_per_second",
+    "test_images_per_second",
+    "train_seconds",
+    "wall_seconds",
+    "peak_memory_bytes",
+    "finished_at",
+}
+
+
+def do_run(cfg, command, root, kill=None, cut=False):
+    cache.SMALLEST = 0  # the images are small, and are cached all the same
+    if kill is not None:
+        crashes.kill_at(kill, root, cut)
+    train(cfg, command)
+
+
+def count_changes(cfg, command, root, answer):
+    """How many changes of files the run makes, and which of them find files other than the one before did."""
+    found, before = [], None
+
+    def note(number, event, path):
+        nonlocal before
+        state = [(str(file), file.stat().st_size) for file in sorted(root.rglob("*"))]
+        if state != before or path.endswith(".part"):
+            found.append((number, path.endswith((".tmp", ".part")) and os.path.exists(path)))
+        before = state
+
+    crashes.watch_changes(root, note)
+    do_run(cfg, command, root)
+    answer.send(found)
+    answer.send(time.process_time())
+
+
+class Whole:
+    """An uninterrupted run, and the command and the place that it was made with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "root"
+        self.root.mkdir()
+        task = runs.lay_out_task(folder / "task")
+        more = ["trainer.max_epochs=2", f"paths.cache={self.root / 'cache'}"]
+        self.command = runs.overrides(task, self.root / "out", *more)
+        self.cfg = runs.compose_train(self.command)
+        ours, theirs = multiprocessing.Pipe()
+        process = crashes.start(count_changes, self.cfg, self.command, self.root, theirs)
+        assert ours.poll(120), "the run did not end"
+        self.changes = ours.recv()
+        self.seconds = ours.recv()  # of CPU time
+        process.join()
+        assert process.exitcode == 0
+        self.folder = runs.only_run_folder(self.root / "out").relative_to(self.root)
+        self.kept = self.root.rename(folder / "whole")
+        self.renew()
+
+    def renew(self) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
+        self.root.mkdir()
+
+    def go_on(self, *kill: object) -> int:
+        return crashes.run_to_end(do_run, self.cfg, self.command, self.root, *kill)
+
+    def check_end(self) -> None:
+        """The run that was killed has ended as the whole one did, to the last bit, and left nothing else."""
+        check_same(self.root / self.folder, self.kept / self.folder)
+        assert {f.name for f in (self.root / "cache").iterdir()} == {f.name for f in (self.kept / "cache").iterdir()}
+        for file in (self.root / "cache").iterdir():
+            assert file.read_bytes() == (self.kept / "cache" / file.name).read_bytes()
+
+
+def check_same(one: Path, other: Path) -> None:
+    """Two finished runs are equal but for what was measured; neither folder holds a file that the other lacks."""
+    assert {file.name for file in one.iterdir()} == {file.name for file in other.iterdir()}
+    for name in ("adapter.safetensors", "adapter_config.json", "predictions.npz", "config.yaml", "overrides.yaml"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    records = [json.loads((folder / RESULT_FILE).read_text()) for folder in (one, other)]
+    for record in records:
+        assert all(record.pop(field) is not None for field in MEASURED)
+    assert records[0] == records[1]
+    rows = [[(row["epoch"], row["step"], row["loss"], row["lr"]) for row in runs.read_metrics(f)] for f in (one, other)]
+    assert rows[0] == rows[1]
+
+
+def check_files(root: Path) -> None:
+    """Whatever has its final name is whole."""
+    readers = {
+        RESULT_FILE: read_record,
+        "adapter.safetensors": load_file,
+        "adapter_config.json": lambda file: json.loads(file.read_text()),
+        CHECKPOINT_FILE: lambda file: torch.load(file, weights_only=True),
+        "predictions.npz": lambda file: dict(np.load(file)),
+        "metrics.csv": lambda file: runs.read_metrics(file.parent)[-1]["loss"],
+    }
+    for file in root.rglob("*"):
+        if file.name in readers:
+            readers[file.name](file)
+        if file.suffix == ".npy":
+            np.load(file)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return Whole(tmp_path_factory.mktemp("kill"))
+
+
+def test_killed_before_every_change_of_files(whole):
+    """Also where half of a file is written: what is about to be renamed is cut in half."""
+    assert len(whole.changes) > 25 and sum(half for _, half in whole.changes) >= 12
+    for number, half in whole.changes:
+        whole.renew()
+        assert whole.go_on(number, half) == -signal.SIGKILL
+        check_files(whole.root)
+        assert whole.go_on() == 0, f"killed before change {number}"
+        whole.check_end()
+
+
+def test_killed_at_random_moments(whole):
+    """A run is killed again and again until it has ended; then comes the next one."""
+    kills, runs_done = 0, 0
+    moments = crashes.random_moments(seed=7, longest=0.8 * whole.seconds)
+    while kills < KILLS:
+        whole.renew()
+        while crashes.kill_after(crashes.start(do_run, whole.cfg, whole.command, whole.root), next(moments)):
+            kills += 1
+            check_files(whole.root)
+        finished = (whole.root / whole.folder / RESULT_FILE).stat().st_mtime_ns
+        assert whole.go_on() == 0  # the last process has ended by itself; once more changes nothing
+        assert (whole.root / whole.folder / RESULT_FILE).stat().st_mtime_ns == finished
+        whole.check_end()
+        runs_done += 1
+    assert runs_done > 1
+
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: needs a CUDA GPU, which is not here")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, GPU])])
+def test_a_real_process_killed_in_training(tmp_path, device):
+    task = runs.lay_out_task(tmp_path / "task")
+    outputs = tmp_path / "out"
+    command = runs.overrides(task, outputs, "trainer.max_epochs=12", f"trainer.device={device}")
+    runs.run(command)
+    folder = runs.only_run_folder(outputs)
+    kept = folder.rename(tmp_path / "whole")
+    script = [sys.executable, str(runs.ROOT / "train.py"), *command]
+    with subprocess.Popen(script, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 3/"):
+                process.kill()
+    assert process.returncode == -signal.SIGKILL and not (folder / RESULT_FILE).exists()
+    done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "continues from" in done.stdout, done.stderr
+    check_same(folder, kept)
+
+
+# Sweeps
+
+
+def do_sweep(jobs, workers):
+    pool.multiprocessing = Forking()  # workers start as quickly as the sweep did
+    sys.exit(sweep(jobs, Command([], workers)))
+
+
+class Forking:
+    """The module multiprocessing, but that new processes are forked."""
+
+    def get_context(self, _: str) -> multiprocessing.context.BaseContext:
+        return multiprocessing.get_context("fork")
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(multiprocessing, name)
+
+
+def kill_some(process, generator: random.Random) -> int:
+    """Kills the sweep, a worker of it or all, and waits for their end. Returns the number of kills, 1 or 0."""
+    if not process.is_alive():
+        return 0
+    whom = generator.choice(["sweep", "worker", "all"])
+    workers = children(process.pid)
+    if whom == "worker" and workers:
+        with suppress(ProcessLookupError):
+            os.kill(workers[0], signal.SIGKILL)
+    else:
+        process.kill()
+        for worker in workers if whom == "all" else []:
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+    process.join(60)
+    assert process.exitcode is not None
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):  # they end by themselves
+        assert time.monotonic() < deadline, "workers live on"
+        time.sleep(0.01)
+    return 1
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def test_a_sweep_killed_at_random_moments(whole, tmp_path):
+    """SIGKILL to the sweep, to one of its workers or to all of them."""
+    outputs = tmp_path / "out"
+    command = runs.overrides(runs.lay_out_task(tmp_path / "task"), outputs, "trainer.max_epochs=2", "seed=0,1,2")
+    planned, inputs = plan_jobs(command, runs.CONFIGS), Inputs()
+    generator = random.Random(3)
+    kills, whole_sweep = 0, None
+    while whole_sweep is None or kills < KILLS:
+        shutil.rmtree(outputs, ignore_errors=True)
+        finished: dict[Path, int] = {}
+        while True:
+            jobs = [dataclasses.replace(job, state=state_of(job.plan, inputs)) for job in planned]
+            assert {job.folder for job in jobs if job.state is State.FINISHED} == {f.parent for f in finished}
+            if len(finished) == len(jobs) == 3:
+                break
+            process = crashes.start(do_sweep, jobs, 2)
+            if whole_sweep is None:  # the first one is left alone
+                process.join(120)
+                assert process.exitcode == 0
+            else:
+                time.sleep(generator.uniform(0.1, 1.2))
+                kills += kill_some(process, generator)
+            check_files(outputs)
+            now = {file: file.stat().st_mtime_ns for file in outputs.rglob(RESULT_FILE)}
+            assert finished.items() <= now.items()  # no finished run is repeated
+            finished = now
+        assert not list(outputs.rglob("*.replaced-*")) and not list(outputs.rglob(CHECKPOINT_FILE))
+        if whole_sweep is None:
+            whole_sweep = outputs.rename(tmp_path / "whole")
+        else:
+            for file in finished:
+                check_same(file.parent, whole_sweep / file.parent.relative_to(outputs))
