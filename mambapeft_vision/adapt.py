@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mambapeft_vision.atomic import atomic_path, write_json
 from mambapeft_vision.errors import UserError
 from mambapeft_vision.methods.base import Method, backbone_parameters, bake_weights
-from mambapeft_vision.state import check_state
+from mambapeft_vision.state import check_finite, check_state
 
 ADAPTER_FILE = "adapter.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -296,4 +296,5 @@ def read_adapter(folder: str | Path) -> Adapter:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{tensors} cannot be read: {error}; copy it again from where it was made") from error
+    check_finite(state, str(tensors))
     return Adapter(folder, config, state)

@@ -9,5 +9,21 @@ class UserError(ValueError):
     """
 
 
+class NotFiniteError(UserError):
+    """NaN or infinity where no such number may be.
+
+    Args:
+        ends_sweep: whether a sweep ends with it too, instead of going on with its other runs.
+    """
+
+    def __init__(self, message: str, ends_sweep: bool = True) -> None:
+        super().__init__(message)
+        self.ends_sweep = ends_sweep
+
+
+class SweepEnded(BaseException):
+    """A run ended in a way that its sweep is to end with. No `except Exception` of a launcher stops it."""
+
+
 class Preempted(BaseException):
     """The process was told to end (SIGTERM) and has saved its state. No `except Exception` stops it."""

@@ -2,9 +2,22 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.errors import NotFiniteError, UserError
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raises NotFiniteError naming the tensors that hold NaN or infinity."""
+    wrong = []
+    for name, tensor in tensors.items():
+        bad = 0 if tensor.is_meta else int((~torch.isfinite(tensor)).sum())
+        if bad:
+            wrong.append(f"{name} ({bad:,} of {tensor.numel():,})")
+    if wrong:
+        shown = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more tensors" if len(wrong) > 4 else "")
+        raise NotFiniteError(f"{source}: NaN or infinity in {shown}; expected numbers. Get or make the file again")
 
 
 def check_state(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:

@@ -8,6 +8,7 @@ import gc
 import multiprocessing
 import os
 import random
+import runpy
 import signal
 import sys
 import time
@@ -17,9 +18,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import runs  # noqa: F401 (for the children)
+import runs
 
-from mambapeft_vision.sweep import sweep  # noqa: F401
+from mambapeft_vision.sweep import pool, sweep  # noqa: F401 (imported for the children)
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["crashes"])
@@ -61,6 +62,36 @@ def _in_child(function: Callable[..., Any], *arguments: Any) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)  # errors are told
     function(*arguments)
+
+
+def command(folder: Path, script: str, *arguments: str) -> tuple[int, str, str]:
+    """A command of the project, as a process in `folder`: exit code, output, errors."""
+    code = run_to_end(_command, folder, str(runs.ROOT / script), arguments)
+    return code, *((folder / name).read_text() for name in ("out.txt", "err.txt"))
+
+
+def _command(folder: Path, script: str, arguments: tuple[str, ...]) -> None:
+    os.chdir(folder)
+    for descriptor, name in ((1, "out.txt"), (2, "err.txt")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.argv = [script, *arguments]
+    fork_workers()
+    runpy.run_path(script, run_name="__main__")
+
+
+def fork_workers() -> None:
+    """Lets the workers of sweeps in this process start as quickly as it did."""
+    pool.multiprocessing = _Forking()
+
+
+class _Forking:
+    """The module multiprocessing, but that new processes are forked."""
+
+    def get_context(self, _: str) -> multiprocessing.context.BaseContext:
+        return multiprocessing.get_context("fork")
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(multiprocessing, name)
 
 
 # Moments

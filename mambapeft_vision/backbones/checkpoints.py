@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mambapeft_vision.atomic import atomic_path
 from mambapeft_vision.errors import UserError
-from mambapeft_vision.state import check_state
+from mambapeft_vision.state import check_finite, check_state
 
 EMBEDDED_WEIGHTS = Path(__file__).parent / "weights"  # of our own, shipped with the package
 
@@ -57,6 +57,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     if position is not None and position.ndim == 3 and position.shape[1] != expected["pos_embed"].shape[1]:
         given["pos_embed"] = resize_pos_embed(position, model.patch_embed.grid_size, model.class_token_index == 0)
     check_state(expected, given, str(path))
+    check_finite(given, str(path))
     model.load_state_dict(given, strict=False)
 
 

@@ -6,6 +6,7 @@ and no augmentation. Normalisation happens later, on the device, from the same r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,12 @@ class Preprocessing:
                 f"Preprocessing interpolation {self.interpolation!r}: expected one of "
                 f"{', '.join(_RESAMPLING)}. Correct the backbone's timm record."
             )
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        if (
+            len(self.mean) != 3
+            or len(self.std) != 3
+            or min(self.std) <= 0
+            or not all(map(math.isfinite, self.mean + self.std))
+        ):
             raise UserError(
                 f"Preprocessing mean {self.mean}, std {self.std}: expected three numbers each, one a channel, "
                 "and std above 0. Correct the backbone's timm record."

@@ -86,6 +86,7 @@ class Standard:
             given["method_sizes"] = config["method_sizes"]
         expected, given = _flat(expected), _flat(given)
         neutral = {"trainer.checkpoint_every_s", "trainer.picture", "trainer.device", "trainer.cuda_graph"}
+        neutral |= {"trainer.on_nonfinite"}
         neutral |= {key for key in expected if key.startswith("trainer.") and key not in given}  # newer than the record
         return {
             key.removeprefix("method.").removeprefix("trainer."): given.get(key, "default")

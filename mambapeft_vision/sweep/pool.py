@@ -13,9 +13,11 @@ from typing import Protocol
 
 import torch
 
+from mambapeft_vision.errors import NotFiniteError
 from mambapeft_vision.sweep.jobs import Job, State
 from mambapeft_vision.sweep.kept import task_key
-from mambapeft_vision.sweep.worker import Assignment, Outcome, work, write_failure
+from mambapeft_vision.sweep.worker import Assignment, Outcome, work
+from mambapeft_vision.training.failure import write_failure
 
 REFRESH_S = 0.5
 PATIENCE_S = 10.0  # for a process to end by itself
@@ -89,6 +91,7 @@ class Pool:
 
         Args:
             enough: once it says so, no further job begins, and it returns when those under way have ended.
+        Raises: NotFiniteError after a run with which the sweep is to end.
         """
         queue = Queue(jobs)
         with self._ended_at_exit():
@@ -143,13 +146,18 @@ class Pool:
         except (EOFError, OSError):
             worker.process.join(PATIENCE_S)
             outcome = Outcome(None, _death(worker.process.exitcode), last=True)
-            write_failure(assignment_of(job), outcome.error, "")
+            write_failure(job.folder, outcome.error, "WorkerDied", "", job.overrides)
         worker.job = None
         if outcome.last:
             worker.process.join(PATIENCE_S)
             worker.process.kill()
             del self._workers[number]
         watcher.ended(job, outcome)
+        if outcome.ends_sweep:
+            raise NotFiniteError(
+                f"{job.label}: {outcome.error}\nThe sweep ends with it, and the same command goes on. "
+                f"With trainer.on_nonfinite=skip_run it goes on with its other runs"
+            )
 
     @contextmanager
     def _ended_at_exit(self) -> Iterator[None]:

@@ -5,22 +5,20 @@ import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
 
-from mambapeft_vision.atomic import write_json
+from mambapeft_vision.errors import NotFiniteError
 from mambapeft_vision.lock import InUseError
 from mambapeft_vision.processes import end_with_parent
 from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.sweep.kept import Kept
 from mambapeft_vision.training.cli import is_mistake, summary
+from mambapeft_vision.training.failure import note_failure
 from mambapeft_vision.training.run import train
-
-FAILURE_FILE = "failure.json"
 
 
 @dataclass(frozen=True)
@@ -37,11 +35,13 @@ class Outcome:
     """How a run ended: with a record, or with an error in one line.
 
     last: the worker ends with it, as after a crash nothing in its process is to be trusted.
+    ends_sweep: no other run is to be begun (trainer.on_nonfinite=stop).
     """
 
     record: RunRecord | None
     error: str = ""
     last: bool = False
+    ends_sweep: bool = False
 
 
 def work(connection: Connection, environment: Mapping[str, str], threads: int, log: Path, tasks: int = 1) -> None:
@@ -76,22 +76,10 @@ def run(assignment: Assignment, kept: Kept) -> Outcome:
         return Outcome(None, summary(error))  # another process does this run: nothing to note in its folder
     except Exception as error:
         traceback.print_exc()
-        write_failure(assignment, summary(error), traceback.format_exc())
-        return Outcome(None, summary(error), last=not is_mistake(error))
-    (assignment.folder / FAILURE_FILE).unlink(missing_ok=True)
+        note_failure(assignment.folder, error, assignment.overrides)
+        ends_sweep = isinstance(error, NotFiniteError) and error.ends_sweep
+        return Outcome(None, summary(error), last=not is_mistake(error), ends_sweep=ends_sweep)
     return Outcome(record)
-
-
-def write_failure(assignment: Assignment, error: str, trace: str) -> None:
-    """Notes in the run's folder how it failed; the next attempt's success removes the note."""
-    assignment.folder.mkdir(parents=True, exist_ok=True)
-    content = {
-        "error": error,
-        "traceback": trace,
-        "overrides": assignment.overrides,
-        "failed_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    write_json(assignment.folder / FAILURE_FILE, content)
 
 
 def _print_to(log: Path) -> None:

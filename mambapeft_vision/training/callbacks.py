@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 
 from mambapeft_vision.atomic import write_text
 from mambapeft_vision.data.progress import format_duration
-from mambapeft_vision.errors import Preempted, UserError
+from mambapeft_vision.errors import NotFiniteError, Preempted, UserError
 from mambapeft_vision.training.console import Console
 from mambapeft_vision.training.module import FineTuning
 from mambapeft_vision.training.optim import make_optimizer
@@ -122,18 +123,21 @@ class ProgressLine(Callback):
         )
 
 
-class StopAtNonFiniteLoss(Callback):
+class StopAtNonFinite(Callback):
     """Ends the run after a step whose loss or gradient was not finite. Such a step changes no weight (see `TrainStep`).
 
     The device is asked without waiting for it, so steps after the bad one may have been launched: they change nothing.
+    Weights, which a last finite gradient can have thrown out of range, are looked at before an epoch's end is saved.
 
     Args:
         task, methods: for the message.
         checkpoint: the run's checkpoint file, for the message.
+        ends_sweep: of the error.
     """
 
-    def __init__(self, task: str, methods: str, checkpoint: Path) -> None:
+    def __init__(self, task: str, methods: str, checkpoint: Path, ends_sweep: bool) -> None:
         self._task, self._methods, self._checkpoint = task, methods, checkpoint
+        self._ends_sweep = ends_sweep
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: FineTuning, outputs: Any, batch: Any, batch_idx: int
@@ -142,21 +146,47 @@ class StopAtNonFiniteLoss(Callback):
         if pl_module.step.failed(wait=last):
             self._stop(trainer, pl_module)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: FineTuning) -> None:
+        wrong = not_finite_weights(pl_module)
+        if wrong:
+            module, norm = largest_gradient(pl_module)
+            number = (trainer.current_epoch + 1) * trainer.num_training_batches - 1
+            raise self._error(f"weights are not finite ({wrong[0]})", number, trainer, norm, module)
+
     def _stop(self, trainer: Trainer, pl_module: FineTuning) -> None:
         _, _, number = pl_module.step.take_totals()  # good steps of this epoch: the number of the bad one
         epoch, size = trainer.current_epoch, trainer.datamodule.batch_size
         chosen = trainer.datamodule.epoch_order(epoch)[number * size : (number + 1) * size]
-        loss = pl_module.gradients(trainer.datamodule.train_set.batch(chosen), number)
+        batch = trainer.datamodule.train_set.batch(chosen)
+        loss = pl_module.gradients(batch, number)
         module, norm = largest_gradient(pl_module)
-        kept = f"{self._checkpoint} is the last good state" if self._checkpoint.exists() else "no checkpoint was made"
+        weights = not_finite_weights(pl_module)
         what = f"the loss is {loss}"
-        if math.isfinite(loss) and math.isfinite(norm):
+        if not torch.isfinite(pl_module.normalise(batch[0])).all():
+            what = f"the input is not finite, and so the loss is {loss}"
+        elif weights:
+            what = f"weights are not finite ({weights[0]}) and the loss is {loss}"
+        elif math.isfinite(loss) and math.isfinite(norm):
             what = f"a loss or gradient was not finite, but computed again it is (a fault of the machine?): loss {loss}"
-        raise UserError(
-            f"{what} in step {epoch * trainer.num_training_batches + number} (epoch {epoch + 1}) of {self._methods} on "
-            f"{self._task}; largest gradient norm: {norm:.3g} in {module}. Training stopped and {kept}; lower "
-            f"trainer.learning_rate or the method's scale, or set trainer.precision=fp32"
+        elif math.isfinite(loss):
+            what = f"the gradient is not finite (the loss is {loss})"
+        raise self._error(what, epoch * trainer.num_training_batches + number, trainer, norm, module)
+
+    def _error(self, what: str, step: int, trainer: Trainer, norm: float, module: str) -> NotFiniteError:
+        kept = f"{self._checkpoint} is the last good state" if self._checkpoint.exists() else "no checkpoint was made"
+        return NotFiniteError(
+            f"{what} in step {step} (epoch {trainer.current_epoch + 1}) of {self._methods} on {self._task}; largest "
+            f"gradient norm: {norm:.3g} in {module}. Training stopped and {kept}; lower trainer.learning_rate or the "
+            f"method's scale, or set trainer.precision=fp32",
+            self._ends_sweep,
         )
+
+
+def not_finite_weights(module: FineTuning) -> list[str]:
+    """Names of the trained tensors that hold NaN or infinity; waits for the device."""
+    trained = module.model.trained()
+    finite = torch.stack([torch.isfinite(tensor).all() for tensor in trained.values()]).tolist()
+    return [name for name, good in zip(trained, finite) if not good]
 
 
 def largest_gradient(module: FineTuning) -> tuple[str, float]:

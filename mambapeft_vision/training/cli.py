@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from mambapeft_vision.errors import Preempted, UserError
+from mambapeft_vision.errors import NotFiniteError, Preempted, SweepEnded, UserError
 
 CRASH = 1
 USER_MISTAKE = 2
@@ -53,6 +53,8 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
         except Exception as error:
             _failures.append(Failure(overrides, error))
             print(describe_error(error), file=sys.stderr, flush=True)
+            if isinstance(error, NotFiniteError) and error.ends_sweep:
+                raise SweepEnded("trainer.on_nonfinite=stop; skip_run goes on with the other runs") from error
 
     return wrapped
 
@@ -70,6 +72,8 @@ def run_cli(main: Callable[[], None]) -> None:
     except Preempted as stop:
         print(f"\n{stop}; the same command continues", file=sys.stderr)
         sys.exit(PREEMPTED)
+    except SweepEnded as end:
+        print(f"\nthe sweep ends with this run ({end}); the same command goes on", file=sys.stderr)
     except Exception as error:
         # Of a job that raised, Hydra has already said with which overrides.
         print(describe_error(error), file=sys.stderr)

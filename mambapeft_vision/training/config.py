@@ -13,6 +13,7 @@ from mambapeft_vision.errors import UserError
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 GIVEN, OF_VIM_S = METHOD_SIZES = ("given", "of_vim_s")
+STOP, SKIP_RUN = ON_NONFINITE = ("stop", "skip_run")
 
 
 @dataclass
@@ -45,6 +46,7 @@ class TrainerConfig:
     devices: int = MISSING
     checkpoint_every_s: float = MISSING
     picture: bool = MISSING
+    on_nonfinite: str = STOP  # runs recorded before there was this key lack it
 
     def check(self) -> None:
         """Raises UserError for values that cannot be meant."""
@@ -64,6 +66,8 @@ class TrainerConfig:
         micro = self.micro_batch
         _require(micro is None or micro >= 1, "micro_batch", micro, "at least 1, or null")
         _require(self.devices >= 1, "devices", self.devices, "at least 1")
+        wanted = f"one of {', '.join(ON_NONFINITE)}"
+        _require(self.on_nonfinite in ON_NONFINITE, "on_nonfinite", self.on_nonfinite, wanted)
         _require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
 
 

@@ -20,12 +20,12 @@ from mambapeft_vision.training.callbacks import (
     History,
     ProgressLine,
     Row,
-    StopAtNonFiniteLoss,
+    StopAtNonFinite,
     StopAtSigterm,
     WarmupPhases,
 )
 from mambapeft_vision.training.checkpoint import CHECKPOINT_FILE, AtomicCheckpointIO
-from mambapeft_vision.training.config import TrainerConfig
+from mambapeft_vision.training.config import STOP, TrainerConfig
 from mambapeft_vision.training.console import Console
 from mambapeft_vision.training.module import FineTuning
 from mambapeft_vision.training.plan import RunPlan
@@ -39,12 +39,12 @@ METRICS_FILE = "metrics.csv"
 def fit(plan: RunPlan, setup: Setup, log_epoch: Callable[[Row], None], console: Console) -> History:
     """Trains to the last epoch and returns the history.
 
-    Raises: UserError at a non-finite loss; KeyboardInterrupt at Ctrl-C.
+    Raises: NotFiniteError at NaN or infinity; KeyboardInterrupt at Ctrl-C.
     """
     checkpoint = plan.folder / CHECKPOINT_FILE
     history = History(plan.folder / METRICS_FILE, log_epoch)
     callbacks = [
-        StopAtNonFiniteLoss(plan.task, plan.method_names, checkpoint),
+        StopAtNonFinite(plan.task, plan.method_names, checkpoint, plan.recipe.on_nonfinite == STOP),
         history,
         ProgressLine(console, history),
         WarmupPhases(console),

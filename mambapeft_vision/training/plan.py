@@ -20,7 +20,7 @@ from mambapeft_vision.training.config import GIVEN, METHOD_SIZES, PathsConfig, T
 # Keys that cannot change a result, so they are no part of a run's identity.
 NO_PART_OF_IDENTITY = {
     "": ("paths", "logger", "resume", "dry_run", "sweep"),
-    "trainer": ("checkpoint_every_s", "picture", "cuda_graph"),
+    "trainer": ("checkpoint_every_s", "picture", "cuda_graph", "on_nonfinite"),
     "dataset": ("num_workers", "test_batch_size"),
 }
 

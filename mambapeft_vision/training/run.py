@@ -1,5 +1,6 @@
 """One run from config to result: set up, fit, save, merge, test, record."""
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mambapeft_vision.atomic import remove_leftovers, write_text
 from mambapeft_vision.data.progress import format_duration
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.errors import NotFiniteError, UserError
 from mambapeft_vision.lock import locked
 from mambapeft_vision.methods import add_methods_folder
 from mambapeft_vision.results.environment import device_name, git_state, library_versions, peak_memory_bytes
@@ -22,8 +23,10 @@ from mambapeft_vision.results.record import RunRecord, is_finished, read_record,
 from mambapeft_vision.training.build import build_logger, build_model, resolve_device
 from mambapeft_vision.training.callbacks import History
 from mambapeft_vision.training.checkpoint import CHECKPOINT_FILE
+from mambapeft_vision.training.config import STOP
 from mambapeft_vision.training.console import Console
 from mambapeft_vision.training.dry_run import describe_counts, describe_recipe, describe_sizes, dry_run_report
+from mambapeft_vision.training.failure import forget_failure, note_failure
 from mambapeft_vision.training.fit import fit
 from mambapeft_vision.training.plan import RunPlan, make_plan, set_aside
 from mambapeft_vision.training.ranks import check_devices
@@ -63,13 +66,20 @@ def train(cfg: DictConfig, overrides: Sequence[str] = (), sources: Sources = FRE
         with Console(plan.folder / LOG_FILE) as console:
             if aside is not None:
                 console.say(f"the run that was here is kept in {aside}")
-            return execute(plan, console, sources)
+            try:
+                record = execute(plan, console, sources)
+            except Exception as error:
+                note_failure(plan.folder, error, overrides)
+                raise
+            forget_failure(plan.folder)
+            return record
 
 
 def _finished_before(plan: RunPlan) -> RunRecord:
     record = read_record(plan.folder)
     with suppress(OSError):  # there if the run was killed right after its end; the folder may be read-only
         (plan.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+        forget_failure(plan.folder)
     print(f"{summarise(record, plan.folder)}\nThis run was finished before; resume=false runs it again.")
     return record
 
@@ -113,6 +123,7 @@ def _execute(plan: RunPlan, console: Console, sources: Sources) -> RunRecord:
         counts = setup.model.counts()
         unmerged = setup.model.merge()
         predictions = setup.test(console)
+        _check_finite(plan, predictions)
         predictions.save(plan.folder)
         if plan.recipe.picture or logger.pictures:
             _draw(plan, setup, predictions)
@@ -174,6 +185,15 @@ def _draw(plan: RunPlan, setup: Setup, predictions: Predictions) -> None:
         title=f"{what}: {predictions.accuracy:.1%} right",
     )
     draw_from_files(plan.folder, title=what, num_classes=setup.task.num_classes)
+
+
+def _check_finite(plan: RunPlan, predictions: Predictions) -> None:
+    if not math.isfinite(predictions.loss):
+        raise NotFiniteError(
+            f"the test loss of {plan.method_names} on {plan.task} is {predictions.loss}, though those of the training "
+            f"were finite; set trainer.precision=fp32, or lower trainer.learning_rate",
+            plan.recipe.on_nonfinite == STOP,
+        )
 
 
 def _make_record(

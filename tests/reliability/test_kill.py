@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 
 from mambapeft_vision.data import cache
 from mambapeft_vision.results.record import RESULT_FILE, read_record
-from mambapeft_vision.sweep import pool
 from mambapeft_vision.sweep.inputs import Inputs
 from mambapeft_vision.sweep.jobs import State, plan_jobs, state_of
 from mambapeft_vision.sweep.sweep import Command, sweep
@@ -192,18 +191,8 @@ def test_a_real_process_killed_in_training(tmp_path, device):
 
 
 def do_sweep(jobs, workers):
-    pool.multiprocessing = Forking()  # workers start as quickly as the sweep did
+    crashes.fork_workers()
     sys.exit(sweep(jobs, Command([], workers)))
-
-
-class Forking:
-    """The module multiprocessing, but that new processes are forked."""
-
-    def get_context(self, _: str) -> multiprocessing.context.BaseContext:
-        return multiprocessing.get_context("fork")
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(multiprocessing, name)
 
 
 def kill_some(process, generator: random.Random) -> int:

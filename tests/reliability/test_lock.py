@@ -11,7 +11,8 @@ import runs
 
 from mambapeft_vision.lock import LOCK_FILE, InUseError, locked
 from mambapeft_vision.sweep.kept import Kept
-from mambapeft_vision.sweep.worker import FAILURE_FILE, Assignment, run
+from mambapeft_vision.sweep.worker import Assignment, run
+from mambapeft_vision.training.failure import FAILURE_FILE
 from mambapeft_vision.training.plan import make_plan
 
 

@@ -1,0 +1,185 @@
+"""NaN and infinity, wherever they come from: the run ends at once, says where, and keeps the last good state."""
+
+import dataclasses
+import json
+import re
+
+import crashes
+import pytest
+import runs
+import torch
+from safetensors.torch import load_file, save_file
+
+from mambapeft_vision.adapt import read_adapter
+from mambapeft_vision.backbones.checkpoints import export_official
+from mambapeft_vision.data import Preprocessing
+from mambapeft_vision.errors import NotFiniteError, UserError
+from mambapeft_vision.training import setup
+from mambapeft_vision.training.build import build_backbone
+from mambapeft_vision.training.checkpoint import CHECKPOINT_FILE
+from mambapeft_vision.training.failure import FAILURE_FILE
+from mambapeft_vision.training.plan import make_plan
+from mambapeft_vision.training.step import TrainStep
+
+EPOCHS = "trainer.max_epochs=3"  # of three steps each
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return runs.lay_out_task(tmp_path_factory.mktemp("numbers") / "task")
+
+
+@pytest.fixture(scope="module")
+def whole(task, tmp_path_factory):
+    outputs = tmp_path_factory.mktemp("whole")
+    runs.run(runs.overrides(task, outputs, EPOCHS))
+    return runs.only_run_folder(outputs)
+
+
+def poison(monkeypatch, step, change):
+    """Calls `change(train_step)` after the gradients of every step from that number (from 0) on."""
+    original, calls = TrainStep._backward, 0
+
+    def backward(self, *arguments):
+        nonlocal calls
+        sums = original(self, *arguments)
+        if calls >= step:
+            change(self)
+        calls += 1
+        return sums
+
+    monkeypatch.setattr(TrainStep, "_backward", backward)
+
+
+def test_a_gradient(task, tmp_path, monkeypatch, whole):
+    """Step, task, method, module; the last good checkpoint, from which the same command goes on to the same weights."""
+
+    def change(step):
+        step._model.head_parameters()["head.weight"].grad[0, 0] = float("inf")
+
+    command = runs.overrides(task, tmp_path, EPOCHS)
+    with monkeypatch.context() as patch:
+        poison(patch, 4, change)
+        with pytest.raises(NotFiniteError) as caught:
+            runs.run(command)
+    message = str(caught.value)
+    assert "in step 4 (epoch 2) of lora_p_x on custom/tiny; largest gradient norm: inf in head" in message
+    folder = runs.only_run_folder(tmp_path)
+    assert f"{folder / CHECKPOINT_FILE} is the last good state" in message
+    failure = json.loads((folder / FAILURE_FILE).read_text())
+    assert failure["kind"] == "NotFiniteError" and failure["error"] == message
+    runs.run(command)
+    one, two = runs.read_adapter_tensors(folder), runs.read_adapter_tensors(whole)
+    assert all(torch.equal(one[name], two[name]) for name in two)
+    assert not (folder / FAILURE_FILE).exists()
+
+
+@pytest.mark.parametrize(("step", "epoch", "rows"), [(4, 2, 1), (5, 2, 1)])
+def test_weights(task, tmp_path, monkeypatch, whole, step, epoch, rows):
+    """Thrown out of range by an update: seen in the next step or, after an epoch's last, before it is saved."""
+    original, calls = TrainStep._run, 0
+
+    def run(self, *arguments):
+        nonlocal calls
+        original(self, *arguments)
+        if calls == step:
+            next(iter(self._model.methods["lora_p_x"].owned().values())).data.view(-1)[0] = float("inf")
+        calls += 1
+
+    command = runs.overrides(task, tmp_path, EPOCHS)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "_run", run)
+        with pytest.raises(
+            NotFiniteError, match=rf"weights are not finite \(lora_p_x\.layers.* in step 5 \(epoch {epoch}"
+        ):
+            runs.run(command)
+    folder = runs.only_run_folder(tmp_path)
+    assert len(runs.read_metrics(folder)) == rows
+    assert all(t.isfinite().all() for t in torch.load(folder / CHECKPOINT_FILE)["state_dict"].values())
+    runs.run(command)
+    one, two = runs.read_adapter_tensors(folder), runs.read_adapter_tensors(whole)
+    assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+def test_the_input(task, tmp_path, monkeypatch):
+    original = setup.Normalise.forward
+    monkeypatch.setattr(setup.Normalise, "forward", lambda self, images: original(self, images) / 0)
+    with pytest.raises(NotFiniteError, match=r"the input is not finite, and so the loss is nan in step 0 \(epoch 1\)"):
+        runs.run(runs.overrides(task, tmp_path, EPOCHS))
+
+
+def test_the_test(task, tmp_path, monkeypatch):
+    """A loss of the test that is not finite is no result."""
+    original = setup.predict
+
+    def predict(*arguments, **options):
+        return dataclasses.replace(original(*arguments, **options), loss=float("nan"))
+
+    monkeypatch.setattr(setup, "predict", predict)
+    with pytest.raises(NotFiniteError, match="the test loss of lora_p_x on custom/tiny is nan"):
+        runs.run(runs.overrides(task, tmp_path, "trainer.max_epochs=1"))
+    assert not (runs.only_run_folder(tmp_path) / "result.json").exists()
+
+
+def test_pretrained_weights(task, tmp_path):
+    file = tmp_path / "weights.safetensors"
+    export_official(build_backbone(make_plan(runs.compose_train(runs.overrides(task, tmp_path)))), file)
+    state = load_file(file)
+    state["layers.1.mixer.out_proj.weight"][0, :3] = float("nan")
+    save_file(state, file)
+    with pytest.raises(
+        UserError, match=r"weights\.safetensors: NaN or infinity in layers\.1\.mixer\.out_proj\.weight \(3 "
+    ):
+        runs.run(runs.overrides(task, tmp_path, f"backbone.weights={file}"))
+
+
+def test_an_adapter(whole, tmp_path):
+    for file in ("adapter_config.json", "adapter.safetensors"):
+        (tmp_path / file).write_bytes((whole / file).read_bytes())
+    state = load_file(tmp_path / "adapter.safetensors")
+    state["head.bias"][1] = float("-inf")
+    save_file(state, tmp_path / "adapter.safetensors")
+    with pytest.raises(UserError, match=r"adapter\.safetensors: NaN or infinity in head\.bias \(1 of 3\)"):
+        read_adapter(tmp_path)
+
+
+def test_the_preprocessing():
+    with pytest.raises(UserError, match="std"):
+        Preprocessing((8, 8), "bicubic", (0.5,) * 3, (0.5, float("nan"), 0.5))
+
+
+# Sweeps
+
+DIVERGES = ["trainer.learning_rate=1e30,1e-2", "trainer.warmup_epochs=0", "trainer.clip_norm=null"]
+
+
+def outcomes(outputs):
+    """Learning rates of the runs that have failed and of those that are finished."""
+    failed, finished = (
+        {float(re.search(r"learning_rate: (\S+)", (file.parent / "config.yaml").read_text())[1]) for file in files}
+        for files in (list(outputs.rglob(FAILURE_FILE)), list(outputs.rglob("result.json")))
+    )
+    return failed, finished
+
+
+@pytest.mark.parametrize("way", ["train.py", "scripts/sweep_vtab1k.py"])
+def test_a_sweep_stops_or_goes_on_as_told(task, tmp_path, way):
+    multirun = ["-m"] if way == "train.py" else []
+    arguments = runs.overrides(task, tmp_path / "out", EPOCHS, *DIVERGES)
+    code, _, err = crashes.command(tmp_path, way, *multirun, *arguments)
+    assert code == 2 and outcomes(tmp_path / "out") == ({1e30}, set()), err
+    assert "largest gradient norm" in err and "on_nonfinite" in err and "Traceback" not in err
+    code, out, err = crashes.command(tmp_path, way, *multirun, *arguments, "trainer.on_nonfinite=skip_run")
+    assert code == (2 if way == "train.py" else 1)
+    assert "1 of the runs failed" in out + err and ("1e+30" in out or "=1e30" in err)
+    assert outcomes(tmp_path / "out") == ({1e30}, {1e-2})
+
+
+def test_the_key_is_checked_and_no_part_of_a_runs_identity(task, tmp_path):
+    plans = [
+        make_plan(runs.compose_train(runs.overrides(task, tmp_path, f"trainer.on_nonfinite={value}")))
+        for value in ("stop", "skip_run")
+    ]
+    assert plans[0].folder == plans[1].folder
+    with pytest.raises(UserError, match=r"on_nonfinite=go_on; expected one of stop, skip_run"):
+        runs.run(runs.overrides(task, tmp_path, "trainer.on_nonfinite=go_on"))
