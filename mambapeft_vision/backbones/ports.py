@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambapeft_vision.backbones.low_rank import add_low_rank, compute_dtype, low_rank_linear
+from mambapeft_vision.backbones.low_rank import LowRankBranch, add_low_rank, compute_dtype, low_rank_linear
 from mambapeft_vision.errors import UserError
 
 
@@ -66,19 +66,24 @@ class SidePort:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """F.linear(x, weight, bias) and all branches.
 
-        Functions with an attribute `low_rank` (down, up, scale, dropout) join products; the first joins this one.
+        Functions with an attribute `low_rank` (down, up, scale, dropout) join products: those of one rate of dropout
+        each other, and the first such group this one.
         """
-        low_rank = [(branch, getattr(branch.fn, "low_rank", None)) for branch in self.branches]
-        low_rank = [(branch, factors) for branch, factors in low_rank if factors is not None]
-        if not low_rank:
-            return self(x, F.linear(x, weight, bias))
-        (first, factors), *others = low_rank
-        out = low_rank_linear(x, weight, bias, *factors, first.rows)
-        for branch, factors in others:
-            out = add_low_rank(out, x, *factors, branch.rows)
+        groups: dict[float, list[LowRankBranch]] = {}
+        others = []
         for branch in self.branches:
-            if getattr(branch.fn, "low_rank", None) is None:
-                out = _add_branch(branch, x, out)
+            factors = getattr(branch.fn, "low_rank", None)
+            if factors is None:
+                others.append(branch)
+            else:
+                low_rank = LowRankBranch(*factors, branch.rows)
+                groups.setdefault(low_rank.dropout, []).append(low_rank)
+        first, *more = groups.values() if groups else [None]
+        out = F.linear(x, weight, bias) if first is None else low_rank_linear(x, weight, bias, first)
+        for group in more:
+            out = add_low_rank(out, x, group)
+        for branch in others:
+            out = _add_branch(branch, x, out)
         return out
 
 
@@ -109,6 +114,11 @@ class PortedLinear(nn.Linear):
         super().__init__(in_features, out_features, bias)
         self.side = SidePort(name)
         self._narrow = _NarrowCopy()
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether a token of zeros comes out as zeros, and gives no weight a gradient."""
+        return self.bias is None and all(getattr(b.fn, "low_rank", None) is not None for b in self.side.branches)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
@@ -170,11 +180,23 @@ class Joined:
 
 
 class AffixPort(Port):
-    """Takes `value(tokens) -> Joined`. With `inner` it joins in_proj's output, else in_proj's input."""
+    """Takes `value(tokens) -> Joined`. With `inner` it joins in_proj's output, else in_proj's input.
+
+    An inner one whose tokens all stand at the ends says how many in front and behind (`ends`). It can then be called as
+    `value(tokens, has_room=True)`, with zeros there to be overwritten.
+    """
 
     inner: bool = True
+    ends: tuple[int, int] | None = None
     joined = Joined  # so that an owner can return one without knowing the backbone's files
 
-    def set(self, owner: str, value: Callable[[Tensor], Joined], *, inner: bool = True) -> None:
+    def set(
+        self,
+        owner: str,
+        value: Callable[..., Joined],
+        *,
+        inner: bool = True,
+        ends: tuple[int, int] | None = None,
+    ) -> None:
         super().set(owner, value)
-        self.inner = inner
+        self.inner, self.ends = inner, ends

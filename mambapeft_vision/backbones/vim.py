@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from mambapeft_kernels import Direction, add_rms_norm, resolve_backend, ssm_mixer
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import lecun_normal_, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 
-from mambapeft_vision.backbones.ports import AffixPort, Port, PortedLinear, PortedPatches
+from mambapeft_vision.backbones.ports import AffixPort, Joined, Port, PortedLinear, PortedPatches
 from mambapeft_vision.errors import UserError
 
 
@@ -88,7 +89,7 @@ class Mixer(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         if self.affix.value is not None:
-            return self.out_proj(self._scan_with_affix(h))
+            return self._forward_with_affix(h)
         x, z = self._project(h)
         return self.out_proj(ssm_mixer(x, z, self.directions(), self.scale, self.kernel))
 
@@ -96,24 +97,29 @@ class Mixer(nn.Module):
         x, z = self.in_proj(h).chunk(2, dim=-1)
         return x, z if self.gate.value is None else self.gate.value(z)
 
-    def _scan_with_affix(self, h: Tensor) -> Tensor:
-        """As `forward` up to out_proj, with other tokens joined in before the scan and dropped after it."""
-        if self.affix.inner:
-            xz = self.in_proj(h) if self.gate.value is None else torch.cat(self._project(h), dim=-1)
-            joined = self.affix.value(xz)
-            halves = [buffer.chunk(2, dim=-1) for buffer in joined.buffers]
-        else:
-            joined = self.affix.value(h)
-            halves = [self._project(buffer) for buffer in joined.buffers]
-        directions = self.directions()
+    def _forward_with_affix(self, h: Tensor) -> Tensor:
+        """As `forward`, with other tokens joined in before the scan and dropped after it."""
+        joined = self._join_inside(h) if self.affix.inner else self.affix.value(h)
+        split = (lambda xz: xz.chunk(2, dim=-1)) if self.affix.inner else self._project
+        halves, directions = [split(buffer) for buffer in joined.buffers], self.directions()
         if len(halves) == 1:
-            return ssm_mixer(*halves[0], directions, self.scale, self.kernel)[:, joined.keep[0]]
+            out = self.out_proj(ssm_mixer(*halves[0], directions, self.scale, self.kernel))
+            return out[:, joined.keep[0]]  # here a token has half the numbers that it has before out_proj
         # The gate of a kept token is the same in both buffers, so gated outputs add up.
         forward, backward = (
             ssm_mixer(x, z, (direction,), self.scale, self.kernel)[:, keep]
             for (x, z), direction, keep in zip(halves, directions, joined.keep)
         )
-        return forward + backward
+        return self.out_proj(forward + backward)
+
+    def _join_inside(self, h: Tensor) -> Joined:
+        """The affix port's tokens beside in_proj's output."""
+        if self.gate.value is not None:
+            return self.affix.value(torch.cat(self._project(h), dim=-1))
+        if self.affix.ends is None or not self.in_proj.keeps_zeros:
+            return self.affix.value(self.in_proj(h))
+        # in_proj leaves room at the ends, so that its output need not be copied: it is four times as wide as h.
+        return self.affix.value(self.in_proj(F.pad(h, (0, 0, *self.affix.ends))), has_room=True)
 
     def init_weights(self, depth: int) -> None:
         """Vim's initialisation: S4D-real A, D = 1, Δ log-uniform in [1e-3, 0.1], out_proj scaled by depth."""

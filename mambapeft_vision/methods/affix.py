@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mambapeft_vision.errors import UserError
 from mambapeft_vision.methods.base import Method, mixers_of, require_positive
-from mambapeft_vision.methods.tokens import TokenGenerator, join, kept, positions
+from mambapeft_vision.methods.tokens import TokenGenerator, fill_ends, join, kept, positions
 
 POSITIONS = ("prefix", "infix", "around_class", "suffix")
 
@@ -83,8 +83,9 @@ class Affix(Method):
         total = len(mixers) * self._per_layer * width
         self.sites = TokenGenerator(self.tokens, width, total, hidden, "table", model.cls_token)
         self._layers = len(mixers)
+        ends = (self.tokens, self.tokens) if self.inner and self.position == "prefix" else None
         for i, mixer in enumerate(mixers):
-            mixer.affix.set(self.name, LayerAffix(self, model, i), inner=self.inner)
+            mixer.affix.set(self.name, LayerAffix(self, model, i), inner=self.inner, ends=ends)
 
     def layer_tokens(self, layer: int) -> Tensor:
         """[n, per layer, width] of one layer. All layers' are generated at once, at layer 0."""
@@ -110,12 +111,16 @@ class LayerAffix:
         self.method, self.model, self.layer = method, model, layer
         self.port = model.mixers[layer].affix
 
-    def __call__(self, tokens: Tensor) -> Any:
+    def __call__(self, tokens: Tensor, has_room: bool = False) -> Any:
         method, length = self.method, tokens.shape[1]
         new = method.layer_tokens(self.layer)
         if new.shape[-1] != tokens.shape[-1]:  # lean: the gate half is zero
             new = F.pad(new, (0, tokens.shape[-1] - new.shape[-1]))
         own = new.unbind(1)
+        if has_room:
+            new, at = self._both_ends(own, length - 2 * method.tokens)
+            filled = fill_ends(tokens, new, method.tokens)
+            return self.port.joined((filled,), (kept(at, length - len(at), tokens.device),))
         if method.position == "prefix":
             return self._joined(tokens, [self._both_ends(own, length)])
         class_index = self._class_index(length) if method.position == "around_class" else 0

@@ -114,6 +114,30 @@ class _BothEnds(torch.autograd.Function):
         return grad[:, ctx.front : ctx.front + ctx.length], new, None
 
 
+def fill_ends(tokens: Tensor, new: Tensor, front: int) -> Tensor:
+    """Puts new[:front] over the first tokens of [B, L, C] and new[front:] over the last, in place.
+
+    What was there must be zeros that depend on nothing trained (`PortedLinear.keeps_zeros`): the gradient passes
+    over them as it comes.
+    """
+    return _FilledEnds.apply(tokens, new.to(tokens.dtype), front)
+
+
+class _FilledEnds(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tokens, new, front):
+        ctx.front, ctx.behind = front, len(new) - front
+        ctx.mark_dirty(tokens)
+        tokens[:, :front] = new[:front]
+        tokens[:, tokens.shape[1] - ctx.behind :] = new[front:]
+        return tokens
+
+    @staticmethod
+    def backward(ctx, grad):
+        ends = grad[:, : ctx.front], grad[:, grad.shape[1] - ctx.behind :]
+        return grad, torch.cat(ends, dim=1).sum(0) if ctx.needs_input_grad[1] else None, None
+
+
 def kept(at: list[int], length: int, device: torch.device) -> slice | Tensor:
     """Where the `length` original tokens are after `join`: a slice if they stay together, else indices [L]."""
     if all(place in (0, length) for place in at):
