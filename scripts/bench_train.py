@@ -13,6 +13,7 @@ by kernel and record). Busy share: time that kernels run, by the profiler, over 
 
 import argparse
 import csv
+import math
 import subprocess
 import sys
 import tempfile
@@ -97,11 +98,16 @@ def plan_of(arguments: list[str]) -> tuple:
 def measure(task: Path, outputs: Path, method: str, batch: int, precision: str, kept: Kept, more: list[str]) -> dict:
     """One short run through `train`; what its files say."""
     chosen = [f"dataset.batch_size={batch}", f"trainer.precision={precision}", *more]
-    epochs = [f"trainer.max_epochs={EPOCHS.get(batch, 8)}", "trainer.warmup_epochs=1"]
-    cfg, plan = plan_of(overrides(task, outputs, method, *epochs, *chosen))
+    _, plan = plan_of(overrides(task, outputs, method, *chosen))
+    measured = EPOCHS.get(batch, 8)
+    # Methods that first choose what to train are measured after that.
+    before = max(spec.get("warmup_steps", 0) for spec in plan.config["method"].values())
+    epochs = measured + math.ceil(before / math.ceil(TRAIN_IMAGES / batch))
+    chosen += [f"trainer.max_epochs={epochs}", "trainer.warmup_epochs=1"]
+    cfg, plan = plan_of(overrides(task, outputs, method, *chosen))
     record = train(cfg, sources=kept.sources)
     with open(plan.folder / METRICS_FILE, encoding="utf-8") as file:
-        rates = [float(row["images_per_second"]) for row in csv.DictReader(file)][2:]
+        rates = [float(row["images_per_second"]) for row in csv.DictReader(file)][2 - measured :]
     return {
         "method": method,
         "batch": batch,
