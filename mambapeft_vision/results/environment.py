@@ -6,6 +6,7 @@ import platform
 import resource
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,6 +27,11 @@ LIBRARIES = (
 
 def library_versions() -> dict[str, str]:
     """Versions by distribution name, Python's and CUDA's included; what is not installed is left out."""
+    return dict(_library_versions())
+
+
+@cache
+def _library_versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -37,8 +43,12 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+@cache
 def git_state() -> tuple[str | None, bool | None]:
-    """Commit of this package's source, and whether tracked files differ from it; (None, None) outside git."""
+    """Commit of this package's source, and whether tracked files differ from it; (None, None) outside git.
+
+    As they are when a process first asks, close to when it loaded the code: a sweep's later runs use that code too.
+    """
     package = Path(__file__).resolve().parent
     try:
         # Installed into an environment inside someone else's repository, the package is not tracked there.

@@ -1,5 +1,6 @@
 """A worker process of a sweep: takes runs from the parent one by one, and answers how each one ended."""
 
+import gc
 import os
 import sys
 import traceback
@@ -61,11 +62,16 @@ def work(connection: Connection, environment: Mapping[str, str], threads: int, l
     _print_to(log)
     torch.set_num_threads(threads)
     kept = Kept(tasks)
+    first = True
     while (assignment := connection.recv()) is not None:
         outcome = run(assignment, kept)
         connection.send(outcome)
         if outcome.last:
             return
+        if first:  # all is imported now: what every run's collection of garbage need not look through
+            gc.collect()
+            gc.freeze()
+            first = False
 
 
 def run(assignment: Assignment, kept: Kept) -> Outcome:

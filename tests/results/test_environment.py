@@ -4,9 +4,23 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 from mambapeft_vision.results import environment
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """What a process asks once is asked again in each test, and by what runs after it."""
+
+    def clear() -> None:
+        environment.git_state.cache_clear()
+        environment._library_versions.cache_clear()
+
+    clear()
+    yield
+    clear()
 
 
 def make_repository(folder: Path, *tracked: str) -> Path:
@@ -24,6 +38,7 @@ def make_repository(folder: Path, *tracked: str) -> Path:
 
 def git_state_of(source: Path, monkeypatch) -> tuple[str | None, bool | None]:
     monkeypatch.setattr(environment, "__file__", str(source))
+    environment.git_state.cache_clear()
     return environment.git_state()
 
 
@@ -49,6 +64,13 @@ def test_git_state_outside_git(tmp_path, monkeypatch):
 def test_git_state_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert environment.git_state() == (None, None)
+
+
+def test_a_process_asks_git_once(tmp_path, monkeypatch):
+    """A sweep's runs are made with the code that was loaded, whatever is checked out meanwhile."""
+    first = git_state_of(make_repository(tmp_path, "package/environment.py"), monkeypatch)
+    monkeypatch.setenv("PATH", "")
+    assert environment.git_state() == first != (None, None)
 
 
 def test_versions_leave_out_what_is_not_installed(monkeypatch):
