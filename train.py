@@ -7,11 +7,15 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from mambapeft_vision.results.record import RunRecord
+from mambapeft_vision.training.again import recorded
 from mambapeft_vision.training.cli import job, run_cli
 from mambapeft_vision.training.config import register_schemas
 from mambapeft_vision.training.overrides import prepare_multirun
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
+
+_record: RunRecord | None = None  # of --from-result
 
 register_schemas()
 
@@ -21,12 +25,14 @@ register_schemas()
 def main(cfg: DictConfig) -> None:
     from mambapeft_vision.training.run import train  # imports PyTorch, for which --help need not wait
 
-    train(cfg, HydraConfig.get().overrides.task)
+    train(cfg, HydraConfig.get().overrides.task, expected=_record)
 
 
 def prepare_and_run() -> None:
-    sys.argv[1:] = prepare_multirun(sys.argv[1:], CONFIGS)
-    main()
+    global _record
+    with recorded(sys.argv[1:], CONFIGS) as (arguments, _record):
+        sys.argv[1:] = prepare_multirun(arguments, CONFIGS)
+        main()
 
 
 if __name__ == "__main__":

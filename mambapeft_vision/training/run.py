@@ -20,6 +20,7 @@ from mambapeft_vision.methods import add_methods_folder
 from mambapeft_vision.results.environment import device_name, git_state, library_versions, peak_memory_bytes
 from mambapeft_vision.results.pictures import PAGE_FILE, draw_from_files, page_of_predictions, pictures_of
 from mambapeft_vision.results.record import RunRecord, is_finished, read_record, write_record
+from mambapeft_vision.training.again import check_inputs, compare, differences
 from mambapeft_vision.training.build import build_logger, build_model, resolve_device
 from mambapeft_vision.training.callbacks import History
 from mambapeft_vision.training.checkpoint import CHECKPOINT_FILE
@@ -36,12 +37,15 @@ from mambapeft_vision.training.testing import Predictions
 CONFIG_FILE, OVERRIDES_FILE, LOG_FILE = "config.yaml", "overrides.yaml", "train.log"
 
 
-def train(cfg: DictConfig, overrides: Sequence[str] = (), sources: Sources = FRESH) -> RunRecord | None:
+def train(
+    cfg: DictConfig, overrides: Sequence[str] = (), sources: Sources = FRESH, expected: RunRecord | None = None
+) -> RunRecord | None:
     """Does what the config asks for: a dry run, a finished run's summary, or the (rest of the) run.
 
     Args:
         overrides: of the command line, kept in the run's folder.
         sources: of task and backbone.
+        expected: the record of the run that is to be done again: its images and weights are asked for.
     Returns: the run's record; None for a dry run.
     Raises: UserError.
     """
@@ -67,11 +71,13 @@ def train(cfg: DictConfig, overrides: Sequence[str] = (), sources: Sources = FRE
             if aside is not None:
                 console.say(f"the run that was here is kept in {aside}")
             try:
-                record = execute(plan, console, sources)
+                record = execute(plan, console, sources, expected)
             except Exception as error:
                 note_failure(plan.folder, error, overrides)
                 raise
             forget_failure(plan.folder)
+            if expected is not None:
+                console.say(compare(expected, record))
             return record
 
 
@@ -84,10 +90,10 @@ def _finished_before(plan: RunPlan) -> RunRecord:
     return record
 
 
-def execute(plan: RunPlan, console: Console, sources: Sources) -> RunRecord:
+def execute(plan: RunPlan, console: Console, sources: Sources, expected: RunRecord | None = None) -> RunRecord:
     """Trains, saves and tests; result.json is written last. Raises UserError, also where the GPU is too small."""
     try:
-        return _execute(plan, console, sources)
+        return _execute(plan, console, sources, expected)
     except torch.OutOfMemoryError as error:
         sizes = plan.config["dataset"]
         raise UserError(
@@ -98,7 +104,7 @@ def execute(plan: RunPlan, console: Console, sources: Sources) -> RunRecord:
         ) from error
 
 
-def _execute(plan: RunPlan, console: Console, sources: Sources) -> RunRecord:
+def _execute(plan: RunPlan, console: Console, sources: Sources, expected: RunRecord | None) -> RunRecord:
     started = time.monotonic()
     console.say(f"{plan.method_names} on {plan.task}, seed {plan.seed}, in {plan.folder}")
     device = resolve_device(plan.recipe.device)
@@ -111,6 +117,10 @@ def _execute(plan: RunPlan, console: Console, sources: Sources) -> RunRecord:
         console=console,
         sources=sources,
     )
+    if expected is not None:
+        check_inputs(expected, plan.config, setup.task.manifest_hash, setup.model.backbone_sha256)
+        changed = differences(expected, library_versions(), git_state()[0], device_name(device))
+        console.say(f"not as recorded: {', '.join(changed)}" if changed else "versions and device are as recorded")
     for line in (*describe_sizes(plan, setup.model), describe_counts(setup.model.counts())):
         console.say(line)
     console.say(describe_recipe(plan.recipe, setup.task.batch_size))

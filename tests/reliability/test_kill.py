@@ -164,15 +164,13 @@ def test_killed_at_random_moments(whole):
     assert runs_done > 1
 
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: needs a CUDA GPU, which is not here")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, GPU])])
-def test_a_real_process_killed_in_training(tmp_path, device):
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: needs a CUDA GPU, which is not here")
+def test_a_process_on_a_gpu_killed_in_training(tmp_path):
+    """On the CPU: tests/training/test_commands.py."""
     task = runs.lay_out_task(tmp_path / "task")
     outputs = tmp_path / "out"
-    command = runs.overrides(task, outputs, "trainer.max_epochs=12", f"trainer.device={device}")
+    command = runs.overrides(task, outputs, "trainer.max_epochs=12", "trainer.device=cuda")
     runs.run(command)
     folder = runs.only_run_folder(outputs)
     kept = folder.rename(tmp_path / "whole")
