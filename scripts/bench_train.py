@@ -223,22 +223,26 @@ def _short(name: str) -> str:
 # Whole tasks
 
 
-def whole_task(task: Path, second: Path, outputs: Path) -> Iterator[str]:
-    """Seconds from the start of a process to result.json, for one task and for two in one sweep."""
+def one_task(task: Path, outputs: Path) -> str:
+    """A line: seconds from the start of `python train.py` to its end, with result.json."""
     command = [sys.executable, str(ROOT / "train.py"), *overrides(task, outputs / "one", "lora_p_x")]
     started = time.monotonic()
     subprocess.run(command, check=True, cwd=outputs, stdout=subprocess.DEVNULL)
     seconds = time.monotonic() - started
     (record,) = (outputs / "one").rglob("result.json")
-    yield f"one task, `python train.py`: {seconds:.1f} s from start to exit ({record.name} written)"
+    return f"one task, `python train.py`: {seconds:.1f} s from start to exit ({record.name} written)"
 
-    first = overrides(task, outputs / "two", "lora_p_x", f"dataset.folder={task},{second}", "dataset.name=bench/two")
-    first = [text for text in first if text not in (f"dataset.folder={task}", f"dataset.name=bench/{task.name}")]
-    command = [sys.executable, str(ROOT / "scripts" / "sweep_vtab1k.py"), *first]
+
+def two_tasks(first: Path, second: Path, outputs: Path) -> str:
+    """A line: seconds from the start of a sweep to its first result, and from there to its second."""
+    names = f"dataset.folder={first}", f"dataset.name=bench/{first.name}"
+    command = [text for text in overrides(first, outputs / "two", "lora_p_x") if text not in names]
+    command += [f"dataset.folder={first},{second}", "dataset.name=bench/two"]
     started, began = time.monotonic(), time.time()
-    subprocess.run(command, check=True, cwd=outputs, stdout=subprocess.DEVNULL)
+    sweep = [sys.executable, str(ROOT / "scripts" / "sweep_vtab1k.py"), *command]
+    subprocess.run(sweep, check=True, cwd=outputs, stdout=subprocess.DEVNULL)
     written = sorted(file.stat().st_mtime for file in (outputs / "two").rglob("result.json"))
-    yield (
+    return (
         f"two tasks, one sweep process: first result after {written[0] - began:.1f} s, second "
         f"{written[1] - written[0]:.1f} s later, {time.monotonic() - started:.1f} s in all"
     )
@@ -367,7 +371,8 @@ def main() -> None:
                 print(line, flush=True)
         if options.whole_task:
             tasks = [make_task(outputs / name, test_images=10_000) for name in ("first", "second")]
-            print("\n".join(whole_task(*tasks, outputs)), flush=True)
+            print(one_task(tasks[0], outputs), flush=True)
+            print(two_tasks(*tasks, outputs), flush=True)
     if options.reference:
         for batch in options.batch:
             for bf16 in (False, True):
