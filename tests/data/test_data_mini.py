@@ -1,5 +1,6 @@
 """The mini tasks: their configs, the drawings, and laying them out."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -30,16 +31,19 @@ def test_a_config_says_what_the_table_says(name):
 # Sprites
 
 
-def test_squares_have_the_area_of_the_formula():
-    """Counts of the original's images of the upper left, upright square at the smallest and the largest scale."""
-    assert [int((dsprites.draw(0, scale, 0, 10, 10) > 0).sum()) for scale in (0, 5)] == [81, 361]
+def test_sprites_are_those_of_the_published_file():
+    """The hash is of the same 2,000 images taken from dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz."""
+    drawn = hashlib.sha256()
+    for factors in dsprites.sample(2000, mini.SPRITES_SEED):
+        drawn.update(np.packbits(dsprites.draw(*factors) > 0).tobytes())
+    assert drawn.hexdigest() == "52612e1a649cdba62ecc1e80018b84e58a1a8cb004c395a5c3f38a6200511469"
 
 
 def test_sprites_turn_and_move_as_their_factors_say():
     # The heart's halves mirror each other when it is upright and in the middle, and its tip points down.
-    heart = dsprites._heart(*np.meshgrid(np.arange(-20, 21), np.arange(-20, 21)))
+    heart = dsprites._fill(*(256 * 32 + 256 * dsprites._heart()).round().astype(int)) > 0
     np.testing.assert_array_equal(heart, heart[:, ::-1])
-    assert heart[:20].sum() > heart[21:].sum() > 0
+    assert heart[:31].sum() > heart[31:].sum() > 0
     np.testing.assert_array_equal(dsprites.draw(2, 5, 0, 16, 16), dsprites.draw(2, 5, 39, 16, 16))
     for shape in range(3):
         centres = [np.nonzero(dsprites.draw(shape, 3, 5, x, 9))[1].mean() for x in (0, 31)]
