@@ -6,11 +6,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mambapeft_vision.data.fetched import FETCHED, fetch_task
 from mambapeft_vision.data.importer import import_task
 from mambapeft_vision.data.manifest import read_record
 from mambapeft_vision.data.mini import GENERATED, IMPORTED, lay_out_generated
 from mambapeft_vision.data.verify import TaskReport
-from mambapeft_vision.data.vtab import GROUPS
+from mambapeft_vision.data.vtab import GROUPS, Task, select_tasks
 from mambapeft_vision.errors import UserError
 
 EPILOG = """\
@@ -18,6 +19,7 @@ examples:
   python scripts/prepare_mini.py import birds.npz --name birds     an npz file (format: data/README.md)
   python scripts/prepare_mini.py import PHOTOS --name photos       a folder with one folder for each class
   python scripts/prepare_mini.py all --from DIR                    DIR/usps.npz and so on: the 13 tasks of the table
+  python scripts/prepare_mini.py fetch svhn dtd                    downloads (torchvision); without names: all of them
   python scripts/prepare_mini.py generate                          the tasks that need no data (also done at first use)
 """
 
@@ -53,16 +55,35 @@ def import_all(options: argparse.Namespace) -> None:
     if missing:
         raise UserError(f"{options.source} lacks {', '.join(f'{name}.npz' for name in missing)}. Correct --from.")
     for name, task in IMPORTED.items():
-        if read_record(options.out, name) is not None and (options.out / name).is_dir():
-            print(f"{task.name}: laid out before")
+        if not _is_there(task, options.out):
+            print(_summary(import_task(options.source / f"{name}.npz", name, options.out, group=task.group)))
+
+
+def fetch(options: argparse.Namespace) -> None:
+    """Those that are laid out already stay; those that can be had are, whatever happens with the others."""
+    failed = []
+    for task in select_tasks(options.names or None, {name: fetched.task for name, fetched in FETCHED.items()}):
+        if _is_there(task, options.out):
             continue
-        print(_summary(import_task(options.source / f"{name}.npz", name, options.out, group=task.group)))
+        try:
+            print(_summary(fetch_task(FETCHED[task.folder], options.out, options.downloads)))
+        except UserError as error:
+            failed.append(str(error))
+    if failed:
+        raise UserError("\n".join(failed))
 
 
 def generate(options: argparse.Namespace) -> None:
     for task in GENERATED.values():
         lay_out_generated(task, options.out / task.folder)
         print(f"{task.name}: laid out")
+
+
+def _is_there(task: Task, out: Path) -> bool:
+    there = read_record(out, task.folder) is not None and (out / task.folder).is_dir()
+    if there:
+        print(f"{task.name}: laid out before")
+    return there
 
 
 def _summary(report: TaskReport) -> str:
@@ -94,6 +115,12 @@ def _parser() -> argparse.ArgumentParser:
     every = commands.add_parser("all", parents=[common], help="the 13 npz files of a folder")
     every.add_argument("--from", dest="source", type=Path, required=True, metavar="DIR")
     every.set_defaults(run=import_all)
+    online = commands.add_parser("fetch", parents=[common], help="tasks that torchvision downloads")
+    online.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(FETCHED)} (default: all)")
+    online.add_argument(
+        "--downloads", type=Path, default=Path("data/downloads"), help="folder for archives (default: %(default)s)"
+    )
+    online.set_defaults(run=fetch)
     drawn = commands.add_parser("generate", parents=[common], help="the tasks that need no data")
     drawn.set_defaults(run=generate)
     return parser

@@ -1,7 +1,8 @@
 """The mini tasks: small, in the layout of VTAB-1K, for runs of seconds to minutes.
 
 Those of `GENERATED` need no download: they are drawn, or come with a dependency, and are laid out at first use.
-Those of `IMPORTED` have sources with licences of their own; `scripts/prepare_mini.py` makes them tasks.
+Those of `IMPORTED` have sources with licences of their own; `scripts/prepare_mini.py` makes them tasks, and those of
+`fetched.FETCHED`, which torchvision downloads.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from PIL import Image
 
 from mambapeft_vision.data import dsprites, scenes
 from mambapeft_vision.data.demo import lay_out_digits
+from mambapeft_vision.data.fetched import FETCHED
 from mambapeft_vision.data.importer import EncodedSplits, lay_out_task
 from mambapeft_vision.data.manifest import read_record, write_record
 from mambapeft_vision.data.module import TaskDataModule
@@ -74,7 +76,8 @@ class MiniDataModule(TaskDataModule):
         name = self.name.removeprefix("mini/")
         if name in GENERATED:
             return f"Delete {self.folder} and start again: it is laid out anew by itself."
-        return f"Lay it out with `python scripts/prepare_mini.py import PATH --name {name}` (data/README.md)."
+        fetch = f"python scripts/prepare_mini.py fetch {name}` (a download) or `" if name in FETCHED else ""
+        return f"Lay it out with `{fetch}python scripts/prepare_mini.py import PATH --name {name}` (data/README.md)."
 
 
 def lay_out_generated(task: Task, folder: Path) -> None:

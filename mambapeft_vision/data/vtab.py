@@ -93,7 +93,7 @@ def select_tasks(folders: list[str] | None, table: dict[str, Task] = TASKS) -> l
     if unknown or not folders:
         raise UserError(
             f"Unknown tasks {unknown}: expected a comma-separated choice of {', '.join(table)}. "
-            "Correct --tasks, or leave it out to take them all."
+            "Correct the names, or leave them out to take all."
         )
     return [task for task in table.values() if task.folder in folders]
 

@@ -8,13 +8,14 @@ import pytest
 import yaml
 
 from mambapeft_vision.data import Preprocessing, dsprites, mini, scenes
+from mambapeft_vision.data.fetched import FETCHED
 from mambapeft_vision.data.importer import lay_out_task
 from mambapeft_vision.data.manifest import MANIFEST_FILE, read_record
 from mambapeft_vision.data.mini import GENERATED, IMPORTED, MiniDataModule
 from mambapeft_vision.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "dataset" / "mini"
-TASKS = IMPORTED | GENERATED
+TASKS = IMPORTED | GENERATED | {name: fetched.task for name, fetched in FETCHED.items()}
 
 
 def test_there_is_one_config_per_task():
