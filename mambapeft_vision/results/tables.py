@@ -7,6 +7,7 @@ as in the paper; "Groups" the mean of the three group means. No average is forme
 import csv
 import io
 import json
+import os
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,10 +51,25 @@ def find_records(places: Iterable[str | Path]) -> list[RunRecord]:
         if place.is_file():
             (bundles if place.name.endswith(SUFFIX) else files).append(place)
         else:
-            files += sorted(place.rglob(RESULT_FILE))
-            bundles += sorted(place.rglob(f"*{SUFFIX}"))
-    records = [read_record(file) for file in files if ".replaced-" not in file.parent.name]
-    return records + [record for file in bundles for record in read_bundle(file)]
+            found = _files_below(place)
+            files += [file for file in found if file.name == RESULT_FILE]
+            bundles += [file for file in found if file.name.endswith(SUFFIX)]
+    records = (_read_unless_gone(file) for file in files if ".replaced-" not in file.parent.name)
+    return [record for record in records if record] + [record for file in bundles for record in read_bundle(file)]
+
+
+def _files_below(place: Path) -> list[Path]:
+    """Sorted. A folder that a sweep sets aside meanwhile is no error, as it is one to Path.rglob."""
+    return sorted(Path(folder, name) for folder, _, names in os.walk(place) for name in names)
+
+
+def _read_unless_gone(file: Path) -> RunRecord | None:
+    try:
+        return read_record(file)
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError):  # set aside since it was found
+            return None
+        raise
 
 
 @dataclass(frozen=True)
