@@ -8,10 +8,10 @@ INSTALLED := $(VENV)/.installed
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu lint format bench report clean
+.PHONY: help install demo check-science test test-gpu lint format bench report clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 install: $(INSTALLED) ## make .venv and install the package with its development tools
 
@@ -23,8 +23,11 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e ".[dev]"
 	@touch $@
 
-demo: $(INSTALLED) ## fine-tune a small Vim with LoRA_p(X) on real images, on the CPU, and show the result
-	$(BIN)/python train.py experiment=demo method.lora_p_x.rank=16
+demo: $(INSTALLED) ## fine-tune a small pretrained Vim three ways on real images, on the CPU: a table and a picture
+	$(BIN)/python scripts/demo.py
+
+check-science: $(INSTALLED) ## is the order scratch < linear_probe < lora_p_x still there? (CPU; nightly-sized)
+	$(BIN)/python scripts/check_science.py
 
 test: $(INSTALLED) ## all tests (GPU tests skip themselves where there is no GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --ignore=tests/kernels tests

@@ -1,11 +1,13 @@
 """A sweep: many runs from one command, each done once, whatever happens in between."""
 
+import dataclasses
 import signal
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mambapeft_vision.data.images import available_cpus
 from mambapeft_vision.data.progress import format_duration
 from mambapeft_vision.errors import UserError
 from mambapeft_vision.results.record import RunRecord, read_record
@@ -43,6 +45,13 @@ def parse(arguments: Sequence[str]) -> Command:
         else:
             overrides.append(argument)
     return Command(overrides, workers, dry_run)
+
+
+def on_every_core(command: Command, jobs: Sequence[Job]) -> Command:
+    """With a worker for each CPU core, unless the command says how many or there are GPUs; for small backbones."""
+    if command.workers is not None or _gpus(jobs):
+        return command
+    return dataclasses.replace(command, workers=min(available_cpus(), len(jobs)))
 
 
 def sweep(jobs: Sequence[Job], command: Command) -> int:

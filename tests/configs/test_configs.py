@@ -120,7 +120,7 @@ def test_a_preset_may_change_the_recipe(tmp_path):
 
 def test_an_experiment_overrides_the_root():
     plan = plan_of("experiment=demo")
-    assert plan.task == "demo/digits" and plan.recipe.picture
+    assert plan.task == "mini/digits" and plan.recipe.picture
     assert plan_of("experiment=demo", "trainer.max_epochs=3").recipe.max_epochs == 3
 
 

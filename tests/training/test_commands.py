@@ -146,7 +146,7 @@ def test_help_of_evaluate():
 def test_cfg_job_shows_the_tree():
     result = call("train.py", "--cfg", "job", "experiment=demo")
     assert result.returncode == 0
-    assert "name: vim_pico_patch8_32" in result.stdout and "hydra:" not in result.stdout
+    assert "name: vim_nano_patch8_64" in result.stdout and "hydra:" not in result.stdout
 
 
 @pytest.mark.parametrize(

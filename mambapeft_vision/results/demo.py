@@ -1,0 +1,32 @@
+"""What the demo shows at its end: a small table, a picture, and what they say in a sentence."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mambapeft_vision.results.plots import accuracy_against_parameters, save
+from mambapeft_vision.results.record import RunRecord
+from mambapeft_vision.results.tables import Collection, summary_table, to_markdown
+
+
+def show(collection: Collection, picture: Path) -> str:
+    """The table as text; accuracy against trained parameters is drawn to `picture`, a PNG."""
+    save(accuracy_against_parameters(collection), picture)
+    return f"\n{to_markdown(summary_table(collection))}\npicture: {picture}"
+
+
+def compare(records: Mapping[str, RunRecord]) -> str:
+    """LoRA_p(X) beside the two others, as measured, whichever is better.
+
+    Args:
+        records: of `linear_probe`, `lora_p_x` and `full`.
+    """
+    probe, lora, full = (records[name] for name in ("linear_probe", "lora_p_x", "full"))
+    return (
+        f"LoRA_p(X) trains {lora.trainable / full.trainable:.1%} of the backbone's parameters; its accuracy is "
+        f"{_difference(lora, probe)} linear probing's and {_difference(lora, full)} full fine-tuning's."
+    )
+
+
+def _difference(one: RunRecord, other: RunRecord) -> str:
+    points = 100 * (one.accuracy - other.accuracy)
+    return f"{abs(points):.1f} points {'above' if points > 0 else 'below'}" if points else "the same as"

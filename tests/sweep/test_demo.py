@@ -1,0 +1,46 @@
+"""The demo: shown again without training again; a failed run is no result."""
+
+import sys
+
+import pytest
+import runs
+
+sys.path.insert(0, str(runs.ROOT / "scripts"))
+import demo
+
+from mambapeft_vision.sweep.jobs import plan_jobs
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch) -> list[str]:
+    """The demo's command, on a tiny task and backbone."""
+    task = runs.lay_out_task(tmp_path / "tiny")
+    methods = [argument for argument in demo.RUNS if argument.startswith("method=")]
+    few = [o for o in runs.overrides(task, tmp_path / "out") if not o.startswith("method.")]
+    monkeypatch.setattr(demo, "RUNS", [*methods, *few, "trainer.max_epochs=1"])
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    return demo.RUNS
+
+
+def test_finished_runs_are_shown_and_not_repeated(tiny, tmp_path, capsys):
+    for job in plan_jobs(tiny, runs.CONFIGS):
+        runs.run(job.overrides)
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("result.json")}
+    assert len(before) == 3
+    for _ in range(2):
+        capsys.readouterr()
+        demo.main()
+        out = capsys.readouterr().out
+        assert "3 runs, 3 of them finished before" in out
+        assert all(f"| {name} " in out for name in ("linear_probe", "lora_p_x", "full"))
+        assert "of the backbone's parameters" in out
+        picture = tmp_path / "out" / "demo.png"
+        assert picture.read_bytes().startswith(b"\x89PNG") and str(picture) in out
+        picture.unlink()
+    assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("result.json")}
+
+
+def test_a_dry_run_only_lists(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--dry-run"])
+    demo.main()
+    assert "3 runs: 3 new" in capsys.readouterr().out and not (tmp_path / "out").exists()
