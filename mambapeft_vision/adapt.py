@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from mambapeft_vision.atomic import atomic_path, write_json
@@ -153,7 +153,7 @@ class AdaptedModel(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         state = {n: t.detach().contiguous().cpu() for n, t in self.adapter_state().items()}
         with atomic_path(folder / ADAPTER_FILE) as temporary:
-            save_file(state, temporary)
+            temporary.write_bytes(serialize(state))  # unlike save_file, this says what a disk has against it
         write_json(folder / CONFIG_FILE, {**self.config(), **metadata})
 
     def config(self) -> dict[str, Any]:

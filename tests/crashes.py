@@ -174,3 +174,13 @@ def kill_at(number: int, root: Path, cut: bool = False) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     watch_changes(root, act)
+
+
+def fail_from(number: int, root: Path, error: int) -> None:
+    """From its change of files with this number on, this process can write nothing below root: `error` is an errno."""
+
+    def act(count: int, event: str, path: str) -> None:
+        if count >= number and event in ("open", "os.mkdir"):
+            raise OSError(error, os.strerror(error), path)
+
+    watch_changes(root, act)

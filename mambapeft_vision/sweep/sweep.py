@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mambapeft_vision.data.images import available_cpus
 from mambapeft_vision.data.progress import format_duration
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.errors import UserError, disk_errors_of
 from mambapeft_vision.results.record import RunRecord, read_record
 from mambapeft_vision.results.tables import find_records
 from mambapeft_vision.sweep.display import Display, total_seconds
@@ -72,6 +72,8 @@ def sweep(jobs: Sequence[Job], command: Command) -> int:
     print(f"{len(jobs)} runs, {len(finished)} of them finished before; {workers} at a time", flush=True)
     if not todo:
         return 0
+    with disk_errors_of(str(outputs), "paths.outputs=DIR", "Nothing was begun"):
+        (outputs / LOGS).mkdir(parents=True, exist_ok=True)
     display = _run(todo, len(finished), known, workers, Pool(workers, gpus, outputs / LOGS))
     print(_closing(display, outputs), flush=True)
     return len(display.failures)

@@ -1,5 +1,6 @@
 """Checkpoints of a run in progress: whole or absent, small, and read without running anything in them."""
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ class AtomicCheckpointIO(CheckpointIO):
     """Writes through a temporary file; reads with PyTorch's restricted unpickler."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        content = io.BytesIO()  # PyTorch's own writing of files does not say what a disk has against it
+        torch.save(checkpoint, content)
         with atomic_path(path) as temporary:
-            torch.save(checkpoint, temporary)
+            temporary.write_bytes(content.getbuffer())
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None

@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from mambapeft_vision.errors import NotFiniteError, Preempted, SweepEnded, UserError
+from mambapeft_vision.errors import DISK_REMEDIES, NotFiniteError, Preempted, SweepEnded, UserError
 
 CRASH = 1
 USER_MISTAKE = 2
@@ -90,6 +90,8 @@ def exit_code(errors: Iterable[Exception]) -> int:
 
 def is_mistake(error: Exception) -> bool:
     """Whether the user can repair it; then a traceback would only hide the message."""
+    if isinstance(error, OSError):
+        return error.errno in DISK_REMEDIES and error.filename is not None
     return isinstance(error, (UserError, HydraException, OmegaConfBaseException))
 
 
@@ -122,6 +124,8 @@ def _message(error: Exception) -> str:
             return (file[0] if file else "") + _config_error(cause)
     if isinstance(error, OmegaConfBaseException):
         return _config_error(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}; {DISK_REMEDIES[error.errno]}"
     return str(error)
 
 

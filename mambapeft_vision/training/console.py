@@ -1,6 +1,7 @@
 """What a run says: lines on the terminal and in train.log, and one live line that is rewritten on a terminal."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -30,7 +31,8 @@ class Console:
         if error is not None:
             self._write_log(f"stopped by {type(error).__name__}: {error}")
         if self._log is not None:
-            self._log.close()
+            with suppress(OSError):
+                self._log.close()
 
     def say(self, text: str) -> None:
         """A line for the terminal and the log."""
@@ -57,4 +59,5 @@ class Console:
 
     def _write_log(self, text: str) -> None:
         if self._log is not None:
-            print(text, file=self._log, flush=True)
+            with suppress(OSError):  # a full disk ends a run where it cannot keep its state, not at a line for people
+                print(text, file=self._log, flush=True)

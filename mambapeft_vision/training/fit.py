@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import torch
@@ -92,9 +92,11 @@ def _fit(plan: RunPlan, setup: Setup, callbacks: list[Callback], console: Consol
     try:
         with own_stream(setup.device):
             trainer.fit(module, datamodule=setup.task, ckpt_path=checkpoint if checkpoint.is_file() else None)
-    finally:
-        if module.step is not None:
-            module.step.release()
+    except BaseException:
+        with suppress(Exception):  # of a device that is broken: what broke it counts
+            module.release()
+        raise
+    module.release()
 
 
 def step_settings(recipe: TrainerConfig, precision: str, rank: int = 0) -> StepSettings:

@@ -71,6 +71,11 @@ class FineTuning(LightningModule):
         optimizer = self.trainer.optimizers[0]
         self.step = TrainStep(self.model, self.normalise, optimizer, self._settings, self._note)
 
+    def release(self) -> None:
+        """Gives the memory of recorded steps back."""
+        if self.step is not None:
+            self.step.release()
+
     def on_train_epoch_start(self) -> None:
         self._epoch_seed = epoch_seed(self.seed, self.current_epoch)
         self.images_seen = 0

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mambapeft_vision.atomic import remove_leftovers, write_text
 from mambapeft_vision.data.progress import format_duration
-from mambapeft_vision.errors import NotFiniteError, UserError
+from mambapeft_vision.errors import NotFiniteError, UserError, disk_errors_of
 from mambapeft_vision.lock import locked
 from mambapeft_vision.methods import add_methods_folder
 from mambapeft_vision.results.environment import device_name, git_state, library_versions, peak_memory_bytes
@@ -57,13 +57,21 @@ def train(
         return None
     if cfg.resume and is_finished(plan.folder):
         return _finished_before(plan)
+    kept = "What was written before is whole, and the same command goes on from there"
+    with disk_errors_of(str(plan.folder), "paths.outputs=DIR", kept):
+        return _train(plan, cfg.resume, overrides, sources, expected)
+
+
+def _train(
+    plan: RunPlan, resume: bool, overrides: Sequence[str], sources: Sources, expected: RunRecord | None
+) -> RunRecord:
     aside = None
-    if not cfg.resume and plan.folder.exists():
+    if not resume and plan.folder.exists():
         with locked(plan.folder):
             aside = set_aside(plan.folder)
     plan.folder.mkdir(parents=True, exist_ok=True)
     with locked(plan.folder):
-        if cfg.resume and is_finished(plan.folder):  # by another process, since this one looked
+        if resume and is_finished(plan.folder):  # by another process, since this one looked
             return _finished_before(plan)
         remove_leftovers(plan.folder)
         _write_config(plan, overrides)
