@@ -5,6 +5,7 @@
     python scripts/mini_benchmark.py search               one learning rate a method, chosen on val200 of five tasks
     python scripts/mini_benchmark.py tuned                the runs at the chosen rates that recipe has not done
     python scripts/mini_benchmark.py pack                 all results in one file, results/mini/mini.runs.json
+    python scripts/mini_benchmark.py document             its tables and pictures, into docs/mini-benchmark.md
 
 Each command continues where it stopped. Hydra overrides (trainer.max_epochs=20, paths.outputs=DIR, ...) go to every
 run and must be the same in every command.
@@ -114,6 +115,13 @@ def pack(options: argparse.Namespace) -> None:
     print(f"{len(records)} runs in {options.out}, {options.out.stat().st_size:,} bytes")
 
 
+def document(options: argparse.Namespace) -> None:
+    from mambapeft_vision.sweep.mini_document import write_document  # needs SciPy, which no run does
+
+    write_document(options.out, find_records(options.places), read_standard(CONFIGS))
+    print(options.out)
+
+
 def _names(text: str) -> list[str]:
     return text.split(",")
 
@@ -148,6 +156,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     packed.add_argument("--out", type=Path, default=Path("results/mini/mini.runs.json"))
     packed.set_defaults(run=pack)
+    written = commands.add_parser("document", help="tables and pictures of the runs")
+    written.add_argument("places", nargs="*", type=Path, default=[Path("results/mini")])
+    written.add_argument("--out", type=Path, default=Path("docs/mini-benchmark.md"))
+    written.set_defaults(run=document)
     return parser
 
 

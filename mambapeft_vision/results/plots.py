@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from mambapeft_vision.atomic import atomic_path
 from mambapeft_vision.errors import UserError
 from mambapeft_vision.results.paper import PAPER
-from mambapeft_vision.results.tables import AVERAGE, GROUPS, Collection, Row, Score
+from mambapeft_vision.results.tables import AVERAGE, GROUPS, MEAN_OF_GROUPS, Cell, Collection, Row, Score
 
 # Okabe and Ito's colours without yellow, which print loses; markers and line styles tell more apart than colours.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -61,7 +61,7 @@ def accuracy_against_parameters(collection: Collection) -> Figure | None:
         if row.backbone == collection.published_backbone and row.count_k is not None
     ]
     numbers = {name: number for number, (name, *_) in enumerate(ours, start=1)}
-    figure = Figure(figsize=(9.5, 6.5), layout="constrained")
+    figure = Figure(figsize=(9.5, max(6.5, 0.6 + 0.175 * len(ours))), layout="constrained")
     axes = figure.subplots()
     for points, colour, marker, name in ((published, PUBLISHED, "s", "published"), (ours, OURS, "o", "ours")):
         if points:
@@ -103,8 +103,69 @@ def task_bars(collection: Collection) -> Figure:
     return figure
 
 
+def group_bars(collection: Collection) -> Figure:
+    """A panel a group mean and one for the average, a bar a complete row, the best average on top."""
+    rows = [(row, average.mean) for row in collection.rows if isinstance(average := _average(collection, row), Score)]
+    rows = [row for row, _ in sorted(rows, key=lambda pair: -pair[1])]
+    columns = {name: groups for name, groups in collection.columns().items() if name != MEAN_OF_GROUPS}
+    figure = Figure(figsize=(2.6 + 2.2 * len(columns), 1.1 + 0.19 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for axes, (name, groups) in zip(panels, columns.items()):
+        colour = GROUP_COLOURS.get(name, "0.35")
+        for place, row in enumerate(rows):
+            cell = row.average(groups)
+            axes.barh(place, cell.mean, xerr=cell.std, color=colour, height=0.78, error_kw={"linewidth": 0.8})
+            x, text_colour = (1.5, "white") if cell.mean > 18 else (cell.mean + 3, "black")
+            axes.text(x, place, f"{cell.mean:.1f}", va="center", fontsize=6, color=text_colour, fontweight="bold")
+        axes.set_title(name.lower() if name in GROUPS else f"all {len(collection.tasks)} tasks", fontsize=9)
+        axes.set_yticks(range(len(rows)), [collection.label(row) for row in rows], fontsize=7)
+        axes.tick_params(axis="x", labelsize=7)
+        axes.set_xlim(0, 100)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("mean top-1 accuracy (%)", fontsize=9)
+    return figure
+
+
+def differences(labelled: Sequence[tuple[str, float, float | None, bool]], against: str) -> Figure:
+    """A point a method with its interval, the largest on top: filled where zero is outside by Holm's rule.
+
+    Args:
+        labelled: label, mean difference, half of its interval (None: unknown), whether it holds.
+        against: label of what is subtracted.
+    """
+    ordered = sorted(labelled, key=lambda item: -item[1])
+    figure = Figure(figsize=(6.5, 1.1 + 0.19 * len(ordered)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(0, color="0.4", linewidth=1)
+    for place, (_, mean, half, holds) in enumerate(ordered):
+        colour = "0.45" if not holds else COLOURS[0] if mean > 0 else COLOURS[1]
+        axes.errorbar(
+            mean,
+            place,
+            xerr=half,
+            fmt="o" if mean > 0 else "s",
+            color=colour,
+            markerfacecolor=colour if holds else "white",
+            markersize=4.5,
+            linewidth=1.2,
+            capsize=2,
+        )
+    axes.set_yticks(range(len(ordered)), [label for label, *_ in ordered], fontsize=7)
+    axes.set_ylim(len(ordered) - 0.4, -0.6)
+    axes.grid(axis="x", alpha=0.3)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlabel(f"average accuracy minus that of {against},\npercent points with 95 % intervals", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _average(collection: Collection, row: Row) -> Cell:
+    return row.average([collection.tasks])
+
+
 def _draw_task(axes: Axes, collection: Collection, task: str) -> None:
-    group = next((group for group, tasks in GROUPS.items() if task in tasks), None)
+    group = next((group for group, tasks in collection.groups.items() if task in tasks), None)
     for place, row in enumerate(collection.rows):
         cell = row.score(task)
         if isinstance(cell, Score):

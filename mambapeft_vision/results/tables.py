@@ -223,14 +223,25 @@ class Collection:
             return PUBLISHED_BACKBONES.get(self.backbone)
         return None
 
+    @cached_property
+    def groups(self) -> Mapping[str, tuple[str, ...]]:
+        """The tasks of the groups that there are: natural, specialized, structured."""
+        if self.is_vtab:
+            return GROUPS
+        group_of = {r.task: r.group.capitalize() for row in self.rows for r in row.records.values()}
+        found = {group: tuple(task for task in self.tasks if group_of[task] == group) for group in GROUPS}
+        return {group: tasks for group, tasks in found.items() if tasks}
+
     def columns(self) -> dict[str, Sequence[Sequence[str]]]:
         """The averages, by name, each with the groups of tasks that it is over."""
-        if not self.is_vtab:
+        if len(self.groups) < 2:
             return {AVERAGE: [self.tasks]}
-        return {**{g: [t] for g, t in GROUPS.items()}, AVERAGE: [self.tasks], MEAN_OF_GROUPS: list(GROUPS.values())}
+        groups = self.groups
+        return {**{g: [t] for g, t in groups.items()}, AVERAGE: [self.tasks], MEAN_OF_GROUPS: list(groups.values())}
 
     def label(self, row: Row) -> str:
-        own = [f"{key}={value}" for key, value in row.settings.items() if key not in self.shared]
+        names = {"learning_rate": "lr"}
+        own = [f"{names.get(key, key)}={value}" for key, value in row.settings.items() if key not in self.shared]
         return f"{row.preset} ({', '.join(own)})" if own else row.preset
 
     def published(self, row: Row) -> PaperRow | None:
@@ -262,13 +273,18 @@ def _collection(family: str, records: list[RunRecord], standard: Standard, allow
             f"in one table"
         )
     rows = _rows(records, standard)
-    tasks = (
-        tuple(task.name for task in TASKS.values()) if family == "vtab" else tuple(sorted({r.task for r in records}))
-    )
+    tasks = tuple(task.name for task in TASKS.values()) if family == "vtab" else _tasks_of(records)
     common = set.intersection(*(set(map(repr, row.settings.items())) for row in rows))
     shared = {key: value for key, value in rows[0].settings.items() if repr((key, value)) in common}
     weights = str(records[0].config["backbone"].get("weights"))
     return Collection(family, records[0].backbone, weights, tasks, tuple(rows), shared, mixed)
+
+
+def _tasks_of(records: list[RunRecord]) -> tuple[str, ...]:
+    """By group, in the order of VTAB-1K's, then by name."""
+    order = [group.lower() for group in GROUPS]
+    found = {(order.index(r.group) if r.group in order else len(order), r.task) for r in records}
+    return tuple(task for _, task in sorted(found))
 
 
 def _mixed(records: list[RunRecord]) -> str:

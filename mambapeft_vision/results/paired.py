@@ -1,0 +1,104 @@
+"""Paired comparison of methods on the same tasks and seeds: which differences exceed the noise of seeds.
+
+For two methods, d[t, s] is the difference of their accuracies on task t with seed s (both draw the same order of
+images). The difference is the mean over tasks of the mean over seeds of d. The tasks are taken as given, so what is
+uncertain is the seeds': the squared standard error is Σ_t s_t² / n_t / T², s_t² the sample variance of d[t, ·] over the
+n_t seeds, with Welch and Satterthwaite's degrees of freedom (26 for 13 tasks of equal variance with 3 seeds each), and
+the interval is Student's t. A bootstrap over three seeds within a task would be too narrow (its variance is 2/3 of
+s_t²), and the deviation of three per-seed averages, given beside it, has only two degrees of freedom.
+
+How a difference would carry over to other tasks is another question: the number of tasks won speaks to it.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy.stats import t as student
+
+from mambapeft_vision.results.tables import Row
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A minus B, in percent points.
+
+    half: of the interval at `LEVEL`, None where no task has two common seeds; p: two-sided, for no difference;
+    seed_std: sample deviation over the seeds of their averages, None where seeds are unequal or alone; won: tasks with
+    a positive mean difference (ties count half), of `tasks`; cells: pairs compared.
+    """
+
+    mean: float
+    half: float | None
+    p: float | None
+    seed_std: float | None
+    won: float
+    tasks: int
+    cells: int
+
+    @property
+    def exceeds_noise(self) -> bool:
+        return self.half is not None and abs(self.mean) > self.half
+
+
+def paired(a: Row, b: Row, tasks: Sequence[str]) -> Paired | None:
+    """Compares two rows on the (task, seed) that both have; None where they have none of some task."""
+    differences = {
+        task: {s: 100 * (a.records[task, s].accuracy - b.records[task, s].accuracy) for s in _common(a, b, task)}
+        for task in tasks
+    }
+    if not all(differences.values()):
+        return None
+    means = [statistics.fmean(of.values()) for of in differences.values()]
+    mean = statistics.fmean(means)
+    half, p = _uncertainty(mean, [list(of.values()) for of in differences.values()])
+    return Paired(
+        mean=mean,
+        half=half,
+        p=p,
+        seed_std=_seed_deviation(list(differences.values())),
+        won=sum(1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in means),
+        tasks=len(means),
+        cells=sum(map(len, differences.values())),
+    )
+
+
+def holm(p_values: Sequence[float | None], level: float = LEVEL) -> list[bool]:
+    """Which of several comparisons hold together with probability `level` (Holm's step-down); None never does."""
+    known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    holds = [False] * len(p_values)
+    for rank, (p, place) in enumerate(known):
+        if p > (1 - level) / (len(known) - rank):
+            break
+        holds[place] = True
+    return holds
+
+
+def _common(a: Row, b: Row, task: str) -> list[int]:
+    return sorted(set(a.seeds(task)) & set(b.seeds(task)))
+
+
+def _uncertainty(mean: float, by_task: Sequence[Sequence[float]]) -> tuple[float | None, float | None]:
+    """Half of the interval, and p. Tasks with one seed take the mean variance of the others."""
+    several = [values for values in by_task if len(values) > 1]
+    if not several:
+        return None, None
+    pooled = statistics.fmean(map(statistics.variance, several))
+    shares = [(statistics.variance(v) if len(v) > 1 else pooled) / len(v) for v in by_task]
+    error = math.sqrt(sum(shares)) / len(by_task)
+    if error == 0:
+        return 0.0, 1.0 if mean == 0 else 0.0
+    known = [(statistics.variance(v) / len(v), len(v) - 1) for v in several]
+    freedom = sum(share for share, _ in known) ** 2 / sum(share**2 / n for share, n in known)
+    half = float(student.ppf((1 + LEVEL) / 2, freedom)) * error
+    return half, float(2 * student.sf(abs(mean) / error, freedom))
+
+
+def _seed_deviation(by_task: Sequence[dict[int, float]]) -> float | None:
+    seeds = set(by_task[0])
+    if len(seeds) < 2 or any(set(of) != seeds for of in by_task):
+        return None
+    return statistics.stdev(statistics.fmean(of[seed] for of in by_task) for seed in sorted(seeds))
