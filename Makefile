@@ -6,21 +6,25 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Two workers, one thread each: the tests are many small ones.
 PYTEST_ARGS ?= -n 2 --dist loadfile
+# A constraints file for pip; constraints.txt holds the versions that the project was last tested with.
+CONSTRAINTS ?=
+OLDEST ?= .venv-oldest
+NEWEST ?= .venv-newest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check-science test test-gpu lint format bench report clean
+.PHONY: help install demo check-science test test-gpu test-oldest test-newest audit lint format bench report clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-install: $(INSTALLED) ## make .venv and install the package with its development tools
+install: $(INSTALLED) ## make .venv and install the package with its development tools [CONSTRAINTS=constraints.txt]
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "$(PYTHON) is too old: Python >= 3.10 is needed; give another one: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV) \
 		|| { echo "no virtual environment could be made (Debian and Ubuntu: apt install python3-venv)"; exit 1; }
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e ".[dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[dev]"
 	@touch $@
 
 demo: $(INSTALLED) ## fine-tune a small pretrained Vim three ways on real images, on the CPU: a table and a picture
@@ -36,6 +40,21 @@ test: $(INSTALLED) ## all tests (GPU tests skip themselves where there is no GPU
 test-gpu: $(INSTALLED) ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
+test-oldest: ## all tests with the lowest releases that pyproject.toml allows, in .venv-oldest
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python scripts/constraints.py lowest > $(OLDEST)/constraints.txt
+	$(MAKE) test VENV=$(OLDEST) CONSTRAINTS=$(OLDEST)/constraints.txt
+
+test-newest: ## all tests with the newest releases of everything, in .venv-newest
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --progress-bar off --upgrade --upgrade-strategy eager -e ".[dev]"
+	touch $(NEWEST)/.installed
+	$(MAKE) test VENV=$(NEWEST)
+
+audit: $(INSTALLED) ## known vulnerabilities of the versions in constraints.txt, asked of a public database
+	$(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install --quiet pip-audit
+	.venv-audit/bin/pip-audit --requirement constraints.txt --disable-pip --no-deps --strict
+
 lint: $(INSTALLED) ## check style and formatting
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -49,4 +68,4 @@ report: $(INSTALLED) ## tables and plots of the published runs (results/), as re
 	$(BIN)/python scripts/collect_results.py results --format html --out results/report.html
 
 clean: ## remove the environment and everything that was built; runs and data stay
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) .venv-audit build *.egg-info .pytest_cache .ruff_cache
