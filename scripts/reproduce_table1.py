@@ -30,7 +30,7 @@ def main() -> None:
     arguments, page = _take_report(sys.argv[1:])
     if not any(argument.startswith("method=") for argument in arguments):
         arguments.append("method=" + ",".join(row.presets[0] for row in PAPER if row.backbone == "vim_s"))
-    command = parse(arguments)
+    command = parse(arguments, CONFIGS)
     jobs = plan_jobs(command.overrides, CONFIGS)
     failed = sweep(jobs, command)
     if command.dry_run:

@@ -4,6 +4,8 @@ python scripts/sweep_vtab1k.py method=lora_p_x,hybrid seeds=0,1,2 [dataset=vtab/
 
 Anything else is a Hydra override, as train.py takes them; commas, range() and glob() list choices. Without `dataset`,
 the 19 tasks of VTAB-1K are taken. Finished runs are not repeated; after an interruption the same command goes on.
+Started several times, on one machine or many with a common folder, the commands share the runs out.
+rates=FILE: measured images/s (docs/rates.csv), from which times are told before any run is recorded.
 """
 
 import sys
@@ -23,7 +25,7 @@ def main() -> None:
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return
-    command = parse(arguments)
+    command = parse(arguments, CONFIGS)
     jobs = plan_jobs(command.overrides, CONFIGS)
     failed = sweep(jobs, command)
     if not command.dry_run:

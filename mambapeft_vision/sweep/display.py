@@ -11,9 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mambapeft_vision.data.progress import format_duration
-from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.sweep.jobs import Job
-from mambapeft_vision.sweep.speeds import estimate_seconds
+from mambapeft_vision.sweep.speeds import Speeds
 from mambapeft_vision.sweep.worker import Outcome
 
 FAILURES_SHOWN = 5
@@ -26,17 +25,18 @@ class Display:
     Args:
         jobs: that are to run.
         finished: how many were finished before.
-        records: known runs, from which the time left is estimated; those that end are added.
+        speeds: from which the time left is estimated; runs that end are added.
         workers: runs at a time.
     """
 
-    def __init__(self, jobs: Sequence[Job], finished: int, records: Sequence[RunRecord], workers: int) -> None:
+    def __init__(self, jobs: Sequence[Job], finished: int, speeds: Speeds, workers: int) -> None:
         self._waiting = list(jobs)
         self._finished_before = finished
-        self._records = list(records)
+        self._speeds = speeds
         self._workers = workers
         self._running: dict[str, tuple[Job, float]] = {}  # by folder, with the time of the start
         self._done = 0
+        self.elsewhere = 0  # runs that other processes are at
         self.failures: list[tuple[Job, str]] = []
         self._next_line = time.monotonic() + LINE_EVERY_S
         self._console = Console()
@@ -49,7 +49,7 @@ class Display:
 
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
-            self._live.update(self._table(), refresh=True)
+            self._live.update(self.table(), refresh=True)
             self._live.stop()
 
     def started(self, job: Job) -> None:
@@ -60,17 +60,20 @@ class Display:
     def ended(self, job: Job, outcome: Outcome) -> None:
         _, since = self._running.pop(str(job.folder))
         took = format_duration(time.monotonic() - since)
-        if outcome.record is None:
+        if outcome.elsewhere:
+            self.elsewhere += 1
+            self._say(f"skipped {job.label}: {outcome.error}")
+        elif outcome.record is None:
             self.failures.append((job, outcome.error))
             self._say(f"FAILED  {job.label} after {took}: {outcome.error}")
         else:
             self._done += 1
-            self._records.append(outcome.record)
+            self._speeds.add(outcome.record)
             self._say(f"done    {job.label} in {took}: {outcome.record.accuracy:.2%}   ({self.state()})")
 
     def refresh(self) -> None:
         if self._live is not None:
-            self._live.update(self._table(), refresh=True)
+            self._live.update(self.table(), refresh=True)
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + LINE_EVERY_S
             self._say(f"        {self.state()}")
@@ -82,15 +85,17 @@ class Display:
             f"{self._done} done{before}, {len(self._running)} running, {len(self._waiting)} waiting, "
             f"{len(self.failures)} failed"
         )
+        if self.elsewhere:
+            counts += f", {self.elsewhere} left to other processes"
         if not (self._running or self._waiting):
             return counts
         rate = sum(_progress(job)[1] for job, _ in self._running.values())
         return f"{counts}, {rate:,.0f} images/s, {self._time_left()}" if rate else f"{counts}, {self._time_left()}"
 
     def _time_left(self) -> str:
-        seconds = total_seconds([*self._waiting], self._records)
+        seconds = self._speeds.total(job.plan for job in self._waiting)
         for job, since in self._running.values():
-            estimate = estimate_seconds(job.plan, self._records)
+            estimate = self._speeds.seconds(job.plan)
             seconds = None if seconds is None or estimate is None else seconds + max(0.0, estimate - _age(since))
         return "time left unknown" if seconds is None else f"about {format_duration(seconds / self._workers)} left"
 
@@ -98,7 +103,8 @@ class Display:
         if self._live is None:
             print(text, flush=True)
 
-    def _table(self) -> Group:
+    def table(self) -> Group:
+        """The live table."""
         table = Table("run", "epoch", "images/s", "for", box=None, header_style="bold")
         for job, since in self._running.values():
             epoch, rate = _progress(job)
@@ -108,12 +114,6 @@ class Display:
             Text(f"failed: {job.label}: {error}", style="red") for job, error in self.failures[-FAILURES_SHOWN:]
         ]
         return Group(Text(self.state(), style="bold"), table, *failures)
-
-
-def total_seconds(jobs: Sequence[Job], records: Sequence[RunRecord]) -> float | None:
-    """Of all runs one after another; None where one's time cannot be told."""
-    estimates = [estimate_seconds(job.plan, records) for job in jobs]
-    return None if None in estimates else sum(estimates)
 
 
 def _age(since: float) -> float:

@@ -37,7 +37,8 @@ class Job:
     """One run of a sweep.
 
     label: the choices that make it differ from the others; cfg: many runs may share it, then the plan has each one's
-    seed, and `sections` replace its own; turn: runs of a lower one are begun first.
+    seed, and `sections` replace its own; turn: runs of a lower one are begun first; outdated: of an outdated run's
+    record, when it was finished.
     """
 
     label: str
@@ -47,6 +48,7 @@ class Job:
     state: State
     turn: int = 0
     sections: Mapping[str, DictConfig] = field(default_factory=dict)
+    outdated: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -70,8 +72,14 @@ def plan_jobs(arguments: Sequence[str], configs: Path) -> list[Job]:
         sweep = sweep_name(arguments)
         composed = [job for choices in product for job in _compose(choices, sweep)]
     inputs = Inputs()
-    jobs = {plan.folder: Job(label, texts, cfg, plan, state_of(plan, inputs)) for label, texts, cfg, plan in composed}
+    jobs = {plan.folder: _job(label, texts, cfg, plan, inputs) for label, texts, cfg, plan in composed}
     return list(jobs.values())
+
+
+def _job(label: str, overrides: list[str], cfg: DictConfig, plan: RunPlan, inputs: Inputs) -> Job:
+    state = state_of(plan, inputs)
+    outdated = read_record(plan.folder).finished_at if state is State.OUTDATED else None
+    return Job(label, overrides, cfg, plan, state, outdated=outdated)
 
 
 def state_of(plan: RunPlan, inputs: Inputs) -> State:

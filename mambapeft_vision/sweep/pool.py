@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from mambapeft_vision.errors import NotFiniteError
-from mambapeft_vision.sweep.jobs import Job, State
+from mambapeft_vision.sweep.jobs import Job
 from mambapeft_vision.sweep.kept import task_key
 from mambapeft_vision.sweep.worker import Assignment, Outcome, work
 from mambapeft_vision.training.failure import write_failure
@@ -198,8 +198,8 @@ def assignment_of(job: Job) -> Assignment:
     for name, section in job.sections.items():
         cfg[name] = section
     cfg.seed = job.plan.seed
-    cfg.resume = job.state is not State.OUTDATED  # False sets the outdated run aside
-    return Assignment(cfg, job.overrides, job.folder)
+    cfg.resume = True
+    return Assignment(cfg, job.overrides, job.folder, job.outdated)
 
 
 def _death(code: int | None) -> str:

@@ -10,41 +10,52 @@ from pathlib import Path
 from mambapeft_vision.data.images import available_cpus
 from mambapeft_vision.data.progress import format_duration
 from mambapeft_vision.errors import UserError, disk_errors_of
+from mambapeft_vision.presets import read_presets
 from mambapeft_vision.results.record import RunRecord, read_record
 from mambapeft_vision.results.tables import find_records
-from mambapeft_vision.sweep.display import Display, total_seconds
+from mambapeft_vision.sweep.display import Display
 from mambapeft_vision.sweep.jobs import Job, State
 from mambapeft_vision.sweep.pool import Pool, visible_gpus
-from mambapeft_vision.sweep.speeds import estimate_seconds
+from mambapeft_vision.sweep.speeds import Rate, Speeds, read_rates
 
 LOGS = ".sweep"  # below paths.outputs
 
 
 @dataclass(frozen=True)
 class Command:
-    """A sweep's command line. workers: None for one a GPU, or one on a CPU."""
+    """A sweep's command line. workers: None for one a GPU, or one on a CPU; rates: measured ones, for estimates."""
 
     overrides: list[str]
     workers: int | None = None
     dry_run: bool = False
+    rates: Sequence[Rate] = ()
 
 
-def parse(arguments: Sequence[str]) -> Command:
-    """`seeds=0,1,2`, `workers=N` and `--dry-run`; everything else is a Hydra override. Raises UserError."""
-    overrides, workers, dry_run = [], None, False
+def parse(arguments: Sequence[str], configs: Path | None = None) -> Command:
+    """`seeds=0,1,2`, `workers=N`, `rates=FILE` and `--dry-run`; all else is a Hydra override.
+
+    Args:
+        configs: folder with the presets that a file of rates names; without it `rates` is an override like any other.
+    Raises: UserError.
+    """
+    overrides, workers, dry_run, rates = [], None, False, []
     for argument in arguments:
         key, _, value = argument.partition("=")
         if argument == "--dry-run":
             dry_run = True
         elif key == "workers":
             workers = _positive(value)
+        elif key == "rates" and configs is not None:
+            rates = read_rates(value, read_presets(configs / "method"))
         elif key == "seeds":
             overrides.append(f"seed={value}")
         elif argument.startswith("-"):
-            raise UserError(f"{argument} is unknown; expected --dry-run, seeds=0,1,2, workers=N or Hydra overrides")
+            raise UserError(
+                f"{argument} is unknown; expected --dry-run, seeds=0,1,2, workers=N, rates=FILE or Hydra overrides"
+            )
         else:
             overrides.append(argument)
-    return Command(overrides, workers, dry_run)
+    return Command(overrides, workers, dry_run, rates)
 
 
 def on_every_core(command: Command, jobs: Sequence[Job]) -> Command:
@@ -63,37 +74,37 @@ def sweep(jobs: Sequence[Job], command: Command) -> int:
     todo = [job for job in jobs if job.state is not State.FINISHED]
     finished = [job for job in jobs if job.state is State.FINISHED]
     outputs = Path(jobs[0].plan.config["paths"]["outputs"]).expanduser()
-    known = find_records([outputs]) if outputs.exists() else []
+    speeds = Speeds(find_records([outputs]) if outputs.exists() else [], command.rates)
     gpus = _gpus(jobs)
     workers = command.workers or max(1, len(gpus))
     if command.dry_run:
-        print(describe(jobs, known, workers))
+        print(describe(jobs, speeds, workers))
         return 0
     print(f"{len(jobs)} runs, {len(finished)} of them finished before; {workers} at a time", flush=True)
     if not todo:
         return 0
     with disk_errors_of(str(outputs), "paths.outputs=DIR", "Nothing was begun"):
         (outputs / LOGS).mkdir(parents=True, exist_ok=True)
-    display = _run(todo, len(finished), known, workers, Pool(workers, gpus, outputs / LOGS))
+    display = _run(todo, len(finished), speeds, workers, Pool(workers, gpus, outputs / LOGS))
     print(_closing(display, outputs), flush=True)
     return len(display.failures)
 
 
-def describe(jobs: Sequence[Job], known: Sequence[RunRecord], workers: int) -> str:
+def describe(jobs: Sequence[Job], speeds: Speeds, workers: int) -> str:
     """What would run, and for how long."""
     todo = [job for job in jobs if job.state is not State.FINISHED]
-    lines = [f"{job.state.value:<9} {_duration(estimate_seconds(job.plan, known)):>9}  {job.label}" for job in todo]
+    lines = [f"{job.state.value:<9} {_duration(speeds.seconds(job.plan)):>9}  {job.label}" for job in todo]
     lines += [f"{'finished':<9} {'':>9}  {job.label}" for job in jobs if job.state is State.FINISHED]
     counts = Counter(job.state.value for job in jobs)
-    total = total_seconds(todo, known)
+    total = speeds.total(job.plan for job in todo)
     return "\n".join(
         [
             *lines,
             "",
             f"{len(jobs)} runs: " + ", ".join(f"{count} {state}" for state, count in counts.items()),
-            "time unknown: no run of this backbone is recorded yet"
+            "time unknown: no run of this backbone is recorded yet, and no rates=FILE tells of all of them"
             if total is None
-            else f"about {format_duration(total / workers)} with {workers} at a time, judged by recorded runs",
+            else f"about {format_duration(total / workers)} with {workers} at a time, by recorded runs and rates",
         ]
     )
 
@@ -103,10 +114,10 @@ def records_of(jobs: Sequence[Job]) -> list[RunRecord]:
     return [read_record(job.folder) for job in jobs if (job.folder / "result.json").is_file()]
 
 
-def _run(todo: Sequence[Job], finished: int, known: Sequence[RunRecord], workers: int, pool: Pool) -> Display:
+def _run(todo: Sequence[Job], finished: int, speeds: Speeds, workers: int, pool: Pool) -> Display:
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with Display(todo, finished, known, workers) as display:
+        with Display(todo, finished, speeds, workers) as display:
             pool.run(todo, display)
     finally:
         signal.signal(signal.SIGTERM, before)

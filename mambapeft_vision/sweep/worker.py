@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from mambapeft_vision.errors import NotFiniteError
 from mambapeft_vision.lock import InUseError
 from mambapeft_vision.processes import end_with_parent
-from mambapeft_vision.results.record import RunRecord
+from mambapeft_vision.results.record import RunRecord, is_finished, read_record
 from mambapeft_vision.sweep.kept import Kept
 from mambapeft_vision.training.cli import is_mistake, summary
 from mambapeft_vision.training.failure import note_failure
@@ -24,11 +24,15 @@ from mambapeft_vision.training.run import train
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a worker is told to do. cfg: composed, not resolved; folder: of the run."""
+    """What a worker is told to do. cfg: composed, not resolved; folder: of the run.
+
+    outdated: `finished_at` of a record there that is to be replaced.
+    """
 
     cfg: DictConfig
     overrides: list[str]
     folder: Path
+    outdated: str | None = None
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,14 @@ class Outcome:
 
     last: the worker ends with it, as after a crash nothing in its process is to be trusted.
     ends_sweep: no other run is to be begun (trainer.on_nonfinite=stop).
+    elsewhere: another process, of this machine or another, is at the run; no failure.
     """
 
     record: RunRecord | None
     error: str = ""
     last: bool = False
     ends_sweep: bool = False
+    elsewhere: bool = False
 
 
 def work(connection: Connection, environment: Mapping[str, str], threads: int, log: Path, tasks: int = 1) -> None:
@@ -75,17 +81,25 @@ def work(connection: Connection, environment: Mapping[str, str], threads: int, l
 
 
 def run(assignment: Assignment, kept: Kept) -> Outcome:
-    """Does one run; an error is noted in its folder."""
+    """Does one run; `train` notes an error in its folder."""
     try:
-        record = train(assignment.cfg, assignment.overrides, kept.sources)
+        record = _train(assignment, kept)
     except InUseError as error:
-        return Outcome(None, summary(error))  # another process does this run: nothing to note in its folder
+        return Outcome(None, summary(error), elsewhere=True)
     except Exception as error:
         traceback.print_exc()
         note_failure(assignment.folder, error, assignment.overrides)
         ends_sweep = isinstance(error, NotFiniteError) and error.ends_sweep
         return Outcome(None, summary(error), last=not is_mistake(error), ends_sweep=ends_sweep)
     return Outcome(record)
+
+
+def _train(assignment: Assignment, kept: Kept) -> RunRecord:
+    cfg, folder = assignment.cfg, assignment.folder
+    if assignment.outdated is not None and is_finished(folder):
+        # Otherwise another process has done it again since the sweep was planned.
+        cfg.resume = read_record(folder).finished_at != assignment.outdated
+    return train(cfg, assignment.overrides, kept.sources)
 
 
 def _print_to(log: Path) -> None:

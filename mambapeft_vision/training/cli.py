@@ -5,19 +5,25 @@ Light to import, as config.py is.
 
 import difflib
 import functools
+import json
 import os
 import re
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from mambapeft_vision.atomic import write_json
 from mambapeft_vision.errors import DISK_REMEDIES, NotFiniteError, Preempted, SweepEnded, UserError
 
 CRASH = 1
@@ -28,13 +34,31 @@ PREEMPTED = 143  # as shells report SIGTERM: the state is saved, start the same 
 
 @dataclass(frozen=True)
 class Failure:
-    """A job of a sweep that did not end well."""
+    """A job of a sweep that did not end well. error: in one line; mistake: of the user, who can repair it."""
 
     overrides: str
-    error: Exception
+    error: str
+    mistake: bool
 
 
-_failures: list[Failure] = []
+_launches: list[Path] = []  # folders of the sweeps that this process has launched
+
+
+class RememberLaunch(Callback):
+    """Remembers the folder where a sweep's jobs, which may run in other processes or machines, note their failures."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        _launches.append(Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir)
+
+
+def _take_failures() -> list[Failure]:
+    failures = []
+    for folder in _launches:
+        files = sorted(folder.glob("failure-*.json"), key=lambda file: int(file.stem.partition("-")[2]))
+        failures += [Failure(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
+        shutil.rmtree(folder, ignore_errors=True)
+    _launches.clear()
+    return failures
 
 
 def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
@@ -51,9 +75,12 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
         try:
             function(cfg)
         except Exception as error:
-            _failures.append(Failure(overrides, error))
+            failure = Failure(overrides, summary(error), is_mistake(error))
+            write_json(Path(hydra.runtime.output_dir) / f"failure-{hydra.job.num}.json", asdict(failure))
             print(describe_error(error), file=sys.stderr, flush=True)
-            if isinstance(error, NotFiniteError) and error.ends_sweep:
+            if (
+                isinstance(error, NotFiniteError) and error.ends_sweep and _launches
+            ):  # jobs elsewhere have begun already
                 raise SweepEnded("trainer.on_nonfinite=stop; skip_run goes on with the other runs") from error
 
     return wrapped
@@ -64,6 +91,7 @@ def run_cli(main: Callable[[], None]) -> None:
     # Where other programs want the cores too, PyTorch's spinning threads would make a step 30 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises what happened; it is described here
+    failures: list[Failure] = []
     try:
         main()
     except KeyboardInterrupt:
@@ -77,15 +105,13 @@ def run_cli(main: Callable[[], None]) -> None:
     except Exception as error:
         # Of a job that raised, Hydra has already said with which overrides.
         print(describe_error(error), file=sys.stderr)
-        sys.exit(exit_code([error]))
-    if _failures:
-        lines = [f"  {failure.overrides}: {summary(failure.error)}" for failure in _failures]
-        print(f"\n{len(_failures)} of the runs failed:\n" + "\n".join(lines), file=sys.stderr)
-        sys.exit(exit_code([failure.error for failure in _failures]))
-
-
-def exit_code(errors: Iterable[Exception]) -> int:
-    return USER_MISTAKE if all(is_mistake(error) for error in errors) else CRASH
+        sys.exit(USER_MISTAKE if is_mistake(error) else CRASH)
+    finally:
+        failures += _take_failures()
+    if failures:
+        lines = [f"  {failure.overrides}: {failure.error}" for failure in failures]
+        print(f"\n{len(failures)} of the runs failed:\n" + "\n".join(lines), file=sys.stderr)
+        sys.exit(USER_MISTAKE if all(failure.mistake for failure in failures) else CRASH)
 
 
 def is_mistake(error: Exception) -> bool:

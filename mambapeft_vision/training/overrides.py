@@ -5,6 +5,7 @@ Light to import, as config.py is.
 
 import hashlib
 import json
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,7 +19,8 @@ NO_PART_OF_A_SWEEP = ("paths.", "logger", "hydra", "sweep")  # where and how it 
 
 
 def prepare_multirun(arguments: Sequence[str], configs: Path) -> list[str]:
-    """A command line of train.py with what Hydra does not do itself: glob() expanded, and the sweep named.
+    """A command line of train.py with what Hydra does not do itself: glob() expanded, the sweep and the
+    folder of this start of it named.
 
     Command lines without --multirun are left alone. Raises: UserError for a glob that matches nothing.
     """
@@ -28,10 +30,12 @@ def prepare_multirun(arguments: Sequence[str], configs: Path) -> list[str]:
     expanded = [_expanded(argument, folders) for argument in arguments]
     places = [number for number, text in enumerate(expanded) if "=" in text and not text.startswith("-")]
     overrides = [expanded[number] for number in places]
+    added = [f"hydra.sweep.subdir=launch-{uuid.uuid4().hex[:8]}"]
     if not any(text.startswith("sweep=") for text in overrides):
-        # Beside the other overrides: argparse takes them from one place alone.
-        expanded.insert(places[-1] + 1 if places else len(expanded), f"sweep={sweep_name(overrides)}")
-    return expanded
+        added.append(f"sweep={sweep_name(overrides)}")
+    # Beside the other overrides: argparse takes them from one place alone.
+    place = places[-1] + 1 if places else len(expanded)
+    return [*expanded[:place], *added, *expanded[place:]]
 
 
 def glob_options(override: Override, folders: Sequence[Path]) -> tuple[str, ...]:

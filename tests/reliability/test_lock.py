@@ -86,5 +86,6 @@ def test_a_run_that_another_process_does_is_left_to_it(tmp_path, monkeypatch):
                 runs.run([*command, *more])
         outcome = run(Assignment(cfg, command, folder), Kept())
         assert outcome.record is None and "is in use by process" in outcome.error and not outcome.last
+        assert outcome.elsewhere  # which is no failure
         assert [file.name for file in folder.iterdir()] == [LOCK_FILE] and not (folder / FAILURE_FILE).exists()
     assert runs.run(command).accuracy > 0

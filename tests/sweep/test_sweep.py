@@ -1,6 +1,7 @@
 """Sweeps as they are used: planned, killed, interrupted, gone on with, with runs that crash."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -16,14 +17,19 @@ import runs
 import torch
 from fake_records import fake_record
 from hydra.errors import HydraException
+from rich.console import Console
 
+from mambapeft_vision.data.progress import format_duration
 from mambapeft_vision.errors import UserError
+from mambapeft_vision.presets import read_presets
+from mambapeft_vision.results.paper import PAPER
 from mambapeft_vision.results.record import read_record, write_record
 from mambapeft_vision.sweep import worker
+from mambapeft_vision.sweep.display import Display
 from mambapeft_vision.sweep.jobs import Job, State, plan_jobs
 from mambapeft_vision.sweep.kept import Kept, task_key
 from mambapeft_vision.sweep.pool import Queue, assignment_of, visible_gpus
-from mambapeft_vision.sweep.speeds import estimate_seconds
+from mambapeft_vision.sweep.speeds import Speeds, read_rates
 from mambapeft_vision.sweep.sweep import Command, parse, sweep
 from mambapeft_vision.sweep.worker import Outcome
 from mambapeft_vision.training.plan import make_plan
@@ -88,11 +94,11 @@ def start(command: list[str]) -> subprocess.Popen:
 
 def finish(command: list[str]) -> tuple[int, str, str]:
     process = start(command)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 300.0) -> None:  # machines can be busy
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -189,9 +195,57 @@ def test_time_is_estimated_from_the_runs_most_alike(data, tmp_path):
         train_seconds=1e4,
         wall_seconds=2e4,
     )
-    assert estimate_seconds(plan, [near, far]) == pytest.approx(2 + 0.05 + 19.95)
-    assert estimate_seconds(plan, [far]) == pytest.approx(200 + 0.05 + 9999.95)
-    assert estimate_seconds(plan, [fake_record("custom/one", "a", 0, 0.5)]) is None
+    assert Speeds([near, far]).seconds(plan) == pytest.approx(2 + 0.05 + 19.95)
+    assert Speeds([far]).seconds(plan) == pytest.approx(200 + 0.05 + 9999.95)
+    assert Speeds([fake_record("custom/one", "a", 0, 0.5)]).seconds(plan) is None
+
+
+RATES = """# a comment
+backbone,preset,train_images_per_second,test_images_per_second
+vim_small_patch16_224,a,2000,5000
+vim_small_patch16_224,*,1000,5000
+"""
+
+
+def test_time_is_estimated_from_measured_rates_before_anything_has_run(tmp_path, capsys):
+    (tmp_path / "rates.csv").write_text(RATES)
+    command = ["method=a,hybrid", "seeds=0,1,2", f"rates={tmp_path / 'rates.csv'}", "workers=2", "--dry-run"]
+    parsed = parse([*command, f"paths.outputs={tmp_path / 'out'}"], runs.CONFIGS)
+    jobs = plan_jobs(parsed.overrides, runs.CONFIGS)
+    # 3 seeds, 19 tasks of 1,000 training images, 100 epochs, 387,905 test images; 2,000 and 1,000 images/s in training
+    expected = 3 * (19 * 100_000 / 2000 + 387_905 / 5000) + 3 * (19 * 100_000 / 1000 + 387_905 / 5000)
+    assert Speeds(rates=parsed.rates).total(job.plan for job in jobs) == pytest.approx(expected)
+    sweep(jobs, parsed)
+    assert f"about {format_duration(expected / 2)} with 2 at a time" in capsys.readouterr().out
+    alike = fake_record("vtab/cifar", "a", 0, 0.5)
+    plan = next(job.plan for job in jobs if job.plan.task == "vtab/cifar" and job.plan.methods == ["a"])
+    assert Speeds([alike], parsed.rates).seconds(plan) == pytest.approx(120.0)  # a record counts more: it took 120 s
+    (validation,) = plan_jobs(
+        ["method=a", "dataset=vtab/dmlab", "dataset.train_split=train800", "dataset.test_split=val200"], runs.CONFIGS
+    )
+    assert Speeds(rates=parsed.rates).seconds(validation.plan) == pytest.approx(80_000 / 2000 + 200 / 5000)
+
+
+def test_the_committed_rates_tell_of_the_whole_table():
+    rates = read_rates(runs.ROOT / "docs" / "rates.csv", read_presets(runs.CONFIGS / "method"))
+    methods = ",".join(row.presets[0] for row in PAPER if row.backbone == "vim_s")
+    jobs = plan_jobs([f"method={methods}", "dataset=vtab/cifar"], runs.CONFIGS)
+    assert len(jobs) == 30 and Speeds(rates=rates).total(job.plan for job in jobs) > 0
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ("preset,rate\n", "expected backbone,preset"),
+        (RATES.replace(",a,", ",aa,"), "aa is no preset"),
+        (RATES.replace("2000", "0"), "two numbers above 0"),
+        (RATES.replace("2000,", ""), "two numbers above 0"),
+    ],
+)
+def test_mistakes_in_a_file_of_rates_are_named(tmp_path, wrong, message):
+    (tmp_path / "rates.csv").write_text(wrong)
+    with pytest.raises(UserError, match=message):
+        read_rates(tmp_path / "rates.csv", read_presets(runs.CONFIGS / "method"))
 
 
 def test_gpus_are_those_that_this_process_sees(monkeypatch):
@@ -208,7 +262,7 @@ def test_gpus_are_those_that_this_process_sees(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in Linux's /proc")
 def test_killed_and_interrupted_the_same_command_goes_on(data, tmp_path):
-    """6 methods x 2 tasks x 2 seeds, killed, then interrupted, then finished."""
+    """6 methods x 2 tasks x 2 seeds, killed, then interrupted, then finished by the same command, started twice."""
     command = arguments(data, tmp_path, *SWEEP)
 
     process = start([*command, "workers=2"])
@@ -216,7 +270,7 @@ def test_killed_and_interrupted_the_same_command_goes_on(data, tmp_path):
     workers = children(process.pid)
     process.kill()
     process.communicate()
-    wait_until(lambda: not any(map(alive, workers)), seconds=10)
+    wait_until(lambda: not any(map(alive, workers)), seconds=60)
     after_kill = results(tmp_path)
     assert 5 <= len(after_kill) < 24
 
@@ -224,14 +278,16 @@ def test_killed_and_interrupted_the_same_command_goes_on(data, tmp_path):
     wait_until(lambda: len(results(tmp_path)) >= len(after_kill) + 3)
     workers = children(process.pid)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in err
-    wait_until(lambda: not any(map(alive, workers)), seconds=10)
+    wait_until(lambda: not any(map(alive, workers)), seconds=60)
     after_interrupt = results(tmp_path)
     assert len(after_interrupt) < 24
 
-    code, out, _ = finish(command)
-    assert code == 0 and f"{len(after_interrupt)} of them finished before" in out
+    both = [start(command), start(command)]  # as on two machines with a common folder
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert any(f"{len(after_interrupt)} of them finished before" in out for out in said)
     final = results(tmp_path)
     assert len(final) == 24
     assert {file: final[file] for file in after_kill} == after_kill
@@ -247,6 +303,31 @@ def test_killed_and_interrupted_the_same_command_goes_on(data, tmp_path):
         assert alone.accuracy == read_record(job.folder).accuracy and alone.loss == read_record(job.folder).loss
         tensors = runs.read_adapter_tensors(tmp_path / "alone" / job.folder.relative_to(tmp_path))
         assert all(torch.equal(tensors[k], v) for k, v in runs.read_adapter_tensors(job.folder).items())
+
+
+def test_the_live_table_tells_what_is_done_running_and_failed(data, tmp_path, capsys):
+    jobs = planned(data, tmp_path, "method=a,d", "seeds=0,1")
+    known = [fake_record("custom/one", "a", 0, 0.5, backbone={"name": jobs[0].plan.config["backbone"]["name"]})]
+    display = Display(jobs, finished=2, speeds=Speeds(known), workers=2)
+    for job in jobs[:4]:
+        display.started(job)
+    jobs[3].folder.mkdir(parents=True)
+    (jobs[3].folder / "metrics.csv").write_text("epoch,images_per_second\n0,321.0\n")
+    display.ended(jobs[0], Outcome(known[0]))
+    display.ended(jobs[1], Outcome(None, "RuntimeError: no luck"))
+    display.ended(jobs[2], Outcome(None, "in use", elsewhere=True))
+    # Five runs are left of about 22 s each (see above), two at a time; the one that runs has just begun.
+    assert display.state() == (
+        "1 done (and 2 before), 1 running, 4 waiting, 1 failed, 1 left to other processes, 321 images/s, "
+        "about 0:55 left"
+    )
+    assert display.failures == [(jobs[1], "RuntimeError: no luck")]
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in out] == ["begins"] * 4 + ["done", "FAILED", "skipped"]
+    console = Console(width=120, file=io.StringIO())
+    console.print(display.table())
+    text = console.file.getvalue()
+    assert f"{jobs[3].label}" in text and "1/2" in text and "321" in text and "no luck" in text
 
 
 def carry_out(job: Job) -> Outcome:

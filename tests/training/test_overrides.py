@@ -17,7 +17,7 @@ def prepared(*arguments: str) -> list[str]:
 
 
 def test_globs_see_options_in_subfolders():
-    flag, dataset, method, sweep = prepared("-m", "dataset=glob(vtab/*)", "method=glob(lora_p_*,exclude=*base)")
+    flag, dataset, method, _, sweep = prepared("-m", "dataset=glob(vtab/*)", "method=glob(lora_p_*,exclude=*base)")
     assert flag == "-m" and sweep.startswith("sweep=sweep-")
     assert set(dataset.removeprefix("dataset=").split(",")) == {task.name for task in TASKS.values()}
     assert method == "method=lora_p_b,lora_p_c,lora_p_d,lora_p_x,lora_p_z"
@@ -38,7 +38,9 @@ def test_a_glob_that_matches_nothing_says_where_it_looked():
 def test_other_command_lines_are_left_alone():
     for arguments in (["dataset=glob(vtab/*)"], ["method=lora_p_x", "--cfg", "job"]):
         assert prepare_multirun(arguments, runs.CONFIGS) == arguments
-    assert prepared("-m", "seed=0,1", "sweep=mine", "--cfg", "job") == ["-m", "seed=0,1", "sweep=mine", "--cfg", "job"]
+    flag, seed, sweep, folder, *rest = prepared("-m", "seed=0,1", "sweep=mine", "--cfg", "job")
+    assert [flag, seed, sweep, *rest] == ["-m", "seed=0,1", "sweep=mine", "--cfg", "job"]
+    assert folder.startswith("hydra.sweep.subdir=launch-")
 
 
 def test_a_sweep_has_one_name_wherever_it_runs():
