@@ -4,9 +4,9 @@ python scripts/search_hybrid.py space=hybrid_step1 [trials=100] [protocol=valida
 python scripts/search_hybrid.py space=hybrid_step2
 
 space: a file of configs/search. Anything else is a Hydra override of the runs, such as dataset=vtab/cifar,vtab/dtd.
-The same command, started again on this or another machine, works on the same study; storage=postgresql://... shares it
-between machines without a common file system. trials counts those of all workers. The winner and the plots are in
-searches/<name>.
+The same command, started again on this or another machine, works on the same study; between machines without a common
+file system, storage=postgresql://USER:PASSWORD@HOST/NAME shares it. trials counts those of all workers. The winner and
+the plots are in searches/<name>.
 """
 
 import sys

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import socket
 import statistics
 import time
@@ -22,7 +23,7 @@ from omegaconf import OmegaConf
 from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
 from mambapeft_vision.atomic import write_text
 from mambapeft_vision.errors import UserError
@@ -113,12 +114,28 @@ def open_study(settings: Search) -> optuna.Study:
 
 def _database(url: str) -> RDBStorage:
     """Workers that begin at once on a new database all make its tables; those that come second find them made."""
-    for wait in (0.1, 0.3, 1.0, 3.0):
-        try:
-            return RDBStorage(url)
-        except (IntegrityError, OperationalError):
-            time.sleep(wait * (1 + random.random()))
-    return RDBStorage(url)
+    if url.startswith("postgresql://"):  # which SQLAlchemy takes for psycopg2, the driver before this one
+        url = url.replace("postgresql://", "postgresql+psycopg://", 1)
+    try:
+        for wait in (0.1, 0.3, 1.0, 3.0):
+            try:
+                return RDBStorage(url)
+            except (IntegrityError, OperationalError, ProgrammingError):
+                time.sleep(wait * (1 + random.random()))
+        return RDBStorage(url)
+    except ImportError as error:
+        raise UserError(f'storage={_shown(url)}: {error}; for PostgreSQL pip install -e ".[cluster]"') from error
+    except (SQLAlchemyError, ValueError) as error:
+        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+        raise UserError(
+            f"storage={_shown(url)}: {reason}; expected the URL of a database that is there, such as "
+            f"sqlite:///study.db or postgresql://USER:PASSWORD@HOST/NAME"
+        ) from error
+
+
+def _shown(url: str) -> str:
+    """Without the password."""
+    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", url)
 
 
 def release_dead_trials(study: optuna.Study) -> None:

@@ -266,16 +266,16 @@ def test_killed_and_interrupted_the_same_command_goes_on(data, tmp_path):
     command = arguments(data, tmp_path, *SWEEP)
 
     process = start([*command, "workers=2"])
-    wait_until(lambda: len(results(tmp_path)) >= 5)
+    wait_until(lambda: len(results(tmp_path)) >= 2)  # few: a busy machine may let this process wait for long
     workers = children(process.pid)
     process.kill()
     process.communicate()
     wait_until(lambda: not any(map(alive, workers)), seconds=60)
     after_kill = results(tmp_path)
-    assert 5 <= len(after_kill) < 24
+    assert 2 <= len(after_kill) < 24
 
     process = start(command)
-    wait_until(lambda: len(results(tmp_path)) >= len(after_kill) + 3)
+    wait_until(lambda: len(results(tmp_path)) >= len(after_kill) + 1)
     workers = children(process.pid)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, err = process.communicate(timeout=120)
