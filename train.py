@@ -7,6 +7,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from mambapeft_vision.pretraining.command import is_pretraining, translated
 from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.training.again import recorded
 from mambapeft_vision.training.cli import job, run_cli
@@ -30,6 +31,11 @@ def main(cfg: DictConfig) -> None:
 
 def prepare_and_run() -> None:
     global _record
+    if is_pretraining(sys.argv[1:]):
+        config, overrides = translated(sys.argv[1:], CONFIGS)
+        from mambapeft_vision.pretraining.run import run
+
+        sys.exit(run(config, overrides))
     with recorded(sys.argv[1:], CONFIGS) as (arguments, _record):
         sys.argv[1:] = prepare_multirun(arguments, CONFIGS)
         main()

@@ -59,7 +59,8 @@ class PretrainConfig:
     Exactly one of `steps` and `minutes` is given; with `minutes` the number of steps follows from the measured
     speed, so that the schedule ends in time. warmup_steps: linear, then a cosine to min_lr. ema: decay of the
     average of the weights, which is what is validated and saved. precision: fp32 or bf16 (mixed). cuda_graph: on a
-    GPU, replay one recorded step. workers: processes that decode; null: one a CPU.
+    GPU, replay one recorded step. workers: processes that decode; null: one a CPU. checkpoint_every_s: seconds between
+    checkpoints, from which the same command continues an interrupted run.
     """
 
     backbone: str
@@ -84,6 +85,7 @@ class PretrainConfig:
     cuda_graph: bool = True
     workers: int | None = None
     evaluations: int = 8
+    checkpoint_every_s: float = 60.0
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):

@@ -43,6 +43,8 @@ class Pretraining:
         self.average = Average(model, config.ema)
         self.total_steps = config.steps
         self.log: list[dict[str, Any]] = []
+        self.seconds_before = 0.0  # of training, before an interruption
+        self._first_step = 0
         self._mean, self._std = (
             torch.tensor(values, device=self.device).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std)
         )
@@ -59,15 +61,26 @@ class Pretraining:
 
     # Training
 
-    def run(self, on_evaluation: Callable[[int, dict[str, float]], None]) -> int:
-        """Trains to the end of the schedule; returns the number of steps. Validates a few times on the way."""
-        with self._own_stream():
-            return self._run(on_evaluation)
+    def run(
+        self,
+        on_evaluation: Callable[[int, dict[str, float]], None],
+        on_checkpoint: Callable[[dict[str, Any]], None] = lambda state: None,
+    ) -> int:
+        """Trains to the end of the schedule; returns the number of steps. Validates a few times on the way.
 
-    def _run(self, on_evaluation: Callable[[int, dict[str, float]], None]) -> int:
-        started = time.monotonic()
-        timed_from, report = started, (0, started)
-        step = 0
+        on_checkpoint: called every `checkpoint_every_s` seconds with a state that `restore` takes, not to be kept.
+        """
+        with self._own_stream():
+            return self._run(on_evaluation, on_checkpoint)
+
+    def _run(
+        self,
+        on_evaluation: Callable[[int, dict[str, float]], None],
+        on_checkpoint: Callable[[dict[str, Any]], None],
+    ) -> int:
+        now = time.monotonic()
+        started, step = now - self.seconds_before, self._first_step
+        timed_from, report, saved = now, (step, now), now
         while self.total_steps is None or step < self.total_steps:
             self._set_learning_rate(step)
             self._advance(step)
@@ -85,6 +98,9 @@ class Pretraining:
                 if now - report[1] >= _REPORT_SECONDS or step == self.total_steps:
                     self._report(step, report)
                     report = (step, now)
+                if self.total_steps is not None and now - saved >= self.config.checkpoint_every_s:
+                    on_checkpoint(self._state(step, now - started))
+                    saved = time.monotonic()
                 if self._is_late(step, now - started):
                     print(f"stopped at the time limit, {self.total_steps - step:,} steps early", flush=True)
                     break
@@ -97,11 +113,42 @@ class Pretraining:
                 self._loss.zero_()
         return step
 
+    def _state(self, step: int, seconds: float) -> dict[str, Any]:
+        """All that the following steps depend on."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "step": step,
+            "total_steps": self.total_steps,
+            "seconds": seconds,
+            "log": self.log,
+            "model": self.model.state_dict(),
+            "average": self.average.model.state_dict(),
+            "updates": self.average.updates,
+            "optimizer": self._optimizer.state_dict(),
+            "random": torch.cuda.get_rng_state(self.device) if on_gpu else torch.get_rng_state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes back to a state of `run`; call it before `run`."""
+        self._first_step, self.total_steps = state["step"], state["total_steps"]
+        self.seconds_before, self.log = state["seconds"], state["log"]
+        self.model.load_state_dict(state["model"])
+        self.average.model.load_state_dict(state["average"])
+        self.average.updates = state["updates"]
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        self._optimizer.load_state_dict(state["optimizer"])
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate  # the tensor that a recorded step reads; its value is set before every step
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random"].cpu(), self.device)
+        else:
+            torch.set_rng_state(state["random"].cpu())
+
     def _advance(self, step: int) -> None:
         """One step: recorded once after a warm-up and replayed from then on, where the config and device allow."""
         if self._graph is not None:
             self._graph.replay()
-        elif step == _WARM_UP and self.config.cuda_graph and self.device.type == "cuda":
+        elif step == self._first_step + _WARM_UP and self.config.cuda_graph and self.device.type == "cuda":
             self._wait()
             graph = torch.cuda.CUDAGraph()
             self._optimizer.zero_grad(set_to_none=True)

@@ -39,12 +39,12 @@ class Average:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self._pairs = list(self.model.parameters()), list(model.parameters())
         self._decay = decay
-        self._updates = 0
+        self.updates = 0
 
     @torch.no_grad()
     def update(self) -> None:
-        self._updates += 1
-        decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
+        self.updates += 1
+        decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(*self._pairs, 1 - decay)
 
 

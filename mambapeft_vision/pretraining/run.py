@@ -23,6 +23,7 @@ from mambapeft_vision.atomic import atomic_path, write_json
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.data.preprocessing import Preprocessing
 from mambapeft_vision.errors import UserError
+from mambapeft_vision.pretraining.checkpoint import checkpoint_file, identity, read_checkpoint, write_checkpoint
 from mambapeft_vision.pretraining.config import PretrainConfig, load_config, to_dict
 from mambapeft_vision.pretraining.loop import Pretraining, describe_accuracies
 from mambapeft_vision.pretraining.model import SharedBackbone, choose_kernel
@@ -42,11 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as minutes=5 or sources.mine.path=DIR")
     options = parser.parse_args(argv)
+    return run(options.config, options.overrides)
+
+
+def run(config: Path, overrides: Sequence[str]) -> int:
+    """Pretrains as a config file with overrides says; returns the exit code, as `main` does."""
     try:
-        pretrain(load_config(options.config, options.overrides))
+        pretrain(load_config(config, overrides))
         return GOOD
     except KeyboardInterrupt:
-        print("\nInterrupted; the weights of the latest validation stay.", file=sys.stderr)
+        print("\nInterrupted; the same command goes on from the latest checkpoint.", file=sys.stderr)
         return INTERRUPTED
     except UserError as error:
         print(f"\n{error}", file=sys.stderr)
@@ -71,7 +77,12 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 
     model = SharedBackbone(backbone, {s.name: len(s.class_names) for s in sources}).to(device)
     training = Pretraining(model, sources, preprocessing, config)
-    started = time.monotonic()
+    file, run = checkpoint_file(config), identity(config, sources, device)
+    state = read_checkpoint(file, run, device)
+    if state is not None:
+        training.restore(state)
+        print(f"goes on after step {state['step']:,}, from {file}", flush=True)
+    started = time.monotonic() - training.seconds_before
     facts = {"kernel": kernel, "kernel_difference_from_naive": difference}
 
     def save(step: int, accuracies: dict[str, float]) -> dict[str, Any]:
@@ -79,11 +90,12 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         record = make_record(config, preprocessing, sources, accuracies, training.log, {**progress, **facts}, device)
         return save_weights(training.average.model.backbone, Path(config.out), record)
 
-    steps = training.run(save)
+    steps = training.run(save, lambda state: write_checkpoint(file, run, state))
     # What is saved is rounded to half precision, so that is what the record must speak of.
     round_to_half(training.average.model.backbone)
     accuracies = training.accuracies()
     record = save(steps, accuracies)
+    file.unlink(missing_ok=True)
     print(f"{describe_accuracies(accuracies)} with the saved weights; {config.out}.safetensors", flush=True)
     return record
 

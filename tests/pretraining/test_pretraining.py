@@ -2,6 +2,12 @@
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +22,7 @@ from mambapeft_vision.backbones.checkpoints import EMBEDDED_WEIGHTS
 from mambapeft_vision.data import Preprocessing
 from mambapeft_vision.data.download import sha256_file
 from mambapeft_vision.errors import UserError
-from mambapeft_vision.pretraining import augment, loop, model, run
+from mambapeft_vision.pretraining import augment, checkpoint, command, loop, model, run
 from mambapeft_vision.pretraining.config import AugmentConfig, PretrainConfig, SourceConfig, load_config
 from mambapeft_vision.pretraining.sources import load_source
 
@@ -88,6 +94,46 @@ def test_the_shipped_configs_are_valid(tmp_path):
 def test_a_wrong_config_says_what_is_wrong(overrides, message):
     with pytest.raises(UserError, match=message):
         load_config(CONFIGS / "folder.yaml", overrides)
+
+
+def test_train_py_pretrains_too(config, tmp_path):
+    """The same run by both commands: the same weights."""
+    images = tmp_path / "images"
+    for number in range(24):
+        file = images / ("light", "dark")[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (200 - 160 * (number % 2), number, 0)).save(file)
+    settings = [
+        *("steps=3", "batch_size=8", "precision=fp32", "device=cpu", "workers=1", "sources.mine.holdout=0.25"),
+        "architecture={embed_dim: 16, depth: 1, img_size: 16}",
+    ]
+    arguments = ["experiment=pretrain", "dataset=folder", f"path={images}", f"out={tmp_path / 'one'}", *settings]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(
+        [sys.executable, str(CONFIGS.parents[1] / "train.py"), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    same = [f"sources.mine.path={images}", f"out={tmp_path / 'two'}", *settings]
+    assert run.main([str(CONFIGS / "folder.yaml"), *same]) == 0
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["dataset=fold"], "dataset=fold .* expected one of folder, vim_nano"), (["-m"], "-m does not go with")],
+)
+def test_what_only_fine_tuning_knows_is_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        command.translated(["experiment=pretrain", *arguments], CONFIGS.parent)
+
+
+def test_a_command_without_a_set_is_about_a_folder():
+    config, overrides = command.translated(["experiment=pretrain", "path=a", "steps=3"], CONFIGS.parent)
+    assert config == CONFIGS / "folder.yaml" and overrides == ["sources.mine.path=a", "steps=3"]
 
 
 # Sources
@@ -213,6 +259,72 @@ def test_a_run_learns_and_writes_weights_that_load(config):
     assert {tensor.dtype for tensor in state.values()} == {torch.float16}
     loaded = create_backbone(config.backbone, str(out.with_suffix(".safetensors")), **TINY)
     torch.testing.assert_close(loaded.cls_token, state["cls_token"].float())
+
+
+class KilledError(Exception):
+    """Nothing in the code catches it."""
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(config, tmp_path, monkeypatch, capsys):
+    config = replace(config, steps=50, checkpoint_every_s=0, out=str(tmp_path / "once"))
+    whole = run.pretrain(config)
+    again = replace(config, out=str(tmp_path / "again"))
+    advance = loop.Pretraining._advance
+
+    def dies_in_step_33(self, step):
+        if step == 33:
+            raise KilledError
+        advance(self, step)
+
+    monkeypatch.setattr(loop.Pretraining, "_advance", dies_in_step_33)
+    with pytest.raises(KilledError):
+        run.pretrain(again)
+    monkeypatch.undo()
+    assert (tmp_path / "again.checkpoint").is_file()
+    capsys.readouterr()
+    assert run.pretrain(again)["sha256"] == whole["sha256"]
+    assert "goes on after step 20" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.checkpoint"))
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_continued_by_the_same_command(config, tmp_path):
+    script = CONFIGS.parents[1] / "scripts" / "pretrain.py"
+    settings = [
+        *(f"sources.mine.path={config.sources['one'].path}", "sources.mine.holdout=0.25", f"out={tmp_path / 'again'}"),
+        *("steps=120", "warmup_steps=3", "batch_size=8", "precision=fp32", "device=cpu", "workers=1"),
+        *("architecture={embed_dim: 16, depth: 1, img_size: 16}", "checkpoint_every_s=0"),
+    ]
+    process_line = [sys.executable, str(script), str(CONFIGS / "folder.yaml"), *settings]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(process_line, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "again.checkpoint").is_file():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = subprocess.run(process_line, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "goes on after step" in done.stdout
+    found = json.loads((tmp_path / "again.json").read_text())
+    assert found["steps"] == 120
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        whole = run.pretrain(load_config(CONFIGS / "folder.yaml", [*settings, f"out={tmp_path / 'once'}"]))
+    finally:
+        torch.set_num_threads(threads)
+    assert found["sha256"] == whole["sha256"]
+
+
+def test_a_checkpoint_of_another_run_is_refused(config, tmp_path):
+    file = Path(config.out).with_name("weights.checkpoint")
+    checkpoint.write_checkpoint(file, "of another", {})
+    with pytest.raises(UserError, match="other settings"):
+        run.pretrain(config)
+    file.write_bytes(b"cut off")
+    with pytest.raises(UserError, match="cannot be read"):
+        run.pretrain(config)
 
 
 def test_the_same_seed_gives_the_same_weights(config):
