@@ -3,6 +3,7 @@
 The only file that knows both sides.
 """
 
+import copy
 import hashlib
 import importlib
 import json
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from mambapeft_vision.arguments import check_arguments
 from mambapeft_vision.atomic import atomic_path, write_json
 from mambapeft_vision.errors import UserError
 from mambapeft_vision.methods.base import Method, backbone_parameters, bake_weights
@@ -139,6 +141,8 @@ class AdaptedModel(nn.Module):
             method.enter_phase_of({k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)})
         mine = self.adapter_state()
         check_state(mine, state, source)
+        for name, method in self.methods.items():
+            _check_indices(name, method.index_limits(), state, source)
         with torch.no_grad():
             for name, tensor in mine.items():
                 tensor.copy_(state[name])
@@ -227,7 +231,8 @@ class Adapter:
 
     def build_methods(self) -> dict[str, Method]:
         """The methods of adapter_config.json; only classes inside `mambapeft_vision.methods` are ever imported."""
-        return {name: build_method(name, spec, self.folder) for name, spec in self.config["methods"].items()}
+        methods = self.config["methods"].items()
+        return {name: build_method(name, spec, f"{self.folder / CONFIG_FILE}: methods") for name, spec in methods}
 
     def apply(self, backbone: nn.Module) -> AdaptedModel:
         """Attaches this adapter to a backbone with the same weights it was trained on.
@@ -241,32 +246,66 @@ class Adapter:
                 f"{expected[:12]}…, but this backbone has {actual[:12]}…; load the weights it was trained on "
                 f"(backbone.weights=…)"
             )
+        self._check_fit(backbone)
+        return self._loaded_on(backbone)
+
+    def _check_fit(self, backbone: nn.Module) -> None:
+        """Raises UserError where the tensors do not fit the methods; on tensors without values, whatever their size."""
+        memo = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in backbone.parameters()}
+        memo |= {id(b): b.to("meta") for b in backbone.buffers()}
+        with torch.device("meta"):
+            try:
+                self._loaded_on(copy.deepcopy(backbone, memo))
+            except RuntimeError as error:  # PyTorch's, for sizes beyond all memory
+                raise UserError(f"{self.folder / CONFIG_FILE}: impossible sizes: {error}") from error
+
+    def _loaded_on(self, backbone: nn.Module) -> AdaptedModel:
         model = AdaptedModel(backbone, self.build_methods(), self.config["num_classes"])
         model.load_adapter_state(self.state, str(self.folder / ADAPTER_FILE))
         return model
 
 
-def build_method(name: str, spec: Mapping[str, Any], source: str | Path) -> Method:
-    """A method from `_target_` and its arguments, as untrusted data: nothing else can be named or called."""
-    spec = dict(spec)
-    target = spec.pop("_target_", None)
+def build_method(name: str, spec: Any, source: str) -> Method:
+    """A method from `_target_` and its arguments, as untrusted data: nothing else can be named or called.
+
+    source: where the spec stands, for messages: `<source>.<name>`. Raises: UserError.
+    """
+    where = f"{source}.{name}"
+    if not isinstance(spec, Mapping):
+        raise UserError(f"{where}={spec!r}; expected a mapping with _target_ and arguments")
+    arguments = {key: value for key, value in spec.items() if key != "_target_"}
+    cls = _method_class(spec.get("_target_"), where)
+    check_arguments(cls, arguments, where)
+    try:
+        return cls(**arguments)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except TypeError as error:
+        raise UserError(f"{where}: arguments do not fit {cls.__name__}: {error}") from error
+
+
+def _method_class(target: Any, where: str) -> type[Method]:
     if not isinstance(target, str) or not _METHOD_TARGET.fullmatch(target):
-        raise UserError(
-            f"{source}: method {name!r} names {target!r}; only classes in mambapeft_vision.methods are allowed"
-        )
+        raise UserError(f"{where} names {target!r}; only classes in mambapeft_vision.methods are allowed")
     module_name, _, class_name = target.rpartition(".")
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"{source}: method {name!r} names {target}, which does not exist here: {error}") from error
-    if not (isinstance(cls, type) and issubclass(cls, Method)):
-        raise UserError(f"{source}: method {name!r} names {target}, which is no Method")
-    try:
-        return cls(**spec)
-    except UserError as error:
-        raise UserError(f"{source}: method {name!r}: {error}") from error
-    except TypeError as error:
-        raise UserError(f"{source}: arguments of method {name!r} do not fit {target}: {error}") from error
+        raise UserError(f"{where} names {target}, which does not exist here: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, Method)) or cls is Method:
+        raise UserError(f"{where} names {target}, which is no Method; only subclasses of it are allowed")
+    return cls
+
+
+def _check_indices(name: str, limits: Mapping[str, int], state: Mapping[str, Tensor], source: str) -> None:
+    """Raises UserError for saved places outside of what they index."""
+    for key, limit in limits.items():
+        places = state[f"{name}.{key}"]
+        if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < limit:
+            raise UserError(
+                f"{source}: {name}.{key} runs from {places.min()} to {places.max()}; expected 0 to {limit - 1}. "
+                f"Copy the file again from where it was made"
+            )
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -277,19 +316,19 @@ def read_adapter(folder: str | Path) -> Adapter:
     folder = Path(folder)
     path = folder / CONFIG_FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; expected the folder of a finished run or adapter") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no valid JSON: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); expected the folder of a finished run") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no valid JSON: {error}; copy it again from where it was made") from error
     if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
         version = config.get("format_version") if isinstance(config, dict) else None
         raise UserError(
             f"{path}: format_version {version!r}; this release reads {FORMAT_VERSION}. Update mambapeft_vision"
         )
-    backbone, methods = config.get("backbone"), config.get("methods")
-    if not (isinstance(backbone, dict) and isinstance(backbone.get("sha256"), str) and isinstance(methods, dict)):
-        raise UserError(f"{path}: keys backbone (name, sha256) and methods are needed; the file is damaged")
+    _check_adapter_config(config, path)
     tensors = folder / ADAPTER_FILE
     try:
         with safe_open(tensors, framework="pt") as file:
@@ -298,3 +337,24 @@ def read_adapter(folder: str | Path) -> Adapter:
         raise UserError(f"{tensors} cannot be read: {error}; copy it again from where it was made") from error
     check_finite(state, str(tensors))
     return Adapter(folder, config, state)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _check_adapter_config(config: Mapping[str, Any], path: Path) -> None:
+    backbone, classes = config.get("backbone"), config.get("num_classes")
+    fits = {
+        "backbone.name (text)": isinstance(backbone, dict) and isinstance(backbone.get("name"), str),
+        "backbone.sha256 (text)": isinstance(backbone, dict) and isinstance(backbone.get("sha256"), str),
+        "backbone.architecture (an object)": isinstance(backbone, dict)
+        and isinstance(backbone.get("architecture"), dict),
+        "methods (an object)": isinstance(config.get("methods"), dict),
+        "num_classes (a whole number >= 1)": type(classes) is int and classes >= 1,
+    }
+    wrong = [key for key, fit in fits.items() if not fit]
+    if wrong:
+        raise UserError(
+            f"{path}: missing or of the wrong type: {', '.join(wrong)}; copy it again from where it was made"
+        )

@@ -25,8 +25,9 @@ def load_adapter(folder: str | Path, weights: str = "official", seed: int = 0) -
     """
     adapter = read_adapter(folder)
     spec = adapter.config["backbone"]
-    backbone = create_backbone(spec["name"], weights, seed, **spec["architecture"])
-    dtype = next((t.dtype for t in adapter.state.values()), None)
+    sizes = {key: value for key, value in spec["architecture"].items() if key != "num_classes"}  # of older adapters
+    backbone = create_backbone(spec["name"], weights, seed, **sizes)
+    dtype = next((t.dtype for t in adapter.state.values() if t.is_floating_point()), None)
     return adapter.apply(backbone.to(dtype))
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LEAVES = {"errors", "atomic", "state", "lock", "processes"}  # helpers that import nothing of the project but each other
+# Helpers that import nothing of the project but each other.
+LEAVES = {"arguments", "errors", "atomic", "state", "lock", "processes"}
 
 # folder or file → what of the project it may import
 ALLOWED = {

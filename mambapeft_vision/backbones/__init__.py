@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mambapeft_vision.backbones import vim, vit
+from mambapeft_vision.backbones.architecture import check_sizes
 from mambapeft_vision.backbones.checkpoints import load_official, load_weights
 from mambapeft_vision.errors import UserError
 
@@ -22,15 +23,17 @@ def create_backbone(name: str, weights: str = "official", seed: int = 0, **archi
         seed: of random weights.
         architecture: other sizes than the variant's, e.g. img_size, drop_path_rate.
     """
-    if not timm.is_model(name) or not any(hasattr(module, name) for module in (vim, vit)):
+    kind = vim.Vim if hasattr(vim, name) else vit.Vit if hasattr(vit, name) else None
+    if kind is None or not timm.is_model(name):
         known = ", ".join(sorted(timm.list_models(module="vim") + timm.list_models(module="vit")))
         raise UserError(f"backbone.name={name!r} is unknown; known: {known}")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"backbone.seed={seed}; expected 0 to 2^63 - 1")
+    check_sizes(kind, architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            model = timm.create_model(name, num_classes=0, **architecture)
-        except TypeError as error:
-            raise UserError(f"backbone {name}: {error}; its sizes are in mambapeft_vision/backbones") from error
+        # `architecture` holds sizes alone by now: timm has arguments that read files and fetch weights.
+        model = timm.create_model(name, num_classes=0, **architecture)
     model.default_cfg["name"] = name
     if weights == "official":
         load_official(model)

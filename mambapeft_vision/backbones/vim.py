@@ -197,6 +197,11 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, img_size: tuple[int, int], patch_size: int, stride: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
+        if patch_size > min(img_size):
+            raise UserError(
+                f"backbone.patch_size={patch_size} is larger than the images, {img_size[0]}x{img_size[1]}; lower it or "
+                f"set backbone.img_size"
+            )
         self.img_size = img_size
         self.grid_size = tuple((size - patch_size) // stride + 1 for size in img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]

@@ -198,7 +198,7 @@ def ported_deit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vi
         "classifier": "head",
         "hf_hub_id": "timm/deit_small_patch16_224.fb_in1k",
         "hf_hub_filename": "model.safetensors",
-        "architecture": kwargs,
+        "architecture": {k: v for k, v in kwargs.items() if k != "num_classes"},
     }
     if pretrained:
         from mambapeft_vision.backbones.checkpoints import load_official

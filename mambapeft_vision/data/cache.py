@@ -29,7 +29,7 @@ from mambapeft_vision.lock import remove_abandoned, sole_writer
 
 # Splits that take less memory than this are decoded in the time that looking them up would take.
 SMALLEST = 32 << 20
-_FORMAT = 1
+_FORMAT = 2  # of what becomes of an image; 2: 16-bit grey by its high byte
 _SPARE = 1 << 30  # bytes of the disk that are left to others
 # The cache is kept below this. All of VTAB-1K at 224x224 would be 59 GB, but a sweep goes task by task.
 LARGEST = 40 << 30

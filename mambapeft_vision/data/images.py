@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from mambapeft_vision.data.listfile import Entry, ImageList
-from mambapeft_vision.data.preprocessing import Preprocessing, decode_image
+from mambapeft_vision.data.preprocessing import FORMATS, Preprocessing, decode_image
 from mambapeft_vision.data.progress import ProgressCallback, ProgressMeter
 
 
@@ -51,8 +53,14 @@ def decode_entry(listing: ImageList, entry: Entry, preprocessing: Preprocessing)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise far more than OSError on damaged files
-        reason = f"{type(error).__name__}: {error}"
-        raise listing.error(entry, f"cannot decode the image ({reason}); expected a complete JPEG or PNG.") from error
+        raise listing.error(entry, f"cannot decode the image ({_reason(error, listing.path(entry))}).") from error
+
+
+def _reason(error: Exception, file: Path) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        empty = file.is_file() and not file.stat().st_size
+        return "the file is empty" if empty else f"it is none of {', '.join(FORMATS)}"
+    return f"{type(error).__name__}: {error}"
 
 
 def decode_list(

@@ -84,6 +84,10 @@ def parse_list(file: Path, num_classes: int, *, remedy: str = "") -> tuple[Image
 
 def read_list(file: Path, num_classes: int, *, remedy: str) -> ImageList:
     """Reads a list file; raises UserError for a missing file and for the first bad line."""
+    if file.is_dir():
+        raise UserError(f"{file} is a folder: expected the list file. {remedy}")
+    if file.parent.is_file():
+        raise UserError(f"{file.parent} is a file: expected a folder with the list file {file.name}. {remedy}")
     if not file.is_file():
         missing = file.parent if not file.parent.is_dir() else file
         raise UserError(f"{missing} is missing: expected the list file {file}. {remedy}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 
 from lightning.pytorch import LightningDataModule
@@ -61,6 +62,12 @@ class TaskDataModule(LightningDataModule):
         if group not in GROUPS:
             raise UserError(f"dataset.group={group!r}: expected one of {', '.join(GROUPS)}.")
         _require_at_least("num_classes", num_classes, 2)
+        task = find_task(name)
+        if task is not None and num_classes != task.num_classes:
+            raise UserError(f"dataset.num_classes={num_classes}: expected {task.num_classes}, which {name} has.")
+        for key, split in (("train_split", train_split), ("test_split", test_split)):
+            if not re.fullmatch(r"\w[\w.-]*", split):
+                raise UserError(f"dataset.{key}={split!r}: expected the name of a list file, such as train800val200.")
         _require_at_least("batch_size", batch_size, 1)
         _require_at_least("test_batch_size", test_batch_size, 1)
         if num_workers is not None:

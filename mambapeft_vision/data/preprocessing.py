@@ -7,15 +7,21 @@ and no augmentation. Normalisation happens later, on the device, from the same r
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from mambapeft_vision.errors import UserError
+
+# Of Pillow's readers only these, which decode and nothing else: that of EPS, for one, would start Ghostscript.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# Of one image. A small file can promise far more pixels than there is memory: a decompression bomb.
+MAX_PIXELS = 80_000_000
 
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -81,12 +87,32 @@ class Preprocessing:
         )
 
 
-def decode_image(file: Path, preprocessing: Preprocessing) -> np.ndarray:
-    """Decodes and resizes one image file → uint8 [3, H, W], contiguous.
+@contextmanager
+def open_image(file: Path | BinaryIO) -> Iterator[Image.Image]:
+    """Opens an image of one of `FORMATS`, its pixels still undecoded.
 
-    Raises FileNotFoundError, or for a damaged file whatever Pillow's reader of that format raises.
+    Raises ValueError for one that is too large or has pixels of unknown range; FileNotFoundError; or for a damaged file
+    whatever Pillow's reader of that format raises.
     """
+    with Image.open(file, formats=FORMATS) as image:
+        pixels = image.width * image.height
+        if pixels > MAX_PIXELS:
+            raise ValueError(f"{pixels:,} pixels, at most {MAX_PIXELS:,} are decoded")
+        if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+            raise ValueError(f"32-bit pixels (mode {image.mode}), whose range is not known; convert it to 8 bits")
+        yield image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The (first) image as RGB. Of 16-bit grey values the high byte counts, as Pillow takes it of 16-bit colours."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def decode_image(file: Path | BinaryIO, preprocessing: Preprocessing) -> np.ndarray:
+    """Decodes and resizes one image file → uint8 [3, H, W], contiguous. Raises as `open_image` does."""
     height, width = preprocessing.size
-    with Image.open(file) as image:
-        rgb = image.convert("RGB").resize((width, height), _RESAMPLING[preprocessing.interpolation])
+    with open_image(file) as image:
+        rgb = to_rgb(image).resize((width, height), _RESAMPLING[preprocessing.interpolation])
     return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))

@@ -11,10 +11,9 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
-
 from mambapeft_vision.data.listfile import ImageList, parse_list
 from mambapeft_vision.data.manifest import TaskRecord, task_sha256
+from mambapeft_vision.data.preprocessing import open_image
 from mambapeft_vision.data.progress import ProgressCallback, ProgressMeter
 from mambapeft_vision.data.vtab import SPLITS, Task
 
@@ -97,7 +96,7 @@ def inspect_file(file: Path, decode: bool) -> FileFinding:
     except OSError as error:
         return FileFinding(error=f"cannot read the image ({error.strerror or error}).")
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with open_image(io.BytesIO(content)) as image:
             if decode:
                 image.load()
     except Exception as error:  # Pillow's readers raise far more than OSError on damaged files

@@ -87,6 +87,10 @@ class Method(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has no warm-up phase (warmup_steps is 0)")
 
+    def index_limits(self) -> dict[str, int]:
+        """Of saved tensors that hold places in others: by saved name, the number of places there are."""
+        return {}
+
     def enter_phase_of(self, saved: Mapping[str, Tensor]) -> None:
         """Takes the phase in which `saved` (this method's tensors by their saved names) was saved, to load it next."""
 

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from mambapeft_vision.errors import UserError
 from mambapeft_vision.methods.base import Method, mixers_of, require_positive
 
+_MOST_CHUNKS = 4096
+
 
 class Memba(Method):
     """z → concat(u_2 … u_{T+1}), u_{i+1} = reset(τ u_i + X_i), whose silu then gates the scan's output.
@@ -37,6 +39,8 @@ class Memba(Method):
     ) -> None:
         super().__init__(lr_mult=lr_mult, decay_mult=decay_mult)
         require_positive(self, chunks=chunks)
+        if chunks > _MOST_CHUNKS:  # sequences are padded to them
+            raise UserError(f"Memba: chunks={chunks!r}; expected at most {_MOST_CHUNKS:,}")
         if not tau >= 0:
             raise UserError(f"Memba: tau={tau!r}; expected a number >= 0 (0: no memory)")
         if threshold is not None and not 0 < threshold < float("inf"):

@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambapeft_vision.errors import UserError
-from mambapeft_vision.methods.base import add_weight_delta, frozen_weight, require_positive, scan_weights, site_key
+from mambapeft_vision.methods.base import (
+    add_weight_delta,
+    frozen_weight,
+    plain_name,
+    require_positive,
+    scan_weights,
+    site_key,
+)
 from mambapeft_vision.methods.lora import LoRA, LowRank
 
 _OFF = 10.0  # A_log of a state that is switched off: A = -exp(10) forgets at once
@@ -53,7 +60,8 @@ class SDT(LoRA):
                 raise UserError(f"SDT: {name}={share!r}; expected a share in [0, 1)")
         if f_off > f_channels:
             raise UserError(
-                f"SDT: f_off={f_off} of the channels cannot be off when only f_channels={f_channels} are left"
+                f"SDT: f_off={f_off} of the channels cannot be off when only f_channels={f_channels} are left; "
+                f"set f_channels higher or f_off lower"
             )
         self.warmup_steps = warmup_steps
         self.f_channels, self.f_states, self.f_off = f_channels, f_states, f_off
@@ -95,6 +103,15 @@ class SDT(LoRA):
             f"warm-up finished; of each layer and direction {first.kept[0]} of {first.shape[0]} channels "
             f"and {first.kept[1]} of {first.shape[1]} states in each are selected"
         )
+
+    def index_limits(self) -> dict[str, int]:
+        limits = {}
+        for key, site in self.sites.items():
+            if isinstance(site, SparseStates) and site.selected:
+                channels, states = site.shape
+                places = {"channels": channels, "states": states, "off_channels": channels}
+                limits |= {f"{plain_name(key)}.{name}": n for name, n in places.items() if hasattr(site, name)}
+        return limits
 
     def enter_phase_of(self, saved: Mapping[str, Tensor]) -> None:
         selected = any(name.endswith(".channels") for name in saved)

@@ -85,6 +85,10 @@ class SPT(Method):
         alone = sum(site.entries.numel() for site in sites if site.entries is not None)
         return f"warm-up finished; LoRA on {structured} of {len(sites)} weights, and {alone:,} single entries train"
 
+    def index_limits(self) -> dict[str, int]:
+        selected = {plain_name(key): site for key, site in self.sites.items() if site.places is not None}
+        return {f"{name}.places": site.weights for name, site in selected.items()}
+
     def enter_phase_of(self, saved: Mapping[str, Tensor]) -> None:
         if not saved or any(name.endswith(".sensitivity") for name in saved):
             return
@@ -95,7 +99,7 @@ class SPT(Method):
             if f"{name}.down" in saved and site.low_rank:
                 site.enter_lora()
             else:
-                site.enter_entries(len(saved.get(f"{name}.places", ())))
+                site.enter_entries(saved[f"{name}.places"].numel() if f"{name}.places" in saved else 0)
 
 
 class Sensitive(nn.Module):
@@ -110,7 +114,7 @@ class Sensitive(nn.Module):
     def __init__(self, weight: Tensor, rank: int | None, scale: float) -> None:
         super().__init__()
         self.scale = scale
-        self.limit = weight.numel()  # the most numbers that can train
+        self.weights = self.limit = weight.numel()  # limit: the most numbers that can train
         self.low_rank = rank is not None and rank * sum(weight.shape) < self.limit
         if self.low_rank:
             self.limit = rank * sum(weight.shape)

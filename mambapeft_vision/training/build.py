@@ -1,42 +1,58 @@
 """From a plan's sections to objects. Unknown arguments are mistakes in a named config group, never a traceback."""
 
 import importlib
-import inspect
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 from mambapeft_vision.adapt import AdaptedModel, adapt, build_method
+from mambapeft_vision.arguments import check_arguments
+from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.checkpoints import load_weights
 from mambapeft_vision.data import TaskDataModule
 from mambapeft_vision.errors import UserError
 from mambapeft_vision.methods.base import Method
-from mambapeft_vision.training.cli import nearest
 from mambapeft_vision.training.config import OF_VIM_S
-from mambapeft_vision.training.loggers import RunLogger
+from mambapeft_vision.training.loggers import NoLogger, RunLogger, WandbLogger
 from mambapeft_vision.training.plan import RunPlan
 from mambapeft_vision.training.sizes import scaled
 
-_TARGET = re.compile(r"mambapeft_vision(\.\w+)+")
+_TARGET = re.compile(r"mambapeft_vision(\.[a-z]\w*)*\.[A-Za-z]\w*")
+# What a section can name: a run's config is data, and there are functions that write files.
+_EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "backbone": (
+        "mambapeft_vision.backbones.create_backbone",
+        lambda found: found is create_backbone,
+    ),
+    "dataset": (
+        "mambapeft_vision.data.TaskDataModule or a subclass in mambapeft_vision",
+        lambda found: isinstance(found, type) and issubclass(found, TaskDataModule),
+    ),
+    "logger": (
+        "mambapeft_vision.training.loggers.NoLogger or WandbLogger",
+        lambda found: found in (NoLogger, WandbLogger),
+    ),
+}
 
 
 def build(group: str, section: Mapping[str, Any]) -> Any:
-    """Calls a section's `_target_`, which must be in mambapeft_vision, with its other keys.
+    """Calls a section's `_target_`, which must be what such a section is for, with its other keys.
 
     Raises: UserError naming the group and the unknown or missing key.
     """
     arguments = dict(section)
     target = arguments.pop("_target_", None)
+    expected, fits = _EXPECTED[group]
     if not isinstance(target, str) or not _TARGET.fullmatch(target):
-        raise UserError(f"{group}._target_={target!r}; expected a class or function in mambapeft_vision")
+        raise UserError(f"{group}._target_={target!r}; expected {expected}")
     function = _locate(target, group)
-    _check_arguments(function, arguments, group)
+    if not fits(function):
+        raise UserError(f"{group}._target_={target!r}; expected {expected}")
+    check_arguments(function, arguments, group)
     return function(**arguments)
 
 
@@ -57,7 +73,7 @@ def build_methods(plan: RunPlan, backbone: nn.Module) -> dict[str, Method]:
     specs = plan.config["method"]
     if plan.config["method_sizes"] == OF_VIM_S:
         specs = scaled(specs, backbone)
-    return {name: _build_method(name, spec) for name, spec in specs.items()}
+    return {name: build_method(name, spec, "method") for name, spec in specs.items()}
 
 
 def build_model(plan: RunPlan, backbone: nn.Module, num_classes: int) -> AdaptedModel:
@@ -103,63 +119,9 @@ def set_kernel(backbone: nn.Module, kernel: str, device: torch.device) -> str:
         raise UserError(str(error)) from error
 
 
-def _build_method(name: str, spec: Any) -> Method:
-    if not isinstance(spec, Mapping):
-        raise UserError(f"method.{name}={spec!r}; expected a mapping with _target_ and arguments")
-    arguments = {key: value for key, value in spec.items() if key != "_target_"}
-    try:
-        method = build_method(name, spec, "config")
-    except UserError as error:
-        if isinstance(error.__cause__, TypeError):  # arguments that do not fit: say which would
-            _check_arguments(_locate(spec["_target_"], f"method.{name}"), arguments, f"method.{name}")
-        raise
-    _check_arguments(type(method), arguments, f"method.{name}")
-    return method
-
-
 def _locate(target: str, group: str) -> Callable[..., Any]:
     module, _, attribute = target.rpartition(".")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{group}._target_={target} does not exist: {error}") from error
-
-
-def _check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], group: str) -> None:
-    parameters = inspect.signature(function, eval_str=True).parameters
-    known = [name for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    if len(known) == len(parameters):
-        for key in arguments:
-            if key not in known:
-                raise UserError(f"{group}.{key} is no key of {function.__name__}; {nearest(key, known)}")
-    for key, value in arguments.items():
-        expected = _expected(value, parameters[key].annotation) if key in parameters else None
-        if expected is not None:
-            raise UserError(f"{group}.{key}={value!r}; expected {expected}")
-    missing = [name for name in known if parameters[name].default is inspect.Parameter.empty and name not in arguments]
-    if missing:
-        raise UserError(f"{group} lacks {', '.join(missing)}, which {function.__name__} needs")
-
-
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "text"}
-
-
-def _expected(value: Any, annotation: Any) -> str | None:
-    """What an annotation of numbers, text and lists of them asks for, in words; None where `value` is that."""
-    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    if any(_is_a(value, option) for option in options):
-        return None
-    words = {_KINDS.get(option, "null" if option in (None, type(None)) else "a list") for option in options}
-    return " or ".join(sorted(words))
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-    if kind in (None, type(None)):
-        return value is None
-    if kind in _KINDS:
-        accepted = {float: (int, float), Path: (str, Path)}.get(kind, kind)
-        return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
-    if get_origin(kind) in (list, tuple) and get_args(kind):
-        item = get_args(kind)[0]
-        return isinstance(value, (list, tuple)) and all(_is_a(v, item) for v in value)
-    return True  # an annotation that says more than a config can check here

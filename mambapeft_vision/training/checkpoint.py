@@ -1,7 +1,6 @@
 """Checkpoints of a run in progress: whole or absent, small, and read without running anything in them."""
 
 import io
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from mambapeft_vision.atomic import atomic_path
 from mambapeft_vision.errors import UserError
 
 CHECKPOINT_FILE = "checkpoint.ckpt"
+_NEEDED = {"epoch", "global_step", "loops", "state_dict", "optimizer_states"}
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -28,12 +28,17 @@ class AtomicCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         """Reads with `weights_only=True`, whatever is asked for. Raises UserError for a damaged file."""
         try:
-            return torch.load(path, map_location=map_location, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            content = torch.load(path, map_location=map_location, weights_only=True)
+        except MemoryError:
+            raise
+        except Exception as error:  # the restricted unpickler raises anything on bytes that are no pickle
             raise UserError(
                 f"{path} cannot be read as a checkpoint ({type(error).__name__}); delete it to train this run "
                 f"from its start"
             ) from error
+        if not isinstance(content, dict) or not content.keys() >= _NEEDED:
+            raise UserError(f"{path} is no checkpoint of a run; delete it to train this run from its start")
+        return content
 
     def remove_checkpoint(self, path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)

@@ -21,8 +21,9 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from mambapeft_vision.arguments import nearest
 from mambapeft_vision.atomic import write_json
 from mambapeft_vision.errors import DISK_REMEDIES, NotFiniteError, Preempted, SweepEnded, UserError
 
@@ -133,13 +134,6 @@ def describe_error(error: Exception) -> str:
     return "".join(traceback.format_exception(error)).rstrip()
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`did you mean a, b?`, or all known names where none is near."""
-    known = sorted(str(k) for k in known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
-
-
 def _message(error: Exception) -> str:
     if isinstance(error, MissingConfigException):
         return _missing_option(error)
@@ -160,6 +154,8 @@ def _config_error(error: OmegaConfBaseException) -> str:
     message = str(error.msg or error).splitlines()[0]
     key = str(error.full_key or error.key or "")
     text = f"{key}: {message}" if key else message
+    if isinstance(error, MissingMandatoryValue):
+        return f"{text}; give it: {key}=..."
     if isinstance(error, (KeyError, AttributeError)) and isinstance(error.parent_node, DictConfig):
         return f"{text}; {nearest(str(error.key), error.parent_node)}"
     return text

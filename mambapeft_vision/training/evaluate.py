@@ -6,18 +6,20 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 from yaml import YAMLError
 
-from mambapeft_vision.adapt import read_adapter
+from mambapeft_vision.adapt import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from mambapeft_vision.adapt import AdaptedModel, Adapter, read_adapter
 from mambapeft_vision.atomic import write_json
 from mambapeft_vision.errors import UserError
 from mambapeft_vision.methods import add_methods_folder
 from mambapeft_vision.results.environment import device_name, git_state, library_versions
-from mambapeft_vision.results.record import RunRecord, read_record
+from mambapeft_vision.results.record import RESULT_FILE, RunRecord, read_record
 from mambapeft_vision.training.build import resolve_device
 from mambapeft_vision.training.config import TrainConfig
 from mambapeft_vision.training.console import Console
-from mambapeft_vision.training.plan import make_plan
+from mambapeft_vision.training.plan import RunPlan, make_plan
 from mambapeft_vision.training.run import CONFIG_FILE
 from mambapeft_vision.training.setup import Setup, assemble
 from mambapeft_vision.training.testing import Predictions
@@ -38,9 +40,10 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     plan = make_plan(_with_moved_files(_read_config(folder / CONFIG_FILE), cfg))
     console = Console()
     adapter = read_adapter(folder)
+    _check_same_task(adapter, record, plan)
     setup = assemble(
         plan,
-        lambda backbone, _: adapter.apply(backbone),
+        lambda backbone, num_classes: _apply(adapter, backbone, num_classes),
         device=resolve_device(cfg.device),
         kernel=plan.config["kernel"] if cfg.kernel is None else cfg.kernel,
         console=console,
@@ -62,8 +65,25 @@ def _read_config(path: Path) -> DictConfig:
         return OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); expected the folder of a finished run") from error
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path} is no config of a run: {error}") from error
+    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no config of a run: {error}; copy it again from where it was made") from error
+
+
+def _check_same_task(adapter: Adapter, record: RunRecord, plan: RunPlan) -> None:
+    """Raises UserError where the files of a run are of different tasks."""
+    tasks = {ADAPTER_CONFIG_FILE: adapter.config.get("task"), RESULT_FILE: record.task, CONFIG_FILE: plan.task}
+    if len(set(tasks.values())) > 1:
+        listed = ", ".join(f"{task!r} ({file})" for file, task in tasks.items())
+        raise UserError(f"{adapter.folder} holds files of different tasks: {listed}; expected those of one run")
+
+
+def _apply(adapter: Adapter, backbone: nn.Module, num_classes: int) -> AdaptedModel:
+    if adapter.config["num_classes"] != num_classes:
+        raise UserError(
+            f"{adapter.folder / ADAPTER_CONFIG_FILE}: num_classes is {adapter.config['num_classes']}, but the task has "
+            f"{num_classes}; give the images it was trained on (dataset_folder=...)"
+        )
+    return adapter.apply(backbone)
 
 
 def _with_moved_files(config: DictConfig, cfg: DictConfig) -> DictConfig:

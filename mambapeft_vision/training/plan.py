@@ -91,12 +91,12 @@ def _checked(cfg: DictConfig) -> dict[str, Any]:
     _check_keys(cfg, TrainConfig, "")
     _check_keys(cfg.trainer, TrainerConfig, "trainer.")
     _check_keys(cfg.paths, PathsConfig, "paths.")
-    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    if not config["method"]:
+    if OmegaConf.is_missing(cfg, "method") or not cfg.method:
         raise UserError("method=[] names no method; for the head alone choose method=linear_probe")
+    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     if config["method_sizes"] not in METHOD_SIZES:
         raise UserError(f"method_sizes={config['method_sizes']!r}; expected one of {', '.join(METHOD_SIZES)}")
-    _check_numbers(config, "")
+    _check_values(config, "")
     TrainerConfig(**config["trainer"]).check()
     task = config["dataset"].get("name")
     if not isinstance(task, str) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", task):
@@ -166,13 +166,23 @@ def set_aside(folder: Path) -> Path | None:
     return folder.rename(aside)
 
 
-def _check_numbers(section: Any, name: str) -> None:
-    """Raises UserError for infinity and NaN, which no key means and JSON, the record's format, does not know."""
+def _check_values(section: Any, name: str) -> None:
+    """Raises UserError for what no key means and the record, JSON in UTF-8, cannot hold: infinity, NaN, other bytes."""
     if isinstance(section, float) and not math.isfinite(section):
         raise UserError(f"{name}={section}; expected a finite number")
+    if isinstance(section, str) and not _is_utf8(section):
+        raise UserError(f"{name}={section!r} is not UTF-8; expected a name that is: rename the file or folder")
     items = section.items() if isinstance(section, dict) else enumerate(section) if isinstance(section, list) else ()
     for key, value in items:
-        _check_numbers(value, f"{name}.{key}" if name else str(key))
+        _check_values(value, f"{name}.{key}" if name else str(key))
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of a file's name that Python could not decode
+        return False
+    return True
 
 
 def _check_keys(cfg: DictConfig, schema: type, prefix: str) -> None:

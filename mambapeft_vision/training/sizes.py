@@ -31,10 +31,12 @@ def scaled(methods: Mapping[str, Mapping[str, Any]], backbone: nn.Module) -> dic
     mixer = backbone.mixers[0]
     shares = dict.fromkeys(BY_CHANNELS, mixer.d_inner / CHANNELS)
     shares |= dict.fromkeys(BY_STATES, mixer.A_log.shape[1] / STATES)
-    found = {}
+    found = dict(methods)
     for name, spec in methods.items():
+        if not isinstance(spec, Mapping):  # for build_method to refuse
+            continue
         found[name] = {key: _share(value, shares[key]) if key in shares else value for key, value in spec.items()}
-        if isinstance(spec.get("alpha"), (int, float)) and isinstance(spec.get("rank"), int):
+        if isinstance(spec.get("alpha"), (int, float)) and isinstance(spec.get("rank"), int) and spec["rank"] >= 1:
             found[name]["alpha"] = spec["alpha"] * found[name]["rank"] / spec["rank"]
     return found
 

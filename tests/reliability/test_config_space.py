@@ -9,7 +9,8 @@ from drawn_compositions import Composition, draw
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from mambapeft_vision.adapt import AdaptedModel, read_adapter
+from mambapeft_vision.adapt import AdaptedModel
+from mambapeft_vision.convert import load_adapter
 from mambapeft_vision.data import Preprocessing
 from mambapeft_vision.errors import UserError
 from mambapeft_vision.methods.base import backbone_parameters
@@ -111,9 +112,9 @@ def take_steps(
 
 @torch.no_grad()
 def saved_and_loaded(plan: RunPlan, model: AdaptedModel, folder: Path, inputs: Tensor) -> AdaptedModel:
-    """The model read from what `model` saved: its logits are the same to the bit."""
+    """The model read from what `model` saved, on a backbone built as that says: its logits are the same to the bit."""
     model.save(folder, {"task": plan.task})
-    loaded = read_adapter(folder).apply(backbone_of(plan)).eval()
+    loaded = load_adapter(folder, "random", plan.config["backbone"]["seed"]).eval()
     logits = model.eval()(inputs)
     assert logits.any()
     assert torch.equal(loaded(inputs), logits)

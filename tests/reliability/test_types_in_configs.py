@@ -3,8 +3,8 @@
 import pytest
 import runs
 
+from mambapeft_vision.arguments import expected_kind
 from mambapeft_vision.errors import UserError
-from mambapeft_vision.training.build import _expected
 
 
 @pytest.fixture(scope="module")
@@ -21,18 +21,18 @@ def task(tmp_path_factory):
         ("dataset.num_workers=many", r"dataset\.num_workers='many'; expected a whole number or null"),
         ("dataset.folder=5", r"dataset\.folder=5; expected text"),
         ("dataset.num_classes=true", r"dataset\.num_classes=True; expected a whole number"),
-        ("method.lora_p_x.rank=abc", r"rank='abc'; expected a whole number >= 1"),
+        ("method.lora_p_x.rank=abc", r"method\.lora_p_x\.rank='abc'; expected a whole number"),
         ("method.lora_p_x.scale=[1]", r"method\.lora_p_x\.scale=\[1\]; expected a number"),
         ("logger=wandb logger.mode=3", r"logger\.mode=3; expected text"),
     ],
 )
-def test_is_refused_with_what_was_expected(task, tmp_path, override, message):
+def test_is_refused_with_what_wasexpected_kind(task, tmp_path, override, message):
     with pytest.raises(UserError, match=message):
         runs.run(runs.overrides(task, tmp_path, *override.split()))
 
 
 def test_words():
-    assert _expected(1, float) is None and _expected(1.5, int) == "a whole number"
-    assert _expected(True, int) == "a whole number" and _expected(1, bool) == "true or false"
-    assert _expected(["a"], str | list[str]) is None and _expected([1], str | list[str]) == "a list or text"
-    assert _expected(object(), dict) is None
+    assert expected_kind(1, float) is None and expected_kind(1.5, int) == "a whole number"
+    assert expected_kind(True, int) == "a whole number" and expected_kind(1, bool) == "true or false"
+    assert expected_kind(["a"], str | list[str]) is None and expected_kind([1], str | list[str]) == "a list or text"
+    assert expected_kind(object(), dict) is None
