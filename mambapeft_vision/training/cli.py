@@ -117,9 +117,9 @@ def run_cli(main: Callable[[], None]) -> None:
 
 def is_mistake(error: Exception) -> bool:
     """Whether the user can repair it; then a traceback would only hide the message."""
-    if isinstance(error, OSError):
-        return error.errno in DISK_REMEDIES and error.filename is not None
-    return isinstance(error, (UserError, HydraException, OmegaConfBaseException))
+    if isinstance(error, (UserError, HydraException, OmegaConfBaseException)):  # some of Hydra's are OSErrors too
+        return True
+    return isinstance(error, OSError) and error.errno in DISK_REMEDIES and error.filename is not None
 
 
 def summary(error: Exception) -> str:

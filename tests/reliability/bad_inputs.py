@@ -370,7 +370,7 @@ WEIGHTS: list[Case] = [
         ["norm_f.weight", "int64"],
         lambda s: {**s, "norm_f.weight": torch.ones(32, dtype=torch.int64)},
     ),
-    weights("weights that are not finite", ["norm_f.weight", "not finite"], not_finite),
+    weights("weights that are not finite", ["norm_f.weight", "NaN or infinity"], not_finite),
     weights("weights that are no tensors", ["no state dict"], lambda s: {**s, "norm_f.weight": [1.0, 2.0]}),
     weights_file("weights that are text", ["cannot be read"], b"hello"),
     weights_file("weights of no bytes", ["cannot be read"], b""),
@@ -495,7 +495,7 @@ RUNS: list[Case] = [
     adapter_tensors("adapter with another tensor", ["unknown", "extra"], set_in("extra", value=torch.zeros(3))),
     adapter_tensors("adapter of another shape", ["shape of", DOWN], set_in(DOWN, value=torch.zeros(3, 3))),
     adapter_tensors("adapter of whole numbers", [DOWN, "int64"], lambda s: s.update({DOWN: s[DOWN].long()})),
-    adapter_tensors("adapter that is not finite", [DOWN, "not finite"], lambda s: s[DOWN].fill_(float("inf"))),
+    adapter_tensors("adapter that is not finite", [DOWN, "NaN or infinity"], lambda s: s[DOWN].fill_(float("inf"))),
 ]
 
 # -- other ways in -------------------------------------------------------------------------------------------------
