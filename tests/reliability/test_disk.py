@@ -18,7 +18,7 @@ from mambapeft_vision.data import cache
 from mambapeft_vision.errors import DiskError
 from mambapeft_vision.results.record import RESULT_FILE
 from mambapeft_vision.training.checkpoint import CHECKPOINT_FILE
-from mambapeft_vision.training.cli import USER_MISTAKE, describe_error, exit_code
+from mambapeft_vision.training.cli import CRASH, USER_MISTAKE, describe_error, is_mistake
 from mambapeft_vision.training.run import train
 
 MORE = ["trainer.max_epochs=3"]
@@ -45,7 +45,7 @@ def do_run(cfg, command, message, root, number, error):
         train(cfg, command)
     except Exception as failure:
         message.write_text(describe_error(failure))
-        sys.exit(exit_code([failure]))
+        sys.exit(USER_MISTAKE if is_mistake(failure) else CRASH)
 
 
 def attempt(command, message, root=None, number=None, error=None):
