@@ -235,9 +235,11 @@ def training_curves(runs: Mapping[str, Path]) -> Figure:
     """
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
+    longest = 0
     for number, (name, folder) in enumerate(runs.items()):
         metrics = _read_metrics(folder / "metrics.csv")
         epochs = [int(row["epoch"]) + 1 for row in metrics]
+        longest = max(longest, *epochs)
         style = {
             "color": COLOURS[number % len(COLOURS)],
             "marker": MARKERS[number % len(MARKERS)],
@@ -251,6 +253,8 @@ def training_curves(runs: Mapping[str, Path]) -> Figure:
         axes.set_xlabel("epoch")
         axes.set_ylabel(text)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if longest == 1:  # a single point has no width to place whole numbers in
+            axes.set_xlim(0, 2)
         axes.grid(alpha=0.3)
     loss.legend(fontsize=8)
     return figure

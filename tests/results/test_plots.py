@@ -55,6 +55,8 @@ def test_curves_follow_metrics(tmp_path):
     loss, accuracy = plots.training_curves({"run": tmp_path}).axes
     np.testing.assert_array_equal(loss.lines[0].get_xydata(), [[1, 2], [2, 1]])
     np.testing.assert_array_equal(accuracy.lines[0].get_xydata(), [[1, 25], [2, 50]])
+    (tmp_path / "metrics.csv").write_text("epoch,loss,accuracy\n0,2.0,0.25\n")
+    assert all(tick == int(tick) for tick in plots.training_curves({"run": tmp_path}).axes[0].get_xticks())
     with pytest.raises(UserError, match=r"metrics\.csv cannot be read"):
         plots.training_curves({"run": tmp_path / "nowhere"})
 
