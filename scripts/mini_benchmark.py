@@ -5,6 +5,7 @@
     python scripts/mini_benchmark.py search               one learning rate a method, chosen on val200 of five tasks
     python scripts/mini_benchmark.py tuned                the runs at the chosen rates that recipe has not done
     python scripts/mini_benchmark.py pack                 all results in one file, results/mini/mini.runs.json
+    python scripts/mini_benchmark.py unpack               such a file as finished runs, to go on on another machine
     python scripts/mini_benchmark.py document             its tables and pictures, into docs/mini-benchmark.md
 
 Each command continues where it stopped. Hydra overrides (trainer.max_epochs=20, paths.outputs=DIR, ...) go to every
@@ -23,6 +24,7 @@ from pathlib import Path  # noqa: E402
 
 from mambapeft_vision.errors import UserError  # noqa: E402
 from mambapeft_vision.results.bundle import write_bundle  # noqa: E402
+from mambapeft_vision.results.record import is_finished, write_record  # noqa: E402
 from mambapeft_vision.results.tables import find_records, read_standard  # noqa: E402
 from mambapeft_vision.sweep.jobs import Job, State  # noqa: E402
 from mambapeft_vision.sweep.mini import (  # noqa: E402
@@ -40,6 +42,7 @@ from mambapeft_vision.sweep.pool import visible_gpus  # noqa: E402
 from mambapeft_vision.sweep.sweep import records_of  # noqa: E402
 from mambapeft_vision.sweep.timed import run_in_time  # noqa: E402
 from mambapeft_vision.training.cli import CRASH, run_cli  # noqa: E402
+from mambapeft_vision.training.plan import run_folder  # noqa: E402
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -115,6 +118,17 @@ def pack(options: argparse.Namespace) -> None:
     print(f"{len(records)} runs in {options.out}, {options.out.stat().st_size:,} bytes")
 
 
+def unpack(options: argparse.Namespace) -> None:
+    """Finished runs as a machine left them, so that another goes on from there."""
+    records = find_records([options.bundle])
+    for record in records:
+        folder = run_folder(options.out, record.task, record.methods, record.seed, record.fingerprint)
+        if not is_finished(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_record(folder, record)
+    print(f"{len(records)} finished runs in {options.out}")
+
+
 def document(options: argparse.Namespace) -> None:
     from mambapeft_vision.sweep.mini_document import write_document  # needs SciPy, which no run does
 
@@ -156,6 +170,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     packed.add_argument("--out", type=Path, default=Path("results/mini/mini.runs.json"))
     packed.set_defaults(run=pack)
+    unpacked = commands.add_parser("unpack", help="the results in such a file as finished runs, which are not repeated")
+    unpacked.add_argument("bundle", nargs="?", type=Path, default=Path("results/mini/mini.runs.json"))
+    unpacked.add_argument("--out", type=Path, default=Path("outputs"))
+    unpacked.set_defaults(run=unpack)
     written = commands.add_parser("document", help="tables and pictures of the runs")
     written.add_argument("places", nargs="*", type=Path, default=[Path("results/mini")])
     written.add_argument("--out", type=Path, default=Path("docs/mini-benchmark.md"))

@@ -105,10 +105,14 @@ def _checked(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _plan(config: dict[str, Any], identity: dict[str, Any]) -> RunPlan:
-    fingerprint, task = _hash(identity), config["dataset"]["name"]
-    methods = _folder_name(sorted(config["method"]))
-    folder = Path(config["paths"]["outputs"]).expanduser() / task / methods / f"seed{config['seed']}-{fingerprint[:8]}"
+    fingerprint, outputs = _hash(identity), Path(config["paths"]["outputs"]).expanduser()
+    folder = run_folder(outputs, config["dataset"]["name"], list(config["method"]), config["seed"], fingerprint)
     return RunPlan(config, TrainerConfig(**config["trainer"]), fingerprint, folder)
+
+
+def run_folder(outputs: Path, task: str, methods: Sequence[str], seed: int, fingerprint: str) -> Path:
+    """Where a run has its files."""
+    return outputs / task / _folder_name(sorted(methods)) / f"seed{seed}-{fingerprint[:8]}"
 
 
 def fingerprint(cfg: DictConfig) -> str:
