@@ -44,7 +44,9 @@ def main() -> None:
     for collection in collections:
         print(f"\n{to_markdown(tables_of(collection)[0])}")
     examples = [job.folder for job in jobs if (job.folder / "predictions.npz").is_file()][:EXAMPLES]
-    write_text(page, report(collections, examples, title="MambaPEFT on VTAB-1K, reproduced"))
+    on_vtab = all(collection.is_vtab for collection in collections)
+    title = "MambaPEFT on VTAB-1K, reproduced" if on_vtab else "MambaPEFT's methods on other tasks"
+    write_text(page, report(collections, examples, title=title))
     print(f"report: {page}")
     if failed:
         sys.exit(CRASH)

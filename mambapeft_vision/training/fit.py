@@ -62,8 +62,10 @@ def fit(plan: RunPlan, setup: Setup, log_epoch: Callable[[Row], None], console: 
     try:
         with other_ranks(devices, partial(fit_rank, plan)):
             _fit(plan, setup, callbacks, console, rank=0)
-    except SystemExit as ctrl_c:  # Lightning's answer to Ctrl-C
-        raise KeyboardInterrupt from ctrl_c
+    except SystemExit as end:
+        if end.code != 1:  # a cluster's, such as Submitit's when it has the job requeued
+            raise
+        raise KeyboardInterrupt from end  # Lightning's answer to Ctrl-C
     return history
 
 

@@ -47,6 +47,27 @@ def test_the_epoch_under_way_is_the_last_and_is_saved(task, tmp_path, monkeypatc
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+def test_a_requeue_in_the_middle_of_training_passes_with_its_code(task, tmp_path, monkeypatch):
+    """Submitit answers a cluster's signal so, from its signal handler; the requeued job is the same command."""
+    command = runs.overrides(task, tmp_path)
+    original, calls = TrainStep.__call__, 0
+
+    def told(self, *arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            sys.exit(144)
+        original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", told)
+        with pytest.raises(SystemExit) as end:
+            runs.run(command)
+    assert end.value.code == 144
+    assert len(runs.read_metrics(runs.only_run_folder(tmp_path))) == 1
+    assert runs.run(command).epochs == 5
+
+
 def test_the_command_ends_with_its_own_code(task, tmp_path):
     command = runs.overrides(task, tmp_path, "trainer.max_epochs=100000", "trainer.checkpoint_every_s=1000")
     process = subprocess.Popen(
