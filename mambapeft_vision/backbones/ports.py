@@ -67,21 +67,24 @@ class SidePort:
         """F.linear(x, weight, bias) and all branches.
 
         Functions with an attribute `low_rank` (down, up, scale, dropout) join products: those of one rate of dropout
-        each other, and the first such group this one.
+        each other, and the first such group this one. One with a function `before` of x joins by itself.
         """
         groups: dict[float, list[LowRankBranch]] = {}
-        others = []
+        apart, others = [], []
         for branch in self.branches:
             factors = getattr(branch.fn, "low_rank", None)
             if factors is None:
                 others.append(branch)
+                continue
+            low_rank = LowRankBranch(*factors, branch.rows)
+            if hasattr(branch.fn, "before"):
+                apart.append((branch.fn.before(x), low_rank))
             else:
-                low_rank = LowRankBranch(*factors, branch.rows)
                 groups.setdefault(low_rank.dropout, []).append(low_rank)
         first, *more = groups.values() if groups else [None]
         out = F.linear(x, weight, bias) if first is None else low_rank_linear(x, weight, bias, first)
-        for group in more:
-            out = add_low_rank(out, x, group)
+        for inputs, joined in [*((x, group) for group in more), *((inputs, [one]) for inputs, one in apart)]:
+            out = add_low_rank(out, inputs, joined)
         for branch in others:
             out = _add_branch(branch, x, out)
         return out

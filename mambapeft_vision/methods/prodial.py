@@ -19,6 +19,9 @@ from mambapeft_vision.methods.base import (
 )
 from mambapeft_vision.methods.lora import low_rank_pair
 
+# Blocks up to this size are multiplied out number by number: batched products of 2x2 matrices are slow on a GPU.
+SMALL_BLOCK = 4
+
 
 class ProDiaL(Method):
     """W' = diag(s) W D_b + (α/r) up · down, on the projectors (in_proj, out_proj or both).
@@ -97,9 +100,16 @@ class Projector(nn.Module):
         self.blocks = nn.Parameter(torch.zeros(blocks, self.size, self.size, **like))
         self.down, self.up = low_rank_pair(weight, method.rank)
 
+    @property
+    def low_rank(self) -> tuple[Tensor, Tensor, float, float]:
+        """down, up, scale, dropout between them: what a port adds to its linear map, for the input `before(x)`."""
+        return self.down, self.up, self.low_scale, 0.0
+
+    def before(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
     def forward(self, x: Tensor) -> Tensor:
-        low = F.linear(F.dropout(x, self.dropout, self.training), self.down)
-        return F.linear(low, self.low_scale * self.up)
+        return F.linear(F.linear(self.before(x), self.down), self.low_scale * self.up)
 
     def low_rank_delta(self, weight: Tensor) -> Tensor:
         return self.low_scale * (self.up @ self.down)
@@ -117,5 +127,8 @@ class Projector(nn.Module):
         out_features, in_features = weight.shape
         count = self.blocks.shape[0]
         parts = F.pad(weight, (0, count * self.size - in_features)).view(out_features, count, self.size)
-        product = torch.einsum("obj,bjk->obk", parts, self.block_matrices()).flatten(1)[:, :in_features]
-        return self.scale[:, None] * product - weight
+        if self.size <= SMALL_BLOCK:
+            product = (parts[..., None] * self.block_matrices()).sum(2)
+        else:
+            product = torch.einsum("obj,bjk->obk", parts, self.block_matrices())
+        return self.scale[:, None] * product.flatten(1)[:, :in_features] - weight

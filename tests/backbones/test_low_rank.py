@@ -112,6 +112,10 @@ def test_a_port_joins_branches_of_one_rate_of_dropout():
         branch.low_rank = (down, up, 0.1, 0.0 if number else 1e-300)  # a rate of its own that drops nothing
         linear.side.add(f"owner{number}", branch)
         expected = expected + 0.1 * F.linear(F.linear(x, down), up)
+    doubled = lambda x: pytest.fail("branches with low_rank are not called")  # noqa: E731
+    doubled.low_rank, doubled.before = (down, up, 0.1, 0.0), lambda x: 2 * x
+    linear.side.add("doubled", doubled)
+    expected = expected + 0.2 * F.linear(F.linear(x, down), up)
     linear.side.add("another", lambda x: x.sum(-1, keepdim=True), slice(2, 3))
     expected[..., 2:3] += x.sum(-1, keepdim=True)
     torch.testing.assert_close(linear(x), expected, rtol=1e-12, atol=1e-12)
