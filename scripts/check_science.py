@@ -13,7 +13,7 @@ from pathlib import Path
 from mambapeft_vision.results.ordering import ordering
 from mambapeft_vision.results.tables import collect, read_standard, tables_of, to_markdown
 from mambapeft_vision.sweep.jobs import plan_jobs
-from mambapeft_vision.sweep.sweep import on_every_core, parse, records_of, sweep
+from mambapeft_vision.sweep.sweep import on_every_core, parse, records_of, sweep, with_defaults
 from mambapeft_vision.training.cli import CRASH, run_cli
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -31,7 +31,7 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
         return
-    command = parse([*RUNS, *sys.argv[1:]])
+    command = parse(with_defaults(RUNS, sys.argv[1:]))
     jobs = plan_jobs(command.overrides, CONFIGS)
     failed = sweep(jobs, on_every_core(command, jobs))
     if command.dry_run:

@@ -53,6 +53,17 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True)
+class TeacherConfig:
+    """EfficientNet-Lite0, whose features are to be predicted too (mambapeft_vision/pretraining/teacher.py).
+
+    weight: of this loss beside that of the labels; size: pixels to a side of the images that the teacher sees.
+    """
+
+    weight: float = 1.0
+    size: int = 128
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """A whole pretraining run.
 
@@ -60,7 +71,8 @@ class PretrainConfig:
     speed, so that the schedule ends in time. warmup_steps: linear, then a cosine to min_lr. ema: decay of the
     average of the weights, which is what is validated and saved. precision: fp32 or bf16 (mixed). cuda_graph: on a
     GPU, replay one recorded step. workers: processes that decode; null: one a CPU. checkpoint_every_s: seconds between
-    checkpoints, from which the same command continues an interrupted run.
+    checkpoints, from which the same command continues an interrupted run. teacher: null, or its keys ({} takes them as
+    they are).
     """
 
     backbone: str
@@ -86,6 +98,7 @@ class PretrainConfig:
     workers: int | None = None
     evaluations: int = 8
     checkpoint_every_s: float = 60.0
+    teacher: TeacherConfig | None = None
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
@@ -152,6 +165,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         inner = typing.get_args(kind)[1]
         return {key: _convert(inner, item, f"{where}.{key}") for key, item in value.items()}
     options = typing.get_args(kind) or (kind,)
+    if dataclasses.is_dataclass(options[0]) and value is not None:
+        return _build(options[0], value, where)
     if (value is None and type(None) in options) or Any in options:
         return value
     target = options[0]

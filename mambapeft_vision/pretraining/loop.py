@@ -18,6 +18,7 @@ from mambapeft_vision.pretraining.augment import augment
 from mambapeft_vision.pretraining.config import PretrainConfig
 from mambapeft_vision.pretraining.model import Average, SharedBackbone, decay_groups
 from mambapeft_vision.pretraining.sources import Source
+from mambapeft_vision.pretraining.teacher import Teacher
 
 _WARM_UP = 5  # steps before a step is recorded or timed: kernels compile, libraries load
 _TIMED = 40  # steps from which the speed is taken
@@ -33,9 +34,15 @@ class Pretraining:
     """
 
     def __init__(
-        self, model: SharedBackbone, sources: list[Source], preprocessing: Preprocessing, config: PretrainConfig
+        self,
+        model: SharedBackbone,
+        sources: list[Source],
+        preprocessing: Preprocessing,
+        config: PretrainConfig,
+        teacher: Teacher | None = None,
     ) -> None:
         self.config = config
+        self._teacher = teacher
         self.model = model.train()
         self.sources = {source.name: source for source in sources}
         self.device = next(model.parameters()).device
@@ -164,12 +171,16 @@ class Pretraining:
         self._optimizer.zero_grad(set_to_none=True)
         images, labels = self._draw()
         with self._autocast():
-            logits = self.model(images, self.sizes)
+            features = self.model.backbone.forward_features(images)
+            logits = self.model.classify(features, self.sizes)
+            distance = self._teacher.loss(self.model.projection(features), images) if self._teacher else 0.0
         loss = sum(
             F.cross_entropy(logits[name].float(), labels[name], label_smoothing=self.config.label_smoothing)
             * (size / self.config.batch_size)
             for name, size in self.sizes.items()
         )
+        if self._teacher is not None:
+            loss = loss + self._teacher.weight * distance
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self._optimizer.step()

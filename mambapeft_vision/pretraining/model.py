@@ -16,19 +16,27 @@ AGREEMENT = 5e-3
 
 
 class SharedBackbone(nn.Module):
-    """[b, 3, H, W] → one tensor of logits for each source, from its own part of the batch."""
+    """[b, 3, H, W] → one tensor of logits for each source, from its own part of the batch.
 
-    def __init__(self, backbone: nn.Module, classes: dict[str, int]) -> None:
+    teacher_features: numbers that `projection` makes of the backbone's features; None: there is no projection.
+    """
+
+    def __init__(self, backbone: nn.Module, classes: dict[str, int], teacher_features: int | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.heads = nn.ModuleDict({name: nn.Linear(backbone.num_features, count) for name, count in classes.items()})
         for head in self.heads.values():
             nn.init.trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
+        self.projection = None if teacher_features is None else nn.Linear(backbone.num_features, teacher_features)
 
     def forward(self, images: Tensor, sizes: dict[str, int]) -> dict[str, Tensor]:
         """sizes: images of each source, in the order in which they stand in the batch."""
-        parts = self.backbone.forward_features(images).split(list(sizes.values()))
+        return self.classify(self.backbone.forward_features(images), sizes)
+
+    def classify(self, features: Tensor, sizes: dict[str, int]) -> dict[str, Tensor]:
+        """From the backbone's features [b, c], as `forward` does."""
+        parts = features.split(list(sizes.values()))
         return {name: self.heads[name](part) for name, part in zip(sizes, parts, strict=True)}
 
 

@@ -28,6 +28,7 @@ from mambapeft_vision.pretraining.config import PretrainConfig, load_config, to_
 from mambapeft_vision.pretraining.loop import Pretraining, describe_accuracies
 from mambapeft_vision.pretraining.model import SharedBackbone, choose_kernel
 from mambapeft_vision.pretraining.sources import Source, load_source
+from mambapeft_vision.pretraining.teacher import FEATURES, load_teacher
 
 GOOD, BAD, INTERRUPTED = 0, 2, 130
 _CHECKED_IMAGES = 8  # on which kernels are compared with the definition
@@ -68,6 +69,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         load_source(name, source, preprocessing, config.seed, config.workers) for name, source in config.sources.items()
     ]
     device = _device(config.device)
+    teacher = None if config.teacher is None else load_teacher(config.teacher, preprocessing).to(device)
     torch.backends.cuda.matmul.allow_tf32 = False
     sources = [source.to(device) for source in sources]
     backbone.to(device)
@@ -75,8 +77,9 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     kernel, difference = choose_kernel(backbone, config.kernel, device, sample)
     print(f"kernel {kernel} on {device}", flush=True)
 
-    model = SharedBackbone(backbone, {s.name: len(s.class_names) for s in sources}).to(device)
-    training = Pretraining(model, sources, preprocessing, config)
+    classes = {source.name: len(source.class_names) for source in sources}
+    model = SharedBackbone(backbone, classes, FEATURES if teacher is not None else None).to(device)
+    training = Pretraining(model, sources, preprocessing, config, teacher)
     file, run = checkpoint_file(config), identity(config, sources, device)
     state = read_checkpoint(file, run, device)
     if state is not None:

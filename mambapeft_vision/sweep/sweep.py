@@ -58,6 +58,12 @@ def parse(arguments: Sequence[str], configs: Path | None = None) -> Command:
     return Command(overrides, workers, dry_run, rates)
 
 
+def with_defaults(defaults: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """A command line that begins with those defaults whose key it does not give itself; seeds= is seed=."""
+    given = {"seed" if key == "seeds" else key for key in (argument.partition("=")[0] for argument in arguments)}
+    return [*(default for default in defaults if default.partition("=")[0] not in given), *arguments]
+
+
 def on_every_core(command: Command, jobs: Sequence[Job]) -> Command:
     """With a worker for each CPU core, unless the command says how many or there are GPUs; for small backbones."""
     if command.workers is not None or _gpus(jobs):

@@ -9,6 +9,7 @@ sys.path.insert(0, str(runs.ROOT / "scripts"))
 import demo
 
 from mambapeft_vision.sweep.jobs import plan_jobs
+from mambapeft_vision.sweep.sweep import with_defaults
 
 
 @pytest.fixture
@@ -38,6 +39,11 @@ def test_finished_runs_are_shown_and_not_repeated(tiny, tmp_path, capsys):
         assert picture.read_bytes().startswith(b"\x89PNG") and str(picture) in out
         picture.unlink()
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("result.json")}
+
+
+def test_a_choice_takes_the_place_of_the_default():
+    line = with_defaults(["method=a,b", "seed=0,1", "dataset=c"], ["seeds=2", "method=d"])
+    assert line == ["dataset=c", "seeds=2", "method=d"]
 
 
 def test_a_dry_run_only_lists(tiny, tmp_path, monkeypatch, capsys):

