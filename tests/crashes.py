@@ -22,11 +22,10 @@ import runs
 
 from mambapeft_vision.results.environment import git_state, library_versions
 from mambapeft_vision.sweep import pool, sweep  # noqa: F401 (imported for the children)
-from mambapeft_vision.training import run
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["crashes"])
-_GIT, _VERSIONS = git_state(), library_versions()  # asked once, not by every child
+git_state(), library_versions()  # asked once, not by every child
 gc.freeze()  # in the fork server: collections in its children need not look at what was imported
 
 
@@ -64,7 +63,6 @@ def run_to_end(function: Callable[..., Any], *arguments: Any, seconds: float = 1
 def _in_child(function: Callable[..., Any], *arguments: Any) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)  # errors are told
-    run.git_state, run.library_versions = (lambda: _GIT), (lambda: _VERSIONS)
     function(*arguments)
 
 

@@ -149,6 +149,15 @@ def test_a_file_where_the_outputs_should_be(task, tmp_path):
         runs.run(runs.overrides(task, tmp_path / "out"))
 
 
+def test_what_other_commands_say_of_a_disk():
+    """A line for what the user can repair; a traceback for a file that the program should have known of."""
+    refused = PermissionError(errno.EACCES, "Permission denied", "results/report.html")
+    assert is_mistake(refused) and describe_error(refused) == (
+        "error: results/report.html: Permission denied; make it accessible, or choose another folder"
+    )
+    assert not is_mistake(FileNotFoundError(errno.ENOENT, "No such file or directory", "x"))
+
+
 # The cache
 
 
