@@ -64,8 +64,8 @@ format: $(INSTALLED) ## apply style and formatting
 bench: $(INSTALLED) ## kernel benchmarks (needs a GPU)
 	$(BIN)/python scripts/bench_kernels.py
 
-report: $(INSTALLED) ## tables and plots of the published runs (results/), as results/report.html
-	$(BIN)/python scripts/collect_results.py results --format html --out results/report.html
+report: $(INSTALLED) ## every table and picture of the published runs (results/), into results/report/
+	$(BIN)/python scripts/collect_results.py results --all results/report
 
 clean: ## remove the environment and everything that was built; runs and data stay
 	rm -rf $(VENV) $(OLDEST) $(NEWEST) .venv-audit build *.egg-info .pytest_cache .ruff_cache

@@ -1,8 +1,10 @@
 """Tables of all finished runs below some folders, beside the published numbers.
 
 python scripts/collect_results.py [outputs ...] [--format md|csv|latex|html] [--out FILE] [--allow-mixed]
+python scripts/collect_results.py [outputs ...] --all DIR
 
-html is one self-contained page with the tables and the plots.
+html is one self-contained page with the tables and the plots. --all writes every form of them into a folder:
+report.html, tables.md, tables.csv, tables.tex and the plots as PNG files.
 """
 
 import argparse
@@ -10,8 +12,10 @@ from pathlib import Path
 
 from mambapeft_vision.atomic import write_text
 from mambapeft_vision.errors import UserError
+from mambapeft_vision.results.plots import figures_of, save
 from mambapeft_vision.results.report import report
 from mambapeft_vision.results.tables import (
+    Collection,
     collect,
     find_records,
     read_standard,
@@ -30,25 +34,36 @@ def main() -> None:
     parser.add_argument("places", nargs="*", default=["outputs"], help="folders with runs, or result.json files")
     parser.add_argument("--format", default="md", choices=["md", "csv", "latex", "html"])
     parser.add_argument("--out", help="write to this file instead of the terminal")
+    parser.add_argument("--all", metavar="DIR", type=Path, help="write every table and picture into this folder")
     parser.add_argument("--allow-mixed", action="store_true", help="runs on different images or weights in one table")
     arguments = parser.parse_args()
-    text = _text(arguments)
-    if arguments.out is None:
-        print(text, end="")
-    else:
-        write_text(arguments.out, text)
-
-
-def _text(arguments: argparse.Namespace) -> str:
     records = find_records(arguments.places)
     if not records:
         raise UserError(f"no finished run (result.json) below {', '.join(arguments.places)}; train something first")
     collections = collect(records, read_standard(CONFIGS), allow_mixed=arguments.allow_mixed)
-    if arguments.format == "html":
+    if arguments.all is not None:
+        _write_all(collections, arguments.all)
+    elif arguments.out is not None:
+        write_text(arguments.out, _text(collections, arguments.format))
+    else:
+        print(_text(collections, arguments.format), end="")
+
+
+def _write_all(collections: list[Collection], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, form in (("report.html", "html"), ("tables.md", "md"), ("tables.csv", "csv"), ("tables.tex", "latex")):
+        write_text(folder / name, _text(collections, form))
+    for name, figure in figures_of(collections).items():
+        save(figure, folder / f"{name}.png")
+    print(f"{sum(len(row.records) for c in collections for row in c.rows)} runs, every table and picture: {folder}")
+
+
+def _text(collections: list[Collection], form: str) -> str:
+    if form == "html":
         return report(collections, title="Results")
-    if arguments.format == "csv":
+    if form == "csv":
         return to_csv(collections)
-    render = to_markdown if arguments.format == "md" else to_latex
+    render = to_markdown if form == "md" else to_latex
     return "\n".join(render(table) for collection in collections for table in tables_of(collection))
 
 

@@ -75,6 +75,7 @@ def accuracy_against_parameters(collection: Collection) -> Figure | None:
     axes.set_ylabel(f"{over}, top-1 accuracy (%)")
     axes.set_title(_title(collection))
     axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
     key = [Line2D([], [], linestyle="none", label=f"{number}  {name}") for name, number in numbers.items()]
     figure.legend(handles=key, loc="outside right upper", fontsize=8, handlelength=0, handletextpad=0, title="methods")
     if published:
@@ -162,6 +163,21 @@ def differences(labelled: Sequence[tuple[str, float, float | None, bool]], again
 
 def _average(collection: Collection, row: Row) -> Cell:
     return row.average([collection.tasks])
+
+
+def figures_of(collections: Sequence[Collection]) -> dict[str, Figure]:
+    """Every plot of many runs that can be drawn, by name: `accuracy-vtab-vim_small_patch16_224`, `tasks-…`.
+
+    Collections of the same tasks and backbone (other splits or weights) get numbers.
+    """
+    figures: dict[str, Figure] = {}
+    for collection in collections:
+        for kind, figure in (("accuracy", accuracy_against_parameters(collection)), ("tasks", task_bars(collection))):
+            if figure is not None:
+                name = f"{kind}-{collection.family}-{collection.backbone}"
+                number = sum(other.partition(".")[0] == name for other in figures)
+                figures[f"{name}.{number + 1}" if number else name] = figure
+    return figures
 
 
 def _draw_task(axes: Axes, collection: Collection, task: str) -> None:

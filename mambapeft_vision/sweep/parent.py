@@ -6,9 +6,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from mambapeft_vision.errors import UserError
-from mambapeft_vision.results.plots import accuracy_against_parameters, save, task_bars
+from mambapeft_vision.results.plots import figures_of, save
 from mambapeft_vision.results.record import RunRecord, is_finished
-from mambapeft_vision.results.tables import Collection, Standard, collect, tables_of
+from mambapeft_vision.results.tables import Standard, collect, tables_of
 from mambapeft_vision.sweep.jobs import Job
 from mambapeft_vision.sweep.sweep import LOGS, records_of
 from mambapeft_vision.training.build import build_logger
@@ -54,18 +54,9 @@ def publish(
         job_type="sweep",
         config={"sweep": sweep, "runs": [id for path in records if (id := _wandb_id(path)) is not None]},
         summary={"planned": planned or len(records), "finished": len(records)},
-        pictures={name: _saved(figure, folder / f"{name}.png") for name, figure in _figures(collections).items()},
+        pictures={name: _saved(figure, folder / f"{name}.png") for name, figure in figures_of(collections).items()},
         tables=tables,
     )
-
-
-def _figures(collections: Sequence[Collection]) -> dict[str, Figure]:
-    figures: dict[str, Figure | None] = {}
-    for number, collection in enumerate(collections):
-        end = f"-{number + 1}" if number else ""
-        figures[f"accuracy{end}"] = accuracy_against_parameters(collection)
-        figures[f"tasks{end}"] = task_bars(collection)
-    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def _saved(figure: Figure, path: Path) -> Path:

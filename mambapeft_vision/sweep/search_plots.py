@@ -31,6 +31,7 @@ def history(study: optuna.Study, label: str) -> Figure:
     axes.set_title(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
     axes.legend()
     return figure
 

@@ -252,3 +252,18 @@ def test_the_command_writes_a_file_and_refuses_mixtures(tmp_path):
     out = tmp_path / "table.md"
     assert collect_results(str(tmp_path / "runs"), "--allow-mixed", "--out", str(out)).returncode == 0
     assert "50.00 ± 0.00" in out.read_text() and "Mixed, as allowed" in out.read_text()
+
+
+def test_everything_is_written_into_a_folder(tmp_path):
+    runs = lay_out(tmp_path / "runs", full_set("a") + full_set("a", dataset={"test_split": "val200"}))
+    done = collect_results(str(runs), "--all", str(tmp_path / "all"))
+    assert done.returncode == 0 and "114 runs" in done.stdout, done.stderr
+    collections = collect(find_records([runs]), read_standard(CONFIGS))
+    tables = [table for collection in collections for table in tables_of(collection)]
+    assert (tmp_path / "all" / "tables.md").read_text() == "\n".join(map(to_markdown, tables))
+    assert (tmp_path / "all" / "tables.tex").read_text() == "\n".join(map(to_latex, tables))
+    assert (tmp_path / "all" / "tables.csv").read_text() == to_csv(collections)
+    assert (tmp_path / "all" / "report.html").read_text().count("<img") == 4
+    pictures = {file.name for file in (tmp_path / "all").glob("*.png")}
+    names = [f"{kind}-vtab-vim_small_patch16_224" for kind in ("accuracy", "tasks")]
+    assert pictures == {f"{name}{end}.png" for name in names for end in ("", ".2")}

@@ -60,7 +60,7 @@ def check_parent(parent: OfflineRun, children: list[OfflineRun], tables: list) -
     assert set(parent.config["runs"]) == {child.id for child in children}
     assert (parent.summary["planned"], parent.summary["finished"]) == (2, 2)
     logged = {key: value for row in parent.history for key, value in row.items()}
-    for name in ("accuracy", "tasks"):
+    for name in ("accuracy-custom-vim_pico_patch8_32", "tasks-custom-vim_pico_patch8_32"):
         with Image.open(parent.file(logged[f"pictures/{name}"])) as image:
             assert image.width > 500
     for table in tables:
