@@ -1,7 +1,8 @@
 """What surrounds the scans, in Triton: x_proj, dt_proj + softplus, and the way back.
 
 Both directions share every launch. Weights are cast where they are loaded: under autocast they arrive in float32
-while x is bfloat16.
+while x is bfloat16. Numbers of samples and tokens are not specialised on: they decide no alignment, and an epoch's last
+batch would compile every kernel again.
 """
 
 import torch
@@ -33,7 +34,7 @@ def _dot(a, b, PRECISION: tl.constexpr):
         return tl.dot(a, b, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _x_proj(
     u_ptr, w0, w1, low_ptr, bc_ptr, tokens, E, R: tl.constexpr, S: tl.constexpr, RP: tl.constexpr,
     SP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
@@ -65,7 +66,7 @@ def _x_proj(
     tl.store(bc_ptr + (token * S)[:, None] + state[None, :], bc, mask=mask_t[:, None] & (state < S)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _dt_proj(
     low_ptr, w0, w1, b0, b1, delta_ptr, tokens, E, R: tl.constexpr, RP: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
@@ -90,7 +91,7 @@ def _dt_proj(
     tl.store(at, _softplus(raw).to(delta_ptr.dtype.element_ty), mask=mask_t[:, None] & mask_e[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _dt_proj_backward(
     draw_ptr, w0, w1, dbc_ptr, dproj_ptr, tokens, E, part_stride, PARTS: tl.constexpr,
     R: tl.constexpr, S: tl.constexpr, RP: tl.constexpr, SP: tl.constexpr,
@@ -125,7 +126,7 @@ def _dt_proj_backward(
     tl.store(row + R + state[None, :], dbc.to(io), mask=mask_s)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "L"])
 def _x_proj_backward(
     du_ptr, dproj_ptr, x_ptr, w0, w1, cw0, cw1, cb0, cb1, B, L, E, sb, sl, se,
     REV0: tl.constexpr, REV1: tl.constexpr, K: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,

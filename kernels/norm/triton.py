@@ -13,7 +13,7 @@ from torch import Tensor
 _WIDE = torch.float32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "L"])
 def _forward(
     hidden_ptr, residual_ptr, weight_ptr, scale_ptr, normed_ptr, out_ptr, rows, L, D, hb, hl, hd, eps,
     HAS_RESIDUAL: tl.constexpr, HAS_SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -37,7 +37,7 @@ def _forward(
     tl.store(normed_ptr + flat, normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "L"])
 def _backward(
     dnormed_ptr, dout_ptr, total_ptr, weight_ptr, scale_ptr, dhidden_ptr, dresidual_ptr, dweight_ptr,
     rows, L, D, nb, nl, nd, eps, HAS_DOUT: tl.constexpr, HAS_SCALE: tl.constexpr, NEED_HIDDEN: tl.constexpr,
