@@ -27,6 +27,7 @@ from mambapeft_vision.state import check_finite, check_state
 ADAPTER_FILE = "adapter.safetensors"
 CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 1
+_MAX_CONFIG_BYTES = 10_000_000
 _METHOD_TARGET = re.compile(r"mambapeft_vision\.methods\.[a-z][a-z0-9_]*\.[A-Z][A-Za-z0-9]*")
 
 
@@ -256,6 +257,10 @@ class Adapter:
         with torch.device("meta"):
             try:
                 self._loaded_on(copy.deepcopy(backbone, memo))
+            except UserError as error:
+                if str(self.folder) in str(error):
+                    raise
+                raise UserError(f"{self.folder / CONFIG_FILE}: {error}") from error
             except RuntimeError as error:  # PyTorch's, for sizes beyond all memory
                 raise UserError(f"{self.folder / CONFIG_FILE}: impossible sizes: {error}") from error
 
@@ -316,7 +321,11 @@ def read_adapter(folder: str | Path) -> Adapter:
     folder = Path(folder)
     path = folder / CONFIG_FILE
     try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise UserError(f"{path} has {path.stat().st_size:,} bytes; expected at most {_MAX_CONFIG_BYTES:,}")
         config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; expected the folder of a finished run or adapter") from error
     except OSError as error:

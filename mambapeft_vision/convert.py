@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from mambapeft_vision.adapt import ADAPTER_FILE, CONFIG_FILE, AdaptedModel, read_adapter
@@ -14,6 +15,8 @@ from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.checkpoints import export_official, read_state_dict
 from mambapeft_vision.errors import UserError
 from mambapeft_vision.interop import load_reference
+
+MAX_NUMBERS = 2_000_000_000  # of a backbone that an adapter describes; Vim-B has 98 million
 
 
 def load_adapter(folder: str | Path, weights: str = "official", seed: int = 0) -> AdaptedModel:
@@ -26,6 +29,10 @@ def load_adapter(folder: str | Path, weights: str = "official", seed: int = 0) -
     adapter = read_adapter(folder)
     spec = adapter.config["backbone"]
     sizes = {key: value for key, value in spec["architecture"].items() if key != "num_classes"}  # of older adapters
+    with torch.device("meta"):  # shapes without values: an adapter's sizes are untrusted
+        numbers = sum(p.numel() for p in create_backbone(spec["name"], "random", **sizes).parameters())
+    if numbers > MAX_NUMBERS:
+        raise UserError(f"{folder}: its backbone would have {numbers:,} weights; expected at most {MAX_NUMBERS:,}")
     backbone = create_backbone(spec["name"], weights, seed, **sizes)
     dtype = next((t.dtype for t in adapter.state.values() if t.is_floating_point()), None)
     return adapter.apply(backbone.to(dtype))

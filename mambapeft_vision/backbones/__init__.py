@@ -14,13 +14,16 @@ from mambapeft_vision.errors import UserError
 __all__ = ["create_backbone", "vim", "vit"]
 
 
-def create_backbone(name: str, weights: str = "official", seed: int = 0, **architecture: Any) -> nn.Module:
+def create_backbone(
+    name: str, weights: str = "official", seed: int = 0, weights_sha256: str | None = None, **architecture: Any
+) -> nn.Module:
     """A backbone with its weights.
 
     Args:
         name: as registered with timm, e.g. "vim_small_patch16_224".
         weights: "official" (fetched from the hub or its cache), "random" (drawn from `seed`), or a file.
         seed: of random weights.
+        weights_sha256: of the file with the weights (as `sha256sum` prints it); another file is refused.
         architecture: other sizes than the variant's, e.g. img_size, drop_path_rate.
     """
     kind = vim.Vim if hasattr(vim, name) else vit.Vit if hasattr(vit, name) else None
@@ -36,7 +39,9 @@ def create_backbone(name: str, weights: str = "official", seed: int = 0, **archi
         model = timm.create_model(name, num_classes=0, **architecture)
     model.default_cfg["name"] = name
     if weights == "official":
-        load_official(model)
+        load_official(model, weights_sha256)
     elif weights != "random":
-        load_weights(model, weights)
+        load_weights(model, weights, weights_sha256)
+    elif weights_sha256 is not None:
+        raise UserError("backbone.weights=random are no file; leave backbone.weights_sha256 out, or give a file")
     return model

@@ -1,6 +1,7 @@
 """Weights of backbones: official Vim checkpoints in, official layout out. Never unpickles code."""
 
 import argparse
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ from mambapeft_vision.state import check_finite, check_state
 EMBEDDED_WEIGHTS = Path(__file__).parent / "weights"  # of our own, shipped with the package
 
 
-def load_official(model: nn.Module) -> None:
+def load_official(model: nn.Module, sha256: str | None = None) -> None:
     """Loads the official weights of `model`'s variant: from the package, or from the hub (or its cache).
 
-    Raises: UserError when the variant has no published weights or the hub cannot be reached.
+    sha256: of the file. Raises: UserError when the variant has no published weights or the hub cannot be reached.
     """
     cfg = model.default_cfg
     if "embedded" in cfg:
-        load_weights(model, EMBEDDED_WEIGHTS / cfg["embedded"])
+        load_weights(model, EMBEDDED_WEIGHTS / cfg["embedded"], sha256)
         return
     repository, file = cfg.get("hf_hub_id"), cfg.get("hf_hub_filename")
     name = cfg.get("name", type(model).__name__)
@@ -39,15 +40,18 @@ def load_official(model: nn.Module) -> None:
             f"the weights {file} of {name} could not be fetched from the Hugging Face repository {repository} "
             f"({type(error).__name__}). Download the file elsewhere and give backbone.weights=PATH"
         ) from error
-    load_weights(model, path)
+    load_weights(model, path, sha256)
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | Path, sha256: str | None = None) -> None:
     """Loads a Vim checkpoint (official .pth, or safetensors) into `model`, strictly, except for the head.
 
     The position embedding is resized when the image size differs. Nothing is loaded when anything does not fit.
-    Raises: UserError listing missing, unknown and mis-shaped keys.
+    sha256: of the file, checked before anything is read from it.
+    Raises: UserError listing missing, unknown and mis-shaped keys, or naming both hashes.
     """
+    if sha256 is not None:
+        _check_sha256(Path(path), sha256)
     state = read_state_dict(path)
     expected = {k: v for k, v in model.state_dict().items() if not k.startswith("head.")}
     given = {k: v for k, v in state.items() if not k.startswith("head.")}
@@ -85,6 +89,20 @@ def read_state_dict(path: str | Path, key: str = "model") -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} holds no state dict of tensors (under {key!r} or at top level)")
     return state
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    if not path.is_file():
+        return  # for the reader to say
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != expected.lower():
+        raise UserError(
+            f"{path} has sha256 {digest.hexdigest()}; expected {expected.lower()} (backbone.weights_sha256). Get the "
+            f"file again, or correct the key"
+        )
 
 
 def resize_pos_embed(position: Tensor, grid: tuple[int, int], class_first: bool = False) -> Tensor:

@@ -6,6 +6,7 @@ task folder is there completely or not at all. What an interrupted run put toget
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -23,6 +24,8 @@ from mambapeft_vision.data.vtab import SPLITS, Task
 from mambapeft_vision.errors import UserError
 
 MAX_BYTES = 20_000_000_000
+MAX_MEMBERS = 2_000_000  # VTAB-1K has some 430,000 images
+_LONGEST_NAME = 255  # bytes of one part of a path, as file systems have it
 _SOURCE_FILE = "source.json"
 
 
@@ -50,7 +53,12 @@ def extract_tasks(
     """
     try:
         with zipfile.ZipFile(archive) as opened:
-            members = _members_by_task(archive, opened.infolist(), tasks)
+            infos = opened.infolist()
+            if len(infos) > MAX_MEMBERS:
+                raise UserError(
+                    f"{archive} has {len(infos):,} members: expected at most {MAX_MEMBERS:,}. Take another archive."
+                )
+            members = _members_by_task(archive, infos, tasks)
             _check_size(archive, members, max_bytes, root)
             staging = _open_staging(root, {"archive": sha256})
             meter = ProgressMeter(sum(_size(files) for files in members.values()), progress)
@@ -60,11 +68,19 @@ def extract_tasks(
                     meter.advance(member.info.file_size)
                 (staging / folder).rename(root / folder)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise UserError(
-            f"{archive} is damaged or not a zip file ({error}). Delete it and download it again, with "
-            "`python scripts/prepare_vtab1k.py` or by hand as data/README.md shows."
-        ) from error
+        raise _damaged(archive, error) from error
+    except OSError as error:
+        if error.errno == errno.EINVAL and error.filename is None:  # a member's place before the file's beginning
+            raise _damaged(archive, error) from error
+        raise
     shutil.rmtree(staging)
+
+
+def _damaged(archive: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{archive} is damaged or not a zip file ({error}). Delete it and download it again, with "
+        "`python scripts/prepare_vtab1k.py` or by hand as data/README.md shows."
+    )
 
 
 def copy_tasks(source: Path, root: Path, tasks: Sequence[Task], *, progress: ProgressCallback | None = None) -> None:
@@ -94,10 +110,14 @@ def safe_path(info: zipfile.ZipInfo) -> PurePosixPath:
     name = info.filename
     path = PurePosixPath(name)
     mode = stat.S_IFMT(info.external_attr >> 16)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or re.match(r"[A-Za-z]:", name):
+    if not name:
+        reason = "it has no name"
+    elif path.is_absolute() or ".." in path.parts or "\\" in name or re.match(r"[A-Za-z]:", name):
         reason = "its path leaves the target folder"
     elif mode not in (0, stat.S_IFREG, stat.S_IFDIR):
         reason = "it is a link or a special file"
+    elif any(len(part.encode("utf-8", "surrogateescape")) > _LONGEST_NAME for part in path.parts):
+        reason = f"a part of its name is longer than {_LONGEST_NAME} bytes"
     elif info.flag_bits & 0x1:
         reason = "it is encrypted"
     else:
@@ -117,6 +137,9 @@ def _members_by_task(archive: Path, infos: Iterable[zipfile.ZipInfo], tasks: Seq
             raise UserError(f"{archive} has the member {info.filename[:200]!r} twice. Download it again.")
         if not info.is_dir():
             paths[path] = info
+    inside = next((path for path in paths if any(parent in paths for parent in path.parents)), None)
+    if inside is not None:
+        raise UserError(f"{archive} has the member {str(inside)[:200]!r} inside of a file. Download it again.")
     list_files = {f"{split}.txt" for split in SPLITS}
     homes = {path.parent for path in paths if path.name in list_files}
     members: dict[str, list[Member]] = {}

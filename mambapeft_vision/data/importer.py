@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from mambapeft_vision.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _SIGNATURES = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp"}
+MAX_BYTES = 32_000_000_000  # of an npz file's arrays, which are read into memory
 _KEYS = ("blob", "offsets", "labels", "class_names")
 
 
@@ -56,12 +59,33 @@ def read_labelled(path: Path | str) -> LabelledImages:
     )
 
 
+# What NumPy's and zipfile's readers raise on damaged files; an array's header is a literal of Python, read as such.
+_UNREADABLE = (
+    ValueError,
+    OSError,
+    EOFError,
+    MemoryError,
+    SyntaxError,
+    NotImplementedError,
+    RuntimeError,
+    zlib.error,
+    zipfile.BadZipFile,
+    tokenize.TokenError,
+)
+
+
 def read_npz(file: Path) -> LabelledImages:
     """Reads and checks an npz file. Raises UserError saying what is wrong with it."""
     try:
+        with zipfile.ZipFile(file) as unread:
+            unpacked = sum(info.file_size for info in unread.infolist())
+        if unpacked > MAX_BYTES:
+            raise UserError(f"{file} unpacks to {unpacked:,} bytes: expected at most {MAX_BYTES:,}. Split it.")
         with np.load(file, allow_pickle=False) as archive:
             content = {key: archive[key] for key in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except UserError:
+        raise
+    except _UNREADABLE as error:
         raise UserError(
             f"{file} cannot be read ({type(error).__name__}: {error}): expected a complete npz file of plain "
             "arrays. Get or write it again."
