@@ -18,6 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest  # noqa: F401 (imported for the children)
 import runs
 
 from mambapeft_vision.results.environment import git_state, library_versions
@@ -113,6 +114,7 @@ def kill_after(process: BaseProcess, seconds: float) -> bool:
             return process.exitcode == -signal.SIGKILL
         time.sleep(0.002)
     process.join()
+    assert process.exitcode == 0, f"it ended by itself with {process.exitcode}"
     return False
 
 
