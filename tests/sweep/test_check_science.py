@@ -1,0 +1,71 @@
+"""make check-science: what it runs, and how it ends. Nothing is trained here."""
+
+import sys
+
+import pytest
+import runs
+from fake_records import fake_record
+
+sys.path.insert(0, str(runs.ROOT / "scripts"))
+import check_science
+
+from mambapeft_vision.data.mini import GENERATED
+from mambapeft_vision.sweep.jobs import plan_jobs
+
+ACCURACY = {"scratch": 0.3, "linear_probe": 0.5, "lora_p_x": 0.6, "full": 0.1}
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nothing")
+    return plan_jobs([*check_science.RUNS, f"paths.data={folder}", f"paths.outputs={folder}"], runs.CONFIGS)
+
+
+@pytest.fixture
+def outcome(planned, monkeypatch):
+    """Puts made-up results in the place of the runs."""
+
+    def results(accuracy, failed=0):
+        def fake(jobs):
+            named = [(job.plan.task, job.plan.method_names, job.plan.seed) for job in jobs]
+            backbone = {"name": "vim_nano_patch8_64"}
+            return [fake_record(task, name, seed, accuracy[name], backbone=backbone) for task, name, seed in named]
+
+        monkeypatch.setattr(check_science, "records_of", fake)
+        monkeypatch.setattr(check_science, "plan_jobs", lambda overrides, configs: planned)
+        monkeypatch.setattr(check_science, "sweep", lambda jobs, command: failed)
+        monkeypatch.setattr(sys, "argv", ["check_science.py"])
+
+    return results
+
+
+def test_it_is_four_methods_on_three_tasks_that_need_no_download_with_two_seeds(planned):
+    plans = [job.plan for job in planned]
+    assert len(plans) == 24 and {plan.seed for plan in plans} == {0, 1}
+    assert {plan.method_names for plan in plans} == set(ACCURACY)
+    tasks = {plan.task.removeprefix("mini/") for plan in plans}
+    assert len(tasks) == 3 and tasks <= set(GENERATED)
+    assert {plan.recipe.device for plan in plans} == {"cpu"}
+    assert {plan.config["dataset"]["test_split"] for plan in plans} == {"test"}
+
+
+def test_the_order_that_holds_ends_well(outcome, capsys):
+    outcome(ACCURACY)
+    check_science.main()
+    out = capsys.readouterr().out
+    assert "The order scratch < linear_probe < lora_p_x holds: scratch 30.00 %" in out and "| scratch " in out
+
+
+@pytest.mark.parametrize("lost", [{"lora_p_x": 0.4}, {"scratch": 0.55}])
+def test_a_lost_order_is_a_failure(outcome, capsys, lost):
+    outcome(ACCURACY | lost)
+    with pytest.raises(SystemExit) as stop:
+        check_science.main()
+    assert stop.value.code == 1 and "LOST" in capsys.readouterr().out
+
+
+def test_failed_runs_give_no_verdict(outcome, capsys):
+    outcome(ACCURACY, failed=1)
+    with pytest.raises(SystemExit) as stop:
+        check_science.main()
+    assert stop.value.code == 1 and "order" not in capsys.readouterr().out
