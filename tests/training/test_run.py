@@ -57,6 +57,8 @@ def test_run_folder_holds_everything(finished):
         "result.json",
         "predictions.npz",
         "predictions.png",
+        "curves.png",
+        "confusion.png",
     }
     assert CHECKPOINT_FILE not in names
     assert not [name for name in names if name.endswith(".tmp")]
@@ -107,8 +109,9 @@ def test_metrics_have_one_row_an_epoch(finished):
     assert float(rows[-1]["loss"]) == finished.record.train_loss
 
 
-def test_picture_is_an_image(finished):
-    with Image.open(finished.folder / "predictions.png") as image:
+@pytest.mark.parametrize("name", ["predictions", "curves", "confusion"])
+def test_pictures_are_images(finished, name):
+    with Image.open(finished.folder / f"{name}.png") as image:
         image.load()
         assert image.width > 500
 
