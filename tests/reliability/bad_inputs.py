@@ -3,6 +3,8 @@
 Each case is (name, what the user does, words of the message: what was wrong and where, and what to do).
 """
 
+import copy
+import functools
 import io
 import json
 import os
@@ -16,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import runs
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -26,6 +28,7 @@ from mambapeft_vision.convert import from_reference, load_adapter, merge_to_offi
 from mambapeft_vision.data.importer import import_task
 from mambapeft_vision.training.evaluate import evaluate
 from mambapeft_vision.training.plan import make_plan
+from mambapeft_vision.training.run import train
 
 FIRST_IMAGE = "images/train800val200/000000.png"
 TINY = {"depth": 2, "embed_dim": 32}
@@ -43,10 +46,17 @@ class World:
     folder: Path
 
     def train(self, *overrides: str) -> None:
-        runs.run(runs.overrides(self.task, self.folder / "outputs", "trainer.max_epochs=1", *overrides))
+        if overrides:
+            runs.run(runs.overrides(self.task, self.folder / "outputs", "trainer.max_epochs=1", *overrides))
+            return
+        config = copy.deepcopy(composed("train"))
+        config.dataset.folder, config.paths.outputs = str(self.task), str(self.folder / "outputs")
+        train(config)
 
-    def evaluate(self, *overrides: str) -> None:
-        evaluate(runs.compose_root("evaluate", [f"run={self.run}", "device=cpu", *overrides]))
+    def evaluate(self, run: str | None = None) -> None:
+        config = copy.deepcopy(composed("evaluate"))
+        config.run = str(self.run) if run is None else run
+        evaluate(config)
 
     def edit(self, file: str, change: Callable[[dict], None]) -> None:
         """Changes a JSON or YAML file of the run."""
@@ -72,6 +82,14 @@ class World:
         state = change(state) or state
         torch.save({"model": state}, self.folder / name)
         return f"backbone.weights={self.folder / name}"
+
+
+@functools.cache
+def composed(root: str) -> DictConfig:
+    """A config whose folders are still to be set: composing it costs more than most cases."""
+    if root == "evaluate":
+        return runs.compose_root(root, ["run=x", "device=cpu"])
+    return runs.compose_train(runs.overrides(Path("x"), Path("x"), "trainer.max_epochs=1"))
 
 
 Case = tuple[str, Callable[[World], object], list[str]]
@@ -433,7 +451,7 @@ LORA = ("methods", "lora_p_x")
 RUNS: list[Case] = [
     (
         "run that is not there",
-        lambda w: w.evaluate("run=/nowhere"),
+        lambda w: w.evaluate("/nowhere"),
         ["/nowhere", "expected the folder of a finished run"],
     ),
     run_file("run without result", "result.json", ["expected the folder of a finished run"], None),

@@ -1,5 +1,6 @@
 """Bad input ends with a message that names what, where and the remedy, with exit code 2 and no traceback."""
 
+import gc
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,15 @@ import runs
 from bad_inputs import CASES, World
 
 from mambapeft_vision.training.cli import USER_MISTAKE, describe_error, is_mistake
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_no_garbage():
+    """Each run collects garbage before it starts; looking through all imports would cost more than the rest."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
