@@ -62,7 +62,12 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 def _read_config(path: Path) -> DictConfig:
     """A run's config.yaml, checked against the schema."""
     try:
-        return OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(path))
+        text = path.read_text(encoding="utf-8")
+        if "${" in text:  # OmegaConf would look up what it names, such as variables of the environment
+            raise UserError(f"{path} holds references (${{...}}); expected resolved values, as a run writes them")
+        return OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.create(text))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); expected the folder of a finished run") from error
     except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:

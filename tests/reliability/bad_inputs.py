@@ -464,6 +464,7 @@ RUNS: list[Case] = [
     run_file(
         "config that runs code", "config.yaml", ["no config of a run"], b"seed: !!python/object/apply:os.getcwd []\n"
     ),
+    run_file("config that looks up", "config.yaml", ["expected resolved values"], b"seed: ${oc.env:HOME}\n"),
     run_file("config that is text", "config.yaml", ["no config of a run"], b"hello\n"),
     run_file("config that is not utf-8", "config.yaml", ["no config of a run"], b"seed: \xff\xfe\n"),
     run_file("adapter config that is no JSON", "adapter_config.json", ["no valid JSON"], b"{"),
