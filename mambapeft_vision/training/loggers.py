@@ -68,7 +68,7 @@ class WandbLogger:
             tags=[*self._tags, *plan.methods],
             # What dashboards group by, beside `seed` and `sweep`; the sections of the config follow.
             config={"task": plan.task, "methods": plan.method_names, **plan.config},
-            dir=plan.folder,
+            dir=str(plan.folder),
         )
         self._run.define_metric("epoch")
         self._run.define_metric("train/*", step_metric="epoch")
@@ -105,7 +105,7 @@ class WandbLogger:
 
         folder.mkdir(parents=True, exist_ok=True)
         run = self._begin(
-            id=parent_id(name), name=name, job_type=job_type, tags=self._tags, config=dict(config), dir=folder
+            id=parent_id(name), name=name, job_type=job_type, tags=self._tags, config=dict(config), dir=str(folder)
         )
         run.log({f"pictures/{key}": wandb.Image(str(file)) for key, file in pictures.items()})
         run.log(
