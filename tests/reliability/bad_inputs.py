@@ -390,6 +390,11 @@ WEIGHTS: list[Case] = [
     ),
     weights("weights that are not finite", ["norm_f.weight", "NaN or infinity"], not_finite),
     weights("weights that are no tensors", ["no state dict"], lambda s: {**s, "norm_f.weight": [1.0, 2.0]}),
+    (
+        "weights with another hash",
+        lambda w: w.train(w.weights(lambda state: None), f"+backbone.weights_sha256={'0' * 64}"),
+        ["weights.pth has sha256", "backbone.weights_sha256", "Get the file again"],
+    ),
     weights_file("weights that are text", ["cannot be read"], b"hello"),
     weights_file("weights of no bytes", ["cannot be read"], b""),
     weights_file("safetensors that are text", ["cannot be read"], b"hello hello hello", "w.safetensors"),
