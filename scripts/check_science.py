@@ -12,8 +12,7 @@ from pathlib import Path
 
 from mambapeft_vision.results.ordering import ordering
 from mambapeft_vision.results.tables import collect, read_standard, tables_of, to_markdown
-from mambapeft_vision.sweep.jobs import plan_jobs
-from mambapeft_vision.sweep.sweep import on_every_core, parse, records_of, sweep, with_defaults
+from mambapeft_vision.sweep.sweep import fixed_sweep, records_of
 from mambapeft_vision.training.cli import CRASH, run_cli
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -28,17 +27,7 @@ EXPECTED = ("scratch", "linear_probe", "lora_p_x")  # of full fine-tuning nothin
 
 
 def main() -> None:
-    if {"-h", "--help"} & set(sys.argv):
-        print(__doc__)
-        return
-    command = parse(with_defaults(RUNS, sys.argv[1:]))
-    jobs = plan_jobs(command.overrides, CONFIGS)
-    failed = sweep(jobs, on_every_core(command, jobs))
-    if command.dry_run:
-        return
-    if failed:
-        sys.exit(CRASH)
-    records = records_of(jobs)
+    records = records_of(fixed_sweep(__doc__, RUNS, sys.argv[1:], CONFIGS))
     (collection,) = collect(records, read_standard(CONFIGS))
     for table in tables_of(collection):
         print(f"\n{to_markdown(table)}")

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from mambapeft_vision.results.demo import compare, show
 from mambapeft_vision.results.tables import collect, read_standard
-from mambapeft_vision.sweep.jobs import plan_jobs
-from mambapeft_vision.sweep.sweep import on_every_core, parse, records_of, sweep, with_defaults
-from mambapeft_vision.training.cli import CRASH, run_cli
+from mambapeft_vision.sweep.sweep import fixed_sweep, records_of
+from mambapeft_vision.training.cli import run_cli
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # The longest run first: two workers then end at about the same time.
@@ -23,16 +22,7 @@ PICTURE = "demo.png"
 
 
 def main() -> None:
-    if {"-h", "--help"} & set(sys.argv):
-        print(__doc__)
-        return
-    command = parse(with_defaults(RUNS, sys.argv[1:]))
-    jobs = plan_jobs(command.overrides, CONFIGS)
-    failed = sweep(jobs, on_every_core(command, jobs))
-    if command.dry_run:
-        return
-    if failed:
-        sys.exit(CRASH)
+    jobs = fixed_sweep(__doc__, RUNS, sys.argv[1:], CONFIGS)
     records = records_of(jobs)
     (collection,) = collect(records, read_standard(CONFIGS))
     picture = Path(jobs[0].plan.config["paths"]["outputs"]).expanduser() / PICTURE

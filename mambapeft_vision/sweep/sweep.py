@@ -2,6 +2,7 @@
 
 import dataclasses
 import signal
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from mambapeft_vision.presets import read_presets
 from mambapeft_vision.results.record import RunRecord, read_record
 from mambapeft_vision.results.tables import find_records
 from mambapeft_vision.sweep.display import Display
-from mambapeft_vision.sweep.jobs import Job, State
+from mambapeft_vision.sweep.jobs import Job, State, plan_jobs
 from mambapeft_vision.sweep.pool import Pool, visible_gpus
 from mambapeft_vision.sweep.speeds import Rate, Speeds, read_rates
+from mambapeft_vision.training.cli import CRASH
 
 LOGS = ".sweep"  # below paths.outputs
 
@@ -69,6 +71,27 @@ def on_every_core(command: Command, jobs: Sequence[Job]) -> Command:
     if command.workers is not None or _gpus(jobs):
         return command
     return dataclasses.replace(command, workers=min(available_cpus(), len(jobs)))
+
+
+def fixed_sweep(doc: str, runs: Sequence[str], arguments: Sequence[str], configs: Path) -> list[Job]:
+    """The runs of a script that is one sweep on a CPU, all of them finished by the time this returns.
+
+    Ends the process after --help and --dry-run, and with exit code 1 where runs failed.
+
+    Args:
+        doc: printed for --help.
+        runs: the sweep's overrides, which `arguments` can replace one by one.
+        configs: folder with train.yaml.
+    """
+    if {"-h", "--help"} & set(arguments):
+        print(doc)
+        sys.exit()
+    command = parse(with_defaults(runs, arguments))
+    jobs = plan_jobs(command.overrides, configs)
+    failed = sweep(jobs, on_every_core(command, jobs))
+    if command.dry_run or failed:
+        sys.exit(CRASH if failed else 0)
+    return jobs
 
 
 def sweep(jobs: Sequence[Job], command: Command) -> int:

@@ -9,6 +9,7 @@ from fake_records import fake_record
 sys.path.insert(0, str(runs.ROOT / "scripts"))
 import check_science
 
+import mambapeft_vision.sweep.sweep as sweeping
 from mambapeft_vision.data.mini import GENERATED
 from mambapeft_vision.sweep.jobs import plan_jobs
 
@@ -32,8 +33,8 @@ def outcome(planned, monkeypatch):
             return [fake_record(task, name, seed, accuracy[name], backbone=backbone) for task, name, seed in named]
 
         monkeypatch.setattr(check_science, "records_of", fake)
-        monkeypatch.setattr(check_science, "plan_jobs", lambda overrides, configs: planned)
-        monkeypatch.setattr(check_science, "sweep", lambda jobs, command: failed)
+        monkeypatch.setattr(sweeping, "plan_jobs", lambda overrides, configs: planned)
+        monkeypatch.setattr(sweeping, "sweep", lambda jobs, command: failed)
         monkeypatch.setattr(sys, "argv", ["check_science.py"])
 
     return results
