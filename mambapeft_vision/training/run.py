@@ -69,7 +69,7 @@ def _train(
     if not resume and plan.folder.exists():
         with locked(plan.folder):
             aside = set_aside(plan.folder)
-    _make_folder(plan.folder)
+    plan.folder.mkdir(parents=True, exist_ok=True)
     with locked(plan.folder):
         if resume and is_finished(plan.folder):  # by another process, since this one looked
             return _finished_before(plan)
@@ -173,13 +173,6 @@ def summarise(record: RunRecord, folder: Path) -> str:
         *(("not merged", f"{name}: {reason}") for name, reason in record.unmerged.items()),
     ]
     return "\n" + "\n".join(f"  {name:<10} {text}" for name, text in lines)
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}); set paths.outputs to another place") from error
 
 
 def _write_config(plan: RunPlan, overrides: Sequence[str]) -> None:
