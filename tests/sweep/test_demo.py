@@ -48,5 +48,7 @@ def test_a_choice_takes_the_place_of_the_default():
 
 def test_a_dry_run_only_lists(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["demo.py", "--dry-run"])
-    demo.main()
+    with pytest.raises(SystemExit) as end:
+        demo.main()
+    assert not end.value.code
     assert "3 runs: 3 new" in capsys.readouterr().out and not (tmp_path / "out").exists()
