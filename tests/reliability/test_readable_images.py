@@ -58,20 +58,25 @@ FRAMES = {"save_all": True, "append_images": [Image.fromarray(OTHER)], "duration
         (Image.fromarray(INKS, "CMYK"), {"format": "TIFF"}, 255 - COLOUR),
         (Image.fromarray(SIXTEEN), {"format": "PNG"}, grey(GREY)),
         (Image.fromarray(SIXTEEN), {"format": "TIFF"}, grey(GREY)),
-        (Image.fromarray(SIXTEEN), {"format": "PPM"}, grey(GREY)),
         (Image.fromarray(COLOUR), {"format": "PNG", **turned()}, COLOUR),
         (Image.fromarray(COLOUR), {"format": "PNG", **FRAMES}, COLOUR),
         (Image.fromarray(COLOUR), {"format": "WEBP", "lossless": True, **FRAMES}, COLOUR),
     ],
     ids=[
         *("png", "bmp", "ppm", "tiff", "webp", "grey", "one bit", "palette", "gif", "transparency", "alpha"),
-        *("cmyk", "16-bit png", "16-bit tiff", "16-bit pgm", "exif rotated", "animated png", "animated webp"),
+        *("cmyk", "16-bit png", "16-bit tiff", "exif rotated", "animated png", "animated webp"),
     ],
 )
 def test_pixels(image, options, expected):
     file = io.BytesIO()
     image.save(file, **options)
     np.testing.assert_array_equal(decode_image(file, SAME_SIZE).transpose(1, 2, 0), expected)
+
+
+def test_a_16_bit_pgm():
+    """Written by hand: Pillow 10 reads it and cannot write it."""
+    file = io.BytesIO(b"P5 %d %d 65535\n" % SIZE[::-1] + SIXTEEN.astype(">u2").tobytes())
+    np.testing.assert_array_equal(decode_image(file, SAME_SIZE).transpose(1, 2, 0), grey(GREY))
 
 
 def test_an_animated_gif_is_its_first_frame():
