@@ -4,7 +4,8 @@ import dataclasses
 import signal
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def with_defaults(defaults: Sequence[str], arguments: Sequence[str]) -> list[str
 
 def on_every_core(command: Command, jobs: Sequence[Job]) -> Command:
     """With a worker for each CPU core, unless the command says how many or there are GPUs; for small backbones."""
-    if command.workers is not None or _gpus(jobs):
+    if command.workers is not None or gpus_of(jobs):
         return command
     return dataclasses.replace(command, workers=min(available_cpus(), len(jobs)))
 
@@ -104,7 +105,7 @@ def sweep(jobs: Sequence[Job], command: Command) -> int:
     finished = [job for job in jobs if job.state is State.FINISHED]
     outputs = Path(jobs[0].plan.config["paths"]["outputs"]).expanduser()
     speeds = Speeds(find_records([outputs]) if outputs.exists() else [], command.rates)
-    gpus = _gpus(jobs)
+    gpus = gpus_of(jobs)
     workers = command.workers or max(1, len(gpus))
     if command.dry_run:
         print(describe(jobs, speeds, workers))
@@ -144,20 +145,26 @@ def records_of(jobs: Sequence[Job]) -> list[RunRecord]:
 
 
 def _run(todo: Sequence[Job], finished: int, speeds: Speeds, workers: int, pool: Pool) -> Display:
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        with Display(todo, finished, speeds, workers) as display:
-            pool.run(todo, display)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with ended_by_sigterm(), Display(todo, finished, speeds, workers) as display:
+        pool.run(todo, display)
     return display
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends what is done here as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _gpus(jobs: Sequence[Job]) -> list[str]:
+def gpus_of(jobs: Sequence[Job]) -> list[str]:
     """GPUs to deal out to workers: none where the runs name their device themselves."""
     devices = {job.plan.recipe.device for job in jobs}
     return visible_gpus() if devices <= {"auto", "cuda"} else []

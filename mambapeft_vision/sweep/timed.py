@@ -1,20 +1,20 @@
 """Many short runs in a limited time: brief lines instead of a table, and an end that keeps what is done."""
 
-import signal
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from mambapeft_vision.data.progress import format_duration
 from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.sweep.jobs import Job, State
-from mambapeft_vision.sweep.pool import Pool, visible_gpus
+from mambapeft_vision.sweep.pool import Pool
+from mambapeft_vision.sweep.sweep import LOGS, ended_by_sigterm, gpus_of
 from mambapeft_vision.sweep.worker import Outcome
 
 LINE_EVERY_S = 15.0
 RECENT = 100  # runs, by whose longest the last ones are judged
-LOGS = ".sweep"  # below paths.outputs
 
 
 class TimeUp(Exception):  # noqa: N818 (no error)
@@ -87,16 +87,6 @@ def run_in_time(jobs: Sequence[Job], workers: int, *, deadline: float = float("i
     if not todo:
         return follower
     outputs = Path(todo[0].plan.config["paths"]["outputs"]).expanduser()
-    gpus = visible_gpus() if {job.plan.recipe.device for job in todo} <= {"auto", "cuda"} else []
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        Pool(workers, gpus, outputs / LOGS, tasks).run(todo, follower, follower.enough)
-    except TimeUp:
-        pass
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with ended_by_sigterm(), suppress(TimeUp):
+        Pool(workers, gpus_of(todo), outputs / LOGS, tasks).run(todo, follower, follower.enough)
     return follower
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
