@@ -3,6 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
+from mambapeft_vision.imports import imports_kept
 from mambapeft_vision.training.cli import job, run_cli
 from mambapeft_vision.training.config import register_schemas
 
@@ -12,7 +13,8 @@ register_schemas()
 @hydra.main(config_path="configs", config_name="evaluate", version_base="1.3")
 @job
 def main(cfg: DictConfig) -> None:
-    from mambapeft_vision.training.evaluate import evaluate  # imports PyTorch, for which --help need not wait
+    with imports_kept():  # PyTorch's, for which --help need not wait
+        from mambapeft_vision.training.evaluate import evaluate
 
     evaluate(cfg)
 

@@ -7,6 +7,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from mambapeft_vision.imports import imports_kept
 from mambapeft_vision.pretraining.command import is_pretraining, translated
 from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.training.again import recorded
@@ -24,7 +25,8 @@ register_schemas()
 @hydra.main(config_path="configs", config_name="train", version_base="1.3")
 @job
 def main(cfg: DictConfig) -> None:
-    from mambapeft_vision.training.run import train  # imports PyTorch, for which --help need not wait
+    with imports_kept():  # PyTorch's, for which --help need not wait
+        from mambapeft_vision.training.run import train
 
     train(cfg, HydraConfig.get().overrides.task, expected=_record)
 
@@ -33,7 +35,8 @@ def prepare_and_run() -> None:
     global _record
     if is_pretraining(sys.argv[1:]):
         config, overrides = translated(sys.argv[1:], CONFIGS)
-        from mambapeft_vision.pretraining.run import run
+        with imports_kept():
+            from mambapeft_vision.pretraining.run import run
 
         sys.exit(run(config, overrides))
     with recorded(sys.argv[1:], CONFIGS) as (arguments, _record):

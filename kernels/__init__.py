@@ -4,15 +4,18 @@ Imports torch and (where present) triton or cuda-core only, and knows neither th
 Every op has a `naive.py` that is its definition, and one file for each faster backend.
 """
 
+from mambapeft_kernels.ahead import BlockSizes, compile_ahead
 from mambapeft_kernels.backends import BACKENDS, available_backends, describe, resolve_backend
 from mambapeft_kernels.mixer import Direction, ssm_mixer
 from mambapeft_kernels.norm import add_rms_norm
 
 __all__ = [
     "BACKENDS",
+    "BlockSizes",
     "Direction",
     "add_rms_norm",
     "available_backends",
+    "compile_ahead",
     "describe",
     "resolve_backend",
     "ssm_mixer",

@@ -1,29 +1,48 @@
-"""CUDA C++ compiled at run time with NVRTC through cuda-core: no nvcc, no build step, no headers."""
+"""CUDA C++ compiled at run time with NVRTC through cuda-core: no nvcc, no build step, no headers.
+
+What is compiled is kept on the disk, in Triton's cache of kernels (~/.triton/cache, or TRITON_CACHE_DIR).
+"""
 
 import ctypes
+import hashlib
 from functools import cache
 from pathlib import Path
 
 import torch
+from cuda.bindings import nvrtc
 from torch import Tensor
+from triton.runtime.cache import get_cache_manager
 
 try:
-    from cuda.core import Device, LaunchConfig, Program, ProgramOptions, launch
+    from cuda.core import Device, LaunchConfig, ObjectCode, Program, ProgramOptions, launch
 except ImportError:  # before cuda-core 1.0 the same names lived here
-    from cuda.core.experimental import Device, LaunchConfig, Program, ProgramOptions, launch
+    from cuda.core.experimental import Device, LaunchConfig, ObjectCode, Program, ProgramOptions, launch
 
 _FOLDER = Path(__file__).parent
+_STANDARD = "c++17"
+_CUBIN = "kernel.cubin"
 
 
 @cache
 def _kernel(files: tuple[str, ...], name: str, macros: tuple[tuple[str, int], ...], device: int):
-    """The kernel `name` of the concatenated `files`, compiled for the device; once a process."""
+    """The kernel `name` of the concatenated `files` for the device; loaded once a process."""
     source = "".join(f"#define {k} {v}\n" for k, v in macros)
     source += "\n".join((_FOLDER / f).read_text(encoding="utf-8") for f in files)
     Device(device).set_current()
     major, minor = torch.cuda.get_device_capability(device)
-    options = ProgramOptions(std="c++17", arch=f"sm_{major}{minor}")
-    return Program(source, "c++", options).compile("cubin").get_kernel(name)
+    return ObjectCode.from_cubin(_compiled(source, f"sm_{major}{minor}")).get_kernel(name)
+
+
+def _compiled(source: str, arch: str) -> bytes:
+    """The machine code of `source`, from the disk where this NVRTC has compiled it before."""
+    decided_by = f"{_STANDARD} {arch} NVRTC {nvrtc.nvrtcVersion()}\n{source}"
+    kept = get_cache_manager(hashlib.sha256(decided_by.encode()).hexdigest())
+    file = kept.get_file(_CUBIN)
+    if file is not None:
+        return Path(file).read_bytes()
+    cubin = Program(source, "c++", ProgramOptions(std=_STANDARD, arch=arch)).compile("cubin").code
+    kept.put(cubin, _CUBIN)
+    return cubin
 
 
 class _TorchStream:

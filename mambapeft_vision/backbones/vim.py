@@ -6,11 +6,12 @@ checkpoints. Everything between in_proj and out_proj is one op of `mambapeft_ker
 
 import math
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mambapeft_kernels import Direction, add_rms_norm, resolve_backend, ssm_mixer
+from mambapeft_kernels import BlockSizes, Direction, add_rms_norm, compile_ahead, resolve_backend, ssm_mixer
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import lecun_normal_, trunc_normal_
 from timm.models import register_model
@@ -287,6 +288,13 @@ class Vim(nn.Module):
         for mixer in self.mixers:
             mixer.kernel = resolved
         return resolved
+
+    def compile_ahead(self, kernel: str, dtype: torch.dtype, device: torch.device) -> tuple[Future, ...]:
+        """Starts to compile a block's kernels for activations of `dtype`; see `mambapeft_kernels.compile_ahead`."""
+        mixer = self.mixers[0]
+        states, taps = mixer.A_log.shape[1], mixer.conv1d.kernel_size[0]
+        sizes = BlockSizes(self.embed_dim, mixer.d_inner, states, mixer.dt_rank, taps)
+        return compile_ahead(sizes, mixer.scale, dtype, device, kernel)
 
     def reset_classifier(self, num_classes: int) -> None:
         """A new zero head for `num_classes` classes (0: none), on the old one's device and dtype."""

@@ -133,6 +133,10 @@ class Vit(nn.Module):
             )
         return "torch"
 
+    def compile_ahead(self, kernel: str, dtype: torch.dtype, device: torch.device) -> tuple[()]:
+        """PyTorch's kernels are compiled."""
+        return ()
+
     def reset_classifier(self, num_classes: int) -> None:
         """A new zero head for `num_classes` classes (0: none), on the old one's device and dtype."""
         self.num_classes = num_classes

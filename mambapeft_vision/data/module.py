@@ -187,7 +187,7 @@ class TaskDataModule(LightningDataModule):
         """Has the test split decoded into the cache by another process meanwhile, where there is a cache."""
         listing = self._listings[self.test_split]
         if self.cache is not None and self._test_set is None and is_cacheable(listing, self.preprocessing):
-            self._prefetch = Prefetch(listing, self.preprocessing, self.cache)
+            self._prefetch = Prefetch(listing, self.num_classes, self.preprocessing, self.cache)
 
     def test_dataloader(self) -> MemoryLoader | DataLoader:
         """Batches of the test split in list order."""

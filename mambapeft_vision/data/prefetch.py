@@ -15,7 +15,7 @@ from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 from mambapeft_vision.data.cache import cached_list
-from mambapeft_vision.data.listfile import ImageList
+from mambapeft_vision.data.listfile import ImageList, parse_list
 from mambapeft_vision.data.preprocessing import Preprocessing
 from mambapeft_vision.data.progress import Progress, ProgressCallback
 from mambapeft_vision.processes import end_with_parent
@@ -27,14 +27,16 @@ class Prefetch:
     """Fills the cache with a list's images. Whatever goes wrong there is left to whoever asks for the images next.
 
     Args:
+        num_classes: of the task.
         folder: of the cache.
     """
 
-    def __init__(self, listing: ImageList, preprocessing: Preprocessing, folder: Path) -> None:
+    def __init__(self, listing: ImageList, num_classes: int, preprocessing: Preprocessing, folder: Path) -> None:
         context = multiprocessing.get_context("spawn")  # a forked process would share what CUDA has started
         self._total, self._done = len(listing), context.Value("q", 0)
         self._started = time.monotonic()
-        arguments = (listing, preprocessing, folder, self._done)
+        # The list's file, not its entries: starting would wait until the process, its imports done, has read them.
+        arguments = (listing.file, num_classes, preprocessing, folder, self._done)
         self._process = context.Process(target=_decode, args=arguments, name="prefetch", daemon=True)
         self._process.start()
 
@@ -46,7 +48,7 @@ class Prefetch:
                 progress(Progress(self._done.value, self._total, time.monotonic() - self._started))
 
 
-def _decode(listing: ImageList, preprocessing: Preprocessing, folder: Path, done: Synchronized) -> None:
+def _decode(file: Path, num_classes: int, preprocessing: Preprocessing, folder: Path, done: Synchronized) -> None:
     end_with_parent()
     with suppress(OSError):
         os.nice(5)  # the training process comes first
@@ -57,4 +59,4 @@ def _decode(listing: ImageList, preprocessing: Preprocessing, folder: Path, done
     with suppress(Exception), warnings.catch_warnings():
         # A cache that cannot be filled is warned of, before the images are decoded for nothing.
         warnings.filterwarnings("error", message="decoded images are not kept")
-        cached_list(listing, preprocessing, folder, count)
+        cached_list(parse_list(file, num_classes)[0], preprocessing, folder, count)

@@ -1,6 +1,7 @@
 """The objects of a run, built in the order in which mistakes are cheapest to find."""
 
 from collections.abc import Callable
+from concurrent.futures import wait
 from dataclasses import dataclass
 
 import mambapeft_kernels
@@ -80,9 +81,12 @@ def assemble(
     backbone = sources.backbone(plan)
     resolved = set_kernel(backbone, kernel, device)
     console.say(mambapeft_kernels.describe(kernel, device))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    compilations = backbone.compile_ahead(resolved, dtype, device)  # beside the decoding
     model = attach(backbone, task.num_classes)
     preprocessing = Preprocessing.from_timm(backbone.default_cfg)
     task.load(preprocessing, ConsoleProgress(f"decode {task.name}", "images"))
     if task.train_set.images.device != device:
         task.train_set = task.train_set.to(device)  # and there they stay: a step chooses its batch on the device
+    wait(compilations)
     return Setup(device, resolved, precision, task, model, Normalise(preprocessing), plan.recipe.cuda_graph)

@@ -94,7 +94,7 @@ class TrainStep:
             seed: of this step's dropout and drop path.
             whole: images of this step on all ranks; default: b.
         """
-        torch.manual_seed(seed + (self._settings.rank << 32))
+        self._seed(seed + (self._settings.rank << 32))
         size = len(labels), len(labels) if whole is None else whole
         recorded = self._graphs.get(size)
         if recorded is None and self._records and self._is_warm(size):
@@ -122,8 +122,16 @@ class TrainStep:
 
     def gradients(self, images: Tensor, labels: Tensor, seed: int) -> float:
         """Computes a whole batch's gradients here, takes no step, returns the loss: to look into a step that failed."""
-        torch.manual_seed(seed)
+        self._seed(seed)
         return self._backward(images, labels, len(labels))[0].item()
+
+    def _seed(self, seed: int) -> None:
+        """Seeds the CPU and the step's device. torch.manual_seed also notes every call, with a traceback, for each kind
+        of device that is not there: a millisecond a step, and never freed.
+        """
+        torch.default_generator.manual_seed(seed)
+        if self._on_gpu:
+            torch.cuda.default_generators[self._not_finite.device.index].manual_seed(seed)
 
     def _wait_for_older(self) -> None:
         if len(self._under_way) == AHEAD:

@@ -1,5 +1,6 @@
 """The same runs on a GPU."""
 
+import concurrent.futures
 import re
 
 import pytest
@@ -7,6 +8,7 @@ import runs
 import torch
 
 from mambapeft_vision.errors import UserError
+from mambapeft_vision.training import setup
 from mambapeft_vision.training.evaluate import evaluate
 from mambapeft_vision.training.step import TrainStep
 
@@ -154,3 +156,33 @@ def test_thirty_steps_with_kernels_and_with_the_definition_give_the_same_losses(
 def test_the_default_precision_is_bf16(task, tmp_path):
     record, _ = run_on_gpu(task, tmp_path, "trainer.precision=auto")
     assert record.precision == "bf16"
+
+
+# Compilation
+
+
+def test_what_a_run_launches_is_compiled_ahead_of_its_first_step(task, tmp_path, monkeypatch):
+    from mambapeft_kernels import nvrtc
+    from triton.runtime.jit import JITFunction
+
+    compiled, ahead = [], []
+
+    def noted(function, name):
+        def wrapped(*arguments, **keywords):
+            compiled.append(name(*arguments))
+            return function(*arguments, **keywords)
+
+        return wrapped
+
+    def wait(futures):
+        concurrent.futures.wait(futures)
+        assert [future.exception() for future in futures] == [None] * len(futures) != []
+        ahead.extend(compiled)
+
+    triton_name, cuda_name = (lambda kernel, *_: kernel.__name__), (lambda source, *_: source.split("\n")[0])
+    monkeypatch.setattr(JITFunction, "_do_compile", noted(JITFunction._do_compile, triton_name))
+    monkeypatch.setattr(nvrtc, "_compiled", noted(nvrtc._compiled, cuda_name))
+    monkeypatch.setattr(setup, "wait", wait)
+    # Sizes that no other test has, so that this process cannot have compiled for them before.
+    run_on_gpu(task, tmp_path, "+backbone.d_state=7", "+backbone.dt_rank=5", "++backbone.embed_dim=112")
+    assert len(ahead) >= 8 and compiled[len(ahead) :] == []

@@ -1,0 +1,128 @@
+"""Compilation ahead of a run's first step, kernels side by side.
+
+Launched one after another, kernels that a machine has never run also compile one after another: seconds in which the
+GPU has nothing to do. Here each op of a block runs on zeros in a thread of its own; compilers release Python's lock.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from mambapeft_kernels.norm import add_rms_norm
+from mambapeft_kernels.selective_scan.checkpoints import CHUNK, empty_checkpoints
+from torch import Tensor
+
+_BATCH, _LENGTH = 2, 2 * CHUNK  # of the zeros; kernels are not specialised on either
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """D width, E channels, N states, R dt_rank, K conv taps of a block."""
+
+    width: int
+    channels: int
+    states: int
+    rank: int
+    taps: int
+
+
+@cache
+def compile_ahead(
+    sizes: BlockSizes, scale: float, dtype: torch.dtype, device: torch.device, backend: str
+) -> tuple[Future, ...]:
+    """Starts to compile what training and testing launch of a frozen block of two directions; once a process.
+
+    What a method changes (more states, gradients of weights, ...) compiles when it is launched.
+
+    Args:
+        scale: of the block's sum of directions.
+        dtype: of the activations.
+        backend: a resolved one; only fused kernels compile.
+    Returns: what to wait for with `concurrent.futures.wait`.
+    """
+    if device.type != "cuda" or backend not in ("cuda", "triton"):
+        return ()
+    work = tasks(sizes, scale, dtype, device, backend)
+    executor = ThreadPoolExecutor(len(work), thread_name_prefix="compile ahead")
+    futures = tuple(executor.submit(task) for task in work)
+    executor.shutdown(wait=False)
+    return futures
+
+
+def tasks(
+    sizes: BlockSizes, scale: float, dtype: torch.dtype, device: torch.device, backend: str
+) -> tuple[Callable[[], object], ...]:
+    """Functions that launch all of it together, those that compile longest first."""
+    block = _Block(sizes, scale, dtype, device, backend)
+    return (
+        block.mixer_backward,
+        block.mixer_forward,
+        partial(block.norm, branch=True),
+        partial(block.norm, branch=True, is_last=True),
+        partial(block.norm, branch=False),
+        block.first_norm,
+        block.product,
+    )
+
+
+class _Block:
+    """The ops of a block on zeros."""
+
+    def __init__(self, sizes: BlockSizes, scale: float, dtype: torch.dtype, device: torch.device, backend: str) -> None:
+        from mambapeft_kernels.mixer import fused  # noqa: F401  (registers the ops)
+
+        self._sizes, self._scale, self._backend = sizes, scale, backend
+        self._activations = partial(torch.zeros, dtype=dtype, device=device)
+        self._wide = partial(torch.zeros, dtype=torch.float32, device=device)
+
+    def mixer_forward(self) -> None:
+        for save in (True, False):
+            torch.ops.mambapeft.mixer_forward(
+                *self._halves(), self._weights(), *self._present(), self._scale, self._backend, save
+            )
+
+    def mixer_backward(self) -> None:
+        shape = _BATCH, _LENGTH, self._sizes.channels
+        dout, total = self._activations(shape), self._activations(shape)
+        u, delta = self._activations(2, *shape), self._activations(2, *shape)
+        bc = self._wide(2, _BATCH, _LENGTH, 2 * self._sizes.states)
+        checkpoints = empty_checkpoints(u, self._sizes.states).zero_()
+        weights = self._weights()
+        torch.ops.mambapeft.mixer_backward(
+            dout, *self._halves(), total, checkpoints, u, delta, bc, weights, *self._present(), self._scale,
+            self._backend, True, True, [False] * len(weights),
+        )  # fmt: skip
+
+    def norm(self, branch: bool, is_last: bool = False) -> None:
+        """branch: with drop path; is_last: nothing uses the residual, which has no gradient."""
+        shape = _BATCH, _LENGTH, self._sizes.width
+        hidden, residual = self._activations(shape).requires_grad_(), self._wide(shape).requires_grad_()
+        branch_scale = self._wide(_BATCH) if branch else None
+        outputs = add_rms_norm(hidden, residual, self._wide(self._sizes.width), 1e-5, branch_scale, self._backend)
+        used = outputs[:1] if is_last else outputs
+        torch.autograd.backward(used, [torch.zeros_like(output) for output in used])
+
+    def first_norm(self) -> None:
+        """Of the embedded tokens, which autocast leaves in float32; what they are is seldom trained."""
+        tokens = self._wide(_BATCH, _LENGTH, self._sizes.width)
+        add_rms_norm(tokens, None, self._wide(self._sizes.width), 1e-5, None, self._backend)
+
+    def product(self) -> Tensor:
+        """Loads cuBLAS."""
+        return self._activations(16, 16) @ self._activations(16, 16)
+
+    def _halves(self) -> tuple[Tensor, Tensor]:
+        """x and z, as in_proj's output has them."""
+        return self._activations(_BATCH, _LENGTH, 2 * self._sizes.channels).chunk(2, dim=-1)
+
+    def _weights(self) -> list[Tensor]:
+        """Those of one direction after those of the other, in the order of `Direction`."""
+        s = self._sizes
+        shapes = (s.channels, s.taps), s.channels, (s.rank + 2 * s.states, s.channels), (s.channels, s.rank), s.channels
+        return [self._wide(shape) for shape in (*shapes, (s.channels, s.states), s.channels)] * 2
+
+    def _present(self) -> tuple[list[bool], list[bool]]:
+        """Of a direction's nine tensors, all but the two offsets; and which direction reads backwards."""
+        return ([True] * 7 + [False] * 2) * 2, [False, True]
