@@ -60,6 +60,7 @@ def tasks(
         block.mixer_backward,
         block.mixer_forward,
         partial(block.norm, branch=True),
+        partial(block.norm, branch=True, is_second=True),
         partial(block.norm, branch=True, is_last=True),
         partial(block.norm, branch=False),
         block.first_norm,
@@ -95,10 +96,11 @@ class _Block:
             self._backend, True, True, [False] * len(weights),
         )  # fmt: skip
 
-    def norm(self, branch: bool, is_last: bool = False) -> None:
-        """branch: with drop path; is_last: nothing uses the residual, which has no gradient."""
+    def norm(self, branch: bool, is_second: bool = False, is_last: bool = False) -> None:
+        """branch: with drop path; is_second: the residual is the frozen tokens; is_last: nothing uses the new one."""
         shape = _BATCH, _LENGTH, self._sizes.width
-        hidden, residual = self._activations(shape).requires_grad_(), self._wide(shape).requires_grad_()
+        hidden, residual = self._activations(shape).requires_grad_(), self._wide(shape)
+        residual.requires_grad_(not is_second)
         branch_scale = self._wide(_BATCH) if branch else None
         outputs = add_rms_norm(hidden, residual, self._wide(self._sizes.width), 1e-5, branch_scale, self._backend)
         used = outputs[:1] if is_last else outputs

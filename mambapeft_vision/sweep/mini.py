@@ -27,7 +27,7 @@ TASKS = tuple(task.name for task in IMPORTED.values())
 #: Like the paper's protocol, which tunes a method once, on five tasks, and not on every task.
 SEARCH_TASKS = ("mini/usps", "mini/satellite_climate", "mini/scene_distance", "mini/norb_azimuth", "mini/dsprites_loc")
 RECIPE_RATE = 1e-3
-RATES = (3e-4, RECIPE_RATE, 3e-3, 1e-2)
+RATES = (3e-4, RECIPE_RATE, 3e-3, 1e-2, 3e-2)
 SEARCH_SPLITS = ("dataset.train_split=train800", "dataset.test_split=val200")
 #: Optimiser steps of a run of Vim-S on VTAB-1K, for which the presets' warm-up phases are set.
 PAPER_STEPS = 100 * 32

@@ -4,15 +4,19 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from scipy.stats import spearmanr
+
 from mambapeft_vision.atomic import write_text
 from mambapeft_vision.errors import UserError
 from mambapeft_vision.results.paired import Paired, holm, paired
+from mambapeft_vision.results.paper import paper_row
 from mambapeft_vision.results.plots import accuracy_against_parameters, differences, group_bars, save
 from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.results.tables import (
     MISSING,
     Collection,
     Row,
+    Score,
     Standard,
     Table,
     collect,
@@ -69,6 +73,7 @@ def _part(title: str, pictures: str, records: Sequence[RunRecord], standard: Sta
             yield _picture(scatter, f"{pictures}-parameters.png", "average accuracy against trained numbers")
             yield _picture(group_bars(collection), f"{pictures}-groups.png", "group means of every method")
         yield from _compared(collection, pictures)
+        yield from _ordered_as_published(collection)
         yield to_markdown(task_table(collection))
 
 
@@ -80,6 +85,21 @@ def _compared(collection: Collection, pictures: str) -> Iterable[str]:
         drawn = [(collection.label(row), pair.mean, pair.half, holds) for row, pair, holds in compared]
         figure = differences(drawn, collection.label(base))
         yield _picture(figure, f"{pictures}-differences.png", f"differences from {AGAINST}, with intervals")
+
+
+def _ordered_as_published(collection: Collection) -> Iterable[str]:
+    ours, published = [], []
+    for row in collection.rows:
+        paper, average = paper_row(row.preset), row.average([collection.tasks])
+        if isinstance(average, Score) and paper is not None and row.preset == paper.presets[0]:
+            ours.append(average.mean)
+            published.append(paper.average)
+    if len(ours) > 2:
+        rho = spearmanr(ours, published).statistic
+        yield (
+            f"The order of the {len(ours)} methods that the MambaPEFT paper's table has too, against their order there "
+            f"(Vim-S on VTAB-1K): Spearman's rank correlation is {rho:.2f}.\n"
+        )
 
 
 def compare_with(base: Row, collection: Collection) -> list[tuple[Row, Paired, bool]]:
