@@ -306,7 +306,7 @@ def table(rows: list[dict]) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Bars of the training speed of every row, in one colour a batch size; the first row's 0.6 as a line."""
+    """Bars of the training speed of every row, in one colour a batch size; a line at 0.6 of LoRA_p(X)'s."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -318,6 +318,9 @@ def plot(rows: list[dict], path: Path) -> None:
     labels = [f"{row['method']} (batch {row['batch']})" if len(colours) > 1 else row["method"] for row in rows]
     bars = axes.barh(labels, [row["train_images_per_s"] for row in rows], color=[colours[row["batch"]] for row in rows])
     axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=7)
+    for bar in (0.6 * row["train_images_per_s"] for row in rows if row["method"] == "lora_p_x"):
+        axes.axvline(bar, color="black", linestyle=":", linewidth=1)
+        axes.annotate("0.6 of lora_p_x", (bar, 0), xytext=(3, -4), textcoords="offset points", fontsize=7)
     axes.tick_params(axis="y", labelsize=7)
     axes.set(xlabel="training images/s", title=f"Vim-S, {rows[0]['precision']}")
     axes.spines[["top", "right"]].set_visible(False)
