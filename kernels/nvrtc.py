@@ -26,11 +26,14 @@ _CUBIN = "kernel.cubin"
 @cache
 def _kernel(files: tuple[str, ...], name: str, macros: tuple[tuple[str, int], ...], device: int):
     """The kernel `name` of the concatenated `files` for the device; loaded once a process."""
-    source = "".join(f"#define {k} {v}\n" for k, v in macros)
-    source += "\n".join((_FOLDER / f).read_text(encoding="utf-8") for f in files)
     Device(device).set_current()
     major, minor = torch.cuda.get_device_capability(device)
-    return ObjectCode.from_cubin(_compiled(source, f"sm_{major}{minor}")).get_kernel(name)
+    return ObjectCode.from_cubin(_compiled(_source(files, macros), f"sm_{major}{minor}")).get_kernel(name)
+
+
+def _source(files: tuple[str, ...], macros: tuple[tuple[str, int], ...]) -> str:
+    defined = "".join(f"#define {k} {v}\n" for k, v in macros)
+    return defined + "\n".join((_FOLDER / f).read_text(encoding="utf-8") for f in files)
 
 
 def _compiled(source: str, arch: str) -> bytes:

@@ -55,3 +55,15 @@ def test_core_does_not_pull_in_heavy_optional_packages():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+def test_what_is_imported_is_not_looked_through_for_garbage():
+    program = (
+        "import gc\n"
+        "from mambapeft_vision.imports import imports_kept\n"
+        "with imports_kept():\n"
+        "    assert not gc.isenabled()\n"
+        "    import torch\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 10_000\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -68,6 +68,19 @@ def test_totals_are_sums_over_images_not_batches(module):
     assert step.take_totals() == (0.0, 0, 0)
 
 
+def test_a_step_is_seeded_as_pytorch_does_it_and_no_call_is_kept(module):
+    step, (images, labels) = step_of(module), (torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]))
+    kept = len(torch.xpu._queued_calls)
+    states = []
+    for seed in (7, 7, 8):
+        step._backward = lambda *_: states.append(torch.get_rng_state()) or torch.zeros(2, dtype=torch.float64)
+        step(images, labels, seed)
+    assert len(torch.xpu._queued_calls) == kept
+    torch.manual_seed(7)
+    assert torch.equal(states[0], torch.get_rng_state()) and torch.equal(states[1], states[0])
+    assert not torch.equal(states[2], states[0])
+
+
 def test_micro_batches_add_up_to_the_batch(module):
     for name, parameter in module.model.trained().items():  # off their start, so that every gradient is something
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
