@@ -1,7 +1,7 @@
 """Training speed on one GPU, through `python train.py`'s own path: images/s, GPU busy share, peak memory.
 
     python scripts/bench_train.py                                    # LoRA_p(X), batch 32 and 256, bf16
-    python scripts/bench_train.py --methods all --batch 32           # every preset that fits the backbone
+    python scripts/bench_train.py --methods all --batch 32 --busy    # every preset that fits the backbone
     python scripts/bench_train.py --profile lora_p_x                 # where the step's time goes
     python scripts/bench_train.py --whole-task                       # a VTAB-sized task as a process; two in a sweep
     python scripts/bench_train.py --reference MambaPEFT              # and a checkout of the published code, if it runs
@@ -187,8 +187,24 @@ def side_by_side(plan: RunPlan, batch: int, precision: str, most: int) -> Iterat
         yield f"{plan.method_names}, batch {batch}: {len(steps)} side by side {rate:,.0f} images/s, {rate / alone:.2f}x"
 
 
-def profile(plan: RunPlan, batch: int, precision: str, top: int = 16) -> Iterator[str]:
-    """Lines of a table: where the time of one recorded step goes."""
+@dataclass(frozen=True)
+class Profile:
+    """A recorded step. seconds: of one; times: µs of each of its kernels, by name."""
+
+    seconds: float
+    times: dict[str, list[float]]
+
+    @property
+    def busy_us(self) -> float:
+        """Time in which a kernel runs."""
+        return sum(map(sum, self.times.values()))
+
+    @property
+    def busy_share(self) -> float:
+        return self.busy_us / 1e6 / self.seconds
+
+
+def profile(plan: RunPlan, batch: int, precision: str) -> Profile:
     step = prepare(plan, batch, precision)
     seconds = seconds_a_round([step], 20)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -198,19 +214,25 @@ def profile(plan: RunPlan, batch: int, precision: str, top: int = 16) -> Iterato
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             times[_short(event.name)].append(event.time_range.end - event.time_range.start)
-    busy = sum(map(sum, times.values()))
-    kernels = sum(map(len, times.values()))
+    return Profile(seconds, times)
+
+
+def breakdown(plan: RunPlan, batch: int, precision: str, top: int = 16) -> Iterator[str]:
+    """Lines of a table: where the time of one recorded step goes."""
+    found = profile(plan, batch, precision)
+    kernels = sum(map(len, found.times.values()))
     yield (
-        f"{plan.method_names}, batch {batch}, {precision}: {1e3 * seconds:.2f} ms a step, {batch / seconds:,.0f} "
-        f"images/s; {kernels:,} kernels run for {busy / 1e3:.2f} ms: busy {busy / 1e4 / seconds:.0f} % of the time"
+        f"{plan.method_names}, batch {batch}, {precision}: {1e3 * found.seconds:.2f} ms a step, "
+        f"{batch / found.seconds:,.0f} images/s; {kernels:,} kernels run for {found.busy_us / 1e3:.2f} ms: "
+        f"busy {100 * found.busy_share:.0f} % of the time"
     )
     yield "| kernel | calls | µs each | ms | share |"
     yield "|---|---|---|---|---|"
-    ranked = sorted(times.items(), key=lambda item: -sum(item[1]))
-    rest = [t for _, found in ranked[top:] for t in found]
-    for name, found in [*ranked[:top], (f"{len(ranked) - top} others", rest)]:
-        each = sum(found) / max(1, len(found))
-        yield f"| {name} | {len(found)} | {each:.1f} | {sum(found) / 1e3:.2f} | {100 * sum(found) / busy:.0f} % |"
+    ranked = sorted(found.times.items(), key=lambda item: -sum(item[1]))
+    rest = [t for _, times in ranked[top:] for t in times]
+    for name, times in [*ranked[:top], (f"{len(ranked) - top} others", rest)]:
+        each, share = sum(times) / max(1, len(times)), sum(times) / found.busy_us
+        yield f"| {name} | {len(times)} | {each:.1f} | {sum(times) / 1e3:.2f} | {100 * share:.0f} % |"
 
 
 def _short(name: str) -> str:
@@ -335,6 +357,7 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", default=["bf16"])
     parser.add_argument("--backbone", default="vim_s")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more of train.py's overrides")
+    parser.add_argument("--busy", action="store_true", help="also the share of a step in which the GPU works")
     parser.add_argument("--profile", nargs="*", default=[], metavar="METHOD")
     parser.add_argument("--side-by-side", type=int, default=0, metavar="K", help="up to K independent runs on one GPU")
     parser.add_argument("--whole-task", action="store_true")
@@ -354,8 +377,12 @@ def main() -> None:
             for batch in options.batch:
                 for precision in options.precision:
                     for method in methods:
-                        rows.append(measure(task, outputs / "runs", method, batch, precision, kept, more))
-                        print(rows[-1], flush=True)
+                        row = measure(task, outputs / "runs", method, batch, precision, kept, more)
+                        if options.busy:
+                            _, plan = plan_of([f"method=[{method}]", "backbone.weights=random", *more])
+                            row["busy_percent"] = round(100 * profile(plan, batch, precision).busy_share)
+                        rows.append(row)
+                        print(row, flush=True)
         if rows:
             print(table(rows))
         if rows and options.out:
@@ -367,7 +394,7 @@ def main() -> None:
         for method in options.profile:
             for batch in options.batch:
                 _, plan = plan_of([f"method=[{method}]", "backbone.weights=random", *more])
-                print("\n".join(profile(plan, batch, options.precision[0])), flush=True)
+                print("\n".join(breakdown(plan, batch, options.precision[0])), flush=True)
         for method in methods if options.side_by_side else ():
             _, plan = plan_of([f"method=[{method}]", "backbone.weights=random", *more])
             for line in side_by_side(plan, options.batch[0], options.precision[0], options.side_by_side):
