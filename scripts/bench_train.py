@@ -230,7 +230,7 @@ def breakdown(plan: RunPlan, batch: int, precision: str, top: int = 16) -> Itera
     yield "|---|---|---|---|---|"
     ranked = sorted(found.times.items(), key=lambda item: -sum(item[1]))
     rest = [t for _, times in ranked[top:] for t in times]
-    for name, times in [*ranked[:top], (f"{len(ranked) - top} others", rest)]:
+    for name, times in [*ranked[:top], (f"{len(ranked[top:])} others", rest)]:
         each, share = sum(times) / max(1, len(times)), sum(times) / found.busy_us
         yield f"| {name} | {len(times)} | {each:.1f} | {sum(times) / 1e3:.2f} | {100 * share:.0f} % |"
 
