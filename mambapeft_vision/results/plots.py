@@ -73,7 +73,7 @@ def accuracy_against_parameters(collection: Collection) -> Figure | None:
     axes.set_xlabel("trained numbers, head included")
     over = f"{AVERAGE} over {len(collection.tasks)} tasks" if len(collection.tasks) > 1 else collection.tasks[0]
     axes.set_ylabel(f"{over}, top-1 accuracy (%)")
-    axes.set_title(_title(collection))
+    axes.set_title(collection.title)
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     key = [Line2D([], [], linestyle="none", label=f"{number}  {name}") for name, number in numbers.items()]
@@ -100,7 +100,7 @@ def task_bars(collection: Collection) -> Figure:
         else:
             _draw_task(axes, collection, task)
     figure.supxlabel("top-1 accuracy (%)")
-    figure.suptitle(_title(collection))
+    figure.suptitle(collection.title)
     return figure
 
 
@@ -232,11 +232,6 @@ def _number_points(
             color=colour,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5} if far else None,
         )
-
-
-def _title(collection: Collection) -> str:
-    family = "VTAB-1K" if collection.is_vtab else collection.family
-    return f"{family}, {collection.backbone} ({collection.weights} weights)"
 
 
 # One run, or a few

@@ -217,6 +217,12 @@ class Collection:
         return self.family == "vtab"
 
     @property
+    def title(self) -> str:
+        family = "VTAB-1K" if self.is_vtab else self.family
+        split = f", on {self.shared['test_split']}" if "test_split" in self.shared else ""
+        return f"{family}, {self.backbone} ({self.weights} weights){split}"
+
+    @property
     def published_backbone(self) -> str | None:
         """Of the published numbers that ours can be compared with."""
         if self.is_vtab and self.weights == "official" and not set(self.shared) - {"precision"}:
@@ -415,8 +421,7 @@ def _table(collection: Collection, what: str, header: Sequence[str], rows: Seque
         notes.append("n/m: only n of the m tasks are done, so there is no average.")
     if collection.mixed:
         notes.append(f"Mixed, as allowed: {collection.mixed}.")
-    name = "VTAB-1K" if collection.is_vtab else collection.family
-    return Table(f"{name}, {collection.backbone} ({collection.weights} weights): {what}", header, rows, notes)
+    return Table(f"{collection.title}: {what}", header, rows, notes)
 
 
 def _counts(row: Row) -> tuple[str, str]:

@@ -144,6 +144,7 @@ def test_runs_on_other_splits_are_apart(standard):
     assert sorted(c.published_backbone or "" for c in found) == ["", "vim_s"]
     (other,) = (c for c in found if c.published_backbone is None)
     assert "percent on val200" in to_markdown(summary_table(other))
+    assert "(official weights), on val200: summary" in to_markdown(summary_table(other))
 
 
 def test_settings_of_a_method_are_named(standard):
