@@ -80,6 +80,22 @@ def sole_writer(path: Path) -> Iterator[Path | None]:
         os.close(descriptor)
 
 
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Lets one process at a time change `path`, which need not exist, in an existing folder; the others wait for it.
+
+    A file system without locks is used without.
+    """
+    beside = _being_written(path)
+    descriptor = _waited_for(beside)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            beside.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
 def remove_abandoned(folder: Path) -> None:
     """Deletes what killed processes left in `sole_writer`: temporary files that nobody holds."""
     for temporary in folder.glob(_being_written(Path("*")).name):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from mambapeft_vision.atomic import write_json
 from mambapeft_vision.data.listfile import ImageList
 from mambapeft_vision.errors import UserError
+from mambapeft_vision.lock import one_at_a_time
 
 MANIFEST_FILE = "manifest.json"
 _FORMAT = 1
@@ -53,22 +55,22 @@ def read_record(root: Path, folder: str) -> TaskRecord | None:
 
 def write_record(root: Path, folder: str, record: TaskRecord) -> None:
     """Adds or replaces the record of one task."""
-    content = _read(root)
-    content["tasks"][folder] = asdict(record)
-    content["tasks"] = dict(sorted(content["tasks"].items()))
-    _write(root, content)
+    with _changed(root) as content:
+        content["tasks"][folder] = asdict(record)
+        content["tasks"] = dict(sorted(content["tasks"].items()))
 
 
 def drop_record(root: Path, folder: str) -> None:
     """Removes the record of a task that no longer passes."""
-    content = _read(root)
-    if content["tasks"].pop(folder, None) is not None:
-        _write(root, content)
+    if read_record(root, folder) is not None:
+        with _changed(root) as content:
+            content["tasks"].pop(folder, None)
 
 
 def write_source(root: Path, source: Mapping[str, Any]) -> None:
     """Notes where the tasks came from: archive name, size and sha256, or a folder."""
-    _write(root, _read(root) | {"source": dict(source)})
+    with _changed(root) as content:
+        content["source"] = dict(source)
 
 
 def manifest_hash(task_folder: Path, listings: Iterable[ImageList]) -> str:
@@ -105,5 +107,10 @@ def _read(root: Path) -> dict[str, Any]:
     return content
 
 
-def _write(root: Path, content: Mapping[str, Any]) -> None:
-    write_json(root / MANIFEST_FILE, content)
+@contextmanager
+def _changed(root: Path) -> Iterator[dict[str, Any]]:
+    """The manifest's content, to be changed; whatever other processes change comes before or after it."""
+    with one_at_a_time(root / MANIFEST_FILE):
+        content = _read(root)
+        yield content
+        write_json(root / MANIFEST_FILE, content)

@@ -24,6 +24,7 @@ from mambapeft_vision.data.progress import ConsoleProgress, ProgressMeter
 from mambapeft_vision.data.verify import verify_task
 from mambapeft_vision.data.vtab import Task
 from mambapeft_vision.errors import UserError
+from mambapeft_vision.lock import one_at_a_time
 
 DRAW_SEED = 0
 SPRITES_SEED = 1  # all of these images equal those of the published file
@@ -87,11 +88,9 @@ def lay_out_generated(task: Task, folder: Path) -> None:
         return
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lay_out_task(task, folder, _draw(task))
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was quicker; its folder is the same
-                raise
+        with one_at_a_time(folder):
+            if not folder.exists():  # otherwise another process has drawn it meanwhile
+                lay_out_task(task, folder, _draw(task))
     if read_record(folder.parent, folder.name) is None:  # killed just before it was noted
         report = verify_task(task, folder)
         if report.record is None:

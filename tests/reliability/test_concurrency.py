@@ -1,5 +1,6 @@
 """Several processes at the same run, the same cache, the same results: one wins, nothing is corrupted."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -12,7 +13,7 @@ import runs
 import torch
 from fake_records import fake_record
 
-from mambapeft_vision.data import Preprocessing, cache
+from mambapeft_vision.data import Preprocessing, cache, manifest, mini
 from mambapeft_vision.data.images import decode_list
 from mambapeft_vision.data.listfile import read_list
 from mambapeft_vision.lock import InUseError, remove_abandoned
@@ -135,6 +136,45 @@ def test_what_killed_processes_left_in_the_cache_is_cleared_away(tmp_path):
     (tmp_path / ".0123.images.npy.part").write_bytes(b"half")
     cache.clean(tmp_path, 1 << 30)
     assert not list(tmp_path.iterdir())
+
+
+# The same task
+
+
+def lay_out(connection, folder, log):
+    """Lays a small generated task out and notes in `log` that it is drawn, which takes a while."""
+    task = mini.Task("sprites_loc", "structured", 16, 4, num_train=5, num_val=2, family="mini")
+    draw = mini._draw
+
+    def noted(task):
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(0.3)
+        return draw(task)
+
+    mini._draw = noted
+    wait_for_others(connection)
+    mini.lay_out_generated(task, folder)
+    assert manifest.read_record(folder.parent, folder.name) is not None
+
+
+def test_the_same_task_is_drawn_by_one(tmp_path):
+    assert together(lay_out, tmp_path / "data" / "sprites_loc", tmp_path / "log") == [0] * PROCESSES
+    assert len((tmp_path / "log").read_text().splitlines()) == 1
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [manifest.MANIFEST_FILE, "sprites_loc"]
+
+
+def note_tasks(connection, root):
+    wait_for_others(connection)
+    for task in range(20):
+        manifest.write_record(root, f"{os.getpid()}-{task}", manifest.TaskRecord("0" * 64, {}, task, 0, {}, True))
+
+
+def test_of_tasks_noted_at_once_none_is_lost(tmp_path):
+    assert together(note_tasks, tmp_path) == [0] * PROCESSES
+    noted = json.loads((tmp_path / manifest.MANIFEST_FILE).read_text())["tasks"]
+    assert len(noted) == 20 * PROCESSES
+    assert [path.name for path in tmp_path.iterdir()] == [manifest.MANIFEST_FILE]
 
 
 # Results
