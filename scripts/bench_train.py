@@ -92,6 +92,11 @@ def plan_of(arguments: list[str]) -> tuple:
     return cfg, make_plan(cfg)
 
 
+def plan_of_method(method: str, more: list[str]) -> RunPlan:
+    """For steps by themselves, which need no task."""
+    return plan_of([f"method=[{method}]", "backbone.weights=random", *more])[1]
+
+
 # Runs
 
 
@@ -379,7 +384,7 @@ def main() -> None:
                     for method in methods:
                         row = measure(task, outputs / "runs", method, batch, precision, kept, more)
                         if options.busy:
-                            _, plan = plan_of([f"method=[{method}]", "backbone.weights=random", *more])
+                            plan = plan_of_method(method, more)
                             row["busy_percent"] = round(100 * profile(plan, batch, precision).busy_share)
                         rows.append(row)
                         print(row, flush=True)
@@ -393,10 +398,10 @@ def main() -> None:
             plot(rows, Path(f"{options.out}.png"))
         for method in options.profile:
             for batch in options.batch:
-                _, plan = plan_of([f"method=[{method}]", "backbone.weights=random", *more])
+                plan = plan_of_method(method, more)
                 print("\n".join(breakdown(plan, batch, options.precision[0])), flush=True)
         for method in methods if options.side_by_side else ():
-            _, plan = plan_of([f"method=[{method}]", "backbone.weights=random", *more])
+            plan = plan_of_method(method, more)
             for line in side_by_side(plan, options.batch[0], options.precision[0], options.side_by_side):
                 print(line, flush=True)
         if options.whole_task:

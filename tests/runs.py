@@ -1,6 +1,7 @@
 """Tiny runs for tests: a task of 40 images, the smallest backbone, a few epochs."""
 
 import csv
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,6 +71,11 @@ def compose_root(name: str, command: Sequence[str]) -> DictConfig:
 
 def run(command: Sequence[str]) -> RunRecord | None:
     return train(compose_train(command), command)
+
+
+def heed_ctrl_c() -> None:
+    """For a new process: what a shell starts in the background ignores Ctrl-C, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def only_run_folder(outputs: Path) -> Path:

@@ -90,12 +90,20 @@ def lay_out_generated(task: Task, folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with one_at_a_time(folder):
             if not folder.exists():  # otherwise another process has drawn it meanwhile
-                lay_out_task(task, folder, _draw(task))
+                _lay_out(task, folder)
     if read_record(folder.parent, folder.name) is None:  # killed just before it was noted
         report = verify_task(task, folder)
         if report.record is None:
             raise UserError(f"{report.problems[0]} Delete {folder} and start again: it is laid out anew by itself.")
         write_record(folder.parent, folder.name, report.record)
+
+
+def _lay_out(task: Task, folder: Path) -> None:
+    try:
+        lay_out_task(task, folder, _draw(task))
+    except OSError:
+        if not folder.is_dir():  # otherwise, on a file system without locks, another process was quicker
+            raise
 
 
 def _draw(task: Task) -> EncodedSplits:

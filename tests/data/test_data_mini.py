@@ -9,6 +9,7 @@ import yaml
 
 from mambapeft_vision.data import Preprocessing, dsprites, mini, scenes
 from mambapeft_vision.data.fetched import FETCHED
+from mambapeft_vision.data.importer import lay_out_task
 from mambapeft_vision.data.manifest import MANIFEST_FILE, read_record
 from mambapeft_vision.data.mini import GENERATED, IMPORTED, MiniDataModule
 from mambapeft_vision.errors import UserError
@@ -133,6 +134,18 @@ def test_a_kill_before_the_manifest_is_made_good_the_next_time(small, tmp_path):
     (tmp_path / MANIFEST_FILE).unlink()
     make(folder).load(PREPROCESSING)
     assert read_record(tmp_path, "sprites_loc") == record
+
+
+def test_of_two_processes_the_second_takes_the_folder_of_the_first(small, tmp_path, monkeypatch):
+    folder = tmp_path / "sprites_loc"
+
+    def overtaken(*arguments):
+        lay_out_task(*arguments)
+        raise OSError("Directory not empty")
+
+    monkeypatch.setattr(mini, "lay_out_task", overtaken)
+    make(folder).load(PREPROCESSING)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MANIFEST_FILE, "sprites_loc"]
 
 
 def test_an_absent_imported_task_names_the_command(tmp_path):

@@ -1,5 +1,6 @@
 """Sweeps as they are used: planned, killed, interrupted, gone on with, with runs that crash."""
 
+import csv
 import dataclasses
 import io
 import json
@@ -10,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -90,8 +90,7 @@ def start(command: list[str]) -> subprocess.Popen:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
-        # As at a terminal: what a shell starts in the background ignores Ctrl-C, and so would its children.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=runs.heed_ctrl_c,
     )
 
 
@@ -234,6 +233,16 @@ def test_the_committed_rates_tell_of_the_whole_table():
     methods = ",".join(row.presets[0] for row in PAPER if row.backbone == "vim_s")
     jobs = plan_jobs([f"method={methods}", "dataset=vtab/cifar"], runs.CONFIGS)
     assert len(jobs) == 30 and Speeds(rates=rates).total(job.plan for job in jobs) > 0
+
+
+def test_the_committed_rates_are_those_that_were_measured():
+    with open(runs.ROOT / "docs" / "training.csv", newline="") as file:
+        measured = {row["method"]: row["train_images_per_s"] for row in csv.DictReader(file) if row["batch"] == "32"}
+    with open(runs.ROOT / "docs" / "rates.csv", newline="") as file:
+        lines = csv.DictReader(line for line in file if not line.startswith("#"))
+        told = {line["preset"]: line["train_images_per_second"] for line in lines}
+    slowest = told.pop("*")
+    assert told == measured and slowest in measured.values()
 
 
 @pytest.mark.parametrize(
