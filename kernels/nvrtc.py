@@ -24,14 +24,14 @@ _CUBIN = "kernel.cubin"
 
 
 @cache
-def _kernel(files: tuple[str, ...], name: str, macros: tuple[tuple[str, int], ...], device: int):
+def _kernel(files: tuple[str, ...], name: str, macros: tuple[tuple[str, int | str], ...], device: int):
     """The kernel `name` of the concatenated `files` for the device; loaded once a process."""
     Device(device).set_current()
     major, minor = torch.cuda.get_device_capability(device)
     return ObjectCode.from_cubin(_compiled(_source(files, macros), f"sm_{major}{minor}")).get_kernel(name)
 
 
-def _source(files: tuple[str, ...], macros: tuple[tuple[str, int], ...]) -> str:
+def _source(files: tuple[str, ...], macros: tuple[tuple[str, int | str], ...]) -> str:
     defined = "".join(f"#define {k} {v}\n" for k, v in macros)
     return defined + "\n".join((_FOLDER / f).read_text(encoding="utf-8") for f in files)
 
@@ -74,10 +74,22 @@ def _argument(value: Tensor | int | float | None):
     return value if isinstance(value, ctypes._SimpleCData) else ctypes.c_int(value)
 
 
+def index_type(*tensors: Tensor | None) -> tuple[str, type[ctypes._SimpleCData]]:
+    """The type that counts all elements of `tensors`, for a macro and for arguments: 64 bits cost instructions."""
+    # The last chunk of tokens, or a block's last channels, are addressed though not read: hence the margin.
+    fits = all(t is None or _extent(t) < 2**31 - 2**24 for t in tensors)
+    return ("int", ctypes.c_int) if fits else ("i64", ctypes.c_longlong)
+
+
+def _extent(t: Tensor) -> int:
+    """How many elements lie from a tensor's first to its last."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
+
+
 def run(
     files: tuple[str, ...],
     name: str,
-    macros: dict[str, int],
+    macros: dict[str, int | str],
     grid: tuple[int, ...],
     threads: int,
     device: torch.device,

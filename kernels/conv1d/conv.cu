@@ -1,4 +1,5 @@
-// The depthwise convolution + SiLU of every direction, and its input gradient. Macros: K taps, G directions, REV0, REV1.
+// The depthwise convolution + SiLU of every direction, and its input gradient. Macros: E channels, K taps, G directions,
+// REV0, REV1; strides of a token in x (XL) and dx (GL); INDEX, the type that counts every tensor's elements.
 //
 // A thread owns two neighbouring channels over RUN tokens of one sample: a warp reads whole 128-byte lines (bfloat16)
 // and every row of x is read once for all taps and directions. All loops unroll, so the rows stay in registers.
@@ -20,12 +21,13 @@ struct Filter {
 };
 
 // Rows [start, start + COUNT) of a sample; zeros outside of it.
-template <int COUNT>
-__device__ __forceinline__ void load_rows(Pack<2>* rows, const io_t* base, int start, int line, int length) {
+template <int COUNT, int LINE>
+__device__ __forceinline__ void load_rows(Pack<2>* rows, const io_t* base, INDEX corner, int start, int length) {
+    const io_t* from = base + (corner + start * LINE);
 #pragma unroll
     for (int r = 0; r < COUNT; ++r) {
         rows[r].clear();
-        if (start + r >= 0 && start + r < length) rows[r].load_vector(base + (start + r) * line);
+        if (start + r >= 0 && start + r < length) rows[r].load_vector(from + r * LINE);
     }
 }
 
@@ -39,17 +41,17 @@ __device__ __forceinline__ float preactivation(const Pack<2>* x, int at, const F
 
 extern "C" __global__ void __launch_bounds__(128) conv_forward(
     const io_t* __restrict__ x, const float* w0, const float* w1, const float* b0, const float* b1,
-    io_t* __restrict__ u, int batch, int length, int channels, i64 xb, i64 xl) {
+    io_t* __restrict__ u, int batch, int length, INDEX xb) {
     const int channel = (blockIdx.x * 128 + threadIdx.x) * 2, start = blockIdx.y * RUN, b = blockIdx.z;
-    if (channel >= channels) return;
+    if (channel >= E) return;
     Pack<2> rows[RUN + 2 * HALO];
-    load_rows<RUN + 2 * HALO>(rows, x + b * xb + channel, start - HALO, (int)xl, length);
+    load_rows<RUN + 2 * HALO, XL>(rows, x, b * xb + channel, start - HALO, length);
 #pragma unroll
     for (int d = 0; d < G; ++d) {
         const bool reverse = d ? REV1 : REV0;
         Filter filter;
         filter.load(d ? w1 : w0, d ? b1 : b0, channel);
-        io_t* to = u + ((i64)d * batch + b) * length * channels + channel;
+        io_t* to = u + ((((INDEX)d * batch + b) * length + start) * E + channel);
 #pragma unroll
         for (int i = 0; i < RUN; ++i) {
             if (start + i >= length) break;
@@ -61,18 +63,18 @@ extern "C" __global__ void __launch_bounds__(128) conv_forward(
             }
             Pack<2> result;
             result.set_pair(0, v[0], v[1]);
-            result.store_vector(to + (start + i) * channels);
+            result.store_vector(to + i * E);
         }
     }
 }
 
 extern "C" __global__ void __launch_bounds__(128) conv_backward(
     const io_t* __restrict__ du, const io_t* __restrict__ x, const float* w0, const float* w1, const float* b0,
-    const float* b1, io_t* __restrict__ dx, int batch, int length, int channels, i64 xb, i64 xl, i64 gb, i64 gl) {
+    const float* b1, io_t* __restrict__ dx, int batch, int length, INDEX xb, INDEX gb) {
     const int channel = (blockIdx.x * 128 + threadIdx.x) * 2, start = blockIdx.y * RUN, b = blockIdx.z;
-    if (channel >= channels) return;
+    if (channel >= E) return;
     Pack<2> rows[RUN + 2 * HALO];
-    load_rows<RUN + 2 * HALO>(rows, x + b * xb + channel, start - HALO, (int)xl, length);
+    load_rows<RUN + 2 * HALO, XL>(rows, x, b * xb + channel, start - HALO, length);
     float sum[RUN][2];
 #pragma unroll
     for (int i = 0; i < RUN; ++i) sum[i][0] = sum[i][1] = 0.0f;
@@ -84,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(128) conv_backward(
         // Tokens whose u reads this run: it and HALO tokens behind it (before it, when reading backwards).
         const int from = reverse ? start - HALO : start;
         Pack<2> grad[RUN + HALO];
-        load_rows<RUN + HALO>(grad, du + ((i64)d * batch + b) * length * channels + channel, from, channels, length);
+        load_rows<RUN + HALO, E>(grad, du, ((INDEX)d * batch + b) * length * E + channel, from, length);
 #pragma unroll
         for (int i = 0; i < RUN + HALO; ++i) {
             const int at = reverse ? i : i + HALO;  // the row of x of token from + i
@@ -100,12 +102,12 @@ extern "C" __global__ void __launch_bounds__(128) conv_backward(
             }
         }
     }
-    io_t* to = dx + b * gb + channel;
+    io_t* to = dx + (b * gb + (INDEX)start * GL + channel);
 #pragma unroll
     for (int i = 0; i < RUN; ++i) {
         if (start + i >= length) break;
         Pack<2> result;
         result.set_pair(0, sum[i][0], sum[i][1]);
-        result.store_vector(to + (i64)(start + i) * gl);
+        result.store_vector(to + i * GL);
     }
 }

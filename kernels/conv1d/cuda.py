@@ -1,7 +1,5 @@
 """The depthwise convolution + SiLU in CUDA C++ (conv.cu): every row of x is read once for all taps and directions."""
 
-import ctypes
-
 import torch
 from mambapeft_kernels import nvrtc
 from torch import Tensor
@@ -22,17 +20,35 @@ def supports(*tensors: Tensor) -> bool:
     )
 
 
-def _launch(name: str, x: Tensor, reverse: tuple[bool, ...], taps: int, arguments: list) -> None:
-    batch, length, channels = x.shape
+def _launch(
+    name: str,
+    x: Tensor,
+    filters: tuple[list[Tensor], list[Tensor], tuple[bool, ...]],
+    before: list[Tensor],
+    after: list[Tensor],
+    strided: list[Tensor],
+) -> None:
+    """Runs a kernel on [.., B, L, E] tensors: those before and after the filters (weights, biases, directions).
+
+    strided: x, and dx where the kernel writes it; the others are contiguous.
+    """
+    (batch, length, channels), (weights, biases, reverse) = x.shape, filters
+    index, number = nvrtc.index_type(*before, *after)
     macros = {
         "IO_BF16": int(x.dtype == torch.bfloat16),
         "ALIGNED": 1,
-        "K": taps,
+        "INDEX": index,
+        "E": channels,
+        "K": weights[0].shape[1],
         "G": len(reverse),
         "REV0": int(reverse[0]),
         "REV1": int(reverse[-1]),
+        "XL": strided[0].stride(1),
+        "GL": strided[-1].stride(1),
     }
     grid = ((channels + 255) // 256, (length + 15) // 16, batch)
+    sample_strides = [number(t.stride(0)) for t in strided]
+    arguments = [*before, *_pair(weights), *_pair(biases), *after, batch, length, *sample_strides]
     nvrtc.run(_FILES, name, macros, grid, 128, x.device, arguments)
 
 
@@ -41,15 +57,10 @@ def _pair(tensors: list[Tensor]) -> list[Tensor]:
     return [wide[0], wide[-1]]
 
 
-def _strides(t: Tensor) -> list[ctypes.c_longlong]:
-    return [ctypes.c_longlong(s) for s in t.stride()[:2]]
-
-
 def conv_silu(x: Tensor, weights: list[Tensor], biases: list[Tensor], reverse: tuple[bool, ...]) -> Tensor:
     """See `mambapeft_kernels.conv1d.triton.conv_silu`."""
     u = torch.empty(len(reverse), *x.shape, dtype=x.dtype, device=x.device)
-    arguments = [x, *_pair(weights), *_pair(biases), u, *x.shape, *_strides(x)]
-    _launch("conv_forward", x, reverse, weights[0].shape[1], arguments)
+    _launch("conv_forward", x, (weights, biases, reverse), [x], [u], [x])
     return u
 
 
@@ -57,5 +68,4 @@ def conv_silu_backward(
     du: Tensor, x: Tensor, weights: list[Tensor], biases: list[Tensor], reverse: tuple[bool, ...], dx: Tensor
 ) -> None:
     """Fills dx [B, L, E] from du [G, B, L, E], through SiLU and the convolution of every direction."""
-    arguments = [du, x, *_pair(weights), *_pair(biases), dx, *x.shape, *_strides(x), *_strides(dx)]
-    _launch("conv_backward", x, reverse, weights[0].shape[1], arguments)
+    _launch("conv_backward", x, (weights, biases, reverse), [du, x], [dx], [x, dx])

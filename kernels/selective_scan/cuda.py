@@ -1,7 +1,5 @@
 """The selective scan in CUDA C++ (scan_forward.cu, scan_backward.cu): same functions as the Triton backend's."""
 
-import ctypes
-
 import torch
 from mambapeft_kernels import nvrtc
 from mambapeft_kernels.selective_scan.checkpoints import CHUNK, empty_checkpoints
@@ -60,8 +58,10 @@ def _wide(tensors: list[Tensor | None]) -> list[Tensor | None]:
     return [wide[0], wide[-1]]
 
 
-def _strides(t: Tensor) -> list[ctypes.c_longlong]:
-    return [ctypes.c_longlong(s) for s in t.stride()]
+def _lines(**tensors: Tensor) -> dict[str, int]:
+    """Macros: strides of a token and of a channel of [B, L, E] tensors, e.g. ZL and ZE of z."""
+    lines = {f"{name}L": t.stride(1) for name, t in tensors.items()}
+    return lines | {f"{name}E": t.stride(2) for name, t in tensors.items()}
 
 
 def _bits(reverse: tuple[bool, ...]) -> int:
@@ -95,11 +95,15 @@ def scan_forward(
     ckpt = empty_checkpoints(u, states) if save else out.new_empty(0)
     offset = any(t is not None for t in state_offset)
     choice = _choice(u.device, "forward", states > 16, save)
+    index, number = nvrtc.index_type(u, z, ckpt, bc)
     macros = {
         "CHUNK": CHUNK,
         "IO_BF16": int(u.dtype == torch.bfloat16),
         "ALIGNED": int(_aligned(u, z)),
         "N": states,
+        "E": channels,
+        "INDEX": index,
+        **_lines(Z=z),
         "G": groups,
         "SAVE": int(save),
         "HAS_SO": int(offset),
@@ -108,7 +112,7 @@ def scan_forward(
     nvrtc.run(
         _FORWARD, "scan_forward", macros, ((channels + 63) // 64, batch), 32 * choice["P"] * groups, u.device,
         [u, delta, bc, z, *_wide(A_log), *_wide(D), *_wide(state_offset), *_wide(output_offset), out, total, ckpt,
-         batch, length, channels, *_strides(z), scale, _bits(reverse)],
+         batch, length, number(z.stride(0)), scale, _bits(reverse)],
     )  # fmt: skip
     return out, total, ckpt
 
@@ -140,11 +144,16 @@ def scan_backward(
     dbc = torch.empty(blocks, *bc.shape, dtype=u.dtype, device=u.device)
     dA = torch.empty(batch, groups, channels, states, dtype=torch.float32, device=u.device) if need_dA else None
     offset = any(t is not None for t in state_offset)
+    written = z if dz is None else dz
+    index, number = nvrtc.index_type(dout, u, bc, z, ckpt, dz, dbc, dA)
     macros = {
         "CHUNK": CHUNK,
         "IO_BF16": int(u.dtype == torch.bfloat16),
         "ALIGNED": int(_aligned(u, z, dout, dz)),
         "N": states,
+        "E": channels,
+        "INDEX": index,
+        **_lines(O=dout, Z=z, G=written),
         "P": lanes,
         "ST": per_lane,
         "NEED_DZ": int(dz is not None),
@@ -155,7 +164,6 @@ def scan_backward(
     nvrtc.run(
         _BACKWARD, "scan_backward", macros, (blocks, batch, groups), 128, u.device,
         [dout, u, delta, bc, z, total, ckpt, *_wide(A_log), *_wide(D), *_wide(state_offset), du, draw, dz, dbc, dA,
-         batch, length, channels, *_strides(dout), *_strides(z), *_strides(z if dz is None else dz), scale,
-         _bits(reverse)],
+         batch, length, *(number(t.stride(0)) for t in (dout, z, written)), scale, _bits(reverse)],
     )  # fmt: skip
     return du, draw, dbc, dA

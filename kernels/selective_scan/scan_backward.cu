@@ -1,6 +1,8 @@
-// The adjoint of both scans. Macros: CHUNK, N states, P lanes that share a channel pair (4 or 8), ST states of a lane (4;
-// or 6 with four lanes), NEED_DZ, NEED_DA, HAS_SO (state offset), STORE_DECAY (how many of a chunk's decays stay in
-// registers; the rest is computed twice), MIN_BLOCKS (per multiprocessor).
+// The adjoint of both scans. Macros: CHUNK, N states, E channels, P lanes that share a channel pair (4 or 8), ST states of
+// a lane (4; or 6 with four lanes), NEED_DZ, NEED_DA, HAS_SO (state offset), STORE_DECAY (how many of a chunk's decays
+// stay in registers; the rest is computed twice), MIN_BLOCKS (per multiprocessor); strides of a token and of a channel in
+// dout (OL, OE), z (ZL, ZE) and dz (GL, GE); INDEX, the type that counts every tensor's elements. A tenth of the
+// instructions computed addresses when sizes and strides were arguments and indices had 64 bits.
 //
 // A block of four warps owns CB channels of one sample and direction. A lane owns ST states of two channels; Q = 32 / P
 // channel pairs make a warp. Chunk by chunk from the end, it recomputes the states from the checkpoint (they stay in
@@ -12,6 +14,7 @@
 // asks for. Six states have no such order: there the lanes select.
 
 constexpr int T = CHUNK;  // tokens of a chunk, see checkpoints.py
+static_assert((T & (T - 1)) == 0, "steps are counted backwards by flipping bits");
 constexpr int Q = 32 / P;
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
 constexpr int CB = 2 * Q * WARPS;       // channels of a block
@@ -23,11 +26,12 @@ constexpr int VEC = 16 / sizeof(io_t);  // elements of a 16-byte copy
 constexpr int VPT = T * CB / VEC;       // such copies of a chunk's tile
 constexpr int RAW = NEED_DZ ? 5 : 4;    // Δ, u, dout, z, total
 constexpr int ORDERS = ST == 4 ? 4 : 1;
+constexpr bool WHOLE = E % CB == 0;     // every block has all of its channels
 constexpr float LN2 = 0.6931471805599453f;
 
 // One struct, so that a lane's addresses are a few registers plus constants.
 struct __align__(16) Shared {
-    io_t raw[2][RAW][T * CB];            // as copied, two buffers
+    io_t raw[2][RAW][T * CB];            // as copied, in the order of memory, two buffers
     float bc[2][T * 2 * N];              // B|C as copied, in the order of memory
     io_t ckpt[2][CB * NP];               // the states with which the chunk begins
     float4 order[T][2][ORDERS][NB / 4];  // B and C in the orders that lanes ask for
@@ -48,6 +52,14 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool live
         asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(smem(to)), "l"(from), "r"(bytes));
 }
 
+// Sixteen bytes of shared memory in one access: alone, the compiler would load the two of four numbers that are used,
+// and lanes 16 bytes apart meet in the same banks.
+__device__ __forceinline__ float4 load_whole(const void* p) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(smem(p)));
+    return v;
+}
+
 __device__ __forceinline__ float add_from(float keep, float send, int lanes) {
     return keep + __shfl_xor_sync(0xffffffffu, send, lanes);
 }
@@ -57,13 +69,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     const float* __restrict__ bc, const io_t* __restrict__ z, const io_t* __restrict__ total,
     const io_t* __restrict__ ckpt, const float* a0, const float* a1, const float* d0, const float* d1,
     const float* so0, const float* so1, io_t* __restrict__ du, io_t* __restrict__ draw, io_t* __restrict__ dz,
-    io_t* __restrict__ dbc, float* __restrict__ da, int batch, int length, int channels, i64 ob, i64 ol, i64 oe,
-    i64 zb, i64 zl, i64 ze, i64 gb, i64 gl, i64 ge, float scale, int reverse_bits) {
+    io_t* __restrict__ dbc, float* __restrict__ da, int batch, int length, INDEX ob, INDEX zb, INDEX gb, float scale,
+    int reverse_bits) {
     const int dir = blockIdx.z, b = blockIdx.y, first = blockIdx.x * CB, groups = gridDim.z;
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, p = lane % P, q = lane / P;
     const bool reverse = reverse_bits >> dir & 1;
     const int chunks = (length + T - 1) / T;
-    const i64 row0 = ((i64)dir * batch + b) * length;
+    const INDEX row0 = ((INDEX)dir * batch + b) * length;
 
     __shared__ Shared shared;
 
@@ -84,18 +96,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
         for (int s = 0; s < ST; ++s) {
             const int e = first + local[k], n = state_of(s);
-            const bool live = e < channels && n < N;
-            A[k][s] = live ? -ex2(LOG2E * a_ptr[(i64)e * N + n]) * LOG2E : 0.0f;
+            const bool live = e < E && n < N;
+            A[k][s] = live ? -ex2(LOG2E * a_ptr[e * N + n]) * LOG2E : 0.0f;
             carry[k][s] = 0.0f;
 #if HAS_SO
-            so[k][s] = live && so_ptr ? so_ptr[(i64)e * N + n] : 0.0f;
+            so[k][s] = live && so_ptr ? so_ptr[e * N + n] : 0.0f;
 #endif
 #if NEED_DA
             dA[k][s] = 0.0f;
 #endif
         }
     }
-    if (tid < CB) shared.skip[tid] = first + tid < channels ? (dir ? d1 : d0)[first + tid] : 0.0f;
+    if (tid < CB) shared.skip[tid] = first + tid < E ? (dir ? d1 : d0)[first + tid] : 0.0f;
 
     // B (kind 0) or C (kind 1) of this lane's states at step i.
     auto read_states = [&](int i, int kind, float* into) {
@@ -111,57 +123,59 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         }
     };
 
-    auto token_of = [&](int j, int i) { return j * T + (reverse ? T - 1 - i : i); };
+    // Chunks lie in memory in the order of tokens; steps go in the order of the direction.
+    const int flip = reverse ? T - 1 : 0;
+    auto step_of = [&](int row) { return row ^ flip; };
 
-    // This block's corner of every tensor: what is left to index fits 32 bits.
-    const i64 own = row0 * channels + first;
-    const io_t *delta_b = delta + own, *u_b = u + own, *dout_b = dout + b * ob + first * oe;
-    const io_t *z_b = z + b * zb + first * ze, *total_b = total + (i64)b * length * channels + first;
-    const float* bc_b = bc + row0 * (2 * N);
-    const io_t* ckpt_b = ckpt + (((i64)dir * batch + b) * chunks * channels + first) * NP;
-    const int width = channels - first;  // may exceed CB
+    // This block's corner of every tensor.
+    const INDEX own = row0 * E + first, shared_own = (INDEX)b * length * E + first;
+    const INDEX dout_own = b * ob + (INDEX)first * OE, z_own = b * zb + (INDEX)first * ZE;
+    const INDEX ckpt_own = (((INDEX)dir * batch + b) * chunks * E + first) * NP;
+    const int width = WHOLE ? CB : E - first;  // may exceed CB
 
     // Starts the copies of chunk j into buffer `to`; which tensor a warp copies is known at compile time.
     const int copy_row = tid % VPT / (CB / VEC), copy_col = tid % (CB / VEC) * VEC;
     auto fetch = [&](int j, int to) {
-        const int t = token_of(j, copy_row);
+        const int t = j * T + copy_row;
         const bool live = t < length && copy_col < width;
 #pragma unroll
         for (int r = 0; r < RAW; ++r) {
             if (tid / VPT != r % (THREADS / VPT)) continue;
             if (r == 4 && dir) continue;  // direction 0 alone writes dz
-            const io_t* from = r == 0 ? delta_b : r == 1 ? u_b : r == 2 ? dout_b : r == 3 ? z_b : total_b;
-            const int line = r == 2 ? (int)ol : r == 3 ? (int)zl : channels;
+            const io_t* from = r == 0 ? delta : r == 1 ? u : r == 2 ? dout : r == 3 ? z : total;
+            const INDEX corner = r < 2 ? own : r == 2 ? dout_own : r == 3 ? z_own : shared_own;
+            const int line = r == 2 ? OL : r == 3 ? ZL : E;
             io_t* into = &shared.raw[to][r][copy_row * CB + copy_col];
 #if ALIGNED
-            copy_async<16>(into, from + (t * line + copy_col), live);
+            copy_async<16>(into, from + (corner + t * line + copy_col), live);
 #else
-            const int step = r == 2 ? (int)oe : r == 3 ? (int)ze : 1;
+            const int step = r == 2 ? OE : r == 3 ? ZE : 1;
 #pragma unroll
-            for (int k = 0; k < VEC; ++k)
-                into[k] = live && copy_col + k < width ? from[(i64)t * line + (copy_col + k) * step] : (io_t)0;
+            for (int k = 0; k < VEC; ++k) {
+                const bool there = live && copy_col + k < width;
+                into[k] = there ? from[corner + (INDEX)t * line + (copy_col + k) * step] : (io_t)0;
+            }
 #endif
         }
         const int words = (length - j * T) * (2 * N);
 #pragma unroll
         for (int w = 0; w < (T * N + THREADS - 1) / THREADS; ++w) {  // in the order of memory
             const int v = (w * THREADS + tid) * 2;
-            if (v < T * 2 * N) copy_async<8>(&shared.bc[to][v], bc_b + (j * T * 2 * N + v), v < words);
+            if (v < T * 2 * N) copy_async<8>(&shared.bc[to][v], bc + ((row0 + j * T) * (2 * N) + v), v < words);
         }
-        const io_t* state_from = ckpt_b + (i64)j * channels * NP;
 #pragma unroll
         for (int w = 0; w < (CB * NP / VEC + THREADS - 1) / THREADS; ++w) {
             const int v = (w * THREADS + tid) * VEC;
-            if (v < CB * NP) copy_async<16>(&shared.ckpt[to][v], state_from + v, v < width * NP);
+            if (v < CB * NP)
+                copy_async<16>(&shared.ckpt[to][v], ckpt + (ckpt_own + (INDEX)j * (E * NP) + v), v < width * NP);
         }
         asm volatile("cp.async.commit_group;");
     };
 
     const int pair = tid % PAIRS, first_row = tid / PAIRS;
     const int live_cols = width <= 2 * pair ? 0 : (width == 2 * pair + 1 ? 1 : 2);
-    io_t *du_b = du + own + 2 * pair, *draw_b = draw + own + 2 * pair;
-    io_t* dz_b = dz + b * gb + (first + 2 * pair) * ge;
-    io_t* dbc_b = dbc + (((i64)blockIdx.x * groups * batch * length) + row0) * (2 * N);
+    const INDEX dz_own = b * gb + (INDEX)(first + 2 * pair) * GE;
+    const INDEX dbc_own = ((INDEX)blockIdx.x * groups * batch * length + row0) * (2 * N);
 
     // Writes out what the chunk's sums give. A thread finishes the elements that it staged, so what it reads of its own
     // (step, read) it may overwrite next.
@@ -169,25 +183,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         const float skip[2] = {shared.skip[2 * pair], shared.skip[2 * pair + 1]};
 #pragma unroll
         for (int r = 0; r < T / ROWS; ++r) {
-            const int i = r * ROWS + first_row, token = token_of(j, i), at = i * CB + 2 * pair;
+            const int row = r * ROWS + first_row, i = step_of(row), token = j * T + row, at = row * CB + 2 * pair;
             const int live = token < length ? live_cols : 0;
+            const INDEX to = own + token * E + 2 * pair;
             Pack<2> rd, ru, out_u, out_d;
             rd.load_vector(&shared.raw[buffer][0][at]);
             ru.load_vector(&shared.raw[buffer][1][at]);
-            const float4 sums = *(const float4*)&shared.step[i][2 * pair], read = *(const float4*)&shared.read[i][2 * pair];
+            const float4 sums = *(const float4*)&shared.step[i][2 * pair], read = load_whole(&shared.read[i][2 * pair]);
             out_u.set_pair(0, rd.get(0) * sums.x + skip[0] * read.y, rd.get(1) * sums.z + skip[1] * read.w);
             out_d.set_pair(0, (ru.get(0) * sums.x + LN2 * sums.y) * one_minus_exp(rd.get(0)),
                            (ru.get(1) * sums.z + LN2 * sums.w) * one_minus_exp(rd.get(1)));
-            out_u.store(du_b + token * channels, 1, live);
-            out_d.store(draw_b + token * channels, 1, live);
+            out_u.store(du + to, 1, live);
+            out_d.store(draw + to, 1, live);
         }
 #pragma unroll
         for (int w = 0; w < T * 2 * NB / THREADS; ++w) {
-            const int v = w * THREADS + tid, n = v % NB, kind = v / NB % 2, i = v / (2 * NB), t = token_of(j, i);
+            const int v = w * THREADS + tid, n = v % NB, kind = v / NB % 2, row = v / (2 * NB), t = j * T + row;
             float sum = 0.0f;
 #pragma unroll
-            for (int k = 0; k < WARPS; ++k) sum += (&shared.sum[k][0][0][0])[v];
-            if (n < N && t < length) dbc_b[t * (2 * N) + kind * N + n] = narrow(sum);
+            for (int k = 0; k < WARPS; ++k) sum += shared.sum[k][step_of(row)][kind][n];
+            if (n < N && t < length) dbc[dbc_own + t * (2 * N) + kind * N + n] = narrow(sum);
         }
     };
 
@@ -203,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         // Stage this thread's elements: dy = scale · dout · silu(z), and dz.
 #pragma unroll
         for (int r = 0; r < T / ROWS; ++r) {
-            const int i = r * ROWS + first_row, at = i * CB + 2 * pair;
+            const int row = r * ROWS + first_row, i = step_of(row), at = row * CB + 2 * pair;
             Pack<2> rd, ru, ro, rz;
             rd.load_vector(&shared.raw[now][0][at]);
             ru.load_vector(&shared.raw[now][1][at]);
@@ -222,11 +237,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             *(float4*)&shared.read[i][2 * pair] = make_float4(input[0], dy[0], input[1], dy[1]);
 #if NEED_DZ
             if (dir == 0) {
-                const int token = token_of(j, i);
+                const int token = j * T + row;
                 Pack<2> rt, out_z;
                 rt.load_vector(&shared.raw[now][RAW - 1][at]);
                 out_z.set_pair(0, grad[0] * rt.get(0), grad[1] * rt.get(1));
-                out_z.store(dz_b + (i64)token * gl, ge, token < length ? live_cols : 0);
+                out_z.store(dz + (dz_own + (INDEX)token * GL), GE, token < length ? live_cols : 0);
             }
 #endif
         }
@@ -235,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         for (int w = 0; w < (T * 2 * QUADS + THREADS - 1) / THREADS; ++w) {
             const int v = w * THREADS + tid;
             if (v >= T * 2 * QUADS) break;
-            const int quad = v % QUADS, kind = v / QUADS % 2, row = v / (2 * QUADS), i = reverse ? T - 1 - row : row;
+            const int quad = v % QUADS, kind = v / QUADS % 2, row = v / (2 * QUADS), i = step_of(row);
             const float* from = &shared.bc[now][row * 2 * N + kind * N + 4 * quad];
             float f[4];
             if constexpr (N == NB) {
@@ -372,7 +387,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
         for (int s = 0; s < ST; ++s) {
             const int e = first + local[k], n = state_of(s);
-            if (e < channels && n < N) da[(((i64)b * groups + dir) * channels + e) * N + n] = dA[k][s];
+            if (e < E && n < N) da[(((INDEX)b * groups + dir) * E + e) * N + n] = dA[k][s];
         }
 #endif
 }

@@ -1,5 +1,6 @@
-// Both scans of a block, their sum and the gate. Macros: CHUNK, N states, G directions, P lanes that share a channel pair (2 or
-// 4), SAVE (keep what the backward needs), HAS_SO (state offset), MIN_BLOCKS (per multiprocessor).
+// Both scans of a block, their sum and the gate. Macros: CHUNK, N states, E channels, G directions, P lanes that share a
+// channel pair (2 or 4), SAVE (keep what the backward needs), HAS_SO (state offset), MIN_BLOCKS (per multiprocessor);
+// strides of a token and of a channel in z (ZL, ZE); INDEX, the type that counts every tensor's elements.
 //
 // A block owns CB channels of one sample in all directions; a thread owns ST states of two neighbouring channels. The
 // directions walk the chunks from opposite ends; who comes to a chunk first leaves its y in `out`, who comes second
@@ -14,6 +15,8 @@ constexpr int THREADS = CB / 2 * P;                // of a direction
 constexpr int EPT = T * CB / THREADS;              // elements a thread stages and finishes: one row, EPT columns
 constexpr int BC_WORDS = (T * 2 * N + THREADS - 1) / THREADS;
 constexpr int PAIRS = CB / 2 + CB / 8;  // a row of channel pairs, one pad every four: fewer bank conflicts
+constexpr bool WHOLE = E % CB == 0;     // every block has all of its channels
+static_assert((T & (T - 1)) == 0, "steps are counted backwards by flipping bits");
 
 struct Inputs {  // what a thread stages of one chunk, prefetched into registers
     Pack<EPT> u, delta;
@@ -31,14 +34,14 @@ extern "C" __global__ void __launch_bounds__(THREADS * G, MIN_BLOCKS) scan_forwa
     const io_t* __restrict__ u, const io_t* __restrict__ delta, const float* __restrict__ bc,
     const io_t* __restrict__ z, const float* a0, const float* a1, const float* d0, const float* d1,
     const float* so0, const float* so1, const float* oo0, const float* oo1, io_t* out, io_t* total, io_t* ckpt,
-    int batch, int length, int channels, i64 zb, i64 zl, i64 ze, float scale, int reverse_bits) {
+    int batch, int length, INDEX zb, float scale, int reverse_bits) {
     const int dir = threadIdx.x / THREADS, tid = threadIdx.x % THREADS;
     const int pair = tid / P, part = tid % P;
     const int b = blockIdx.y, first = blockIdx.x * CB;
     const bool reverse = reverse_bits >> dir & 1;
     const bool same_way = reverse_bits == 0 || reverse_bits == 3;
     const int chunks = (length + T - 1) / T;
-    const i64 row0 = ((i64)dir * batch + b) * length;
+    const INDEX row0 = ((INDEX)dir * batch + b) * length;
 
     __shared__ Shared all_shared[G];
     Shared& shared = all_shared[dir];
@@ -57,30 +60,30 @@ extern "C" __global__ void __launch_bounds__(THREADS * G, MIN_BLOCKS) scan_forwa
 #pragma unroll
             for (int s = 0; s < ST; ++s) {
                 const int e = first + 2 * pair + k, n = state_of(s);
-                const bool live = e < channels && n < N;
+                const bool live = e < E && n < N;
                 h[k][s] = 0.0f;
-                A[k][s] = live ? -ex2(LOG2E * a_ptr[(i64)e * N + n]) * LOG2E : 0.0f;
+                A[k][s] = live ? -ex2(LOG2E * a_ptr[e * N + n]) * LOG2E : 0.0f;
 #if HAS_SO
-                so[k][s] = live && so_ptr ? so_ptr[(i64)e * N + n] : 0.0f;
+                so[k][s] = live && so_ptr ? so_ptr[e * N + n] : 0.0f;
 #endif
             }
         const float* d_ptr = dir ? d1 : d0;
         const float* oo_ptr = dir ? oo1 : oo0;
         if (tid < CB) {
             const int e = first + tid;
-            ((float*)shared.skip)[tid] = e < channels ? d_ptr[e] : 0.0f;
-            ((float*)shared.shift)[tid] = e < channels && oo_ptr ? oo_ptr[e] : 0.0f;
+            ((float*)shared.skip)[tid] = e < E ? d_ptr[e] : 0.0f;
+            ((float*)shared.shift)[tid] = e < E && oo_ptr ? oo_ptr[e] : 0.0f;
         }
         for (int v = tid; v < T * 2 * NB; v += THREADS) ((float*)shared.bc)[v] = 0.0f;  // states beyond N stay zero
     }
 
-    const int slot = tid / (CB / EPT), col = tid % (CB / EPT) * EPT;
-    const int rest = channels - first - col;
-    const int live_cols = rest < 0 ? 0 : (rest > EPT ? EPT : rest);
-    auto token_of = [&](int j, int i) { return j * T + (reverse ? T - 1 - i : i); };
+    // A thread stages and finishes one row of a chunk, in the order of memory; steps go in the order of the direction.
+    const int row = tid / (CB / EPT), col = tid % (CB / EPT) * EPT, flip = reverse ? T - 1 : 0, slot = row ^ flip;
+    const int rest = E - first - col;
+    const int live_cols = WHOLE ? EPT : rest < 0 ? 0 : (rest > EPT ? EPT : rest);
     auto fetch = [&](int j, Inputs& in) {
-        const int token = token_of(j, slot);
-        const i64 at = (row0 + token) * channels + first + col;
+        const int token = j * T + row;
+        const INDEX at = (row0 + token) * E + first + col;
         const int live = token < length ? live_cols : 0;
         in.u.load(u + at, 1, live);
         in.delta.load(delta + at, 1, live);
@@ -94,12 +97,12 @@ extern "C" __global__ void __launch_bounds__(THREADS * G, MIN_BLOCKS) scan_forwa
     };
 
     auto checkpoint = [&](int j) {
-        io_t* at = ckpt + ((((i64)dir * batch + b) * chunks + j) * channels + first + 2 * pair) * NP;
+        io_t* at = ckpt + ((((INDEX)dir * batch + b) * chunks + j) * E + first + 2 * pair) * NP;
 #pragma unroll
         for (int k = 0; k < 2; ++k)
 #pragma unroll
             for (int s = 0; s < ST; s += 4)
-                if (first + 2 * pair + k < channels && state_of(s) < NP) {
+                if ((WHOLE || first + 2 * pair + k < E) && state_of(s) < NP) {
                     Pack<4> four;
                     four.set_pair(0, h[k][s], h[k][s + 1]);
                     four.set_pair(1, h[k][s + 2], h[k][s + 3]);
@@ -128,8 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * G, MIN_BLOCKS) scan_forwa
         }
 #pragma unroll
         for (int w = 0; w < BC_WORDS; ++w) {
-            const int v = w * THREADS + tid, row = v / (2 * N), c = v % (2 * N);
-            const int i = reverse ? T - 1 - row : row;
+            const int v = w * THREADS + tid, i = v / (2 * N) ^ flip, c = v % (2 * N);
             if (v < T * 2 * N) ((float*)shared.bc[i][c / N])[c % N] = in.bc[w];
         }
         // Once, before the first second visit: all of the other direction's first visits are done and visible.
@@ -138,15 +140,15 @@ extern "C" __global__ void __launch_bounds__(THREADS * G, MIN_BLOCKS) scan_forwa
         else
             sync_direction();
 
-        const int token = token_of(j, slot);
+        const int token = j * T + row;
         const int live = token < length ? live_cols : 0;
-        const i64 out_at = ((i64)b * length + token) * channels + first + col;
+        const INDEX out_at = ((INDEX)b * length + token) * E + first + col;
         const bool both_here = G == 2 && (same_way || 2 * it == chunks - 1);
         const bool second = G == 1 || (both_here ? dir == 1 : 2 * it > chunks - 1);
         Pack<EPT> z_now, other;
         other.clear();
         z_now.clear();
-        if (second) z_now.load(z + b * zb + (i64)token * zl + (first + col) * ze, ze, live);
+        if (second) z_now.load(z + (b * zb + (INDEX)token * ZL + (first + col) * ZE), ZE, live);
         if (G == 2 && second && !both_here) other.load(out + out_at, 1, live);
         if (it + 1 < chunks) fetch(reverse ? j - 1 : j + 1, in);
 

@@ -1,5 +1,6 @@
 """The mixer core against its definition in float64: forward and every gradient, on every backend that runs here."""
 
+import ctypes
 import math
 
 import pytest
@@ -251,6 +252,19 @@ def test_recomputing_the_scan_inputs_changes_nothing(backend, device, recompute,
     expected = results(xz, directions, torch.float32, backend)
     monkeypatch.setattr(fused, "KEEP_BYTES", 0 if recompute else 1 << 40)
     found = results(xz, directions, torch.float32, backend)
+    assert all(torch.equal(found[k], expected[k]) for k in expected)
+
+
+@pytest.mark.parametrize(("backend", "device"), [p for p in GPU if p.values[0] == "cuda"])
+@pytest.mark.parametrize("shape", [(2, 17, 64, 16, 4), (1, 25, 70, 19, 2)], ids=str)
+def test_indices_of_64_bits_change_nothing(backend, device, shape, monkeypatch):
+    from mambapeft_kernels import nvrtc
+
+    batch, length, channels, states, rank = shape
+    directions, xz = make_directions(channels, states, rank, device=device), make_xz(batch, length, channels, device)
+    expected = results(xz, directions, torch.bfloat16, backend, torch.float32)
+    monkeypatch.setattr(nvrtc, "index_type", lambda *_: ("i64", ctypes.c_longlong))
+    found = results(xz, directions, torch.bfloat16, backend, torch.float32)
     assert all(torch.equal(found[k], expected[k]) for k in expected)
 
 

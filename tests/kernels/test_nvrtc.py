@@ -24,13 +24,18 @@ def test_what_was_compiled_before_comes_from_the_disk(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, tests run these kernels")
-@pytest.mark.parametrize("states", [5, 16, 22, 32])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_interpreter_every_kernel_compiles(states, dtype, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("states", "dtype", "index"),
+    [(states, dtype, "int") for states in (5, 16, 22, 32) for dtype in (torch.float32, torch.bfloat16)]
+    + [(16, torch.bfloat16, "i64")],
+)
+def test_interpreter_every_kernel_compiles(states, dtype, index, tmp_path, monkeypatch):
     compiled = []
 
     def compile_only(files, name, macros, *_):
+        assert macros["INDEX"] == "int"
         for arch in ("sm_80", "sm_90"):
+            macros["INDEX"] = index
             assert name.encode() in nvrtc._compiled(nvrtc._source(files, tuple(macros.items())), arch)
         compiled.append(name)
 
@@ -41,3 +46,12 @@ def test_interpreter_every_kernel_compiles(states, dtype, tmp_path, monkeypatch)
     for task in ahead.tasks(sizes, 0.5, dtype, torch.device("cpu"), "cuda")[:2]:
         task()
     assert sorted(set(compiled)) == ["conv_backward", "conv_forward", "scan_backward", "scan_forward"]
+
+
+def test_indices_have_as_many_bits_as_the_largest_tensor_needs():
+    small, large = torch.empty(4, 5, device="meta"), torch.empty(2**16, 2**15, device="meta")
+    assert nvrtc.index_type(small, None)[0] == "int"
+    assert nvrtc.index_type(small, large)[0] == "i64"
+    assert nvrtc.index_type(large[:, ::2**14][:2**10])[0] == "int"  # few elements of a large one, near its start
+    assert nvrtc.index_type(large[:, :1].expand(-1, 2**15)[: 2**12])[0] == "int"
+    assert nvrtc.index_type(large[:: 2**16 - 1])[0] == "i64"  # two rows, far apart
