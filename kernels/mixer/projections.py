@@ -15,7 +15,7 @@ from torch import Tensor
 
 @triton.jit
 def _softplus(v, EXACT: tl.constexpr):
-    """max(v, 0) + log1p(a), a = e^-|v|: to float32's last bits, or by half as many instructions to 6e-5 of its value."""
+    """max(v, 0) + log1p(a), a = e^-|v|: to float32's last bits, or in half as many instructions to 6e-5 of it."""
     a = tl.exp2(-1.4426950408889634 * tl.abs(v))
     if EXACT:
         q = a / (2.0 + a)  # log1p(a) = 2 artanh(q), q <= 1/3
