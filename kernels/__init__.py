@@ -6,6 +6,7 @@ Every op has a `naive.py` that is its definition, and one file for each faster b
 
 from mambapeft_kernels.ahead import BlockSizes, compile_ahead
 from mambapeft_kernels.backends import BACKENDS, available_backends, describe, resolve_backend
+from mambapeft_kernels.lookup import look_up
 from mambapeft_kernels.low_rank import low_rank_add
 from mambapeft_kernels.mixer import Direction, ssm_mixer
 from mambapeft_kernels.norm import add_rms_norm
@@ -18,6 +19,7 @@ __all__ = [
     "available_backends",
     "compile_ahead",
     "describe",
+    "look_up",
     "low_rank_add",
     "resolve_backend",
     "ssm_mixer",
