@@ -1,4 +1,4 @@
-"""Kernels of the Vision Mamba block; installs as `mambapeft_kernels`.
+"""Kernels of the Vision Mamba block and beside it; installs as `mambapeft_kernels`.
 
 Imports torch and (where present) triton or cuda-core only, and knows neither the backbone nor PEFT.
 Every op has a `naive.py` that is its definition, and one file for each faster backend.
@@ -6,6 +6,8 @@ Every op has a `naive.py` that is its definition, and one file for each faster b
 
 from mambapeft_kernels.ahead import BlockSizes, compile_ahead
 from mambapeft_kernels.backends import BACKENDS, available_backends, describe, resolve_backend
+from mambapeft_kernels.lookup import look_up
+from mambapeft_kernels.low_rank import low_rank_add
 from mambapeft_kernels.mixer import Direction, ssm_mixer
 from mambapeft_kernels.norm import add_rms_norm
 
@@ -17,6 +19,8 @@ __all__ = [
     "available_backends",
     "compile_ahead",
     "describe",
+    "look_up",
+    "low_rank_add",
     "resolve_backend",
     "ssm_mixer",
 ]

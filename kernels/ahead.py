@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
+from mambapeft_kernels.lookup import look_up
+from mambapeft_kernels.low_rank import low_rank_add
 from mambapeft_kernels.norm import add_rms_norm
 from mambapeft_kernels.selective_scan.checkpoints import CHUNK, empty_checkpoints
 from torch import Tensor
@@ -64,6 +66,8 @@ def tasks(
         partial(block.norm, branch=True, is_last=True),
         partial(block.norm, branch=False),
         block.first_norm,
+        block.low_rank,
+        block.images,
         block.product,
     )
 
@@ -110,6 +114,17 @@ class _Block:
         """Of the embedded tokens, which autocast leaves in float32; what they are is seldom trained."""
         tokens = self._wide(_BATCH, _LENGTH, self._sizes.width)
         add_rms_norm(tokens, None, self._wide(self._sizes.width), 1e-5, None, self._backend)
+
+    def low_rank(self) -> None:
+        """Of a rank that is a multiple of 16, beside the half of in_proj that makes x; other ranks compile later."""
+        out, rank = self._activations(_BATCH * _LENGTH, 2 * self._sizes.channels), 16
+        up = self._wide(self._sizes.channels, rank)
+        low_rank_add(out[:, : len(up)], self._activations(len(out), rank), up, 1.0, self._backend)
+
+    def images(self) -> None:
+        """Their normalisation, in the dtype of the activations; pixels whose number is a multiple of 16."""
+        pixels = torch.zeros(_BATCH, 3, 16, 16, dtype=torch.uint8, device=self._wide(0).device)
+        look_up(pixels, self._wide(3, 256), self._activations(0).dtype, self._backend)
 
     def product(self) -> Tensor:
         """Loads cuBLAS."""

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from mambapeft_kernels import low_rank_add
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_PRODUCT_CASTS = "dtype" in torch.ops.aten.mm.overloads()  # PyTorch >= 2.8, on GPUs
+# PyTorch >= 2.8, on GPUs
+_PRODUCT_CASTS = all("dtype" in op.overloads() for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
 
 
 class LowRankBranch(NamedTuple):
@@ -129,14 +131,11 @@ def _add_branches(out: Tensor, x: Tensor, settings: _Settings, factors: Sequence
     low, mask = x @ narrow.T, None
     if settings.dropout:
         low, mask = torch.native_dropout(low, settings.dropout, True)
-    ups = [_scaled(up, scale, dtype) for up, scale in zip(factors[1::2], settings.scales)]
-    for up, part, rows in zip(ups, low.split(ranks, dim=1), settings.rows):
-        _features(out, rows).addmm_(part, up.T)
+    ups = [
+        low_rank_add(_features(out, rows), part, up, scale)
+        for part, up, scale, rows in zip(low.split(ranks, dim=1), factors[1::2], settings.scales, settings.rows)
+    ]
     return [x, narrow, low, mask, *ups]
-
-
-def _scaled(up: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    return up.to(dtype) if scale == 1 else torch.mul(up, scale, out=up.new_empty(up.shape, dtype=dtype))
 
 
 def _branch_gradients(
@@ -146,7 +145,10 @@ def _branch_gradients(
     need_factors: Sequence[bool],
     dtypes: Sequence[torch.dtype],
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Gradients of all down(x) [m, Σr], and of down, up of each branch in turn, from grad [m, out]."""
+    """Gradients of all down(x) [m, Σr], and of down, up of each branch in turn, from grad [m, out].
+
+    The scale is in `ups`, so in the gradient of down(x) too.
+    """
     x, _, low, mask, *ups = saved
     ranks = [up.shape[1] for up in ups]
     through = [_features(grad, rows) for rows in settings.rows]
@@ -161,10 +163,9 @@ def _branch_gradients(
     dfactors: list[Tensor | None] = [None] * (2 * len(ups))
     if any(need_factors[::2]):
         dfactors[::2] = _product(dlow.T, x, dtypes[0]).split(ranks)
-    for i, (above, part, scale) in enumerate(zip(through, low.split(ranks, dim=1), settings.scales)):
+    for i, (above, part, up, scale) in enumerate(zip(through, low.split(ranks, dim=1), ups, settings.scales)):
         if need_factors[2 * i + 1]:
-            dup = _product(above.T, part, dtypes[2 * i + 1])
-            dfactors[2 * i + 1] = dup if scale == 1 else dup.mul_(scale)
+            dfactors[2 * i + 1] = _scaled_product(scale, above.T, part, dtypes[2 * i + 1], like=up)
     return dlow, [d if needed else None for d, needed in zip(dfactors, need_factors)]
 
 
@@ -186,3 +187,12 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if _PRODUCT_CASTS and a.is_cuda and dtype == torch.float32:
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)
+
+
+def _scaled_product(scale: float, a: Tensor, b: Tensor, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """scale · a @ b in `dtype`, as `_product`; like: any tensor of the product's shape and a's dtype, never read."""
+    if scale == 1:
+        return _product(a, b, dtype)
+    if _PRODUCT_CASTS and a.is_cuda and dtype == torch.float32 != a.dtype:
+        return torch.addmm(like, a, b, out_dtype=dtype, beta=0, alpha=scale)
+    return _product(a, b, dtype).mul_(scale)

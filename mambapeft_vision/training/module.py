@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from lightning.pytorch import LightningModule
+from mambapeft_kernels import look_up, resolve_backend
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -16,15 +17,28 @@ from mambapeft_vision.training.step import StepSettings, TrainStep
 
 
 class Normalise(nn.Module):
-    """uint8 images [b, 3, H, W] → float32, scaled to [0, 1] and normalised per channel, on the images' device."""
+    """uint8 images [b, 3, H, W], scaled to [0, 1] and normalised per channel, on the images' device.
+
+    In float32; under autocast rounded to its dtype, in which a backbone embeds the patches anyway. A GPU looks up what
+    the CPU has computed, so both see the same bits: its own division by 255 would be a product with 1 / 255.
+    """
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         super().__init__()
         for name in ("mean", "std"):
             values = torch.tensor(getattr(preprocessing, name)).view(3, 1, 1)
             self.register_buffer(name, values, persistent=False)
+        levels = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
+        self.register_buffer("table", self._computed(levels).view(3, 256), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
+        kind = images.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        if resolve_backend("auto", images.device) in ("cuda", "triton"):
+            return look_up(images, self.table, dtype)
+        return self._computed(images).to(dtype)  # on a CPU faster than indexing
+
+    def _computed(self, images: Tensor) -> Tensor:
         return (images.float() / 255 - self.mean) / self.std
 
 

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import runs
+import timm
 import torch
+from mambapeft_kernels import look_up
 from torch import nn
 
 from mambapeft_vision.data import Preprocessing
@@ -36,6 +38,44 @@ def test_normalisation_scales_and_shifts_each_channel():
     assert values.dtype == torch.float32 and values.shape == (2, 3, 2, 2)
     assert values[0, :, 0, 0].tolist() == pytest.approx([-1.0, 3.0, 0.1])
     assert normalise.state_dict() == {}
+
+
+IMAGENET = Preprocessing((2, 2), "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def all_levels() -> torch.Tensor:
+    """Images [2, 3, 16, 16] with every level in every channel, in different orders."""
+    return torch.stack([torch.randperm(256) for _ in range(6)]).to(torch.uint8).view(2, 3, 16, 16)
+
+
+def test_the_table_is_the_expression_bit_for_bit():
+    normalise, images = Normalise(IMAGENET), all_levels()
+    expected = (images.float() / 255 - normalise.mean) / normalise.std
+    assert torch.equal(normalise(images), expected)
+    assert torch.equal(look_up(images, normalise.table), expected)
+
+
+def test_under_autocast_images_are_rounded_to_its_dtype_and_features_are_the_same():
+    normalise, images = Normalise(IMAGENET), torch.randint(0, 256, (2, 3, 32, 32)).to(torch.uint8)
+    backbone = timm.create_model("vim_pico_patch8_32", num_classes=0)
+    wide = normalise(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = normalise(images)
+        assert narrow.dtype == torch.bfloat16 and torch.equal(narrow, wide.bfloat16())
+        assert torch.equal(backbone.patch_embed(narrow), backbone.patch_embed(wide))
+    assert wide.dtype == normalise(images).dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: needs a CUDA GPU, which is not here")
+def test_a_gpu_normalises_to_the_same_bits():
+    normalise, images = Normalise(IMAGENET), all_levels()
+    expected = normalise(images)
+    normalise.cuda()
+    assert torch.equal(normalise(images.cuda()).cpu(), expected)
+    with torch.autocast("cuda", torch.bfloat16):
+        found = normalise(images.cuda())
+    assert found.dtype == torch.bfloat16 and torch.equal(found.cpu(), expected.bfloat16())
 
 
 def test_the_head_starts_at_zero_so_the_first_step_moves_the_head_alone(module):
