@@ -17,6 +17,8 @@ from mambapeft_kernels.selective_scan.checkpoints import CHUNK, empty_checkpoint
 from torch import Tensor
 
 _BATCH, _LENGTH = 2, 2 * CHUNK  # of the zeros; kernels are not specialised on either
+# What the directions of a call read backwards: both together, and each by itself, as the last block runs them.
+_DIRECTIONS = (False, True), (False,), (True,)
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class BlockSizes:
 def compile_ahead(
     sizes: BlockSizes, scale: float, dtype: torch.dtype, device: torch.device, backend: str
 ) -> tuple[Future, ...]:
-    """Starts to compile what training and testing launch of a frozen block of two directions; once a process.
+    """Starts to compile what training and testing launch of frozen blocks of two directions; once a process.
 
     What a method changes (more states, gradients of weights, ...) compiles when it is launched.
 
@@ -59,8 +61,8 @@ def tasks(
     """Functions that launch all of it together, those that compile longest first."""
     block = _Block(sizes, scale, dtype, device, backend)
     return (
-        block.mixer_backward,
-        block.mixer_forward,
+        *(partial(block.mixer_backward, reverse) for reverse in _DIRECTIONS),
+        *(partial(block.mixer_forward, reverse) for reverse in _DIRECTIONS),
         partial(block.norm, branch=True),
         partial(block.norm, branch=True, is_second=True),
         partial(block.norm, branch=True, is_last=True),
@@ -82,21 +84,21 @@ class _Block:
         self._activations = partial(torch.zeros, dtype=dtype, device=device)
         self._wide = partial(torch.zeros, dtype=torch.float32, device=device)
 
-    def mixer_forward(self) -> None:
+    def mixer_forward(self, reverse: tuple[bool, ...]) -> None:
         for save in (True, False):
             torch.ops.mambapeft.mixer_forward(
-                *self._halves(), self._weights(), *self._present(), self._scale, self._backend, save
+                *self._halves(), *self._directions(reverse), self._scale, self._backend, save
             )
 
-    def mixer_backward(self) -> None:
+    def mixer_backward(self, reverse: tuple[bool, ...]) -> None:
         shape = _BATCH, _LENGTH, self._sizes.channels
         dout, total = self._activations(shape), self._activations(shape)
-        u, delta = self._activations(2, *shape), self._activations(2, *shape)
-        bc = self._wide(2, _BATCH, _LENGTH, 2 * self._sizes.states)
+        u, delta = self._activations(len(reverse), *shape), self._activations(len(reverse), *shape)
+        bc = self._wide(len(reverse), _BATCH, _LENGTH, 2 * self._sizes.states)
         checkpoints = empty_checkpoints(u, self._sizes.states).zero_()
-        weights = self._weights()
+        weights, present, reads_backwards = self._directions(reverse)
         torch.ops.mambapeft.mixer_backward(
-            dout, *self._halves(), total, checkpoints, u, delta, bc, weights, *self._present(), self._scale,
+            dout, *self._halves(), total, checkpoints, u, delta, bc, weights, present, reads_backwards, self._scale,
             self._backend, True, True, [False] * len(weights),
         )  # fmt: skip
 
@@ -134,12 +136,11 @@ class _Block:
         """x and z, as in_proj's output has them."""
         return self._activations(_BATCH, _LENGTH, 2 * self._sizes.channels).chunk(2, dim=-1)
 
-    def _weights(self) -> list[Tensor]:
-        """Those of one direction after those of the other, in the order of `Direction`."""
+    def _directions(self, reverse: tuple[bool, ...]) -> tuple[list[Tensor], list[bool], list[bool]]:
+        """The weights, one direction's after another's in the order of `Direction`; which of the fields there are: all
+        but the two offsets; and which direction reads backwards.
+        """
         s = self._sizes
         shapes = (s.channels, s.taps), s.channels, (s.rank + 2 * s.states, s.channels), (s.channels, s.rank), s.channels
-        return [self._wide(shape) for shape in (*shapes, (s.channels, s.states), s.channels)] * 2
-
-    def _present(self) -> tuple[list[bool], list[bool]]:
-        """Of a direction's nine tensors, all but the two offsets; and which direction reads backwards."""
-        return ([True] * 7 + [False] * 2) * 2, [False, True]
+        weights = [self._wide(shape) for shape in (*shapes, (s.channels, s.states), s.channels)]
+        return weights * len(reverse), ([True] * 7 + [False] * 2) * len(reverse), list(reverse)

@@ -13,13 +13,13 @@ _BACKWARD = ("common.cuh", "selective_scan/scan_backward.cu")
 # Backward: (more than 16 states, dA or a state offset) → decays kept in registers, such blocks.
 _H100 = {
     "forward": {
-        (False, False): {"P": 2, "MIN_BLOCKS": 3},
-        (False, True): {"P": 2, "MIN_BLOCKS": 3},
+        (False, False): {"P": 2, "MIN_BLOCKS": 4},
+        (False, True): {"P": 2, "MIN_BLOCKS": 4},
         (True, False): {"P": 2, "MIN_BLOCKS": 2},
         (True, True): {"P": 2, "MIN_BLOCKS": 2},
     },
     "backward": {
-        (False, False): {"STORE_DECAY": 8, "MIN_BLOCKS": 3},
+        (False, False): {"STORE_DECAY": 6, "MIN_BLOCKS": 3},
         (False, True): {"STORE_DECAY": 2, "MIN_BLOCKS": 3},
         (True, False): {"STORE_DECAY": 0, "MIN_BLOCKS": 3},
         (True, True): {"STORE_DECAY": 4, "MIN_BLOCKS": 2},

@@ -111,7 +111,10 @@ class _AddToFeatures(torch.autograd.Function):
 
 
 class PortedLinear(nn.Linear):
-    """`nn.Linear` with a side port. State-dict keys are those of `nn.Linear`."""
+    """`nn.Linear` with a side port. State-dict keys are those of `nn.Linear`.
+
+    Branches treat each token by itself: not every call brings all tokens of a sequence.
+    """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, name: str) -> None:
         super().__init__(in_features, out_features, bias)

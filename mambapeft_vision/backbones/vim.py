@@ -5,7 +5,7 @@ checkpoints. Everything between in_proj and out_proj is one op of `mambapeft_ker
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -22,7 +22,7 @@ from mambapeft_vision.errors import UserError
 
 
 class Mixer(nn.Module):
-    """The bidirectional selective-scan mixer of one block: [B, L, D] → [B, L, D].
+    """The bidirectional selective-scan mixer of one block: [B, L, D] → [B, L, D], or one token of it.
 
     D embed_dim, E = expand·D channels, N states (read from A_log), R dt_rank, K conv taps. `*_b` is the direction
     that reads the tokens from last to first. conv1d, x_proj and dt_proj only hold weights: the kernel reads them.
@@ -88,9 +88,15 @@ class Mixer(nn.Module):
             _direction(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, state[1], output[1], True),
         )
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, only: int | None = None) -> Tensor:
+        """[B, L, D] → [B, L, D]; with `only` that token's output alone, [B, 1, D]."""
         if self.affix.value is not None:
-            return self._forward_with_affix(h)
+            out = self._forward_with_affix(h)
+            return out if only is None else out[:, only : only + 1]
+        if only is not None:
+            # A scan depends on nothing behind a token: one direction reads the tokens up to it, the other from it on.
+            x_until, z_until, x_from, z_from = _Windows.apply(self._project_joined(h), only)
+            return self._scan_apart(((x_until, z_until), (x_from, z_from)), (slice(only, only + 1), slice(0, 1)))
         x, z = self._project(h)
         return self.out_proj(ssm_mixer(x, z, self.directions(), self.scale, self.kernel))
 
@@ -98,27 +104,33 @@ class Mixer(nn.Module):
         x, z = self.in_proj(h).chunk(2, dim=-1)
         return x, z if self.gate.value is None else self.gate.value(z)
 
+    def _project_joined(self, h: Tensor) -> Tensor:
+        """x and z side by side, [B, L, 2E]."""
+        return self.in_proj(h) if self.gate.value is None else torch.cat(self._project(h), dim=-1)
+
+    def _scan_apart(self, halves: Sequence[tuple[Tensor, Tensor]], keep: Sequence[slice | Tensor]) -> Tensor:
+        """The output where each direction reads its own x and z; `keep` says where the output's tokens are in each."""
+        # The gate of a kept token is the same in both, so gated outputs add up.
+        forward, backward = (
+            ssm_mixer(x, z, (direction,), self.scale, self.kernel)[:, tokens]
+            for (x, z), direction, tokens in zip(halves, self.directions(), keep)
+        )
+        return self.out_proj(forward + backward)
+
     def _forward_with_affix(self, h: Tensor) -> Tensor:
         """As `forward`, with other tokens joined in before the scan and dropped after it."""
         joined = self._join_inside(h) if self.affix.inner else self.affix.value(h)
         split = (lambda xz: xz.chunk(2, dim=-1)) if self.affix.inner else self._project
-        halves, directions = [split(buffer) for buffer in joined.buffers], self.directions()
-        if len(halves) == 1:
-            out = self.out_proj(ssm_mixer(*halves[0], directions, self.scale, self.kernel))
-            return out[:, joined.keep[0]]  # here a token has half the numbers that it has before out_proj
-        # The gate of a kept token is the same in both buffers, so gated outputs add up.
-        forward, backward = (
-            ssm_mixer(x, z, (direction,), self.scale, self.kernel)[:, keep]
-            for (x, z), direction, keep in zip(halves, directions, joined.keep)
-        )
-        return self.out_proj(forward + backward)
+        halves = [split(buffer) for buffer in joined.buffers]
+        if len(halves) == 2:
+            return self._scan_apart(halves, joined.keep)
+        out = self.out_proj(ssm_mixer(*halves[0], self.directions(), self.scale, self.kernel))
+        return out[:, joined.keep[0]]  # here a token has half the numbers that it has before out_proj
 
     def _join_inside(self, h: Tensor) -> Joined:
         """The affix port's tokens beside in_proj's output."""
-        if self.gate.value is not None:
-            return self.affix.value(torch.cat(self._project(h), dim=-1))
-        if self.affix.ends is None or not self.in_proj.keeps_zeros:
-            return self.affix.value(self.in_proj(h))
+        if self.gate.value is not None or self.affix.ends is None or not self.in_proj.keeps_zeros:
+            return self.affix.value(self._project_joined(h))
         # in_proj leaves room at the ends, so that its output need not be copied: it is four times as wide as h.
         return self.affix.value(self.in_proj(F.pad(h, (0, 0, *self.affix.ends))), has_room=True)
 
@@ -166,6 +178,28 @@ def _direction(
     )
 
 
+class _Windows(torch.autograd.Function):
+    """x, z of the tokens up to `index`, then x, z of those from it on, without copies: views of xz [B, L, 2E].
+
+    The four gradients meet in one buffer; autograd's own slices would each fill one of the whole size.
+    """
+
+    @staticmethod
+    def forward(ctx, xz, index):
+        ctx.index = index
+        return *xz[:, : index + 1].chunk(2, dim=-1), *xz[:, index:].chunk(2, dim=-1)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        index, (batch, rest, channels) = ctx.index, grads[-1].shape
+        dxz = grads[0].new_empty(batch, index + rest, 2 * channels)
+        for half, until, onward in zip((dxz[..., :channels], dxz[..., channels:]), grads[:2], grads[2:]):
+            half[:, : index + 1] = until
+            half[:, index + 1 :] = onward[:, 1:]
+            half[:, index] += onward[:, 0]
+        return dxz, None
+
+
 class RMSNorm(nn.Module):
     """Holds the weight of residual add + RMSNorm; the kernel computes both."""
 
@@ -181,16 +215,35 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """residual += drop_path(hidden); hidden = mixer(RMSNorm(residual)). The residual stays in float32."""
+    """residual += drop_path(hidden); hidden = mixer(RMSNorm(residual)). The residual stays in float32.
+
+    [B, L, D] each; with `only` it returns that token of both, [B, 1, D].
+    """
 
     def __init__(self, embed_dim: int, *, name: str, norm_eps: float, **mixer: Any) -> None:
         super().__init__()
         self.mixer = Mixer(embed_dim, name=f"{name}.mixer", **mixer)
         self.norm = RMSNorm(embed_dim, norm_eps)
 
-    def forward(self, hidden: Tensor, residual: Tensor | None, branch_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden: Tensor, residual: Tensor | None, branch_scale: Tensor | None, only: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         normed, residual = self.norm(hidden, residual, branch_scale)
-        return self.mixer(normed), residual
+        if only is None:
+            return self.mixer(normed), residual
+        return self.mixer(normed, only), residual[:, only : only + 1]
+
+
+def _takes_only(layer: nn.Module) -> bool:
+    """Whether nobody needs a layer's other tokens: no hook in it, and neither block nor mixer is somebody else's."""
+    watched = any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in layer.modules()
+    )
+    return not watched and _is_own_forward(layer, Block) and _is_own_forward(layer.mixer, Mixer)
+
+
+def _is_own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return getattr(module.forward, "__func__", None) is kind.forward
 
 
 class PatchEmbed(nn.Module):
@@ -311,10 +364,15 @@ class Vim(nn.Module):
         tokens, index = self.embed(images)
         scales = self._branch_scales(tokens.shape[0])
         hidden, residual = tokens, None
-        for i, layer in enumerate(self.layers):
+        *layers, last = self.layers
+        for i, layer in enumerate(layers):
             hidden, residual = layer(hidden, residual, None if i == 0 or scales is None else scales[i])
-        # Only the class token leaves the network, so only it is normalised.
-        hidden, residual = hidden[:, index : index + 1], residual[:, index : index + 1]
+        # Only the class token leaves the network, so only it is finished and normalised.
+        inputs = hidden, residual, None if not layers or scales is None else scales[len(layers)]
+        if _takes_only(last):
+            hidden, residual = last(*inputs, only=index)
+        else:
+            hidden, residual = (t[:, index : index + 1] for t in last(*inputs))
         feature, _ = self.norm_f(hidden, residual, None if scales is None else scales[-1])
         return feature.squeeze(1)
 

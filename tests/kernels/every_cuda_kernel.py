@@ -14,8 +14,9 @@ def main() -> None:
     runs = 0
     for batch, length, channels, states, rank in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
-            for offsets in (False, True):  # with offsets also the state offset's and A's gradients
-                directions = make_directions(channels, states, rank, offsets=offsets, device="cuda")
+            # Without offsets; with them, which adds the state offset's gradient; one direction, as in a last block.
+            for offsets, chosen in ((False, slice(0, 2)), (True, slice(0, 2)), (False, slice(1, 2))):
+                directions = make_directions(channels, states, rank, offsets=offsets, device="cuda")[chosen]
                 found = results(make_xz(batch, length, channels, "cuda"), directions, dtype, "cuda", torch.float32)
                 assert all(t.isfinite().all() for t in found.values())
                 runs += 1

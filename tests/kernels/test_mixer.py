@@ -125,6 +125,25 @@ def test_direction_layouts(backend, device, groups):
     assert all(v <= FP32_BAR for v in found.values()), worst(found)
 
 
+@pytest.mark.parametrize("reverse", [False, True], ids=["until", "from"])
+@pytest.mark.parametrize(("backend", "device"), CPU + GPU)
+def test_one_direction_on_a_part_of_the_tokens(backend, device, reverse):
+    """As the last block of a model runs them: x and z are views of a longer tensor's rows."""
+    directions = cast([make_directions(16, 4, 2, device=device)[reverse]], torch.float32)
+    weights = directions[0][:-1]
+    long = make_xz(2, 19, 16, device).float().requires_grad_()
+    rows = slice(11, None) if reverse else slice(0, 12)
+    part = long[:, rows].detach().contiguous().requires_grad_()
+    expected, found = (ssm_mixer(*t.chunk(2, -1), directions, backend=backend) for t in (part, long[:, rows]))
+    dout = torch.zeros_like(expected)
+    dout[:, 0 if reverse else -1] = 1.0
+    wanted = torch.autograd.grad(expected, [part, *weights], dout)
+    dlong, *gradients = torch.autograd.grad(found, [long, *weights], dout)
+    # Not bit for bit: other strides are other kernels, which may round a product and sum once or twice.
+    for a, b in zip((found, dlong[:, rows], *gradients), (expected, *wanted)):
+        assert b.any() and relative_error(a, b) <= 1e-6
+
+
 @pytest.mark.parametrize("name", ["none", "xz", *FIELDS])
 @pytest.mark.parametrize(("backend", "device"), FUSED)
 def test_only_the_gradient_asked_for(backend, device, name):
