@@ -5,7 +5,7 @@ Every op has a `naive.py` that is its definition, and one file for each faster b
 """
 
 from mambapeft_kernels.ahead import BlockSizes, compile_ahead
-from mambapeft_kernels.backends import BACKENDS, available_backends, describe, resolve_backend
+from mambapeft_kernels.backends import BACKENDS, FUSED, available_backends, describe, resolve_backend
 from mambapeft_kernels.lookup import look_up
 from mambapeft_kernels.low_rank import low_rank_add
 from mambapeft_kernels.mixer import Direction, ssm_mixer
@@ -13,6 +13,7 @@ from mambapeft_kernels.norm import add_rms_norm
 
 __all__ = [
     "BACKENDS",
+    "FUSED",
     "BlockSizes",
     "Direction",
     "add_rms_norm",

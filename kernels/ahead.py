@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
+from mambapeft_kernels.backends import FUSED
 from mambapeft_kernels.lookup import look_up
 from mambapeft_kernels.low_rank import low_rank_add
 from mambapeft_kernels.norm import add_rms_norm
@@ -46,7 +47,7 @@ def compile_ahead(
         backend: a resolved one; only fused kernels compile.
     Returns: what to wait for with `concurrent.futures.wait`.
     """
-    if device.type != "cuda" or backend not in ("cuda", "triton"):
+    if device.type != "cuda" or backend not in FUSED:
         return ()
     work = tasks(sizes, scale, dtype, device, backend)
     executor = ThreadPoolExecutor(len(work), thread_name_prefix="compile ahead")
@@ -141,6 +142,7 @@ class _Block:
         but the two offsets; and which direction reads backwards.
         """
         s = self._sizes
-        shapes = (s.channels, s.taps), s.channels, (s.rank + 2 * s.states, s.channels), (s.channels, s.rank), s.channels
-        weights = [self._wide(shape) for shape in (*shapes, (s.channels, s.states), s.channels)]
+        x_proj = self._activations(s.rank + 2 * s.states, s.channels)  # which a model brings in their dtype
+        shapes = (s.channels, s.rank), (s.channels,), (s.channels, s.states), (s.channels,)
+        weights = [self._wide(s.channels, s.taps), self._wide(s.channels), x_proj, *map(self._wide, shapes)]
         return weights * len(reverse), ([True] * 7 + [False] * 2) * len(reverse), list(reverse)

@@ -14,6 +14,8 @@ BACKENDS: dict[str, str] = {
     "mamba_ssm": "the published kernels of mamba-ssm and causal-conv1d, for comparison; CUDA",
     "naive": "the definition, plain autograd; any device, slow, for checks",
 }
+# Their kernels round weights to the activations' dtype as they load them.
+FUSED = ("cuda", "triton")
 # What the fused backends compute in; the others take any floating dtype.
 _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "cuda": (torch.float32, torch.bfloat16),

@@ -1,7 +1,7 @@
 """The one public function of the lookup."""
 
 import torch
-from mambapeft_kernels.backends import resolve_backend
+from mambapeft_kernels.backends import FUSED, resolve_backend
 from mambapeft_kernels.lookup import naive
 from torch import Tensor
 
@@ -23,7 +23,7 @@ def look_up(images: Tensor, table: Tensor, dtype: torch.dtype = torch.float32, b
             f"look_up: table must be float32 [{images.shape[1]}, 256] and contiguous for images "
             f"{tuple(images.shape)}, got {table.dtype} {tuple(table.shape)}"
         )
-    if resolve_backend(backend, images.device) in ("cuda", "triton"):
+    if resolve_backend(backend, images.device) in FUSED:
         from mambapeft_kernels.lookup import triton
 
         return triton.look_up(images, table, dtype)

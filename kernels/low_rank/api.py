@@ -1,6 +1,6 @@
 """The one public function of the low-rank update."""
 
-from mambapeft_kernels.backends import resolve_backend
+from mambapeft_kernels.backends import FUSED, resolve_backend
 from mambapeft_kernels.low_rank import naive
 from torch import Tensor
 
@@ -19,7 +19,7 @@ def low_rank_add(out: Tensor, low: Tensor, up: Tensor, scale: float = 1.0, backe
     Raises: ValueError for shapes or dtypes that do not fit each other or a backend that cannot run here.
     """
     _check(out, low, up)
-    if resolve_backend(backend, out.device, out.dtype) in ("cuda", "triton"):
+    if resolve_backend(backend, out.device, out.dtype) in FUSED:
         from mambapeft_kernels.low_rank import triton
 
         return triton.low_rank_add(out, low, up, scale)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mambapeft_kernels.backends import resolve_backend
+from mambapeft_kernels.backends import FUSED, resolve_backend
 from torch import Tensor
 
 
@@ -42,7 +42,7 @@ def ssm_mixer(
     chosen = resolve_backend(backend, x.device, x.dtype)
     arguments = x, z, tuple(directions), scale
     # Imports wait until here: a backend's packages need not exist where another one runs.
-    if chosen in ("cuda", "triton"):
+    if chosen in FUSED:
         from mambapeft_kernels.mixer import fused
 
         return fused.run(*arguments, scans=chosen)

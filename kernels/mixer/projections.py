@@ -172,7 +172,7 @@ def _precision(x: Tensor) -> str:
 
 # Tiles: tokens, channels, warps and pipeline stages; float32 products have no tensor cores and want small ones.
 _TILES: dict[str, dict[str, int]] = {
-    "x_proj": {"BLOCK_T": 64, "BLOCK_E": 64, "num_warps": 4, "num_stages": 3},
+    "x_proj": {"BLOCK_T": 64, "BLOCK_E": 64, "num_warps": 4, "num_stages": 4},
     "dt_proj": {"BLOCK_T": 64, "BLOCK_E": 64, "num_warps": 4, "num_stages": 1},
     "dt_proj_backward": {"BLOCK_T": 64, "BLOCK_E": 128, "num_warps": 4, "num_stages": 3},
     "x_proj_backward": {"BLOCK_T": 64, "BLOCK_E": 128, "num_warps": 4, "num_stages": 1},

@@ -119,7 +119,7 @@ class PortedLinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, name: str) -> None:
         super().__init__(in_features, out_features, bias)
         self.side = SidePort(name)
-        self._narrow = _NarrowCopy()
+        self._narrow = NarrowCopy()
 
     @property
     def keeps_zeros(self) -> bool:
@@ -127,28 +127,27 @@ class PortedLinear(nn.Linear):
         return self.bias is None and all(getattr(b.fn, "low_rank", None) is not None for b in self.side.branches)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        dtype = compute_dtype(x)
-        if dtype != weight.dtype and not weight.requires_grad:
-            weight = self._narrow.of(weight, dtype)
-        return self.side.linear(x, weight, self.bias)
+        return self.side.linear(x, self._narrow.of(self.weight, compute_dtype(x)), self.bias)
 
 
-class _NarrowCopy:
-    """A frozen weight in autocast's dtype, cast once: autocast itself casts frozen weights again in every call."""
+class NarrowCopy:
+    """A frozen weight in another dtype, cast once: autocast itself casts frozen weights again in every call."""
 
     def __init__(self) -> None:
         self._key: tuple | None = None
         self._copy: Tensor | None = None
 
     def of(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """`weight` in `dtype`; `weight` itself where it is trained, or no parameter but computed in every call."""
+        if dtype == weight.dtype or weight.requires_grad or not isinstance(weight, nn.Parameter):
+            return weight
         key = weight.data_ptr(), weight._version, weight.device, weight.dtype, dtype
         if key != self._key:
             self._key, self._copy = key, weight.detach().to(dtype)
         return self._copy
 
-    def __deepcopy__(self, memo: dict) -> "_NarrowCopy":
-        return _NarrowCopy()  # it belongs to one weight
+    def __deepcopy__(self, memo: dict) -> "NarrowCopy":
+        return NarrowCopy()  # it belongs to one weight
 
     def __getstate__(self) -> dict:
         return {"_key": None, "_copy": None}

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mambapeft_kernels import BlockSizes, Direction, add_rms_norm, compile_ahead, resolve_backend, ssm_mixer
+from mambapeft_kernels import FUSED, BlockSizes, Direction, add_rms_norm, compile_ahead, resolve_backend, ssm_mixer
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import lecun_normal_, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 
-from mambapeft_vision.backbones.ports import AffixPort, Joined, Port, PortedLinear, PortedPatches
+from mambapeft_vision.backbones.ports import AffixPort, Joined, NarrowCopy, Port, PortedLinear, PortedPatches
 from mambapeft_vision.errors import UserError
 
 
@@ -58,6 +58,7 @@ class Mixer(nn.Module):
         self.x_proj_b = nn.Linear(inner, rank + 2 * d_state, bias=False)
         self.dt_proj_b = nn.Linear(rank, inner)
         self.out_proj = PortedLinear(inner, embed_dim, bias=False, name=f"{name}.out_proj")
+        self._narrow = NarrowCopy(), NarrowCopy()
 
         self.affix = AffixPort(f"{name}.affix")  # tokens → Joined
         self.gate = Port(f"{name}.gate")  # z [B, L, E] → the tensor whose silu gates the output
@@ -79,13 +80,19 @@ class Mixer(nn.Module):
             "x_proj_b": x_proj,
         }
 
-    def directions(self) -> tuple[Direction, Direction]:
-        """The weights of the two scan directions, each read once (they may be computed when read)."""
+    def directions(self, dtype: torch.dtype) -> tuple[Direction, Direction]:
+        """The weights of the two scan directions, each read once (they may be computed when read).
+
+        dtype: of the activations. A frozen x_proj comes in it where the kernel would round it to that: half the bytes.
+        """
+        x_proj = self.x_proj.weight, self.x_proj_b.weight
+        if self.kernel in FUSED:
+            x_proj = [narrow.of(weight, dtype) for narrow, weight in zip(self._narrow, x_proj)]
         state = (None, None) if self.state_offset.value is None else self.state_offset.value()
         output = (None, None) if self.output_offset.value is None else self.output_offset.value()
         return (
-            _direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D, state[0], output[0], False),
-            _direction(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, state[1], output[1], True),
+            _direction(self.conv1d, x_proj[0], self.dt_proj, self.A_log, self.D, state[0], output[0], False),
+            _direction(self.conv1d_b, x_proj[1], self.dt_proj_b, self.A_b_log, self.D_b, state[1], output[1], True),
         )
 
     def forward(self, h: Tensor, only: int | None = None) -> Tensor:
@@ -98,7 +105,7 @@ class Mixer(nn.Module):
             x_until, z_until, x_from, z_from = _Windows.apply(self._project_joined(h), only)
             return self._scan_apart(((x_until, z_until), (x_from, z_from)), (slice(only, only + 1), slice(0, 1)))
         x, z = self._project(h)
-        return self.out_proj(ssm_mixer(x, z, self.directions(), self.scale, self.kernel))
+        return self.out_proj(ssm_mixer(x, z, self.directions(x.dtype), self.scale, self.kernel))
 
     def _project(self, h: Tensor) -> tuple[Tensor, Tensor]:
         x, z = self.in_proj(h).chunk(2, dim=-1)
@@ -113,7 +120,7 @@ class Mixer(nn.Module):
         # The gate of a kept token is the same in both, so gated outputs add up.
         forward, backward = (
             ssm_mixer(x, z, (direction,), self.scale, self.kernel)[:, tokens]
-            for (x, z), direction, tokens in zip(halves, self.directions(), keep)
+            for (x, z), direction, tokens in zip(halves, self.directions(halves[0][0].dtype), keep)
         )
         return self.out_proj(forward + backward)
 
@@ -124,7 +131,8 @@ class Mixer(nn.Module):
         halves = [split(buffer) for buffer in joined.buffers]
         if len(halves) == 2:
             return self._scan_apart(halves, joined.keep)
-        out = self.out_proj(ssm_mixer(*halves[0], self.directions(), self.scale, self.kernel))
+        ((x, z),) = halves
+        out = self.out_proj(ssm_mixer(x, z, self.directions(x.dtype), self.scale, self.kernel))
         return out[:, joined.keep[0]]  # here a token has half the numbers that it has before out_proj
 
     def _join_inside(self, h: Tensor) -> Joined:
@@ -156,7 +164,7 @@ class Mixer(nn.Module):
 
 def _direction(
     conv1d: nn.Conv1d,
-    x_proj: nn.Linear,
+    x_proj: Tensor,
     dt_proj: nn.Linear,
     A_log: Tensor,
     D: Tensor,
@@ -167,7 +175,7 @@ def _direction(
     return Direction(
         conv1d.weight.squeeze(1),
         conv1d.bias,
-        x_proj.weight,
+        x_proj,
         dt_proj.weight,
         dt_proj.bias,
         A_log,

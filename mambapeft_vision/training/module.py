@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from lightning.pytorch import LightningModule
-from mambapeft_kernels import look_up, resolve_backend
+from mambapeft_kernels import FUSED, look_up, resolve_backend
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -34,7 +34,7 @@ class Normalise(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         kind = images.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        if resolve_backend("auto", images.device) in ("cuda", "triton"):
+        if resolve_backend("auto", images.device) in FUSED:
             return look_up(images, self.table, dtype)
         return self._computed(images).to(dtype)  # on a CPU faster than indexing
 

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mambapeft_vision.backbones.low_rank import LowRankBranch, add_low_rank, low_rank_linear
-from mambapeft_vision.backbones.ports import PortedLinear
+from mambapeft_vision.backbones.ports import NarrowCopy, PortedLinear
 
 IN, OUT, RANK = 6, 10, 3
 
@@ -147,3 +148,12 @@ def test_a_frozen_weight_is_cast_once_and_again_when_it_changes():
         assert torch.equal(linear(x), 2 * first)
         assert torch.equal(copy.deepcopy(linear)(x), 2 * first)
     assert linear(x).dtype == torch.float32
+
+
+def test_only_frozen_parameters_have_a_kept_copy():
+    weight, narrow = nn.Parameter(torch.randn(3, 4), requires_grad=False), NarrowCopy()
+    assert narrow.of(weight, torch.float32) is weight
+    assert torch.equal(narrow.of(weight, torch.bfloat16), weight.bfloat16())
+    computed = weight * 2  # the next one may lie at the same place and be another one
+    assert narrow.of(computed, torch.bfloat16) is computed
+    assert narrow.of(weight.requires_grad_(), torch.bfloat16) is weight

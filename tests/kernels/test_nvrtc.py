@@ -52,6 +52,6 @@ def test_indices_have_as_many_bits_as_the_largest_tensor_needs():
     small, large = torch.empty(4, 5, device="meta"), torch.empty(2**16, 2**15, device="meta")
     assert nvrtc.index_type(small, None)[0] == "int"
     assert nvrtc.index_type(small, large)[0] == "i64"
-    assert nvrtc.index_type(large[:, ::2**14][:2**10])[0] == "int"  # few elements of a large one, near its start
+    assert nvrtc.index_type(large[:, :: 2**14][: 2**10])[0] == "int"  # few elements of a large one, near its start
     assert nvrtc.index_type(large[:, :1].expand(-1, 2**15)[: 2**12])[0] == "int"
     assert nvrtc.index_type(large[:: 2**16 - 1])[0] == "i64"  # two rows, far apart
