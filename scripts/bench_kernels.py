@@ -217,9 +217,7 @@ def parts(case: Case, backend: str) -> Iterator[tuple[str, list[Callable[[], obj
         s["dproj"] = projections.dt_proj_backward(s["draw"], w["dt_proj"], s["dbc"])
 
     def conv_back(s):
-        if on_cuda:
-            return conv.conv_silu_backward(s["du"], s["x"], *taps, s["dx"])
-        return conv.conv_input_gradient(s["du"], w["conv_weight"], REVERSE, s["dx"])
+        return conv.conv_backward(s["du"], s["x"], *taps, s["dx"], False)
 
     def each(run):
         return [lambda s=s: run(s) for s in sets]

@@ -1,5 +1,6 @@
-// The depthwise convolution + SiLU of every direction, and its input gradient. Macros: E channels, K taps, G directions,
-// REV0, REV1; strides of a token in x (XL) and dx (GL); INDEX, the type that counts every tensor's elements.
+// The depthwise convolution + SiLU of every direction, and its gradients. Macros: E channels, K taps, G directions, REV0,
+// REV1, NEED_W (gradients of the filters); strides of a token in x (XL) and dx (GL); INDEX, the type that counts every
+// tensor's elements.
 //
 // A thread owns two neighbouring channels over RUN tokens of one sample: a warp reads whole 128-byte lines (bfloat16)
 // and every row of x is read once for all taps and directions. All loops unroll, so the rows stay in registers.
@@ -70,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(128) conv_forward(
 
 extern "C" __global__ void __launch_bounds__(128) conv_backward(
     const io_t* __restrict__ du, const io_t* __restrict__ x, const float* w0, const float* w1, const float* b0,
-    const float* b1, io_t* __restrict__ dx, int batch, int length, INDEX xb, INDEX gb) {
+    const float* b1, io_t* __restrict__ dx, float* __restrict__ dw, int batch, int length, INDEX xb, INDEX gb) {
     const int channel = (blockIdx.x * 128 + threadIdx.x) * 2, start = blockIdx.y * RUN, b = blockIdx.z;
     if (channel >= E) return;
     Pack<2> rows[RUN + 2 * HALO];
@@ -87,6 +88,11 @@ extern "C" __global__ void __launch_bounds__(128) conv_backward(
         const int from = reverse ? start - HALO : start;
         Pack<2> grad[RUN + HALO];
         load_rows<RUN + HALO, E>(grad, du, ((INDEX)d * batch + b) * length * E + channel, from, length);
+#if NEED_W
+        float own[K + 1][2];  // the sums over this run: of each tap, and of the bias
+#pragma unroll
+        for (int k = 0; k <= K; ++k) own[k][0] = own[k][1] = 0.0f;
+#endif
 #pragma unroll
         for (int i = 0; i < RUN + HALO; ++i) {
             const int at = reverse ? i : i + HALO;  // the row of x of token from + i
@@ -99,8 +105,19 @@ extern "C" __global__ void __launch_bounds__(128) conv_backward(
                     const int into = (reverse ? at + (K - 1 - k) : at - (K - 1 - k)) - HALO;
                     if (into >= 0 && into < RUN) sum[into][c] += filter.weight[k][c] * g;
                 }
+#if NEED_W
+                if (at < HALO || at >= RUN + HALO) continue;  // a token of another run
+                own[K][c] += g;
+#pragma unroll
+                for (int k = 0; k < K; ++k) own[k][c] += g * rows[reverse ? at + (K - 1 - k) : at - (K - 1 - k)].get(c);
+#endif
             }
         }
+#if NEED_W
+        float* partial = dw + ((((INDEX)blockIdx.y * batch + b) * G + d) * (K + 1) * E + channel);
+#pragma unroll
+        for (int k = 0; k <= K; ++k) *(float2*)(partial + k * E) = make_float2(own[k][0], own[k][1]);
+#endif
     }
     io_t* to = dx + (b * gb + (INDEX)start * GL + channel);
 #pragma unroll

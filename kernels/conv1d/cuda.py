@@ -25,8 +25,9 @@ def _launch(
     x: Tensor,
     filters: tuple[list[Tensor], list[Tensor], tuple[bool, ...]],
     before: list[Tensor],
-    after: list[Tensor],
+    after: list[Tensor | None],
     strided: list[Tensor],
+    need_filters: bool = False,
 ) -> None:
     """Runs a kernel on [.., B, L, E] tensors: those before and after the filters (weights, biases, directions).
 
@@ -43,13 +44,19 @@ def _launch(
         "G": len(reverse),
         "REV0": int(reverse[0]),
         "REV1": int(reverse[-1]),
+        "NEED_W": int(need_filters),
         "XL": strided[0].stride(1),
         "GL": strided[-1].stride(1),
     }
-    grid = ((channels + 255) // 256, (length + 15) // 16, batch)
+    grid = ((channels + 255) // 256, _runs(length), batch)
     sample_strides = [number(t.stride(0)) for t in strided]
     arguments = [*before, *_pair(weights), *_pair(biases), *after, batch, length, *sample_strides]
     nvrtc.run(_FILES, name, macros, grid, 128, x.device, arguments)
+
+
+def _runs(length: int) -> int:
+    """Runs of tokens, one a thread; see conv.cu."""
+    return (length + 15) // 16
 
 
 def _pair(tensors: list[Tensor]) -> list[Tensor]:
@@ -64,8 +71,25 @@ def conv_silu(x: Tensor, weights: list[Tensor], biases: list[Tensor], reverse: t
     return u
 
 
-def conv_silu_backward(
-    du: Tensor, x: Tensor, weights: list[Tensor], biases: list[Tensor], reverse: tuple[bool, ...], dx: Tensor
-) -> None:
-    """Fills dx [B, L, E] from du [G, B, L, E], through SiLU and the convolution of every direction."""
-    _launch("conv_backward", x, (weights, biases, reverse), [du, x], [dx], [x, dx])
+def conv_backward(
+    du: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    reverse: tuple[bool, ...],
+    dx: Tensor | None,
+    need_filters: bool,
+) -> tuple[Tensor, ...]:
+    """Fills dx [B, L, E] (if given) from du [G, B, L, E], through SiLU and the convolution of every direction.
+
+    Returns: if `need_filters`, the filters' gradients [G, E, K] and the biases' [G, E], float32, summed in a fixed order.
+    """
+    (batch, length, channels), taps, partial = x.shape, weights[0].shape[1], None
+    if need_filters:
+        partial = x.new_empty(_runs(length), batch, len(reverse), taps + 1, channels, dtype=torch.float32)
+    dx = torch.empty_like(x) if dx is None else dx
+    _launch("conv_backward", x, (weights, biases, reverse), [du, x], [dx, partial], [x, dx], need_filters)
+    if partial is None:
+        return ()
+    total = partial.flatten(0, 1).sum(0)
+    return total[:, :taps].transpose(1, 2), total[:, taps]

@@ -91,7 +91,7 @@ def _weight_gradient(
     base = (d * B + b) * L
     out = partial_ptr + ((b * tl.num_programs(2) + d) * (K + 1)) * E + chan
     for k in tl.static_range(K + 1):
-        acc = tl.zeros([BLOCK_E], tl.float32)
+        acc = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)  # over tokens once, at the end: a sum crosses warps
         for start in range(0, L, BLOCK_T):
             step = start + tl.arange(0, BLOCK_T)
             mask = (step < L)[:, None] & mask_e[None, :]
@@ -102,8 +102,8 @@ def _weight_gradient(
                 offset = b * sb + source.to(tl.int64) * sl
                 x = tl.load(x_ptr + offset[:, None] + (chan * se)[None, :], mask=inside, other=0.0)
                 g = g * x.to(tl.float32)
-            acc += tl.sum(g, axis=0)
-        tl.store(out + k * E, acc, mask=mask_e)
+            acc += g
+        tl.store(out + k * E, tl.sum(acc, axis=0), mask=mask_e)
 
 
 # Tokens and channels of a tile, and its warps; bench_kernels.py measures them.
@@ -124,22 +124,31 @@ def conv_silu(x: Tensor, weights: list[Tensor], biases: list[Tensor], reverse: t
     return u
 
 
-def conv_input_gradient(g: Tensor, weights: list[Tensor], reverse: tuple[bool, ...], dx: Tensor) -> None:
-    """Fills dx [B, L, E] (any strides) from g [G, B, L, E], the gradients of the directions' preactivations."""
-    _input_gradient[_grid(*dx.shape)](
-        g, weights[0], weights[-1], dx, *dx.shape, *dx.stride(),
-        REV0=int(reverse[0]), REV1=int(reverse[-1]), G=len(reverse), K=weights[0].shape[1], **_TILE,
-    )  # fmt: skip
+def conv_backward(
+    g: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    reverse: tuple[bool, ...],
+    dx: Tensor | None,
+    need_filters: bool,
+) -> tuple[Tensor, ...]:
+    """Fills dx [B, L, E] (if given, any strides) from g [G, B, L, E], gradients of the directions' preactivations.
 
-
-def conv_weight_gradients(g: Tensor, x: Tensor, taps: int, reverse: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
-    """Gradients of the filters [G, E, K] and biases [G, E] (float32), summed sample by sample in a fixed order."""
-    groups, batch, length, channels = g.shape
+    Returns: if `need_filters`, the filters' gradients [G, E, K] and the biases' [G, E], float32, summed in a fixed order.
+    """
+    (groups, batch, length, channels), taps = g.shape, weights[0].shape[1]
+    ways = {"REV0": int(reverse[0]), "REV1": int(reverse[-1]), "K": taps}
+    if dx is not None:
+        _input_gradient[_grid(*dx.shape)](
+            g, weights[0], weights[-1], dx, *dx.shape, *dx.stride(), G=groups, **ways, **_TILE
+        )
+    if not need_filters:
+        return ()
     partial = torch.empty(batch, groups, taps + 1, channels, dtype=torch.float32, device=g.device)
     block_e = min(64, triton.next_power_of_2(channels))
     _weight_gradient[(triton.cdiv(channels, block_e), batch, groups)](
-        g, x, partial, batch, length, channels, *x.stride(),
-        REV0=int(reverse[0]), REV1=int(reverse[-1]), K=taps, BLOCK_T=32, BLOCK_E=block_e, num_warps=4,
-    )  # fmt: skip
+        g, x, partial, batch, length, channels, *x.stride(), **ways, BLOCK_T=32, BLOCK_E=block_e, num_warps=4
+    )
     total = partial.sum(0)
     return total[:, :taps].transpose(1, 2), total[:, taps]

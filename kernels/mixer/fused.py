@@ -216,7 +216,8 @@ def _mixer_backward(
     need_z: bool,
     need: list[bool],
 ) -> list[Tensor]:
-    """[dx | dz] as one [B, L, 2E] buffer, then one gradient for each of `tensors`; not asked for: empty.
+    """[dx | dz] as one [B, L, 2E] buffer, then one gradient for each field of `Direction`, those of all directions
+    stacked; where none of them is asked for: empty.
 
     A call always fills both halves it was asked for; one buffer spares the copy that would join them for in_proj.
     """
@@ -225,10 +226,10 @@ def _mixer_backward(
     from mambapeft_kernels.selective_scan.triton import channel_sums
 
     w, wanted, rev = _Weights(tensors, present), _wanted(need, present), tuple(reverse)
-    channels, taps, rank = x.shape[-1], w.conv_weight[0].shape[1], w.dt_proj[0].shape[1]
+    channels, rank = x.shape[-1], w.dt_proj[0].shape[1]
     dxz = x.new_empty(*x.shape[:2], channels * (need_x + need_z))
     dz = dxz[..., -channels:] if need_z else None
-    grads: dict[str, list[Tensor] | Tensor] = {}
+    grads: dict[str, Tensor] = {}
     with torch.cuda.device_of(x):
         if not u.numel():
             u, delta, bc = _project(x, w, rev, scans)
@@ -237,35 +238,49 @@ def _mixer_backward(
         )
 
         need_conv = wanted["conv_weight"] or wanted["conv_bias"]
-        need_proj = wanted["x_proj"] or wanted["dt_proj"]
-        if need_x or need_conv or need_proj:
+        if need_x or need_conv or wanted["x_proj"] or wanted["dt_proj"]:
             dproj = dt_proj_backward(draw, w.dt_proj, dbc)
         if need_x or need_conv:
             dx = dxz[..., :channels] if need_x else None
-            conv = triton if need_conv else _convolution(scans, x, dx)
-            filters = w.conv_weight, w.conv_bias, rev
+            conv, filters = _convolution(scans, x if dx is None else dx, x), (w.conv_weight, w.conv_bias, rev)
             x_proj_backward(du, dproj, x, w.x_proj, *filters, through_silu=conv is triton)
-            if conv is not triton:
-                conv.conv_silu_backward(du, x, *filters, dx)
-            elif need_x:
-                triton.conv_input_gradient(du, w.conv_weight, rev, dx)
-        if need_conv:
-            grads["conv_weight"], grads["conv_bias"] = triton.conv_weight_gradients(du, x, taps, rev)
+            sums = conv.conv_backward(du, x, *filters, dx, need_conv)
+            grads |= {name: _own(s) for name, s in zip(("conv_weight", "conv_bias"), sums)}
         rows = u.flatten(1, 2)
         if wanted["x_proj"]:
-            grads["x_proj"] = torch.bmm(dproj.flatten(1, 2).transpose(1, 2), rows)
+            grads["x_proj"] = _product(dproj.flatten(1, 2).transpose(1, 2), rows)
         if wanted["dt_proj"]:
             # The low-rank Δ is not stored; one product brings it back.
             low = torch.stack([r @ p[:rank].T.to(r.dtype) for r, p in zip(rows, w.x_proj)])
-            grads["dt_proj"] = torch.bmm(draw.flatten(1, 2).transpose(1, 2), low)
+            grads["dt_proj"] = _product(draw.flatten(1, 2).transpose(1, 2), low)
         if wanted["A_log"]:
-            grads["A_log"] = [s * -torch.exp(a.float()) for s, a in zip(dA.sum(0), w.A_log)]
-        if any(wanted[f] for f in ("dt_bias", "D", "state_offset", "output_offset")):
-            grads["dt_bias"], grads["D"], grads["output_offset"], dy = channel_sums(draw, u, dout, z, scale)
+            grads["A_log"] = dA.sum(0).mul_(torch.stack(w.A_log).float().exp_().neg_())
+        needs = wanted["dt_bias"], wanted["D"] or wanted["output_offset"], wanted["state_offset"]
+        if any(needs):
+            *sums, dy = channel_sums(draw, u, dout, z, scale, *needs)
+            grads |= {name: _own(s) for name, s in zip(("dt_bias", "D", "output_offset"), sums) if wanted[name]}
             if wanted["state_offset"]:
                 C = bc[..., bc.shape[-1] // 2 :].flatten(1, 2)
-                grads["state_offset"] = [dy.flatten(0, 1).T @ c for c in C]
-    return [dxz, *_select(grads, tensors, present, need)]
+                grads["state_offset"] = torch.stack([dy.flatten(0, 1).T @ c for c in C])
+    return [dxz, *(grads[field] if wanted[field] else x.new_empty(0) for field in _FIELDS)]
+
+
+def _own(part: Tensor) -> Tensor:
+    """A copy of a part of a tensor: an op may not return views of one tensor."""
+    return part.clone(memory_format=torch.contiguous_format)
+
+
+_PRODUCT_CASTS = "dtype" in torch.ops.aten.bmm.overloads()  # PyTorch >= 2.8, on GPUs
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in batches; where its float32 sums can be had, unrounded."""
+    dtype = _product_dtype(a)
+    return torch.bmm(a, b) if dtype == a.dtype else torch.bmm(a, b, out_dtype=dtype)
+
+
+def _product_dtype(a: Tensor) -> torch.dtype:
+    return torch.float32 if _PRODUCT_CASTS and a.is_cuda else a.dtype
 
 
 def _wanted(need: list[bool], present: list[bool]) -> dict[str, bool]:
@@ -275,24 +290,16 @@ def _wanted(need: list[bool], present: list[bool]) -> dict[str, bool]:
     return {name: any(flat[i :: len(_FIELDS)]) for i, name in enumerate(_FIELDS)}
 
 
-def _select(grads: dict, tensors: list[Tensor], present: list[bool], need: list[bool]) -> list[Tensor]:
-    """For each of `tensors` its own copy of its gradient in its dtype, or an empty tensor."""
-    out: list[Tensor] = []
-    for slot in (i for i, p in enumerate(present) if p):
-        tensor, asked = tensors[len(out)], need[len(out)]
-        direction, field = divmod(slot, len(_FIELDS))
-        if not asked:
-            out.append(tensor.new_empty(0))
-            continue
-        grad = grads[_FIELDS[field]][direction]
-        out.append(grad.to(tensor.dtype).contiguous().view(tensor.shape).clone())
-    return out
-
-
 @_mixer_backward.register_fake
 def _(dout, x, z, total, ckpt, u, delta, bc, tensors, present, reverse, scale, scans, need_x, need_z, need):
     dxz = x.new_empty(*x.shape[:2], x.shape[2] * (int(need_x) + int(need_z)))
-    return [dxz, *(t.new_empty(t.shape if asked else (0,)) for t, asked in zip(tensors, need))]
+    w, wanted = _Weights(tensors, present), _wanted(need, present)
+    grads = []
+    for field in _FIELDS:
+        shape = next(t.shape for t in getattr(w, field) if t is not None) if wanted[field] else None
+        dtype = _product_dtype(x) if field in ("x_proj", "dt_proj") else torch.float32
+        grads.append(x.new_empty(0) if shape is None else x.new_empty(len(reverse), *shape, dtype=dtype))
+    return [dxz, *grads]
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -313,7 +320,12 @@ def _differentiate(ctx, dout, *_):
     channels = x.shape[-1]
     dx = dxz[..., :channels] if need_x else None
     dz = dxz[..., -channels:] if need_z else None
-    return dx, dz, [g if n else None for g, n in zip(grads, need)], None, None, None, None, None
+    slots = [divmod(slot, len(_FIELDS)) for slot, there in enumerate(ctx.constants[0]) if there]
+    own = [
+        grads[field][direction].to(tensor.dtype) if asked else None
+        for (direction, field), tensor, asked in zip(slots, tensors, need)
+    ]
+    return dx, dz, own, None, None, None, None, None
 
 
 torch.library.register_autograd("mambapeft::mixer_forward", _differentiate, setup_context=_setup_context)

@@ -314,6 +314,7 @@ def scan_backward(
 @triton.jit
 def _channel_sums(
     draw_ptr, u_ptr, dout_ptr, z_ptr, partial_ptr, dy_ptr, B, L, E, ob, ol, oe, sb, sl, se, scale,
+    NEED_STEP: tl.constexpr, NEED_OUTPUT: tl.constexpr, NEED_DY: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Per sample and direction: Σ_t of dΔ_raw, dy·u and dy → partial [B, G, 3, E]; dy is written once."""
@@ -322,39 +323,47 @@ def _channel_sums(
     d = tl.program_id(2)
     mask_e = chan < E
     base = (d * B + b) * L
-    bias = tl.zeros([BLOCK_E], tl.float32)
-    skip = tl.zeros([BLOCK_E], tl.float32)
-    shift = tl.zeros([BLOCK_E], tl.float32)
+    # Over tokens once, at the end: a sum crosses warps.
+    bias = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    skip = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    shift = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     for start in range(0, L, BLOCK_T):
         step = start + tl.arange(0, BLOCK_T)
         mask = (step < L)[:, None] & mask_e[None, :]
         at = (base + step)[:, None] * E + chan[None, :]
-        far = step.to(tl.int64)[:, None]
-        bias += tl.sum(tl.load(draw_ptr + at, mask=mask, other=0.0).to(tl.float32), axis=0)
-        u = tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        z = tl.load(z_ptr + b * sb + far * sl + (chan * se)[None, :], mask=mask, other=0.0).to(tl.float32)
-        dout = tl.load(dout_ptr + b * ob + far * ol + (chan * oe)[None, :], mask=mask, other=0.0)
-        dy = scale * dout.to(tl.float32) * z * sigmoid(z)
-        skip += tl.sum(dy * u, axis=0)
-        shift += tl.sum(dy, axis=0)
-        tl.store(dy_ptr + (b * L + step)[:, None] * E + chan[None, :], dy, mask=mask & (d == 0))
+        if NEED_STEP:
+            bias += tl.load(draw_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if NEED_OUTPUT:
+            far = step.to(tl.int64)[:, None]
+            u = tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            z = tl.load(z_ptr + b * sb + far * sl + (chan * se)[None, :], mask=mask, other=0.0).to(tl.float32)
+            dout = tl.load(dout_ptr + b * ob + far * ol + (chan * oe)[None, :], mask=mask, other=0.0)
+            dy = scale * dout.to(tl.float32) * z * sigmoid(z)
+            skip += dy * u
+            shift += dy
+            if NEED_DY:
+                tl.store(dy_ptr + (b * L + step)[:, None] * E + chan[None, :], dy, mask=mask & (d == 0))
     out = partial_ptr + (b * tl.num_programs(2) + d) * 3 * E + chan
-    tl.store(out, bias, mask=mask_e)
-    tl.store(out + E, skip, mask=mask_e)
-    tl.store(out + 2 * E, shift, mask=mask_e)
+    tl.store(out, tl.sum(bias, axis=0), mask=mask_e)
+    tl.store(out + E, tl.sum(skip, axis=0), mask=mask_e)
+    tl.store(out + 2 * E, tl.sum(shift, axis=0), mask=mask_e)
 
 
 def channel_sums(
-    draw: Tensor, u: Tensor, dout: Tensor, z: Tensor, scale: float
+    draw: Tensor, u: Tensor, dout: Tensor, z: Tensor, scale: float, need_step: bool, need_output: bool, need_dy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients that are sums over tokens: dt_bias, D, output_offset, each [G, E]; and dy [B, L, E]; float32."""
+    """Gradients that are sums over tokens: dt_bias, D, output_offset, each [G, E]; and dy [B, L, E]; float32.
+
+    need_step: whether the first is asked for, else it is zero; need_output: the next two; need_dy: dy, else empty.
+    """
     groups, batch, length, channels = u.shape
     partial = torch.empty(batch, groups, 3, channels, dtype=torch.float32, device=u.device)
-    dy = torch.empty(u.shape[1:], dtype=torch.float32, device=u.device)
+    dy = torch.empty(u.shape[1:] if need_dy else (0,), dtype=torch.float32, device=u.device)
     block_e = min(64, triton.next_power_of_2(channels))
     _channel_sums[(triton.cdiv(channels, block_e), batch, groups)](
         draw, u, dout, z, partial, dy, batch, length, channels, *dout.stride(), *z.stride(), scale,
-        BLOCK_T=32, BLOCK_E=block_e, num_warps=4,
+        NEED_STEP=need_step, NEED_OUTPUT=need_output or need_dy, NEED_DY=need_dy, BLOCK_T=32, BLOCK_E=block_e,
+        num_warps=4,
     )  # fmt: skip
     sums = partial.sum(0)
     return sums[:, 0], sums[:, 1], sums[:, 2], dy
