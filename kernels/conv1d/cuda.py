@@ -82,7 +82,7 @@ def conv_backward(
 ) -> tuple[Tensor, ...]:
     """Fills dx [B, L, E] (if given) from du [G, B, L, E], through SiLU and the convolution of every direction.
 
-    Returns: if `need_filters`, the filters' gradients [G, E, K] and the biases' [G, E], float32, summed in a fixed order.
+    Returns: if `need_filters`, the filters' gradients [G, E, K] and the biases' [G, E], float32, in a fixed order.
     """
     (batch, length, channels), taps, partial = x.shape, weights[0].shape[1], None
     if need_filters:

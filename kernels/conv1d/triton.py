@@ -135,7 +135,7 @@ def conv_backward(
 ) -> tuple[Tensor, ...]:
     """Fills dx [B, L, E] (if given, any strides) from g [G, B, L, E], gradients of the directions' preactivations.
 
-    Returns: if `need_filters`, the filters' gradients [G, E, K] and the biases' [G, E], float32, summed in a fixed order.
+    Returns: if `need_filters`, the filters' gradients [G, E, K] and the biases' [G, E], float32, in a fixed order.
     """
     (groups, batch, length, channels), taps = g.shape, weights[0].shape[1]
     ways = {"REV0": int(reverse[0]), "REV1": int(reverse[-1]), "K": taps}

@@ -98,6 +98,8 @@ class Projector(nn.Module):
         like = {"device": weight.device, "dtype": weight.dtype}
         self.scale = nn.Parameter(torch.ones(module.out_features, **like))
         self.blocks = nn.Parameter(torch.zeros(blocks, self.size, self.size, **like))
+        eye = torch.eye(self.size, dtype=torch.bool, device=weight.device)
+        self.register_buffer("eye", eye, persistent=False)
         self.down, self.up = low_rank_pair(weight, method.rank)
 
     @property
@@ -116,17 +118,14 @@ class Projector(nn.Module):
 
     def block_matrices(self) -> Tensor:
         """The diagonal blocks of D_b [blocks, size, size]."""
-        diagonal = self.blocks.diagonal(dim1=1, dim2=2)
-        one = torch.eye(self.size, device=self.blocks.device, dtype=self.blocks.dtype)
-        if not self.relu:
-            return one + self.blocks
-        return self.blocks - torch.diag_embed(diagonal) + one - torch.diag_embed(F.relu(diagonal))
+        return torch.where(self.eye, 1 - F.relu(self.blocks), self.blocks) if self.relu else self.blocks + self.eye
 
     def transform_delta(self, weight: Tensor) -> Tensor:
         """diag(s) W D_b - W, for W [out, in]."""
         out_features, in_features = weight.shape
         count = self.blocks.shape[0]
-        parts = F.pad(weight, (0, count * self.size - in_features)).view(out_features, count, self.size)
+        rest = count * self.size - in_features
+        parts = (F.pad(weight, (0, rest)) if rest else weight).view(out_features, count, self.size)
         if self.size <= SMALL_BLOCK:
             product = (parts[..., None] * self.block_matrices()).sum(2)
         else:
