@@ -211,17 +211,9 @@ def projections_forward(
     )  # fmt: skip
     tile = _tile("dt_proj", u.dtype)
     _dt_proj[(triton.cdiv(channels, tile["BLOCK_E"]), triton.cdiv(tokens, tile["BLOCK_T"]), groups)](
-        low,
-        *_pair(dt_proj),
-        *_pair(dt_bias),
-        delta,
-        tokens,
-        channels,
-        R=rank,
-        RP=_padded(rank),
-        PRECISION=precision,
+        low, *_pair(dt_proj), *_pair(dt_bias), delta, tokens, channels, R=rank, RP=_padded(rank), PRECISION=precision,
         **tile,
-    )
+    )  # fmt: skip
     return delta, bc
 
 
