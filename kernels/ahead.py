@@ -39,7 +39,8 @@ def compile_ahead(
 ) -> tuple[Future, ...]:
     """Starts to compile what training and testing launch of frozen blocks of two directions; once a process.
 
-    What a method changes (more states, gradients of weights, ...) compiles when it is launched.
+    What a method changes (more states, gradients of weights, ...) compiles when it is launched, and so do variants for
+    batches that are no multiple of 4, whose drop-path factors are less aligned.
 
     Args:
         scale: of the block's sum of directions.

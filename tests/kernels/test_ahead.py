@@ -1,9 +1,17 @@
-"""Compilation ahead of the first step: what it launches runs; on a GPU tests/training asks whether it is all of it."""
+"""Compilation ahead of the first step: what it launches runs, and is what a model launches."""
+
+import importlib
 
 import mambapeft_kernels.ahead as ahead
 import pytest
 import torch
 from mambapeft_kernels import BlockSizes, compile_ahead
+
+from mambapeft_vision.adapt import adapt
+from mambapeft_vision.backbones.vim import Vim
+from mambapeft_vision.data import Preprocessing
+from mambapeft_vision.methods.lora import LoRA
+from mambapeft_vision.training import module as training_module
 
 SIZES = BlockSizes(width=24, channels=48, states=5, rank=3, taps=4)
 
@@ -21,3 +29,68 @@ def test_every_task_runs(device, dtype):
 def test_where_nothing_compiles_nothing_is_started():
     assert compile_ahead(SIZES, 0.5, torch.float32, torch.device("cpu"), "triton") == ()
     assert compile_ahead(SIZES, 0.5, torch.float32, torch.device("cuda", 0), "torch") == ()
+
+
+class Noted:
+    """Stands for a Triton kernel: notes the variant that a launch would compile, and computes nothing."""
+
+    def __init__(self, kernel, variants: set):
+        self._kernel, self._variants = kernel, variants
+        self._unspecialised = kernel.rewriter.kwargs.get("do_not_specialize") or ()
+
+    def __getitem__(self, grid):
+        return self._note
+
+    def _note(self, *arguments, **constants):
+        named = zip(self._kernel.arg_names, arguments)
+        kinds = tuple(self._kind(value, name in self._unspecialised) for name, value in named)
+        self._variants.add((self._kernel.fn.__module__, self._kernel.__name__, kinds, tuple(sorted(constants.items()))))
+
+    def _kind(self, value, unspecialised: bool):
+        """Triton's rules: whether a pointer is aligned, a number one or divisible by 16."""
+        if isinstance(value, torch.Tensor):
+            return value.dtype, value.data_ptr() % 16 == 0
+        return type(value) if unspecialised or type(value) is not int else (value == 1, value % 16 == 0)
+
+
+@pytest.fixture
+def variants(monkeypatch) -> set:
+    """What launches of the `cuda` backend would compile, on a CPU."""
+    nvrtc = pytest.importorskip("mambapeft_kernels.nvrtc", reason="NOT RUN: cuda-core is not installed")
+    noted = set()
+    for name in ("mixer.projections", "norm.triton", "low_rank.triton", "lookup.triton"):
+        module = importlib.import_module(f"mambapeft_kernels.{name}")
+        kernels = {k: v for k, v in vars(module).items() if type(v).__name__ == "InterpretedFunction"}
+        for attribute, kernel in kernels.items():
+            monkeypatch.setattr(module, attribute, Noted(kernel, noted))
+    monkeypatch.setattr(nvrtc, "run", lambda files, name, macros, *_: noted.add((name, *macros.items())))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    for name in ("norm", "low_rank", "lookup", "mixer"):
+        api = importlib.import_module(f"mambapeft_kernels.{name}.api")
+        monkeypatch.setattr(api, "resolve_backend", lambda *_: "cuda")
+    monkeypatch.setattr(training_module, "resolve_backend", lambda *_: "cuda")
+    return noted
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU tests/training asks the same of a whole run")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_interpreter_what_a_model_launches_is_compiled_ahead(dtype, variants):
+    model = Vim(32, patch_size=8, embed_dim=32, depth=3, num_classes=0)
+    sizes = BlockSizes(width=32, channels=64, states=16, rank=2, taps=4)
+    for task in ahead.tasks(sizes, 0.5, dtype, torch.device("cpu"), "cuda"):
+        task()
+    compiled = set(variants)
+    variants.clear()
+
+    method = LoRA(targets="layers.*.mixer.in_proj.weight", rows="x", rank=16, scale=0.5, dropout=0.1)
+    adapted = adapt(model, {"m": method}, 3)
+    for mixer in model.mixers:
+        mixer.kernel = "cuda"
+    normalise = training_module.Normalise(Preprocessing((32, 32), "bicubic", (0.5,) * 3, (0.5,) * 3))
+    images = torch.zeros(16, 3, 32, 32, dtype=torch.uint8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for batch in (images, images[:4]):  # an epoch's last batch is smaller; of a multiple of 4
+            adapted.train()(normalise(batch)).sum().backward()
+            with torch.no_grad():
+                adapted.eval()(normalise(batch))
+    assert len(variants) > 15 and variants - compiled == set()
