@@ -1,7 +1,7 @@
 """Kernels of the Vision Mamba block and beside it; installs as `mambapeft_kernels`.
 
 Imports torch and (where present) triton or cuda-core only, and knows neither the backbone nor PEFT.
-Every op has a `naive.py` that is its definition, and one file for each faster backend.
+Every op has a `naive.py` that is its definition, and one file for each faster backend; products.py is cuBLAS alone.
 """
 
 from mambapeft_kernels.ahead import BlockSizes, compile_ahead
@@ -10,6 +10,7 @@ from mambapeft_kernels.lookup import look_up
 from mambapeft_kernels.low_rank import low_rank_add
 from mambapeft_kernels.mixer import Direction, ssm_mixer
 from mambapeft_kernels.norm import add_rms_norm
+from mambapeft_kernels.products import product
 
 __all__ = [
     "BACKENDS",
@@ -22,6 +23,7 @@ __all__ = [
     "describe",
     "look_up",
     "low_rank_add",
+    "product",
     "resolve_backend",
     "ssm_mixer",
 ]

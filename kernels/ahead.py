@@ -70,7 +70,8 @@ def tasks(
         partial(block.norm, branch=True, is_last=True),
         partial(block.norm, branch=False),
         block.first_norm,
-        block.low_rank,
+        partial(block.low_rank, rank=16),
+        partial(block.low_rank, rank=4),
         block.images,
         block.product,
     )
@@ -82,7 +83,7 @@ class _Block:
     def __init__(self, sizes: BlockSizes, scale: float, dtype: torch.dtype, device: torch.device, backend: str) -> None:
         from mambapeft_kernels.mixer import fused  # noqa: F401  (registers the ops)
 
-        self._sizes, self._scale, self._backend = sizes, scale, backend
+        self._sizes, self._scale, self._dtype, self._backend = sizes, scale, dtype, backend
         self._activations = partial(torch.zeros, dtype=dtype, device=device)
         self._wide = partial(torch.zeros, dtype=torch.float32, device=device)
 
@@ -119,16 +120,16 @@ class _Block:
         tokens = self._wide(_BATCH, _LENGTH, self._sizes.width)
         add_rms_norm(tokens, None, self._wide(self._sizes.width), 1e-5, None, self._backend)
 
-    def low_rank(self) -> None:
-        """Of a rank that is a multiple of 16, beside the half of in_proj that makes x; other ranks compile later."""
-        out, rank = self._activations(_BATCH * _LENGTH, 2 * self._sizes.channels), 16
+    def low_rank(self, rank: int) -> None:
+        """Beside the half of in_proj that makes x. Ranks that are multiples of 16 share a variant, and others do."""
+        out = self._activations(_BATCH * _LENGTH, 2 * self._sizes.channels)
         up = self._wide(self._sizes.channels, rank)
         low_rank_add(out[:, : len(up)], self._activations(len(out), rank), up, 1.0, self._backend)
 
     def images(self) -> None:
         """Their normalisation, in the dtype of the activations; pixels whose number is a multiple of 16."""
-        pixels = torch.zeros(_BATCH, 3, 16, 16, dtype=torch.uint8, device=self._wide(0).device)
-        look_up(pixels, self._wide(3, 256), self._activations(0).dtype, self._backend)
+        pixels = self._wide(_BATCH, 3, 16, 16).to(torch.uint8)
+        look_up(pixels, self._wide(3, 256), self._dtype, self._backend)
 
     def product(self) -> Tensor:
         """Loads cuBLAS."""

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "kernels"))
 
 from cases import cast, errors, make_directions, make_xz, plain_mixer, results  # noqa: E402
-from mambapeft_kernels import add_rms_norm, available_backends, ssm_mixer  # noqa: E402
+from mambapeft_kernels import FUSED, add_rms_norm, available_backends, ssm_mixer  # noqa: E402
 
 REVERSE = (False, True)
 
@@ -352,7 +352,7 @@ def measure(case: Case, chip: Chip) -> Iterator[dict]:
     floors = {k: w.floor(chip) for k, w in work(case).items()}
     floors["scan_backward_with_dA"] = floors["scan_backward"]
     floors["block_forward_backward"] = block_floor(case, chip)
-    fused = [b for b in ("cuda", "triton") if b in available_backends("cuda")]
+    fused = [b for b in FUSED if b in available_backends("cuda")]
     slow = [] if case.batch > 64 else ["torch", "plain"]
     slow += ["mamba_ssm"] if "mamba_ssm" in available_backends("cuda") else []
     jobs = [(b, f, graph_time) for b in fused for f in (parts, norms, mixers)]
@@ -412,7 +412,7 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench_kernels.py: got no CUDA GPU, expected one; run it on a machine with an NVIDIA GPU")
-    check([b for b in ("cuda", "triton") if b in available_backends("cuda")])
+    check([b for b in FUSED if b in available_backends("cuda")])
     import triton
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")

@@ -22,7 +22,6 @@ def supports(*tensors: Tensor) -> bool:
 
 def _launch(
     name: str,
-    x: Tensor,
     filters: tuple[list[Tensor], list[Tensor], tuple[bool, ...]],
     before: list[Tensor],
     after: list[Tensor | None],
@@ -33,7 +32,8 @@ def _launch(
 
     strided: x, and dx where the kernel writes it; the others are contiguous.
     """
-    (batch, length, channels), (weights, biases, reverse) = x.shape, filters
+    x, (weights, biases, reverse) = strided[0], filters
+    batch, length, channels = x.shape
     index, number = nvrtc.index_type(*before, *after)
     macros = {
         "IO_BF16": int(x.dtype == torch.bfloat16),
@@ -67,7 +67,7 @@ def _pair(tensors: list[Tensor]) -> list[Tensor]:
 def conv_silu(x: Tensor, weights: list[Tensor], biases: list[Tensor], reverse: tuple[bool, ...]) -> Tensor:
     """See `mambapeft_kernels.conv1d.triton.conv_silu`."""
     u = torch.empty(len(reverse), *x.shape, dtype=x.dtype, device=x.device)
-    _launch("conv_forward", x, (weights, biases, reverse), [x], [u], [x])
+    _launch("conv_forward", (weights, biases, reverse), [x], [u], [x])
     return u
 
 
@@ -88,7 +88,7 @@ def conv_backward(
     if need_filters:
         partial = x.new_empty(_runs(length), batch, len(reverse), taps + 1, channels, dtype=torch.float32)
     dx = torch.empty_like(x) if dx is None else dx
-    _launch("conv_backward", x, (weights, biases, reverse), [du, x], [dx, partial], [x, dx], need_filters)
+    _launch("conv_backward", (weights, biases, reverse), [du, x], [dx, partial], [x, dx], need_filters)
     if partial is None:
         return ()
     total = partial.flatten(0, 1).sum(0)

@@ -10,7 +10,7 @@ from mambapeft_kernels.backends import interpreted
 from mambapeft_kernels.low_rank import naive
 from torch import Tensor
 
-# Rows, features and ranks of a tile. Not chosen by r: one compilation serves all ranks that are multiples of 16.
+# Rows, features and ranks of a tile. Not chosen by r: two compilations serve all ranks, multiples of 16 and others.
 _TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_R": 64, "num_warps": 4, "num_stages": 1}
 
 
@@ -63,7 +63,7 @@ def _op(out: Tensor, low: Tensor, up: Tensor, scale: float) -> Tensor:
     grid = triton.cdiv(n, _TILE["BLOCK_N"]), triton.cdiv(m, _TILE["BLOCK_M"])  # rows of low meet in the cache
     with torch.cuda.device_of(out):
         _add[grid](
-            out, low, up.contiguous(), scaled, float(scale), m, n, r, out.stride(0), low.stride(0),
+            out, low, up.contiguous(), scaled, scale, m, n, r, out.stride(0), low.stride(0),
             INTERPRETED=interpreted(out.device), **_TILE,
         )  # fmt: skip
     return scaled

@@ -9,6 +9,7 @@ import importlib
 
 import torch
 from mambapeft_kernels.mixer.api import Direction
+from mambapeft_kernels.products import product
 from mambapeft_kernels.selective_scan.checkpoints import checkpoint_shape
 from torch import Tensor
 
@@ -216,8 +217,8 @@ def _mixer_backward(
     need_z: bool,
     need: list[bool],
 ) -> list[Tensor]:
-    """[dx | dz] as one [B, L, 2E] buffer, then one gradient for each field of `Direction`, those of all directions
-    stacked; where none of them is asked for: empty.
+    """[dx | dz] as one [B, L, 2E] buffer, then one float32 gradient for each field of `Direction`, those of all
+    directions stacked; where none of them is asked for: empty.
 
     A call always fills both halves it was asked for; one buffer spares the copy that would join them for in_proj.
     """
@@ -248,11 +249,11 @@ def _mixer_backward(
             grads |= {name: _own(s) for name, s in zip(("conv_weight", "conv_bias"), sums)}
         rows = u.flatten(1, 2)
         if wanted["x_proj"]:
-            grads["x_proj"] = _product(dproj.flatten(1, 2).transpose(1, 2), rows)
+            grads["x_proj"] = product(dproj.flatten(1, 2).transpose(1, 2), rows, torch.float32)
         if wanted["dt_proj"]:
             # The low-rank Δ is not stored; one product brings it back.
             low = torch.stack([r @ p[:rank].T.to(r.dtype) for r, p in zip(rows, w.x_proj)])
-            grads["dt_proj"] = _product(draw.flatten(1, 2).transpose(1, 2), low)
+            grads["dt_proj"] = product(draw.flatten(1, 2).transpose(1, 2), low, torch.float32)
         if wanted["A_log"]:
             grads["A_log"] = dA.sum(0).mul_(torch.stack(w.A_log).float().exp_().neg_())
         needs = wanted["dt_bias"], wanted["D"] or wanted["output_offset"], wanted["state_offset"]
@@ -262,25 +263,12 @@ def _mixer_backward(
             if wanted["state_offset"]:
                 C = bc[..., bc.shape[-1] // 2 :].flatten(1, 2)
                 grads["state_offset"] = torch.stack([dy.flatten(0, 1).T @ c for c in C])
-    return [dxz, *(grads[field] if wanted[field] else x.new_empty(0) for field in _FIELDS)]
+    return [dxz, *(grads[f] if wanted[f] else x.new_empty(0, dtype=torch.float32) for f in _FIELDS)]
 
 
 def _own(part: Tensor) -> Tensor:
     """A copy of a part of a tensor: an op may not return views of one tensor."""
     return part.clone(memory_format=torch.contiguous_format)
-
-
-_PRODUCT_CASTS = "dtype" in torch.ops.aten.bmm.overloads()  # PyTorch >= 2.8, on GPUs
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in batches; where its float32 sums can be had, unrounded."""
-    dtype = _product_dtype(a)
-    return torch.bmm(a, b) if dtype == a.dtype else torch.bmm(a, b, out_dtype=dtype)
-
-
-def _product_dtype(a: Tensor) -> torch.dtype:
-    return torch.float32 if _PRODUCT_CASTS and a.is_cuda else a.dtype
 
 
 def _wanted(need: list[bool], present: list[bool]) -> dict[str, bool]:
@@ -296,9 +284,8 @@ def _(dout, x, z, total, ckpt, u, delta, bc, tensors, present, reverse, scale, s
     w, wanted = _Weights(tensors, present), _wanted(need, present)
     grads = []
     for field in _FIELDS:
-        shape = next(t.shape for t in getattr(w, field) if t is not None) if wanted[field] else None
-        dtype = _product_dtype(x) if field in ("x_proj", "dt_proj") else torch.float32
-        grads.append(x.new_empty(0) if shape is None else x.new_empty(len(reverse), *shape, dtype=dtype))
+        shape = next((len(reverse), *t.shape) for t in getattr(w, field) if t is not None) if wanted[field] else (0,)
+        grads.append(x.new_empty(shape, dtype=torch.float32))
     return [dxz, *grads]
 
 

@@ -256,6 +256,7 @@ def x_proj_backward(
     blocks = triton.cdiv(channels, tile["BLOCK_E"]), triton.cdiv(length, tile["BLOCK_T"])
     _x_proj_backward[(*blocks, batch * groups)](
         du, dproj, x, *_pair(x_proj), *_pair(conv_weight), *_pair(conv_bias), batch, length, channels, *x.stride(),
-        REV0=int(reverse[0]), REV1=int(reverse[-1]), K=conv_weight[0].shape[1], W=dproj.shape[-1],
+        REV0=int(through_silu and reverse[0]), REV1=int(through_silu and reverse[-1]), K=conv_weight[0].shape[1],
+        W=dproj.shape[-1],
         WP=_padded(dproj.shape[-1]), PRECISION=_precision(du), THROUGH_SILU=through_silu, **tile,
     )  # fmt: skip

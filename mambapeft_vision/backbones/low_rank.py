@@ -8,12 +8,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from mambapeft_kernels import low_rank_add
+from mambapeft_kernels import low_rank_add, product
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-# PyTorch >= 2.8, on GPUs
-_PRODUCT_CASTS = all("dtype" in op.overloads() for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
 
 
 class LowRankBranch(NamedTuple):
@@ -87,7 +84,7 @@ class _LowRankLinear(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             grad = grad.reshape(-1, grad.shape[-1]).to(weight.dtype)
             if need_weight:
-                dweight = _product(grad.T, saved[0], weight_dtype)
+                dweight = product(grad.T, saved[0], weight_dtype)
             if need_bias:
                 dbias = grad.sum(0, dtype=bias_dtype)
             dlow, dfactors = _branch_gradients(grad, ctx.settings, saved, need_factors, ctx.factor_dtypes)
@@ -162,10 +159,10 @@ def _branch_gradients(
         dlow = torch.ops.aten.native_dropout_backward(dlow, mask, 1 / (1 - settings.dropout))
     dfactors: list[Tensor | None] = [None] * (2 * len(ups))
     if any(need_factors[::2]):
-        dfactors[::2] = _product(dlow.T, x, dtypes[0]).split(ranks)
-    for i, (above, part, up, scale) in enumerate(zip(through, low.split(ranks, dim=1), ups, settings.scales)):
+        dfactors[::2] = product(dlow.T, x, dtypes[0]).split(ranks)
+    for i, (above, part, scale) in enumerate(zip(through, low.split(ranks, dim=1), settings.scales)):
         if need_factors[2 * i + 1]:
-            dfactors[2 * i + 1] = _scaled_product(scale, above.T, part, dtypes[2 * i + 1], like=up)
+            dfactors[2 * i + 1] = product(above.T, part, dtypes[2 * i + 1], scale)
     return dlow, [d if needed else None for d, needed in zip(dfactors, need_factors)]
 
 
@@ -178,21 +175,3 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def _features(out: Tensor, rows: slice | None) -> Tensor:
     return out if rows is None else out[:, rows]
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in `dtype`: on a GPU straight from the product's float32 sums."""
-    if a.dtype == dtype:
-        return a @ b
-    if _PRODUCT_CASTS and a.is_cuda and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
-
-
-def _scaled_product(scale: float, a: Tensor, b: Tensor, dtype: torch.dtype, like: Tensor) -> Tensor:
-    """scale · a @ b in `dtype`, as `_product`; like: any tensor of the product's shape and a's dtype, never read."""
-    if scale == 1:
-        return _product(a, b, dtype)
-    if _PRODUCT_CASTS and a.is_cuda and dtype == torch.float32 != a.dtype:
-        return torch.addmm(like, a, b, out_dtype=dtype, beta=0, alpha=scale)
-    return _product(a, b, dtype).mul_(scale)

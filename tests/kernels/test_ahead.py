@@ -21,7 +21,7 @@ SIZES = BlockSizes(width=24, channels=48, states=5, rank=3, taps=4)
 def test_every_task_runs(device, dtype):
     device = torch.device("cpu" if device == "interpreter" else device)
     tasks = ahead.tasks(SIZES, 0.5, dtype, device, "triton")
-    assert len(tasks) == 14
+    assert len(tasks) == 15
     for task in tasks:
         task()
 
@@ -73,8 +73,9 @@ def variants(monkeypatch) -> set:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU tests/training asks the same of a whole run")
+@pytest.mark.parametrize("rank", [4, 16, 24, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_interpreter_what_a_model_launches_is_compiled_ahead(dtype, variants):
+def test_interpreter_what_a_model_launches_is_compiled_ahead(dtype, rank, variants):
     model = Vim(32, patch_size=8, embed_dim=32, depth=3, num_classes=0)
     sizes = BlockSizes(width=32, channels=64, states=16, rank=2, taps=4)
     for task in ahead.tasks(sizes, 0.5, dtype, torch.device("cpu"), "cuda"):
@@ -82,7 +83,7 @@ def test_interpreter_what_a_model_launches_is_compiled_ahead(dtype, variants):
     compiled = set(variants)
     variants.clear()
 
-    method = LoRA(targets="layers.*.mixer.in_proj.weight", rows="x", rank=16, scale=0.5, dropout=0.1)
+    method = LoRA(targets="layers.*.mixer.in_proj.weight", rows="x", rank=rank, scale=0.5, dropout=0.1)
     adapted = adapt(model, {"m": method}, 3)
     for mixer in model.mixers:
         mixer.kernel = "cuda"
