@@ -3,9 +3,9 @@
 import hydra
 from omegaconf import DictConfig
 
-from mambapeft_vision.imports import imports_kept
-from mambapeft_vision.training.cli import job, run_cli
-from mambapeft_vision.training.config import register_schemas
+from mambapeft_vision.run.config import register_schemas
+from mambapeft_vision.run.exit import job, run_cli
+from mambapeft_vision.utils.startup import imports_kept
 
 register_schemas()
 
@@ -14,7 +14,7 @@ register_schemas()
 @job
 def main(cfg: DictConfig) -> None:
     with imports_kept():  # PyTorch's, for which --help need not wait
-        from mambapeft_vision.training.evaluate import evaluate
+        from mambapeft_vision.run.evaluate import evaluate
 
     evaluate(cfg)
 

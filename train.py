@@ -7,13 +7,13 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from mambapeft_vision.imports import imports_kept
 from mambapeft_vision.pretraining.command import is_pretraining, translated
 from mambapeft_vision.results.record import RunRecord
-from mambapeft_vision.training.again import recorded
-from mambapeft_vision.training.cli import job, run_cli
-from mambapeft_vision.training.config import register_schemas
-from mambapeft_vision.training.overrides import prepare_multirun
+from mambapeft_vision.run.config import register_schemas
+from mambapeft_vision.run.exit import job, run_cli
+from mambapeft_vision.run.overrides import prepare_multirun
+from mambapeft_vision.run.rerun import recorded
+from mambapeft_vision.utils.startup import imports_kept
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
@@ -26,7 +26,7 @@ register_schemas()
 @job
 def main(cfg: DictConfig) -> None:
     with imports_kept():  # PyTorch's, for which --help need not wait
-        from mambapeft_vision.training.run import train
+        from mambapeft_vision.run.run import train
 
     train(cfg, HydraConfig.get().overrides.task, expected=_record)
 

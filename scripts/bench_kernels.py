@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "kernels"))
+sys.path.insert(0, str(ROOT / "tests"))
 
-from cases import cast, errors, make_directions, make_xz, plain_mixer, results  # noqa: E402
+from helpers.kernel_cases import cast, errors, make_directions, make_xz, plain_mixer, results  # noqa: E402
 from mambapeft_kernels import FUSED, add_rms_norm, available_backends, ssm_mixer  # noqa: E402
 
 REVERSE = (False, True)
@@ -181,14 +181,14 @@ def input_sets(case: Case, count: int = 3) -> tuple[list, list[dict[str, Tensor]
 
 def parts(case: Case, backend: str) -> Iterator[tuple[str, list[Callable[[], object]]]]:
     """Kernel → one call for each input set, of a fused backend."""
-    from mambapeft_kernels.conv1d import cuda as conv_cuda
-    from mambapeft_kernels.conv1d import triton as conv_triton
-    from mambapeft_kernels.mixer import projections
-    from mambapeft_kernels.selective_scan import triton as scan_triton
+    from mambapeft_kernels.causal_conv1d import cuda_kernels as conv_cuda
+    from mambapeft_kernels.causal_conv1d import triton_kernels as conv_triton
+    from mambapeft_kernels.selective_scan import triton_kernels as scan_triton
+    from mambapeft_kernels.ssm_mixer import projections
 
     on_cuda = backend == "cuda"
     if on_cuda:
-        from mambapeft_kernels.selective_scan import cuda as scan
+        from mambapeft_kernels.selective_scan import cuda_kernels as scan
     else:
         scan = scan_triton
     conv = conv_cuda if on_cuda else conv_triton

@@ -13,7 +13,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from mambapeft_vision.adapt import AdaptedModel, adapt
+from mambapeft_vision.adapter.model import AdaptedModel, adapt
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.methods.lora import LoRA
 

@@ -31,18 +31,18 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
+from mambapeft_vision.adapter.presets import fitting_presets
 from mambapeft_vision.data import Preprocessing
-from mambapeft_vision.presets import fitting_presets
-from mambapeft_vision.sweep.kept import Kept
-from mambapeft_vision.training.build import build_backbone, build_model, set_kernel
-from mambapeft_vision.training.config import register_schemas
-from mambapeft_vision.training.fit import METRICS_FILE, step_settings
-from mambapeft_vision.training.module import Normalise
-from mambapeft_vision.training.optim import make_optimizer
-from mambapeft_vision.training.plan import RunPlan, make_plan
-from mambapeft_vision.training.run import train
-from mambapeft_vision.training.step import TrainStep
-from mambapeft_vision.training.testing import apply_precision
+from mambapeft_vision.engine.loop import METRICS_FILE, step_settings
+from mambapeft_vision.engine.module import Normalise
+from mambapeft_vision.engine.predict import apply_precision
+from mambapeft_vision.engine.schedule import make_optimizer
+from mambapeft_vision.engine.step import TrainStep
+from mambapeft_vision.run.build import build_backbone, build_model, set_kernel
+from mambapeft_vision.run.config import register_schemas
+from mambapeft_vision.run.run import train
+from mambapeft_vision.run.run_config import RunPlan, make_plan
+from mambapeft_vision.sweep.worker_cache import Kept
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES, TRAIN_IMAGES = 100, 1000

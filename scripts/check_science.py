@@ -12,8 +12,8 @@ from pathlib import Path
 
 from mambapeft_vision.results.ordering import ordering
 from mambapeft_vision.results.tables import collect, read_standard, tables_of, to_markdown
+from mambapeft_vision.run.exit import CRASH, run_cli
 from mambapeft_vision.sweep.sweep import fixed_sweep, records_of
-from mambapeft_vision.training.cli import CRASH, run_cli
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RUNS = [

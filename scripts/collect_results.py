@@ -10,8 +10,6 @@ report.html, tables.md, tables.csv, tables.tex and the plots as PNG files.
 import argparse
 from pathlib import Path
 
-from mambapeft_vision.atomic import write_text
-from mambapeft_vision.errors import UserError
 from mambapeft_vision.results.plots import figures_of, save
 from mambapeft_vision.results.report import report
 from mambapeft_vision.results.tables import (
@@ -24,7 +22,9 @@ from mambapeft_vision.results.tables import (
     to_latex,
     to_markdown,
 )
-from mambapeft_vision.training.cli import run_cli
+from mambapeft_vision.run.exit import run_cli
+from mambapeft_vision.utils.atomic import write_text
+from mambapeft_vision.utils.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

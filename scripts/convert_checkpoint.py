@@ -10,8 +10,8 @@ import json
 import sys
 from pathlib import Path
 
-from mambapeft_vision.convert import from_reference, merge_to_official, push_to_hub, to_hub_folder
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.integrations.convert import from_reference, merge_to_official, push_to_hub, to_hub_folder
+from mambapeft_vision.utils.errors import UserError
 
 
 def parser() -> argparse.ArgumentParser:

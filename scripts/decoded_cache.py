@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from mambapeft_vision.data.cache import clean, entries
-from mambapeft_vision.data.progress import format_duration
+from mambapeft_vision.utils.progress import format_duration
 
 
 def main() -> None:

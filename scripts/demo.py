@@ -12,8 +12,8 @@ from pathlib import Path
 
 from mambapeft_vision.results.demo import compare, show
 from mambapeft_vision.results.tables import collect, read_standard
+from mambapeft_vision.run.exit import run_cli
 from mambapeft_vision.sweep.sweep import fixed_sweep, records_of
-from mambapeft_vision.training.cli import run_cli
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # The longest run first: two workers then end at about the same time.

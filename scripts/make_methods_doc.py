@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mambapeft_vision.presets import Preset, read_presets
+from mambapeft_vision.adapter.presets import Preset, read_presets
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "methods.md"

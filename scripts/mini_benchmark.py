@@ -22,12 +22,7 @@ from collections import Counter  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from mambapeft_vision.errors import UserError  # noqa: E402
-from mambapeft_vision.results.bundle import write_bundle  # noqa: E402
-from mambapeft_vision.results.record import is_finished, write_record  # noqa: E402
-from mambapeft_vision.results.tables import find_records, read_standard  # noqa: E402
-from mambapeft_vision.sweep.jobs import Job, State  # noqa: E402
-from mambapeft_vision.sweep.mini import (  # noqa: E402
+from mambapeft_vision.benchmarks.mini import (  # noqa: E402
     RATES,
     SEARCH_TASKS,
     STAGES,
@@ -38,11 +33,16 @@ from mambapeft_vision.sweep.mini import (  # noqa: E402
     choices,
     jobs_of_stage,
 )
+from mambapeft_vision.results.bundle import write_bundle  # noqa: E402
+from mambapeft_vision.results.record import is_finished, write_record  # noqa: E402
+from mambapeft_vision.results.tables import find_records, read_standard  # noqa: E402
+from mambapeft_vision.run.exit import CRASH, run_cli  # noqa: E402
+from mambapeft_vision.run.run_config import run_folder  # noqa: E402
+from mambapeft_vision.sweep.deadline import run_in_time  # noqa: E402
+from mambapeft_vision.sweep.jobs import Job, State  # noqa: E402
 from mambapeft_vision.sweep.pool import visible_gpus  # noqa: E402
 from mambapeft_vision.sweep.sweep import records_of  # noqa: E402
-from mambapeft_vision.sweep.timed import run_in_time  # noqa: E402
-from mambapeft_vision.training.cli import CRASH, run_cli  # noqa: E402
-from mambapeft_vision.training.plan import run_folder  # noqa: E402
+from mambapeft_vision.utils.errors import UserError  # noqa: E402
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -130,7 +130,7 @@ def unpack(options: argparse.Namespace) -> None:
 
 
 def document(options: argparse.Namespace) -> None:
-    from mambapeft_vision.sweep.mini_document import write_document  # needs SciPy, which no run does
+    from mambapeft_vision.benchmarks.mini_document import write_document  # needs SciPy, which no run does
 
     write_document(options.out, find_records(options.places), read_standard(CONFIGS))
     print(options.out)

@@ -6,13 +6,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mambapeft_vision.data.fetched import FETCHED, fetch_task
-from mambapeft_vision.data.importer import import_task
+from mambapeft_vision.data.generated.mini import GENERATED, IMPORTED, lay_out_generated
 from mambapeft_vision.data.manifest import read_record
-from mambapeft_vision.data.mini import GENERATED, IMPORTED, lay_out_generated
-from mambapeft_vision.data.verify import TaskReport
-from mambapeft_vision.data.vtab import GROUPS, Task, select_tasks
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.data.prepare.importer import import_task
+from mambapeft_vision.data.prepare.torchvision_tasks import FETCHED, fetch_task
+from mambapeft_vision.data.prepare.verify import TaskReport
+from mambapeft_vision.data.tasks import GROUPS, Task, select_tasks
+from mambapeft_vision.utils.errors import UserError
 
 EPILOG = """\
 examples:

@@ -3,7 +3,7 @@
 
 import sys
 
-from mambapeft_vision.data.prepare import main
+from mambapeft_vision.data.prepare.vtab1k import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,15 +9,15 @@ Only the runs of this command are in the report, whatever else is in the outputs
 import sys
 from pathlib import Path
 
-from mambapeft_vision.atomic import write_text
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.integrations.wandb_summary import publish_sweep
 from mambapeft_vision.results.paper import PAPER
 from mambapeft_vision.results.report import report
 from mambapeft_vision.results.tables import collect, read_standard, tables_of, to_markdown
+from mambapeft_vision.run.exit import CRASH, run_cli
 from mambapeft_vision.sweep.jobs import plan_jobs
-from mambapeft_vision.sweep.parent import publish_sweep
 from mambapeft_vision.sweep.sweep import parse, records_of, sweep
-from mambapeft_vision.training.cli import CRASH, run_cli
+from mambapeft_vision.utils.atomic import write_text
+from mambapeft_vision.utils.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 EXAMPLES = 3  # runs shown in detail

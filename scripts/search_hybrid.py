@@ -12,9 +12,9 @@ the plots are in searches/<name>.
 import sys
 from pathlib import Path
 
-from mambapeft_vision.sweep.search import search
-from mambapeft_vision.sweep.search_command import parse
-from mambapeft_vision.training.cli import run_cli
+from mambapeft_vision.run.exit import run_cli
+from mambapeft_vision.search.command import parse
+from mambapeft_vision.search.search import search
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DEFAULTS = {"space": "hybrid_step1", "trials": "100", "protocol": "validation"}

@@ -11,11 +11,11 @@ rates=FILE: measured images/s (docs/rates.csv), from which times are told before
 import sys
 from pathlib import Path
 
+from mambapeft_vision.integrations.wandb_summary import publish_sweep
 from mambapeft_vision.results.tables import read_standard
+from mambapeft_vision.run.exit import CRASH, run_cli
 from mambapeft_vision.sweep.jobs import plan_jobs
-from mambapeft_vision.sweep.parent import publish_sweep
 from mambapeft_vision.sweep.sweep import parse, sweep
-from mambapeft_vision.training.cli import CRASH, run_cli
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

@@ -11,16 +11,16 @@ import argparse
 import csv
 from pathlib import Path
 
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.engine.loop import METRICS_FILE
+from mambapeft_vision.integrations.wandb_logger import WANDB_ID_FILE, WandbLogger
+from mambapeft_vision.integrations.wandb_summary import publish
 from mambapeft_vision.results.pictures import draw_from_files, pictures_of, run_title
 from mambapeft_vision.results.record import RESULT_FILE, RunRecord, read_record
 from mambapeft_vision.results.tables import read_standard
-from mambapeft_vision.sweep.parent import publish
-from mambapeft_vision.training.cli import run_cli
-from mambapeft_vision.training.config import TrainerConfig
-from mambapeft_vision.training.fit import METRICS_FILE
-from mambapeft_vision.training.loggers import WANDB_ID_FILE, WandbLogger
-from mambapeft_vision.training.plan import RunPlan
+from mambapeft_vision.run.config import TrainerConfig
+from mambapeft_vision.run.exit import run_cli
+from mambapeft_vision.run.run_config import RunPlan
+from mambapeft_vision.utils.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

@@ -20,7 +20,10 @@ ALLOWED = {
         "mambapeft_vision.backbones",
         *(f"mambapeft_vision.{n}" for n in LEAVES),
     },
-    "mambapeft_vision/adapt.py": {"mambapeft_vision.methods.base", *(f"mambapeft_vision.{n}" for n in LEAVES)},
+    "mambapeft_vision/adapter/model.py": {
+        "mambapeft_vision.methods.method",
+        *(f"mambapeft_vision.{n}" for n in LEAVES),
+    },
     "mambapeft_vision/data": {"mambapeft_vision.data", *(f"mambapeft_vision.{n}" for n in LEAVES)},
 }
 
@@ -50,7 +53,7 @@ def test_import_direction(place):
 def test_core_does_not_pull_in_heavy_optional_packages():
     """The kernels, backbones and methods load without what only training needs (timm itself imports wandb)."""
     code = (
-        "import sys, mambapeft_kernels, mambapeft_vision.adapt, mambapeft_vision.backbones;"
+        "import sys, mambapeft_kernels, mambapeft_vision.adapter.model, mambapeft_vision.backbones;"
         "print([m for m in ('matplotlib', 'hydra', 'lightning') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -60,7 +63,7 @@ def test_core_does_not_pull_in_heavy_optional_packages():
 def test_what_is_imported_is_not_looked_through_for_garbage():
     program = (
         "import gc\n"
-        "from mambapeft_vision.imports import imports_kept\n"
+        "from mambapeft_vision.utils.startup import imports_kept\n"
         "with imports_kept():\n"
         "    assert not gc.isenabled()\n"
         "    import torch\n"

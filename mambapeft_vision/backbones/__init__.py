@@ -8,8 +8,8 @@ from torch import nn
 
 from mambapeft_vision.backbones import vim, vit
 from mambapeft_vision.backbones.architecture import check_sizes
-from mambapeft_vision.backbones.checkpoints import load_official, load_weights
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.backbones.weights import load_official, load_weights
+from mambapeft_vision.utils.errors import UserError
 
 __all__ = ["create_backbone", "vim", "vit"]
 

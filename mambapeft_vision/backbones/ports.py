@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mambapeft_kernels.low_rank.linear import LowRankBranch, add_low_rank, compute_dtype, low_rank_linear
 from torch import Tensor, nn
 
-from mambapeft_vision.backbones.low_rank import LowRankBranch, add_low_rank, compute_dtype, low_rank_linear
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.utils.errors import UserError
 
 
 class Port:

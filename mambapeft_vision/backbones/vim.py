@@ -18,7 +18,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from mambapeft_vision.backbones.ports import AffixPort, Joined, NarrowCopy, Port, PortedLinear, PortedPatches
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.utils.errors import UserError
 
 
 class Mixer(nn.Module):
@@ -456,7 +456,7 @@ def _build(record: dict[str, Any], sizes: dict[str, Any], pretrained: bool, kwar
         "architecture": {k: v for k, v in {**sizes, **kwargs}.items() if k != "num_classes"},
     }
     if pretrained:
-        from mambapeft_vision.backbones.checkpoints import load_official
+        from mambapeft_vision.backbones.weights import load_official
 
         load_official(model)
     return model

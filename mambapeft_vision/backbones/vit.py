@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mambapeft_vision.backbones.ports import Port, PortedLinear, SidePort
 from mambapeft_vision.backbones.vim import PatchEmbed
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.utils.errors import UserError
 
 
 class Attention(nn.Module):
@@ -205,7 +205,7 @@ def ported_deit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vi
         "architecture": {k: v for k, v in kwargs.items() if k != "num_classes"},
     }
     if pretrained:
-        from mambapeft_vision.backbones.checkpoints import load_official
+        from mambapeft_vision.backbones.weights import load_official
 
         load_official(model)
     return model

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from mambapeft_vision.data.images import ImageSet
 from mambapeft_vision.data.preprocessing import Preprocessing, decode_image
-from mambapeft_vision.data.progress import ConsoleProgress, Progress
-from mambapeft_vision.data.vtab import SPLITS, TASKS, Task
+from mambapeft_vision.data.tasks import SPLITS, TASKS, Task
+from mambapeft_vision.utils.progress import ConsoleProgress, Progress
 
 if TYPE_CHECKING:
-    from mambapeft_vision.data.demo import DemoDataModule
+    from mambapeft_vision.data.generated.digits import DemoDataModule
     from mambapeft_vision.data.module import TaskDataModule
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 # Lightning takes seconds to import, and Triton with it; preparing and checking data needs neither.
-_LIGHTNING = {"TaskDataModule": "module", "DemoDataModule": "demo"}
+_LIGHTNING = {"TaskDataModule": "module", "DemoDataModule": "generated.digits"}
 
 
 def __getattr__(name: str) -> Any:

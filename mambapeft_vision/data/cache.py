@@ -21,11 +21,11 @@ import numpy as np
 import PIL
 import torch
 
+from mambapeft_vision.data.image_list import ImageList
 from mambapeft_vision.data.images import ImageSet, available_cpus, decode_into, decode_list
-from mambapeft_vision.data.listfile import ImageList
 from mambapeft_vision.data.preprocessing import Preprocessing
-from mambapeft_vision.data.progress import ProgressCallback
-from mambapeft_vision.lock import remove_abandoned, sole_writer
+from mambapeft_vision.utils.lock import remove_abandoned, sole_writer
+from mambapeft_vision.utils.progress import ProgressCallback
 
 # Splits that take less memory than this are decoded in the time that looking them up would take.
 SMALLEST = 32 << 20

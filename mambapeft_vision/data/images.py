@@ -12,9 +12,9 @@ import torch
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
-from mambapeft_vision.data.listfile import Entry, ImageList
+from mambapeft_vision.data.image_list import Entry, ImageList
 from mambapeft_vision.data.preprocessing import FORMATS, Preprocessing, decode_image
-from mambapeft_vision.data.progress import ProgressCallback, ProgressMeter
+from mambapeft_vision.utils.progress import ProgressCallback, ProgressMeter
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mambapeft_vision.data.image_list import ImageList
 from mambapeft_vision.data.images import ImageSet, decode_entry
-from mambapeft_vision.data.listfile import ImageList
 from mambapeft_vision.data.preprocessing import Preprocessing
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.utils.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
 _NOWHERE = {"epoch": -1, "batches": 0}

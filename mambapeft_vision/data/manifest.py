@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mambapeft_vision.atomic import write_json
-from mambapeft_vision.data.listfile import ImageList
-from mambapeft_vision.errors import UserError
-from mambapeft_vision.lock import one_at_a_time
+from mambapeft_vision.data.image_list import ImageList
+from mambapeft_vision.utils.atomic import write_json
+from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.lock import one_at_a_time
 
 MANIFEST_FILE = "manifest.json"
 _FORMAT = 1

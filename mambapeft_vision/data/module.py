@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mambapeft_vision.data.cache import cached_list, is_cacheable
+from mambapeft_vision.data.image_list import ImageList, missing_images, read_list
 from mambapeft_vision.data.images import ImageSet, available_cpus
-from mambapeft_vision.data.listfile import ImageList, missing_images, read_list
 from mambapeft_vision.data.loaders import DecodingLoader, MemoryLoader, TrainLoader, epoch_order
 from mambapeft_vision.data.manifest import manifest_hash
 from mambapeft_vision.data.prefetch import Prefetch
 from mambapeft_vision.data.preprocessing import Preprocessing
-from mambapeft_vision.data.progress import ProgressCallback
-from mambapeft_vision.data.vtab import GROUPS, SPLITS, find_task, prepare_command
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.data.tasks import GROUPS, SPLITS, find_task, prepare_command
+from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.progress import ProgressCallback
 
 # Without a cache, test sets up to this size are decoded once and kept (4,096 images of 224x224 are 617 MB).
 KEEP_IN_MEMORY = 4096

@@ -15,10 +15,10 @@ from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 from mambapeft_vision.data.cache import cached_list
-from mambapeft_vision.data.listfile import ImageList, parse_list
+from mambapeft_vision.data.image_list import ImageList, parse_list
 from mambapeft_vision.data.preprocessing import Preprocessing
-from mambapeft_vision.data.progress import Progress, ProgressCallback
-from mambapeft_vision.processes import end_with_parent
+from mambapeft_vision.utils.processes import end_with_parent
+from mambapeft_vision.utils.progress import Progress, ProgressCallback
 
 _LOOK_EVERY_S = 0.2
 

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.utils.errors import UserError
 
 # Of Pillow's readers only these, which decode and nothing else: that of EPS, for one, would start Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")

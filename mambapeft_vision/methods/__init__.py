@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.utils.errors import UserError
 
 
 def add_methods_folder(folder: str | Path) -> None:

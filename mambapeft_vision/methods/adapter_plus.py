@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambapeft_vision.errors import UserError
-from mambapeft_vision.methods.base import Method, blocks_of, require_positive, site_key
+from mambapeft_vision.methods.method import Method, blocks_of, require_positive, site_key
+from mambapeft_vision.utils.errors import UserError
 
 
 class AdapterPlus(Method):

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from mambapeft_vision.methods.base import Method, blocks_of, require_dropout, require_positive, site_key
+from mambapeft_vision.methods.method import Method, blocks_of, require_dropout, require_positive, site_key
 from mambapeft_vision.methods.parallel_adapter import Bottleneck
 
 

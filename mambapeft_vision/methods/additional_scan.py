@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mambapeft_vision.errors import UserError
-from mambapeft_vision.methods.base import (
+from mambapeft_vision.methods.method import (
     Method,
     frozen_weight,
     require_positive,
@@ -16,6 +15,7 @@ from mambapeft_vision.methods.base import (
     set_weight_reshape,
     site_key,
 )
+from mambapeft_vision.utils.errors import UserError
 
 
 class AdditionalScan(Method):

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambapeft_vision.errors import UserError
-from mambapeft_vision.methods.base import Method, mixers_of, require_positive
+from mambapeft_vision.methods.method import Method, mixers_of, require_positive
 from mambapeft_vision.methods.tokens import TokenGenerator, fill_ends, join, kept, positions
+from mambapeft_vision.utils.errors import UserError
 
 POSITIONS = ("prefix", "infix", "around_class", "suffix")
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from mambapeft_vision.methods.base import (
+from mambapeft_vision.methods.lora import LowRank
+from mambapeft_vision.methods.method import (
     Method,
     add_weight_delta,
     frozen_weight,
@@ -14,7 +15,6 @@ from mambapeft_vision.methods.base import (
     row_slice,
     site_key,
 )
-from mambapeft_vision.methods.lora import LowRank
 
 
 class DoRA(Method):

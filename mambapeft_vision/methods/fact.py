@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambapeft_vision.errors import UserError
-from mambapeft_vision.methods.base import (
+from mambapeft_vision.methods.method import (
     Method,
     add_weight_delta,
     match_parameters,
@@ -14,6 +13,7 @@ from mambapeft_vision.methods.base import (
     require_ported_linear,
     require_positive,
 )
+from mambapeft_vision.utils.errors import UserError
 
 
 class FacT(Method):

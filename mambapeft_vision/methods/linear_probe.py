@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from mambapeft_vision.methods.base import Method
+from mambapeft_vision.methods.method import Method
 
 
 class LinearProbe(Method):

@@ -5,8 +5,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambapeft_vision.errors import UserError
-from mambapeft_vision.methods.base import (
+from mambapeft_vision.methods.method import (
     Method,
     add_weight_delta,
     frozen_weight,
@@ -18,6 +17,7 @@ from mambapeft_vision.methods.base import (
     row_slice,
     site_key,
 )
+from mambapeft_vision.utils.errors import UserError
 
 
 class LoRA(Method):

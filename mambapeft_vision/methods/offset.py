@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mambapeft_vision.methods.base import Method, add_weight_delta, frozen_weight, match_parameters, site_key
+from mambapeft_vision.methods.method import Method, add_weight_delta, frozen_weight, match_parameters, site_key
 
 
 class Offset(Method):

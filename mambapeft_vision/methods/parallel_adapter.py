@@ -3,7 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambapeft_vision.methods.base import (
+from mambapeft_vision.methods.lora import low_rank_pair
+from mambapeft_vision.methods.method import (
     Method,
     match_parameters,
     owner_module,
@@ -12,7 +13,6 @@ from mambapeft_vision.methods.base import (
     require_positive,
     site_key,
 )
-from mambapeft_vision.methods.lora import low_rank_pair
 
 
 class ParallelAdapter(Method):

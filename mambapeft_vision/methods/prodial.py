@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambapeft_vision.errors import UserError
-from mambapeft_vision.methods.base import (
+from mambapeft_vision.methods.lora import low_rank_pair
+from mambapeft_vision.methods.method import (
     Method,
     add_weight_delta,
     match_parameters,
@@ -17,7 +17,7 @@ from mambapeft_vision.methods.base import (
     require_positive,
     site_key,
 )
-from mambapeft_vision.methods.lora import low_rank_pair
+from mambapeft_vision.utils.errors import UserError
 
 # Blocks up to this size are multiplied out number by number: batched products of 2x2 matrices are slow on a GPU.
 SMALL_BLOCK = 4

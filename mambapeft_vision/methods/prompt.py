@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mambapeft_vision.errors import UserError
-from mambapeft_vision.methods.base import Method, require_positive
+from mambapeft_vision.methods.method import Method, require_positive
 from mambapeft_vision.methods.tokens import TokenGenerator, join, positions
+from mambapeft_vision.utils.errors import UserError
 
 POSITIONS = ("prefix_suffix", "prefix", "infix", "suffix")
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambapeft_vision.errors import UserError
-from mambapeft_vision.methods.base import (
+from mambapeft_vision.methods.lora import LoRA, LowRank
+from mambapeft_vision.methods.method import (
     add_weight_delta,
     frozen_weight,
     plain_name,
@@ -15,7 +15,7 @@ from mambapeft_vision.methods.base import (
     scan_weights,
     site_key,
 )
-from mambapeft_vision.methods.lora import LoRA, LowRank
+from mambapeft_vision.utils.errors import UserError
 
 _OFF = 10.0  # A_log of a state that is switched off: A = -exp(10) forgets at once
 

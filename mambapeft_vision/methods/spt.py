@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from mambapeft_vision.methods.base import (
+from mambapeft_vision.methods.lora import low_rank_pair
+from mambapeft_vision.methods.method import (
     Method,
     add_weight_delta,
     frozen_weight,
@@ -15,7 +16,6 @@ from mambapeft_vision.methods.base import (
     require_positive,
     site_key,
 )
-from mambapeft_vision.methods.lora import low_rank_pair
 
 
 class SPT(Method):

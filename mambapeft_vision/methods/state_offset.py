@@ -5,8 +5,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mambapeft_vision.errors import UserError
-from mambapeft_vision.methods.base import Method, mixers_of, site_key
+from mambapeft_vision.methods.method import Method, mixers_of, site_key
+from mambapeft_vision.utils.errors import UserError
 
 
 class StateOffset(Method):

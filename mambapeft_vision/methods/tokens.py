@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.utils.errors import UserError
 
 
 class TokenGenerator(nn.Module):

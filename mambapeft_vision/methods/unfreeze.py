@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from mambapeft_vision.errors import UserError
-from mambapeft_vision.methods.base import Method, backbone_parameters, match_parameters
+from mambapeft_vision.methods.method import Method, backbone_parameters, match_parameters
+from mambapeft_vision.utils.errors import UserError
 
 
 class Unfreeze(Method):

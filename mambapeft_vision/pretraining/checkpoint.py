@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from mambapeft_vision.atomic import atomic_path
-from mambapeft_vision.errors import UserError
 from mambapeft_vision.pretraining.config import PretrainConfig, to_dict
 from mambapeft_vision.pretraining.sources import Source
+from mambapeft_vision.utils.atomic import atomic_path
+from mambapeft_vision.utils.errors import UserError
 
 # Where things lie and how they are watched decides nothing; of a source its content counts, not its path.
 _NEUTRAL = ("out", "device", "workers", "evaluations", "checkpoint_every_s")

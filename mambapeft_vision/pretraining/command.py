@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.utils.errors import UserError
 
 SWITCH = "experiment=pretrain"
 

@@ -14,16 +14,16 @@ from typing import Any
 
 import yaml
 
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class SourceConfig:
     """One set of labelled images, with a head of its own.
 
-    path: npz file or class-per-folder tree (mambapeft_vision/data/importer.py); share: of every batch, in proportion
-    to the other sources'; holdout: share of the images kept for validation, where the source marks none as `test`
-    or `val`; group: as many consecutive images belong together (pictures of one thing) and are held out together;
+    path: npz file or class-per-folder tree (mambapeft_vision/data/prepare/importer.py); share: of every batch, in
+    proportion to the other sources'; holdout: share of the images kept for validation, where the source marks
+    none as `test` or `val`; group: as many consecutive images belong together (pictures of one thing) and are held out together;
     flip, grey, invert: probability of mirroring left to right, of losing colour, of inverting brightness.
     """
 

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambapeft_vision.data.preprocessing import Preprocessing
-from mambapeft_vision.data.progress import format_duration
 from mambapeft_vision.pretraining.augment import augment
 from mambapeft_vision.pretraining.config import PretrainConfig
 from mambapeft_vision.pretraining.model import Average, SharedBackbone, decay_groups
 from mambapeft_vision.pretraining.sources import Source
 from mambapeft_vision.pretraining.teacher import Teacher
+from mambapeft_vision.utils.progress import format_duration
 
 _WARM_UP = 5  # steps before a step is recorded or timed: kernels compile, libraries load
 _TIMED = 40  # steps from which the speed is taken

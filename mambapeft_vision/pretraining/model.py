@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.utils.errors import UserError
 
 # A kernel's result may differ from the definition's by this share (float32; Triton's products are in tf32).
 AGREEMENT = 5e-3

@@ -19,16 +19,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mambapeft_vision.atomic import atomic_path, write_json
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.data.preprocessing import Preprocessing
-from mambapeft_vision.errors import UserError
 from mambapeft_vision.pretraining.checkpoint import checkpoint_file, identity, read_checkpoint, write_checkpoint
 from mambapeft_vision.pretraining.config import PretrainConfig, load_config, to_dict
 from mambapeft_vision.pretraining.loop import Pretraining, describe_accuracies
 from mambapeft_vision.pretraining.model import SharedBackbone, choose_kernel
 from mambapeft_vision.pretraining.sources import Source, load_source
 from mambapeft_vision.pretraining.teacher import FEATURES, load_teacher
+from mambapeft_vision.utils.atomic import atomic_path, write_json
+from mambapeft_vision.utils.errors import UserError
 
 GOOD, BAD, INTERRUPTED = 0, 2, 130
 _CHECKED_IMAGES = 8  # on which kernels are compared with the definition

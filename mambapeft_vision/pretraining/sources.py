@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mambapeft_vision.data.download import sha256_file
 from mambapeft_vision.data.images import available_cpus
-from mambapeft_vision.data.importer import LabelledImages, read_labelled
+from mambapeft_vision.data.prepare.download import sha256_file
+from mambapeft_vision.data.prepare.importer import LabelledImages, read_labelled
 from mambapeft_vision.data.preprocessing import Preprocessing, decode_image
-from mambapeft_vision.data.progress import ConsoleProgress, ProgressMeter
-from mambapeft_vision.errors import UserError
 from mambapeft_vision.pretraining.config import SourceConfig
+from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.progress import ConsoleProgress, ProgressMeter
 
 _CHUNK = 256  # images handed to a worker process at once
 _HELD_OUT_SPLITS = ("test", "val")

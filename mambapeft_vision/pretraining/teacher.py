@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambapeft_vision.data.preprocessing import Preprocessing
-from mambapeft_vision.errors import UserError
 from mambapeft_vision.pretraining.config import TeacherConfig
+from mambapeft_vision.utils.errors import UserError
 
 FEATURES = 1280
 _MEAN, _STD = 127 / 255, 128 / 255  # of its input, all channels

@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mambapeft_vision.atomic import write_text
-from mambapeft_vision.errors import UserError
 from mambapeft_vision.results.record import SCHEMA_VERSION, RunRecord, record_of
+from mambapeft_vision.utils.atomic import write_text
+from mambapeft_vision.utils.errors import UserError
 
 SUFFIX = ".runs.json"
 FORMAT = 1

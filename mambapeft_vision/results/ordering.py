@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from mambapeft_vision.errors import UserError
 from mambapeft_vision.results.record import RunRecord
+from mambapeft_vision.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mambapeft_vision.atomic import atomic_path
 from mambapeft_vision.results.plots import confusion_matrix, save, training_curves
 from mambapeft_vision.results.record import RunRecord
+from mambapeft_vision.utils.atomic import atomic_path
 
 PAGE_FILE, CURVES_FILE, CONFUSION_FILE = "predictions.png", "curves.png", "confusion.png"
 

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from mambapeft_vision.atomic import atomic_path
-from mambapeft_vision.errors import UserError
 from mambapeft_vision.results.paper import PAPER
 from mambapeft_vision.results.tables import AVERAGE, GROUPS, MEAN_OF_GROUPS, Cell, Collection, Row, Score
+from mambapeft_vision.utils.atomic import atomic_path
+from mambapeft_vision.utils.errors import UserError
 
 # Okabe and Ito's colours without yellow, which print loses; markers and line styles tell more apart than colours.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")

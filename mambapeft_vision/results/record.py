@@ -8,8 +8,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from mambapeft_vision.atomic import write_json
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.utils.atomic import write_json
+from mambapeft_vision.utils.errors import UserError
 
 RESULT_FILE = "result.json"
 SCHEMA_VERSION = 1

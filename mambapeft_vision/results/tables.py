@@ -18,12 +18,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from mambapeft_vision.data.vtab import TASKS
-from mambapeft_vision.errors import UserError
-from mambapeft_vision.presets import Preset, read_presets
+from mambapeft_vision.adapter.presets import Preset, read_presets
+from mambapeft_vision.data.tasks import TASKS
 from mambapeft_vision.results.bundle import SUFFIX, read_bundle
 from mambapeft_vision.results.paper import PAPER, PaperRow, paper_row
 from mambapeft_vision.results.record import RESULT_FILE, RunRecord, read_record
+from mambapeft_vision.utils.errors import UserError
 
 GROUPS = {
     group.capitalize(): tuple(task.name for task in TASKS.values() if task.group == group)

@@ -10,10 +10,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mambapeft_vision.data.progress import format_duration
+from mambapeft_vision.sweep.estimates import Speeds
 from mambapeft_vision.sweep.jobs import Job
-from mambapeft_vision.sweep.speeds import Speeds
 from mambapeft_vision.sweep.worker import Outcome
+from mambapeft_vision.utils.progress import format_duration
 
 FAILURES_SHOWN = 5
 LINE_EVERY_S = 60.0

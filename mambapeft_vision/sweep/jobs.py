@@ -12,13 +12,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from omegaconf import DictConfig
 
-from mambapeft_vision.data.vtab import TASKS
+from mambapeft_vision.data.tasks import TASKS
+from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE
 from mambapeft_vision.results.record import is_finished, read_record
-from mambapeft_vision.sweep.inputs import Inputs
-from mambapeft_vision.training.checkpoint import CHECKPOINT_FILE
-from mambapeft_vision.training.config import register_schemas
-from mambapeft_vision.training.overrides import glob_options, sweep_name
-from mambapeft_vision.training.plan import RunPlan, make_plan
+from mambapeft_vision.run.config import register_schemas
+from mambapeft_vision.run.overrides import glob_options, sweep_name
+from mambapeft_vision.run.run_config import RunPlan, make_plan
+from mambapeft_vision.sweep.input_hashes import Inputs
 
 ALL_TASKS = f"dataset={','.join(task.name for task in TASKS.values())}"
 

@@ -13,11 +13,11 @@ from typing import Protocol
 
 import torch
 
-from mambapeft_vision.errors import NotFiniteError
+from mambapeft_vision.run.failure_record import write_failure
 from mambapeft_vision.sweep.jobs import Job
-from mambapeft_vision.sweep.kept import task_key
 from mambapeft_vision.sweep.worker import Assignment, Outcome, work
-from mambapeft_vision.training.failure import write_failure
+from mambapeft_vision.sweep.worker_cache import task_key
+from mambapeft_vision.utils.errors import NotFiniteError
 
 REFRESH_S = 0.5
 PATIENCE_S = 10.0  # for a process to end by itself

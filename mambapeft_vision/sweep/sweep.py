@@ -9,17 +9,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from mambapeft_vision.adapter.presets import read_presets
 from mambapeft_vision.data.images import available_cpus
-from mambapeft_vision.data.progress import format_duration
-from mambapeft_vision.errors import UserError, disk_errors_of
-from mambapeft_vision.presets import read_presets
 from mambapeft_vision.results.record import RunRecord, read_record
 from mambapeft_vision.results.tables import find_records
+from mambapeft_vision.run.exit import CRASH
 from mambapeft_vision.sweep.display import Display
+from mambapeft_vision.sweep.estimates import Rate, Speeds, read_rates
 from mambapeft_vision.sweep.jobs import Job, State, plan_jobs
 from mambapeft_vision.sweep.pool import Pool, visible_gpus
-from mambapeft_vision.sweep.speeds import Rate, Speeds, read_rates
-from mambapeft_vision.training.cli import CRASH
+from mambapeft_vision.utils.errors import UserError, disk_errors_of
+from mambapeft_vision.utils.progress import format_duration
 
 LOGS = ".sweep"  # below paths.outputs
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from mambapeft_vision.errors import NotFiniteError
-from mambapeft_vision.lock import InUseError
-from mambapeft_vision.processes import end_with_parent
 from mambapeft_vision.results.record import RunRecord, is_finished, read_record
-from mambapeft_vision.sweep.kept import Kept
-from mambapeft_vision.training.cli import is_mistake, summary
-from mambapeft_vision.training.failure import note_failure
-from mambapeft_vision.training.run import train
+from mambapeft_vision.run.exit import is_mistake, summary
+from mambapeft_vision.run.failure_record import note_failure
+from mambapeft_vision.run.run import train
+from mambapeft_vision.sweep.worker_cache import Kept
+from mambapeft_vision.utils.errors import NotFiniteError
+from mambapeft_vision.utils.lock import InUseError
+from mambapeft_vision.utils.processes import end_with_parent
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from mambapeft_kernels import ssm_mixer
 
-from mambapeft_vision.adapt import adapt
+from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.backbones import vim
 from mambapeft_vision.backbones.vim import Vim
 from mambapeft_vision.methods.affix import Affix

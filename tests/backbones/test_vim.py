@@ -6,11 +6,11 @@ import math
 import pytest
 import timm
 import torch
-from golden_values import GOLDEN
+from helpers.golden_values import GOLDEN
 
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.vim import Vim
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.utils.errors import UserError
 
 
 def tiny(**kwargs) -> Vim:

@@ -3,20 +3,20 @@
 from pathlib import Path
 
 import pytest
-import runs
+from helpers import runs
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mambapeft_vision.adapter.presets import read_preset
 from mambapeft_vision.data import TaskDataModule
-from mambapeft_vision.errors import UserError
-from mambapeft_vision.presets import read_preset
+from mambapeft_vision.integrations.wandb_logger import NoLogger, WandbLogger
 from mambapeft_vision.pretraining.config import load_config
-from mambapeft_vision.training import build
-from mambapeft_vision.training.cli import describe_error
-from mambapeft_vision.training.evaluate import evaluate
-from mambapeft_vision.training.loggers import NoLogger, WandbLogger
-from mambapeft_vision.training.plan import RunPlan, make_plan
+from mambapeft_vision.run import build
+from mambapeft_vision.run.evaluate import evaluate
+from mambapeft_vision.run.exit import describe_error
+from mambapeft_vision.run.run_config import RunPlan, make_plan
+from mambapeft_vision.utils.errors import UserError
 
 
 def options(group: str) -> list[str]:
@@ -236,7 +236,7 @@ def test_an_unknown_kernel_is_refused():
 
 def test_schema_holds_no_values():
     """Values live in the yaml files alone."""
-    from mambapeft_vision.training.config import EvaluateConfig, TrainConfig
+    from mambapeft_vision.run.config import EvaluateConfig, TrainConfig
 
     for schema in (TrainConfig, EvaluateConfig):
         structured = OmegaConf.structured(schema)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mambapeft_vision.data import Preprocessing
-from mambapeft_vision.data.vtab import Task
+from mambapeft_vision.data.tasks import Task
 
 # 5 + 2 training images do not fill batches of 3, and 4 test images do not fill batches of 3 either.
 TOY = Task("toy", "natural", num_classes=3, num_test=4, num_train=5, num_val=2)

@@ -2,16 +2,16 @@
 
 import importlib
 
-import mambapeft_kernels.ahead as ahead
+import mambapeft_kernels.compile_ahead as ahead
 import pytest
 import torch
 from mambapeft_kernels import BlockSizes, compile_ahead
 
-from mambapeft_vision.adapt import adapt
+from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.backbones.vim import Vim
 from mambapeft_vision.data import Preprocessing
+from mambapeft_vision.engine import module as training_module
 from mambapeft_vision.methods.lora import LoRA
-from mambapeft_vision.training import module as training_module
 
 SIZES = BlockSizes(width=24, channels=48, states=5, rank=3, taps=4)
 

@@ -6,7 +6,7 @@ import sys
 import mambapeft_kernels.backends as backends
 import pytest
 import torch
-from cases import cast, make_directions
+from helpers.kernel_cases import cast, make_directions
 from mambapeft_kernels import BACKENDS, available_backends, describe, resolve_backend, ssm_mixer
 
 

@@ -4,12 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from cases import relative_error
+from helpers.kernel_cases import relative_error
 from mambapeft_kernels import low_rank_add
+from mambapeft_kernels.low_rank import linear as low_rank
 from mambapeft_kernels.low_rank import naive
-
-from mambapeft_vision.backbones import low_rank
-from mambapeft_vision.backbones.low_rank import LowRankBranch, add_low_rank, low_rank_linear
+from mambapeft_kernels.low_rank.linear import LowRankBranch, add_low_rank, low_rank_linear
 
 CPU = [pytest.param("cpu", id="interpreter")] if not torch.cuda.is_available() else []
 GPU = [pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)]
@@ -80,7 +79,7 @@ def test_low_and_up_with_other_strides(device):
 @pytest.mark.parametrize(("dtype", "strides"), [(torch.float32, (8, 1)), (torch.bfloat16, (1, 6))], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_all_else_is_the_definition_bit_for_bit(device, dtype, strides, monkeypatch):
-    from mambapeft_kernels.low_rank import triton
+    from mambapeft_kernels.low_rank import triton_kernels as triton
 
     monkeypatch.setattr(triton, "_add", None)
     low, up = drawn(6, 4, device=device, dtype=dtype), drawn(8, 4, device=device, dtype=torch.float32)
@@ -180,7 +179,7 @@ def test_the_linear_map_and_its_gradients_are_as_exact_as_with_plain_pytorch(dev
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_kernel_is_chosen_and_a_recorded_launch_repeats_it(monkeypatch):
-    from mambapeft_kernels.low_rank import triton
+    from mambapeft_kernels.low_rank import triton_kernels as triton
 
     monkeypatch.setattr(triton.naive, "low_rank_add", None)
     out, low, _ = strided(300, 200, 64, "cuda", torch.bfloat16)

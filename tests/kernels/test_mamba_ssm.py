@@ -6,7 +6,7 @@ import types
 
 import torch
 import torch.nn.functional as F
-from cases import cast, make_directions, make_xz, relative_error
+from helpers.kernel_cases import cast, make_directions, make_xz, relative_error
 from mambapeft_kernels import ssm_mixer
 from mambapeft_kernels.selective_scan.naive import selective_scan
 
@@ -36,10 +36,10 @@ def test_wrapper_equals_the_definition(monkeypatch):
     conv.causal_conv1d_fn, interface.selective_scan_fn = causal_conv1d_fn, selective_scan_fn
     for module in (conv, package, ops, interface):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.delitem(sys.modules, "mambapeft_kernels.mixer.mamba_ssm", raising=False)
-    wrapper = importlib.import_module("mambapeft_kernels.mixer.mamba_ssm")
+    monkeypatch.delitem(sys.modules, "mambapeft_kernels.ssm_mixer.published", raising=False)
+    wrapper = importlib.import_module("mambapeft_kernels.ssm_mixer.published")
     directions = cast(make_directions(6, 4, 2), torch.float32, grad=False)
     x, z = make_xz(2, 7, 6).float().chunk(2, -1)
     found = wrapper.ssm_mixer(x, z, tuple(directions), 0.5)
     assert relative_error(found, ssm_mixer(x, z, directions, backend="naive")) <= 1e-6
-    monkeypatch.delitem(sys.modules, "mambapeft_kernels.mixer.mamba_ssm")
+    monkeypatch.delitem(sys.modules, "mambapeft_kernels.ssm_mixer.published")

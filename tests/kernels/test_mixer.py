@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import FIELDS, cast, errors, make_directions, make_xz, relative_error, results
+from helpers.kernel_cases import FIELDS, cast, errors, make_directions, make_xz, relative_error, results
 from mambapeft_kernels import Direction, ssm_mixer
 
 CPU = [pytest.param("torch", "cpu", id="torch-cpu"), pytest.param("triton", "cpu", id="triton-interpreter")]
@@ -265,7 +265,7 @@ def test_gradcheck_of_the_cpu_path():
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("backend", "device"), FUSED)
 def test_recomputing_the_scan_inputs_changes_nothing(backend, device, recompute, monkeypatch):
-    from mambapeft_kernels.mixer import fused
+    from mambapeft_kernels.ssm_mixer import fused
 
     directions, xz = make_directions(9, 3, 2, device=device), make_xz(1, 9, 9, device)
     expected = results(xz, directions, torch.float32, backend)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import relative_error
+from helpers.kernel_cases import relative_error
 from mambapeft_kernels import add_rms_norm
 
 CPU = [pytest.param("cpu", id="interpreter")] if not torch.cuda.is_available() else []

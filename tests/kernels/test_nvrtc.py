@@ -1,6 +1,6 @@
 """CUDA C++ kernels compile, and are compiled once a machine. NVRTC needs no GPU."""
 
-import mambapeft_kernels.ahead as ahead
+import mambapeft_kernels.compile_ahead as ahead
 import pytest
 import torch
 from mambapeft_kernels import BlockSizes

@@ -16,7 +16,7 @@ SANITIZER = shutil.which("compute-sanitizer")
 @pytest.mark.skipif(SANITIZER is None, reason="NOT RUN: compute-sanitizer (part of the CUDA toolkit) is not here")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_the_sanitizer_finds_nothing(tool):
-    script = Path(__file__).with_name("every_cuda_kernel.py")
+    script = Path(__file__).parents[1] / "helpers" / "every_cuda_kernel.py"
     # Every tensor its own allocation, so that a step over its end is seen.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     # Faults of kernels, not status codes that libraries ask the driver for and handle.

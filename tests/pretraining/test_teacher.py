@@ -9,9 +9,9 @@ from test_pretraining import CONFIGS, config  # noqa: F401 (a fixture)
 from torch import nn
 
 from mambapeft_vision.data import Preprocessing
-from mambapeft_vision.errors import UserError
 from mambapeft_vision.pretraining import loop, run, teacher
 from mambapeft_vision.pretraining.config import TeacherConfig, load_config
+from mambapeft_vision.utils.errors import UserError
 
 PREPROCESSING = Preprocessing((16, 16), "bicubic", (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-import runs
-from bad_inputs import CASES, World
+from helpers import runs
+from helpers.bad_inputs import CASES, World
 
-from mambapeft_vision.training.cli import USER_MISTAKE, describe_error, is_mistake
+from mambapeft_vision.run.exit import USER_MISTAKE, describe_error, is_mistake
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -7,20 +7,20 @@ import signal
 import time
 from pathlib import Path
 
-import crashes
 import pytest
-import runs
 import torch
-from fake_records import fake_record
+from helpers import crashes, runs
+from helpers.fake_records import fake_record
 
-from mambapeft_vision.data import Preprocessing, cache, manifest, mini
+from mambapeft_vision.data import Preprocessing, cache, manifest
+from mambapeft_vision.data.generated import mini
+from mambapeft_vision.data.image_list import read_list
 from mambapeft_vision.data.images import decode_list
-from mambapeft_vision.data.listfile import read_list
-from mambapeft_vision.lock import InUseError, remove_abandoned
 from mambapeft_vision.results.record import RESULT_FILE, read_record, write_record
 from mambapeft_vision.results.tables import find_records
-from mambapeft_vision.training.plan import make_plan, set_aside
-from mambapeft_vision.training.run import train
+from mambapeft_vision.run.run import train
+from mambapeft_vision.run.run_config import make_plan, set_aside
+from mambapeft_vision.utils.lock import InUseError, remove_abandoned
 
 PREPROCESSING = Preprocessing((6, 5), "bicubic", (0.5,) * 3, (0.5,) * 3)
 PROCESSES = 4

@@ -5,22 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from drawn_compositions import Composition, draw
+from helpers.drawn_compositions import Composition, draw
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from mambapeft_vision.adapt import AdaptedModel
-from mambapeft_vision.convert import load_adapter
+from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.data import Preprocessing
-from mambapeft_vision.errors import UserError
-from mambapeft_vision.methods.base import backbone_parameters
-from mambapeft_vision.training.build import build_backbone, build_model, set_kernel
-from mambapeft_vision.training.config import TrainConfig
-from mambapeft_vision.training.fit import step_settings
-from mambapeft_vision.training.module import Normalise
-from mambapeft_vision.training.optim import make_optimizer, set_learning_rates
-from mambapeft_vision.training.plan import RunPlan, make_plan
-from mambapeft_vision.training.step import TrainStep
+from mambapeft_vision.engine.loop import step_settings
+from mambapeft_vision.engine.module import Normalise
+from mambapeft_vision.engine.schedule import make_optimizer, set_learning_rates
+from mambapeft_vision.engine.step import TrainStep
+from mambapeft_vision.integrations.convert import load_adapter
+from mambapeft_vision.methods.method import backbone_parameters
+from mambapeft_vision.run.build import build_backbone, build_model, set_kernel
+from mambapeft_vision.run.config import TrainConfig
+from mambapeft_vision.run.run_config import RunPlan, make_plan
+from mambapeft_vision.utils.errors import UserError
 
 DRAWS, IN_ONE_TEST = 200, 20
 # Words with which a message says what to do or what would have been right.

@@ -4,17 +4,16 @@ import json
 import os
 import signal
 
-import crashes
 import pytest
-import runs
 import torch
+from helpers import crashes, runs
 
 from mambapeft_vision.data import loaders, module
-from mambapeft_vision.errors import UserError
-from mambapeft_vision.training import setup
-from mambapeft_vision.training.checkpoint import CHECKPOINT_FILE
-from mambapeft_vision.training.failure import FAILURE_FILE
-from mambapeft_vision.training.step import TrainStep
+from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE
+from mambapeft_vision.engine.step import TrainStep
+from mambapeft_vision.run import assemble as setup
+from mambapeft_vision.run.failure_record import FAILURE_FILE
+from mambapeft_vision.utils.errors import UserError
 
 OUT_OF_MEMORY = (
     "CUDA out of memory. Tried to allocate 9.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which 3.25 GiB is "

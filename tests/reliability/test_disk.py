@@ -9,17 +9,16 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import crashes
 import pytest
-import runs
+from helpers import crashes, runs
 from test_kill import check_files, check_same
 
 from mambapeft_vision.data import cache
-from mambapeft_vision.errors import DiskError
+from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE
 from mambapeft_vision.results.record import RESULT_FILE
-from mambapeft_vision.training.checkpoint import CHECKPOINT_FILE
-from mambapeft_vision.training.cli import CRASH, USER_MISTAKE, describe_error, is_mistake
-from mambapeft_vision.training.run import train
+from mambapeft_vision.run.exit import CRASH, USER_MISTAKE, describe_error, is_mistake
+from mambapeft_vision.run.run import train
+from mambapeft_vision.utils.errors import DiskError
 
 MORE = ["trainer.max_epochs=3"]
 FAILURES = 6
@@ -169,7 +168,7 @@ def cached_run(cfg, command, limit):
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(task, whole, tmp_path):
-    """With a warning before anything is decoded (tests/data/test_data_cache.py); the run is the same."""
+    """With a warning before anything is decoded (tests/data/test_cache.py); the run is the same."""
     folder = tmp_path / "cache"
     command = runs.overrides(task, tmp_path / "out", *MORE, f"paths.cache={folder}")
     assert crashes.run_to_end(cached_run, runs.compose_train(command), command, folder) == 0
@@ -180,7 +179,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(task, whole, tmp_path):
 
 def fill(task, folder, message):
     from mambapeft_vision.data import Preprocessing
-    from mambapeft_vision.data.listfile import read_list
+    from mambapeft_vision.data.image_list import read_list
 
     cache.SMALLEST = cache._SPARE = 0
     cache._obstacle = lambda *_: None  # the space is taken by another process after this one has looked

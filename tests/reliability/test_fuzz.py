@@ -19,20 +19,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mambapeft_vision.adapt import adapt, read_adapter
+from mambapeft_vision.adapter.model import adapt, read_adapter
 from mambapeft_vision.backbones import create_backbone
-from mambapeft_vision.backbones.checkpoints import read_state_dict
-from mambapeft_vision.data.archive import extract_tasks
+from mambapeft_vision.backbones.weights import read_state_dict
+from mambapeft_vision.data.image_list import parse_list, read_list
 from mambapeft_vision.data.images import decode_entry
-from mambapeft_vision.data.importer import read_npz
-from mambapeft_vision.data.listfile import parse_list, read_list
+from mambapeft_vision.data.prepare.archive import extract_tasks
+from mambapeft_vision.data.prepare.importer import read_npz
 from mambapeft_vision.data.preprocessing import Preprocessing
-from mambapeft_vision.data.vtab import Task
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.data.tasks import Task
 from mambapeft_vision.methods.affix import Affix
 from mambapeft_vision.methods.lora import LoRA
 from mambapeft_vision.methods.sdt import SDT
 from mambapeft_vision.results.record import read_record
+from mambapeft_vision.utils.errors import UserError
 
 TOY = Task("toy", "natural", num_classes=3, num_test=1)
 

@@ -13,20 +13,19 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import crashes
 import numpy as np
 import pytest
-import runs
 import torch
+from helpers import crashes, runs
 from safetensors.torch import load_file
 
 from mambapeft_vision.data import cache
+from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE
 from mambapeft_vision.results.record import RESULT_FILE, read_record
-from mambapeft_vision.sweep.inputs import Inputs
+from mambapeft_vision.run.run import train
+from mambapeft_vision.sweep.input_hashes import Inputs
 from mambapeft_vision.sweep.jobs import State, plan_jobs, state_of
 from mambapeft_vision.sweep.sweep import Command, sweep
-from mambapeft_vision.training.checkpoint import CHECKPOINT_FILE
-from mambapeft_vision.training.run import train
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="NOT RUN: needs Linux's process clocks")
 
@@ -166,7 +165,7 @@ def test_killed_at_random_moments(whole):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: needs a CUDA GPU, which is not here")
 def test_a_process_on_a_gpu_killed_in_training(tmp_path):
-    """On the CPU: tests/training/test_commands.py."""
+    """On the CPU: tests/run/test_commands.py."""
     task = runs.lay_out_task(tmp_path / "task")
     outputs = tmp_path / "out"
     command = runs.overrides(task, outputs, "trainer.max_epochs=12", "trainer.device=cuda")

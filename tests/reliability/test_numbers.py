@@ -4,22 +4,21 @@ import dataclasses
 import json
 import re
 
-import crashes
 import pytest
-import runs
 import torch
+from helpers import crashes, runs
 from safetensors.torch import load_file, save_file
 
-from mambapeft_vision.adapt import read_adapter
-from mambapeft_vision.backbones.checkpoints import export_official
+from mambapeft_vision.adapter.model import read_adapter
+from mambapeft_vision.backbones.weights import export_official
 from mambapeft_vision.data import Preprocessing
-from mambapeft_vision.errors import NotFiniteError, UserError
-from mambapeft_vision.training import setup
-from mambapeft_vision.training.build import build_backbone
-from mambapeft_vision.training.checkpoint import CHECKPOINT_FILE
-from mambapeft_vision.training.failure import FAILURE_FILE
-from mambapeft_vision.training.plan import make_plan
-from mambapeft_vision.training.step import TrainStep
+from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE
+from mambapeft_vision.engine.step import TrainStep
+from mambapeft_vision.run import assemble as setup
+from mambapeft_vision.run.build import build_backbone
+from mambapeft_vision.run.failure_record import FAILURE_FILE
+from mambapeft_vision.run.run_config import make_plan
+from mambapeft_vision.utils.errors import NotFiniteError, UserError
 
 EPOCHS = "trainer.max_epochs=3"  # of three steps each
 

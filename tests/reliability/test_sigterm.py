@@ -6,13 +6,13 @@ import subprocess
 import sys
 
 import pytest
-import runs
 import torch
+from helpers import runs
 
-from mambapeft_vision.errors import Preempted
-from mambapeft_vision.training.checkpoint import CHECKPOINT_FILE
-from mambapeft_vision.training.cli import PREEMPTED
-from mambapeft_vision.training.step import TrainStep
+from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE
+from mambapeft_vision.engine.step import TrainStep
+from mambapeft_vision.run.exit import PREEMPTED
+from mambapeft_vision.utils.errors import Preempted
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import re
 import subprocess
 
 import pytest
-import runs
+from helpers import runs
 
 spec = importlib.util.spec_from_file_location("constraints", runs.ROOT / "scripts" / "constraints.py")
 constraints = importlib.util.module_from_spec(spec)

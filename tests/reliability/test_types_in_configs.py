@@ -1,10 +1,10 @@
 """Values of the wrong type in the sections whose keys are a class's arguments."""
 
 import pytest
-import runs
+from helpers import runs
 
-from mambapeft_vision.arguments import expected_kind
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.utils.argument_checks import expected_kind
+from mambapeft_vision.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

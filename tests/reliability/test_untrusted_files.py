@@ -10,23 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 import torch
+from helpers import runs
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-import mambapeft_vision.convert as convert
-from mambapeft_vision.adapt import adapt, build_method, read_adapter
+import mambapeft_vision.integrations.convert as convert
+from mambapeft_vision.adapter.model import adapt, build_method, read_adapter
+from mambapeft_vision.adapter.presets import read_preset
 from mambapeft_vision.backbones import create_backbone
-from mambapeft_vision.backbones.checkpoints import read_state_dict
-from mambapeft_vision.data.archive import MAX_MEMBERS, extract_tasks, safe_path
-from mambapeft_vision.data.importer import read_npz
-from mambapeft_vision.data.vtab import Task
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.backbones.weights import read_state_dict
+from mambapeft_vision.data.prepare.archive import MAX_MEMBERS, extract_tasks, safe_path
+from mambapeft_vision.data.prepare.importer import read_npz
+from mambapeft_vision.data.tasks import Task
+from mambapeft_vision.engine.checkpoint import AtomicCheckpointIO
 from mambapeft_vision.methods.lora import LoRA
-from mambapeft_vision.presets import read_preset
-from mambapeft_vision.training.build import build
-from mambapeft_vision.training.checkpoint import AtomicCheckpointIO
+from mambapeft_vision.run.build import build
+from mambapeft_vision.utils.errors import UserError
 
 ROOT = runs.ROOT
 TINY = {"depth": 1, "embed_dim": 16}
@@ -121,7 +121,7 @@ def test_an_adapters_tensors_are_no_pickle(tmp_path, mark):
     [
         "os.system",
         "builtins.eval",
-        "mambapeft_vision.atomic.write_text",
+        "mambapeft_vision.utils.atomic.write_text",
         "mambapeft_vision.methods.add_methods_folder",
         "mambapeft_vision.methods.lora.torch",
         "mambapeft_vision.methods.lora.torch.load",
@@ -130,8 +130,8 @@ def test_an_adapters_tensors_are_no_pickle(tmp_path, mark):
         "mambapeft_vision.methods.lora.LoRA.__init__",
         "mambapeft_vision.methods.lora.LoRA.attach",
         "mambapeft_vision.methods.lora.Method",
-        "mambapeft_vision.methods.base.Method",
-        "mambapeft_vision.methods.base.WeightPort",
+        "mambapeft_vision.methods.method.Method",
+        "mambapeft_vision.methods.method.WeightPort",
         "mambapeft_vision.methods.lora.__builtins__",
         "mambapeft_vision.methods.__path__.Append",
         "mambapeft_vision.methods.__init__.Path",
@@ -184,13 +184,13 @@ def test_names_of_methods_are_plain_words(name):
 @pytest.mark.parametrize(
     ("group", "target"),
     [
-        ("dataset", "mambapeft_vision.atomic.write_text"),
+        ("dataset", "mambapeft_vision.utils.atomic.write_text"),
         ("dataset", "mambapeft_vision.data.ImageSet"),
-        ("backbone", "mambapeft_vision.training.build.importlib.import_module"),
-        ("backbone", "mambapeft_vision.training.run.train"),
+        ("backbone", "mambapeft_vision.run.build.importlib.import_module"),
+        ("backbone", "mambapeft_vision.run.run.train"),
         ("backbone", "mambapeft_vision.__init__"),
-        ("logger", "mambapeft_vision.lock.locked"),
-        ("logger", "mambapeft_vision.training.loggers.Path"),
+        ("logger", "mambapeft_vision.utils.lock.locked"),
+        ("logger", "mambapeft_vision.integrations.wandb_logger.Path"),
         ("dataset", "shutil.rmtree"),
     ],
 )
@@ -266,7 +266,7 @@ def test_yaml_is_not_evaluated(tmp_path, mark, text):
 
 
 def test_an_archive_of_too_many_members_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("mambapeft_vision.data.archive.MAX_MEMBERS", 3)
+    monkeypatch.setattr("mambapeft_vision.data.prepare.archive.MAX_MEMBERS", 3)
     with zipfile.ZipFile(tmp_path / "many.zip", "w") as archive:
         for number in range(4):
             archive.writestr(f"toy/{number}", b"")
@@ -293,7 +293,7 @@ def test_a_member_without_a_name_is_refused():
 
 def test_an_npz_that_promises_more_than_it_may_is_refused(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "bomb.npz", blob=np.zeros(10_000_000, np.uint8))
-    monkeypatch.setattr("mambapeft_vision.data.importer.MAX_BYTES", 1_000_000)
+    monkeypatch.setattr("mambapeft_vision.data.prepare.importer.MAX_BYTES", 1_000_000)
     with pytest.raises(UserError, match="unpacks to 10,000,128 bytes"):
         read_npz(tmp_path / "bomb.npz")
 

@@ -4,12 +4,12 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
-from fake_records import fake_record
+from helpers.fake_records import fake_record
 
-from mambapeft_vision.errors import UserError
 from mambapeft_vision.results.bundle import read_bundle, write_bundle
 from mambapeft_vision.results.record import write_record
 from mambapeft_vision.results.tables import find_records
+from mambapeft_vision.utils.errors import UserError
 
 
 def some_records():

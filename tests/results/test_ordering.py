@@ -1,11 +1,11 @@
 """The verdict of `make check-science`, and the demo's sentence."""
 
 import pytest
-from fake_records import fake_record
+from helpers.fake_records import fake_record
 
-from mambapeft_vision.errors import UserError
 from mambapeft_vision.results.demo import compare
 from mambapeft_vision.results.ordering import ordering
+from mambapeft_vision.utils.errors import UserError
 
 EXPECTED = ("scratch", "linear_probe", "lora_p_x")
 

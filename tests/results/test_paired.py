@@ -5,7 +5,7 @@ import statistics
 from dataclasses import replace
 
 import pytest
-from fake_records import CONFIGS, fake_record
+from helpers.fake_records import CONFIGS, fake_record
 
 from mambapeft_vision.results.paired import holm, paired
 from mambapeft_vision.results.tables import Row, collect, read_standard

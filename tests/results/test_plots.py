@@ -4,13 +4,13 @@ import io
 
 import numpy as np
 import pytest
-from fake_records import CONFIGS, fake_record
+from helpers.fake_records import CONFIGS, fake_record
 from PIL import Image
 
-from mambapeft_vision.data.vtab import TASKS
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.data.tasks import TASKS
 from mambapeft_vision.results import plots
 from mambapeft_vision.results.tables import collect, read_standard
+from mambapeft_vision.utils.errors import UserError
 
 ALL = [task.name for task in TASKS.values()]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mambapeft_vision.errors import UserError
 from mambapeft_vision.results.record import RESULT_FILE, RunRecord, is_finished, read_record, write_record
+from mambapeft_vision.utils.errors import UserError
 
 RECORD = RunRecord(
     task="vtab/cifar",

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_records import CONFIGS, fake_record
+from helpers.fake_records import CONFIGS, fake_record
 from PIL import Image
 
-from mambapeft_vision.data.vtab import TASKS
+from mambapeft_vision.data.tasks import TASKS
 from mambapeft_vision.results.record import write_record
 from mambapeft_vision.results.report import report
 from mambapeft_vision.results.tables import collect, read_standard, tables_of

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_records import CONFIGS, fake_record
+from helpers.fake_records import CONFIGS, fake_record
 from PIL import Image
 
-from mambapeft_vision.data.vtab import TASKS
+from mambapeft_vision.data.tasks import TASKS
 from mambapeft_vision.results.pictures import draw_from_files, page_of_predictions, run_title
 from mambapeft_vision.results.record import read_record, write_record
 from mambapeft_vision.results.report import report

@@ -11,10 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from fake_records import CONFIGS, fake_record
+from helpers.fake_records import CONFIGS, fake_record
 
-from mambapeft_vision.data.vtab import TASKS
-from mambapeft_vision.errors import UserError
+from mambapeft_vision.data.tasks import TASKS
 from mambapeft_vision.results.tables import (
     AVERAGE,
     GROUPS,
@@ -31,6 +30,7 @@ from mambapeft_vision.results.tables import (
     to_latex,
     to_markdown,
 )
+from mambapeft_vision.utils.errors import UserError
 
 ALL = [task.name for task in TASKS.values()]
 SPECIALIZED, STRUCTURED = GROUPS["Specialized"], GROUPS["Structured"]

@@ -2,15 +2,13 @@
 
 import sys
 
-import pytest
-import runs
-from fake_records import fake_record
-
-sys.path.insert(0, str(runs.ROOT / "scripts"))
 import check_science
+import pytest
+from helpers import runs
+from helpers.fake_records import fake_record
 
 import mambapeft_vision.sweep.sweep as sweeping
-from mambapeft_vision.data.mini import GENERATED
+from mambapeft_vision.data.generated.mini import GENERATED
 from mambapeft_vision.sweep.jobs import plan_jobs
 
 ACCURACY = {"scratch": 0.3, "linear_probe": 0.5, "lora_p_x": 0.6, "full": 0.1}

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
+from helpers import runs
 
 from mambapeft_vision.results.record import read_record
 

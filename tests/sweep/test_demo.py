@@ -2,11 +2,9 @@
 
 import sys
 
-import pytest
-import runs
-
-sys.path.insert(0, str(runs.ROOT / "scripts"))
 import demo
+import pytest
+from helpers import runs
 
 from mambapeft_vision.sweep.jobs import plan_jobs
 from mambapeft_vision.sweep.sweep import with_defaults

@@ -14,26 +14,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import runs
 import torch
-from fake_records import fake_record
+from helpers import runs
+from helpers.fake_records import fake_record
 from hydra.errors import HydraException
 from rich.console import Console
 
-from mambapeft_vision.data.progress import format_duration
-from mambapeft_vision.errors import UserError
-from mambapeft_vision.presets import read_presets
+from mambapeft_vision.adapter.presets import read_presets
 from mambapeft_vision.results.paper import PAPER
 from mambapeft_vision.results.record import read_record, write_record
+from mambapeft_vision.run.run_config import make_plan
 from mambapeft_vision.sweep import worker
 from mambapeft_vision.sweep.display import Display
+from mambapeft_vision.sweep.estimates import Speeds, read_rates
 from mambapeft_vision.sweep.jobs import Job, State, plan_jobs
-from mambapeft_vision.sweep.kept import Kept, task_key
 from mambapeft_vision.sweep.pool import Queue, assignment_of, visible_gpus
-from mambapeft_vision.sweep.speeds import Speeds, read_rates
 from mambapeft_vision.sweep.sweep import Command, parse, sweep
 from mambapeft_vision.sweep.worker import Outcome
-from mambapeft_vision.training.plan import make_plan
+from mambapeft_vision.sweep.worker_cache import Kept, task_key
+from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.progress import format_duration
 
 SCRIPT = runs.ROOT / "scripts" / "sweep_vtab1k.py"
 METHODS = "linear_probe,lora_p_x,a,d,bias,conv1d"

@@ -1,5 +1,0 @@
-"""Values of uint8 images from a table."""
-
-from mambapeft_kernels.lookup.api import look_up
-
-__all__ = ["look_up"]

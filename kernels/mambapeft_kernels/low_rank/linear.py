@@ -1,0 +1,178 @@
+"""Low-rank branches beside a linear map without their copies: LoRA in activation space.
+
+Written out, `out = F.linear(x, W); out[..., rows] += s · up(dropout(down(x)))` costs two passes over `out` and one over
+the gradient of `x` for the additions alone: a twelfth of a Vim-S block's time. Here products add to what is there.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mambapeft_kernels import low_rank_add, product
+
+
+class LowRankBranch(NamedTuple):
+    """scale · up(dropout(down(x))) on the features `rows`: down [r, in], up [number of rows, r].
+
+    dropout: 0 when it is not drawn; rows: None for all.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    dropout: float
+    rows: slice | None
+
+
+def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[LowRankBranch]) -> Tensor:
+    """F.linear(x, weight, bias) + the branches, which have one rate of dropout. [..., in] → [..., out].
+
+    Under autocast everything is computed in its dtype. Gradients of first order only.
+    """
+    settings, factors = _taken_apart(branches)
+    return _LowRankLinear.apply(x, weight, bias, settings, *factors)
+
+
+def add_low_rank(out: Tensor, x: Tensor, branches: Sequence[LowRankBranch]) -> Tensor:
+    """Adds the branches, which have one rate of dropout, to out [..., out], which is contiguous, in place."""
+    settings, factors = _taken_apart(branches)
+    return _AddLowRank.apply(out, x, settings, *factors)
+
+
+class _Settings(NamedTuple):
+    """What is no tensor of several branches: their common dropout, and for each its scale and rows."""
+
+    dropout: float
+    scales: tuple[float, ...]
+    rows: tuple[slice | None, ...]
+
+
+def _taken_apart(branches: Sequence[LowRankBranch]) -> tuple[_Settings, list[Tensor]]:
+    """The settings, and down, up of each branch in turn."""
+    scales, rows = tuple(b.scale for b in branches), tuple(b.rows for b in branches)
+    return _Settings(branches[0].dropout, scales, rows), [t for b in branches for t in (b.down, b.up)]
+
+
+class _LowRankLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, settings, *factors):
+        dtype = compute_dtype(x)
+        ctx.shape, ctx.dtypes = x.shape, (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            flat = x.to(dtype).reshape(-1, x.shape[-1])
+            weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
+            out = flat.new_empty(*x.shape[:-1], weight.shape[0])
+            flat_out = out.view(-1, out.shape[-1])
+            if bias is None:
+                torch.mm(flat, weight.T, out=flat_out)
+            else:
+                torch.addmm(bias, flat, weight.T, out=flat_out)
+            saved = _add_branches(flat_out, flat, settings, factors)
+        ctx.settings, ctx.factor_dtypes = settings, [t.dtype for t in factors]
+        ctx.save_for_backward(weight, *saved)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        weight, *saved = ctx.saved_tensors
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        need_x, need_weight, need_bias, _, *need_factors = ctx.needs_input_grad
+        dx = dweight = dbias = None
+        with torch.autocast(grad.device.type, enabled=False):
+            grad = grad.reshape(-1, grad.shape[-1]).to(weight.dtype)
+            if need_weight:
+                dweight = product(grad.T, saved[0], weight_dtype)
+            if need_bias:
+                dbias = grad.sum(0, dtype=bias_dtype)
+            dlow, dfactors = _branch_gradients(grad, ctx.settings, saved, need_factors, ctx.factor_dtypes)
+            if need_x:
+                dx = (grad @ weight).addmm_(dlow, saved[1]).view(ctx.shape).to(x_dtype)
+        return dx, dweight, dbias, None, *dfactors
+
+
+class _AddLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out, x, settings, *factors):
+        ctx.shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.mark_dirty(out)
+        with torch.autocast(x.device.type, enabled=False):
+            flat = x.to(out.dtype).reshape(-1, x.shape[-1])
+            saved = _add_branches(out.view(-1, out.shape[-1]), flat, settings, factors)
+        ctx.settings, ctx.factor_dtypes = settings, [t.dtype for t in factors]
+        ctx.save_for_backward(*saved)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        saved = ctx.saved_tensors
+        _, need_x, _, *need_factors = ctx.needs_input_grad
+        with torch.autocast(grad.device.type, enabled=False):
+            flat = grad.reshape(-1, grad.shape[-1]).to(saved[0].dtype)
+            dlow, dfactors = _branch_gradients(flat, ctx.settings, saved, need_factors, ctx.factor_dtypes)
+            dx = (dlow @ saved[1]).view(ctx.shape).to(ctx.x_dtype) if need_x else None
+        return grad, dx, None, *dfactors
+
+
+def _add_branches(out: Tensor, x: Tensor, settings: _Settings, factors: Sequence[Tensor]) -> list[Tensor | None]:
+    """Adds the branches to out [m, out] for x [m, in] of one dtype; returns what `_branch_gradients` needs.
+
+    All branches go down in one product, side by side, and up in one each.
+    """
+    downs, dtype = factors[::2], x.dtype
+    ranks = [len(down) for down in downs]
+    narrow = torch.cat(downs, out=x.new_empty(sum(ranks), x.shape[1])) if len(downs) > 1 else downs[0].to(dtype)
+    low, mask = x @ narrow.T, None
+    if settings.dropout:
+        low, mask = torch.native_dropout(low, settings.dropout, True)
+    ups = [
+        low_rank_add(_features(out, rows), part, up, scale)
+        for part, up, scale, rows in zip(low.split(ranks, dim=1), factors[1::2], settings.scales, settings.rows)
+    ]
+    return [x, narrow, low, mask, *ups]
+
+
+def _branch_gradients(
+    grad: Tensor,
+    settings: _Settings,
+    saved: Sequence[Tensor | None],
+    need_factors: Sequence[bool],
+    dtypes: Sequence[torch.dtype],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Gradients of all down(x) [m, Σr], and of down, up of each branch in turn, from grad [m, out].
+
+    The scale is in `ups`, so in the gradient of down(x) too.
+    """
+    x, _, low, mask, *ups = saved
+    ranks = [up.shape[1] for up in ups]
+    through = [_features(grad, rows) for rows in settings.rows]
+    if len(ups) == 1:
+        dlow = through[0] @ ups[0]
+    else:
+        dlow = torch.empty_like(low)
+        for part, above, up in zip(dlow.split(ranks, dim=1), through, ups):
+            torch.mm(above, up, out=part)
+    if mask is not None:
+        dlow = torch.ops.aten.native_dropout_backward(dlow, mask, 1 / (1 - settings.dropout))
+    dfactors: list[Tensor | None] = [None] * (2 * len(ups))
+    if any(need_factors[::2]):
+        dfactors[::2] = product(dlow.T, x, dtypes[0]).split(ranks)
+    for i, (above, part, scale) in enumerate(zip(through, low.split(ranks, dim=1), settings.scales)):
+        if need_factors[2 * i + 1]:
+            dfactors[2 * i + 1] = product(above.T, part, dtypes[2 * i + 1], scale)
+    return dlow, [d if needed else None for d, needed in zip(dfactors, need_factors)]
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear map of `x` is computed here: autocast's where it is on, else its own."""
+    kind = x.device.type
+    casts = torch.is_autocast_enabled(kind) and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return torch.get_autocast_dtype(kind) if casts else x.dtype
+
+
+def _features(out: Tensor, rows: slice | None) -> Tensor:
+    return out if rows is None else out[:, rows]

@@ -1,0 +1,105 @@
+"""Reads the presets, configs/method/*.yaml: their methods, and what their headers say.
+
+The header is the file's leading comment: lines of text (what it is; the last one is the formula), then `key: value`
+lines: backbone (default vim_s), count (trained numbers without the head), paper, run.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mambapeft_vision.adapter.model import adapt, build_method
+from mambapeft_vision.adapter.scaling import scaled
+from mambapeft_vision.backbones import create_backbone
+from mambapeft_vision.utils.errors import UserError
+
+_KEYS = ("backbone", "count", "paper", "run")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One yaml of configs/method."""
+
+    name: str
+    what: str
+    formula: str
+    count: int
+    paper: str
+    run: str
+    backbone: str
+    methods: dict[str, dict[str, Any]]  # method's name → _target_ and arguments
+    overrides: dict[str, Any] = field(default_factory=dict)  # other config groups that it changes
+
+
+def read_preset(path: str | Path) -> Preset:
+    """Raises: UserError naming the file and the header line that is missing or wrong."""
+    path = Path(path)
+    text = path.read_text(encoding="utf-8")
+    lines = [line.removeprefix("#").strip() for line in _leading_comment(text)]
+    header = {k: v for k, v in (_key_value(line) for line in lines) if k is not None}
+    prose = [line for line in lines if _key_value(line)[0] is None and not line.startswith("@package")]
+    missing = [key for key in _KEYS[1:] if key not in header]
+    if missing or len(prose) < 2:
+        raise UserError(
+            f"{path}: the header needs what the method is, its formula and the lines count:, paper:, run:; "
+            f"missing: {', '.join(missing) or 'the text or the formula'}"
+        )
+    if not re.fullmatch(r"\d{1,3}(,\d{3})*|\d+", header["count"]):
+        raise UserError(f"{path}: count: {header['count']!r}; expected a whole number such as 1,769,472")
+    content = yaml.safe_load(text) or {}
+    is_global = "# @package _global_" in text.splitlines()
+    return Preset(
+        name=path.stem,
+        what=" ".join(prose[:-1]),
+        formula=prose[-1],
+        count=int(header["count"].replace(",", "")),
+        paper=header["paper"],
+        run=header["run"],
+        backbone=header.get("backbone", "vim_s"),
+        methods=content["method"] if is_global else content,
+        overrides={k: v for k, v in content.items() if k != "method"} if is_global else {},
+    )
+
+
+def read_presets(folder: str | Path) -> dict[str, Preset]:
+    """Every preset of a folder, by name."""
+    return {path.stem: read_preset(path) for path in sorted(Path(folder).glob("*.yaml"))}
+
+
+def fitting_presets(folder: str | Path, backbone: str, *, of_vim_s: bool = False) -> tuple[list[str], dict[str, str]]:
+    """Which presets of a folder attach to a backbone, found by attaching each to one block of it.
+
+    Args:
+        backbone: name of the architecture, such as vim_nano_patch8_64.
+        of_vim_s: with sizes scaled from Vim-S; presets that state another Vim's own sizes (`_base`) then do not count.
+    Returns: names of those that do, and why the others do not, by name.
+    """
+    fitting, reasons = [], {}
+    for name, preset in read_presets(folder).items():
+        try:
+            if of_vim_s and preset.backbone.startswith("vim") and preset.backbone != "vim_s":
+                raise UserError(f"its sizes are for {preset.backbone}")
+            with torch.device("meta"):
+                model = create_backbone(backbone, "random", depth=1)
+                specs = scaled(preset.methods, model) if of_vim_s else preset.methods
+                adapt(model, {key: build_method(key, spec, name) for key, spec in specs.items()}, 2)
+        except UserError as error:
+            reasons[name] = str(error).splitlines()[0]
+        else:
+            fitting.append(name)
+    return fitting, reasons
+
+
+def _leading_comment(text: str) -> list[str]:
+    lines = text.splitlines()
+    end = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return lines[:end]
+
+
+def _key_value(line: str) -> tuple[str | None, str]:
+    key, separator, value = line.partition(":")
+    return (key, value.strip()) if separator and key in _KEYS else (None, line)

@@ -1,0 +1,1 @@
+"""The mini benchmark and the measurements of speed."""

@@ -1,0 +1,172 @@
+"""docs/mini-benchmark.md: what is made from the runs stands between two marks, what is written by hand around them."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from scipy.stats import spearmanr
+
+from mambapeft_vision.benchmarks.mini import RECIPE_RATE, Choice, choices
+from mambapeft_vision.results.paired import Paired, holm, paired
+from mambapeft_vision.results.paper import paper_row
+from mambapeft_vision.results.plots import accuracy_against_parameters, differences, group_bars, save
+from mambapeft_vision.results.record import RunRecord
+from mambapeft_vision.results.tables import (
+    MISSING,
+    Collection,
+    Row,
+    Score,
+    Standard,
+    Table,
+    collect,
+    summary_table,
+    task_table,
+    to_markdown,
+)
+from mambapeft_vision.utils.atomic import write_text
+from mambapeft_vision.utils.errors import UserError
+
+BEGIN, END = "<!-- made by scripts/mini_benchmark.py document: begin -->", "<!-- end -->"
+AGAINST = "lora_p_x"
+HAND_WRITTEN = f"""\
+# The mini benchmark
+
+{BEGIN}
+{END}
+"""
+
+
+def write_document(path: Path, records: Sequence[RunRecord], standard: Standard) -> None:
+    """Writes what the runs give into the document (made where there is none), and its pictures beside it.
+
+    Raises: UserError where the document lacks the marks, or no run is one of the benchmark's.
+    """
+    text = path.read_text(encoding="utf-8") if path.is_file() else HAND_WRITTEN
+    parts = re.fullmatch(f"(.*{re.escape(BEGIN)}\n).*?({re.escape(END)}.*)", text, flags=re.DOTALL)
+    if parts is None:
+        raise UserError(f"{path} lacks the lines {BEGIN} and {END}, between which the tables go")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    body = "\n".join(_sections(path.with_suffix(""), records, standard))
+    write_text(path, f"{parts[1]}\n{body}\n{parts[2]}")
+
+
+def _sections(pictures: Path, records: Sequence[RunRecord], standard: Standard) -> Iterable[str]:
+    tested = [r for r in records if r.task.startswith("mini/") and r.config["dataset"]["test_split"] == "test"]
+    found = choices(records, standard)
+    recipe = [r for r in tested if _rate(r) == RECIPE_RATE]
+    tuned = [r for r in tested if (name := standard.describe(r.config)[0]) in found and _rate(r) == found[name].rate]
+    if not recipe:
+        raise UserError("none of the runs is one of the mini benchmark's recipe; run scripts/mini_benchmark.py recipe")
+    yield from _part("The paper's recipe", f"{pictures}-recipe", recipe, standard)
+    if tuned:
+        yield from _part("Learning rates chosen on val200", f"{pictures}-tuned", tuned, standard)
+        yield to_markdown(_choices_table(found))
+    yield _provenance(records)
+
+
+def _part(title: str, pictures: str, records: Sequence[RunRecord], standard: Standard) -> Iterable[str]:
+    yield f"## {title}\n"
+    for collection in collect(records, standard):
+        yield to_markdown(summary_table(collection))
+        scatter = accuracy_against_parameters(collection)
+        if scatter is not None:
+            yield _picture(scatter, f"{pictures}-parameters.png", "average accuracy against trained numbers")
+            yield _picture(group_bars(collection), f"{pictures}-groups.png", "group means of every method")
+        yield from _compared(collection, pictures)
+        yield from _ordered_as_published(collection)
+        yield to_markdown(task_table(collection))
+
+
+def _compared(collection: Collection, pictures: str) -> Iterable[str]:
+    base = next((row for row in collection.rows if row.preset == AGAINST), None)
+    compared = compare_with(base, collection) if base is not None else []
+    if compared:
+        yield to_markdown(paired_table(collection, base, compared))
+        drawn = [(collection.label(row), pair.mean, pair.half, holds) for row, pair, holds in compared]
+        figure = differences(drawn, collection.label(base))
+        yield _picture(figure, f"{pictures}-differences.png", f"differences from {AGAINST}, with intervals")
+
+
+def _ordered_as_published(collection: Collection) -> Iterable[str]:
+    ours, published = [], []
+    for row in collection.rows:
+        paper, average = paper_row(row.preset), row.average([collection.tasks])
+        if isinstance(average, Score) and paper is not None and row.preset == paper.presets[0]:
+            ours.append(average.mean)
+            published.append(paper.average)
+    if len(ours) > 2:
+        rho = spearmanr(ours, published).statistic
+        yield (
+            f"The order of the {len(ours)} methods that the MambaPEFT paper's table has too, against their order there "
+            f"(Vim-S on VTAB-1K): Spearman's rank correlation is {rho:.2f}.\n"
+        )
+
+
+def compare_with(base: Row, collection: Collection) -> list[tuple[Row, Paired, bool]]:
+    """Every other row that has runs in common with `base` on every task, and whether the difference holds (Holm)."""
+    pairs = [(row, paired(row, base, collection.tasks)) for row in collection.rows if row is not base]
+    pairs = [(row, pair) for row, pair in pairs if pair is not None]
+    return [(row, pair, holds) for (row, pair), holds in zip(pairs, holm([pair.p for _, pair in pairs]))]
+
+
+def paired_table(collection: Collection, base: Row, compared: Sequence[tuple[Row, Paired, bool]]) -> Table:
+    """The largest difference first."""
+    rows = []
+    for row, pair, holds in sorted(compared, key=lambda item: -item[1].mean):
+        interval = MISSING if pair.half is None else f"{pair.mean - pair.half:+.2f} to {pair.mean + pair.half:+.2f}"
+        verdict = MISSING if pair.half is None else "yes" if holds else "alone" if pair.exceeds_noise else "no"
+        deviation = MISSING if pair.seed_std is None else f"{pair.seed_std:.2f}"
+        rows.append(
+            [collection.label(row), f"{pair.mean:+.2f}", interval, deviation, f"{pair.won:g}/{pair.tasks}", verdict]
+        )
+    notes = [
+        f"Average accuracy minus that of {collection.label(base)}, in percent points, paired by task and seed; the "
+        "interval is for the seeds' noise on these tasks (mambapeft_vision/results/paired.py says how).",
+        "Beyond noise: `yes` holds for all comparisons of the table together (Holm, 95 %); `alone`: zero is outside "
+        "this interval, but so it would be now and then in a table this long; `no`: seeds explain it.",
+    ]
+    header = ["Method", "difference", "95 % interval", "std over seeds", "tasks won", "beyond noise"]
+    return Table(f"Compared with {collection.label(base)}", header, rows, notes)
+
+
+def _choices_table(found: Mapping[str, Choice]) -> Table:
+    rates = sorted({rate for choice in found.values() for rate in choice.means})
+    rows = [
+        [
+            name,
+            f"{choice.rate:g}" + (" *" if choice.at_edge else ""),
+            *(f"{choice.means[rate]:.2f}" if rate in choice.means else MISSING for rate in rates),
+        ]
+        for name, choice in found.items()
+    ]
+    notes = [
+        "Mean accuracy in percent on val200 of five tasks after training on train800, one seed; one rate a method.",
+        "* at the edge of the grid: a rate outside it might be better.",
+    ]
+    return Table("chosen learning rates", ["Method", "chosen", *(f"{rate:g}" for rate in rates)], rows, notes)
+
+
+def _provenance(records: Sequence[RunRecord]) -> str:
+    def listed(values: Iterable[object]) -> str:
+        return ", ".join(sorted({str(value) for value in values}))
+
+    hours = sum(record.wall_seconds for record in records) / 3600
+    facts = {
+        "PyTorch": (r.versions.get("torch", "?") for r in records),
+        "kernels": (r.kernel for r in records),
+        "precision": (r.precision for r in records),
+        "backbone sha256": (r.backbone_sha256[:12] for r in records),
+        "commit": (r.git_commit for r in records),
+    }
+    told = "; ".join(f"{name} {listed(values)}" for name, values in facts.items())
+    devices = listed(record.device_name for record in records)
+    return f"{len(records):,} runs on {devices}, {hours:.1f} hours if they were made one after another; {told}.\n"
+
+
+def _picture(figure, path: str, text: str) -> str:
+    save(figure, path)
+    return f"![{text}]({Path(path).name})\n"
+
+
+def _rate(record: RunRecord) -> float:
+    return record.config["trainer"]["learning_rate"]

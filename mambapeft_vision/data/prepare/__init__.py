@@ -1,0 +1,1 @@
+"""Preparing task folders: fetching, unpacking, checking and importing images."""

@@ -1,0 +1,1 @@
+"""Training and prediction: the loop, the step, CUDA graphs, schedules, checkpoints, several devices."""

@@ -1,0 +1,189 @@
+"""Conversions between formats: the reference's adapters in, official Vim checkpoints and hub folders out."""
+
+import ast
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mambapeft_vision.adapter.model import ADAPTER_FILE, CONFIG_FILE, AdaptedModel, read_adapter
+from mambapeft_vision.backbones import create_backbone
+from mambapeft_vision.backbones.weights import export_official, read_state_dict
+from mambapeft_vision.integrations.reference import load_reference
+from mambapeft_vision.utils.atomic import write_text
+from mambapeft_vision.utils.errors import UserError
+
+MAX_NUMBERS = 2_000_000_000  # of a backbone that an adapter describes; Vim-B has 98 million
+
+
+def load_adapter(folder: str | Path, weights: str = "official", seed: int = 0) -> AdaptedModel:
+    """The model of an adapter's folder, on a backbone built as the adapter says.
+
+    Args:
+        folder: holds adapter.safetensors and adapter_config.json.
+        weights: of the backbone: "official", "random" (drawn from `seed`) or a file; its hash must fit the adapter.
+    """
+    adapter = read_adapter(folder)
+    spec = adapter.config["backbone"]
+    sizes = {key: value for key, value in spec["architecture"].items() if key != "num_classes"}  # of older adapters
+    with torch.device("meta"):  # shapes without values: an adapter's sizes are untrusted
+        numbers = sum(p.numel() for p in create_backbone(spec["name"], "random", **sizes).parameters())
+    if numbers > MAX_NUMBERS:
+        raise UserError(f"{folder}: its backbone would have {numbers:,} weights; expected at most {MAX_NUMBERS:,}")
+    backbone = create_backbone(spec["name"], weights, seed, **sizes)
+    dtype = next((t.dtype for t in adapter.state.values() if t.is_floating_point()), None)
+    return adapter.apply(backbone.to(dtype))
+
+
+# -- the reference's adapters ---------------------------------------------------------------------------------
+
+
+def from_reference(config: str | Path, checkpoint: str | Path, weights: str | Path, out: str | Path) -> AdaptedModel:
+    """Writes a trained adapter of the reference as one of ours.
+
+    Args:
+        config: its config: the .py file (read as data, never run) or JSON with peft_kwargs and module_kwargs.
+        checkpoint: the .pth its trainer saved.
+        weights: the backbone's official checkpoint.
+        out: folder for adapter.safetensors and adapter_config.json.
+    """
+    peft_kwargs, module_kwargs = read_reference_config(config)
+    state = read_state_dict(checkpoint, key="state_dict")
+    head = next((v for k, v in state.items() if k.endswith(("head.weight", "head.layers.head.weight"))), None)
+    if head is None:
+        raise UserError(f"{checkpoint} holds no head.weight; expected a checkpoint of the reference's trainer")
+    model, _ = load_reference(peft_kwargs, module_kwargs, state, head.shape[0], backbone_state=read_state_dict(weights))
+    model.save(out, {"origin": f"converted from {Path(checkpoint).name} of the published MambaPEFT code"})
+    return model
+
+
+def read_reference_config(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """(peft_kwargs, module_kwargs) of a config of the reference.
+
+    A .py file is parsed, not run: only literals and `dict(...)` calls are understood.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            content = json.loads(text)
+            return content["peft_kwargs"], content["module_kwargs"]
+        backbone = _assigned_literal(ast.parse(text), "model", path)["backbone"]
+    except FileNotFoundError as error:
+        raise UserError(f"config {str(path)!r} does not exist") from error
+    except (KeyError, SyntaxError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} is no config of the reference ({type(error).__name__}: {error}); expected `model = "
+            f"dict(backbone=dict(...))`, or JSON with peft_kwargs and module_kwargs"
+        ) from error
+    kind = backbone.pop("type", None)
+    if kind == "VisionMamba":
+        return None, backbone
+    if kind != "VimPEFTModel" or "module" not in backbone:
+        raise UserError(f"{path}: backbone type {kind!r}; expected VimPEFTModel with a module, or VisionMamba")
+    module = backbone.pop("module")
+    return backbone, module
+
+
+def _assigned_literal(tree: ast.Module, name: str, path: Path) -> Any:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
+            return _literal(node.value, path)
+    raise KeyError(name)
+
+
+def _literal(node: ast.expr, path: Path) -> Any:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
+        return {k.arg: _literal(k.value, path) for k in node.keywords if k.arg is not None}
+    if isinstance(node, ast.Dict):
+        return {_literal(k, path): _literal(v, path) for k, v in zip(node.keys, node.values) if k is not None}
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_literal(e, path) for e in node.elts]
+    if isinstance(node, ast.Name):
+        return f"<{node.id}>"  # a variable, such as a checkpoint's path; none of the model's sizes is one
+    try:
+        return ast.literal_eval(node)
+    except ValueError as error:
+        raise UserError(f"{path}:{node.lineno}: only literals and dict(...) are understood here") from error
+
+
+# -- merged checkpoints ---------------------------------------------------------------------------------------
+
+
+def merge_to_official(folder: str | Path, weights: str, out: str | Path) -> nn.Module:
+    """Writes an adapter merged into its backbone in the official key layout (.pth or .safetensors).
+
+    Raises: UserError naming the methods that cannot be merged, and why.
+    """
+    model = load_adapter(folder, weights)
+    left = model.merge()
+    if left:
+        reasons = "\n  ".join(f"{name}: {reason}" for name, reason in left.items())
+        raise UserError(f"{folder} cannot become a plain checkpoint:\n  {reasons}")
+    export_official(model.backbone, out)
+    return model.backbone
+
+
+# -- Hugging Face hub folders -----------------------------------------------------------------------------------
+
+
+def to_hub_folder(folder: str | Path, out: str | Path, result: dict[str, Any] | None = None) -> Path:
+    """A folder ready for the Hugging Face hub: the adapter's two files and a model card.
+
+    Args:
+        result: the run's result.json, for the card's numbers; None: the card says that none were given.
+    """
+    adapter, out = read_adapter(folder), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (ADAPTER_FILE, CONFIG_FILE):
+        shutil.copy2(adapter.folder / name, out / name)
+    write_text(out / "README.md", model_card(adapter.config, result))
+    return out
+
+
+def push_to_hub(folder: str | Path, repository: str) -> str:
+    """Uploads a hub folder; needs a token (HF_TOKEN or `huggingface-cli login`). Returns the commit's address."""
+    from huggingface_hub import HfApi, get_token
+
+    if get_token() is None:
+        raise UserError(
+            "no Hugging Face token found; set HF_TOKEN or run `hf auth login`, or upload the folder by hand"
+        )
+    api = HfApi()
+    api.create_repo(repository, exist_ok=True)
+    return str(api.upload_folder(repo_id=repository, folder_path=str(folder)))
+
+
+def model_card(config: dict[str, Any], result: dict[str, Any] | None) -> str:
+    """The card: what it is, what it stands on, its accuracy, and how to load it."""
+    methods = " + ".join(config["methods"]) or "linear probe"
+    task = (result or {}).get("task") or config.get("task") or "not recorded"
+    accuracy = (result or {}).get("accuracy")
+    lines = [
+        "---",
+        "library_name: mambapeft_vision",
+        "pipeline_tag: image-classification",
+        "tags: [vision-mamba, peft, " + ", ".join(config["methods"]) + "]",
+        "---",
+        f"# {methods} on {task}",
+        "",
+        f"An adapter of mambapeft_vision (format {config['format_version']}) for `{config['backbone']['name']}`,",
+        f"{config['num_classes']} classes. It holds no backbone: its weights have sha256 "
+        f"`{config['backbone']['sha256']}`.",
+        "",
+        f"Test accuracy: {'not recorded' if accuracy is None else f'{100 * accuracy:.2f} %'}",
+        "",
+        "```python",
+        "from mambapeft_vision.integrations.convert import load_adapter",
+        'model = load_adapter("this/folder", weights="official")  # images [B, 3, H, W] → logits',
+        "```",
+        "",
+        "Methods:",
+        "```json",
+        json.dumps(config["methods"], indent=2),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,127 @@
+"""From a plan's sections to objects. Unknown arguments are mistakes in a named config group, never a traceback."""
+
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+
+from mambapeft_vision.adapter.model import AdaptedModel, adapt, build_method
+from mambapeft_vision.adapter.scaling import scaled
+from mambapeft_vision.backbones import create_backbone
+from mambapeft_vision.backbones.weights import load_weights
+from mambapeft_vision.data import TaskDataModule
+from mambapeft_vision.integrations.wandb_logger import NoLogger, RunLogger, WandbLogger
+from mambapeft_vision.methods.method import Method
+from mambapeft_vision.run.config import OF_VIM_S
+from mambapeft_vision.run.run_config import RunPlan
+from mambapeft_vision.utils.argument_checks import check_arguments
+from mambapeft_vision.utils.errors import UserError
+
+_TARGET = re.compile(r"mambapeft_vision(\.[a-z]\w*)*\.[A-Za-z]\w*")
+# What a section can name: a run's config is data, and there are functions that write files.
+_EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "backbone": (
+        "mambapeft_vision.backbones.create_backbone",
+        lambda found: found is create_backbone,
+    ),
+    "dataset": (
+        "mambapeft_vision.data.TaskDataModule or a subclass in mambapeft_vision",
+        lambda found: isinstance(found, type) and issubclass(found, TaskDataModule),
+    ),
+    "logger": (
+        "mambapeft_vision.integrations.wandb_logger.NoLogger or WandbLogger",
+        lambda found: found in (NoLogger, WandbLogger),
+    ),
+}
+
+
+def build(group: str, section: Mapping[str, Any]) -> Any:
+    """Calls a section's `_target_`, which must be what such a section is for, with its other keys.
+
+    Raises: UserError naming the group and the unknown or missing key.
+    """
+    arguments = dict(section)
+    target = arguments.pop("_target_", None)
+    expected, fits = _EXPECTED[group]
+    if not isinstance(target, str) or not _TARGET.fullmatch(target):
+        raise UserError(f"{group}._target_={target!r}; expected {expected}")
+    function = _locate(target, group)
+    if not fits(function):
+        raise UserError(f"{group}._target_={target!r}; expected {expected}")
+    check_arguments(function, arguments, group)
+    return function(**arguments)
+
+
+def build_dataset(plan: RunPlan) -> TaskDataModule:
+    return build("dataset", {**plan.config["dataset"], "cache": plan.config["paths"]["cache"]})
+
+
+def build_backbone(plan: RunPlan) -> nn.Module:
+    return build("backbone", plan.config["backbone"])
+
+
+def build_logger(plan: RunPlan) -> RunLogger:
+    return build("logger", plan.config["logger"])
+
+
+def build_methods(plan: RunPlan, backbone: nn.Module) -> dict[str, Method]:
+    """The methods by name, sized for `backbone`. Only classes inside mambapeft_vision.methods are ever called."""
+    specs = plan.config["method"]
+    if plan.config["method_sizes"] == OF_VIM_S:
+        specs = scaled(specs, backbone)
+    return {name: build_method(name, spec, "method") for name, spec in specs.items()}
+
+
+def build_model(plan: RunPlan, backbone: nn.Module, num_classes: int) -> AdaptedModel:
+    return adapt(backbone, build_methods(plan, backbone), num_classes, plan.seed)
+
+
+def build_backbone_offline(plan: RunPlan) -> tuple[nn.Module, str]:
+    """The backbone without any download, and what its weights are; for dry runs."""
+    section = plan.config["backbone"]
+    if section.get("weights") != "official":
+        return build_backbone(plan), f"weights: {section.get('weights')}"
+    backbone = build("backbone", {**section, "weights": "random"})
+    repository, file = (backbone.default_cfg.get(key) for key in ("hf_hub_id", "hf_hub_filename"))
+    if repository is None:  # in the package, or nowhere
+        return build_backbone(plan), "weights: official"
+    cached = try_to_load_from_cache(repository, file)
+    if not isinstance(cached, str):
+        return backbone, "weights: random here, as the official ones have not been downloaded yet"
+    load_weights(backbone, cached)
+    return backbone, "weights: official"
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` → the first GPU, or the CPU; else the device itself. Raises UserError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    match = re.fullmatch(r"cuda(?::(\d+))?", name)
+    if match is None:
+        raise UserError(f"device={name!r}; expected auto, cpu, cuda or cuda:N")
+    index = int(match[1] or 0)
+    if index >= torch.cuda.device_count():
+        raise UserError(f"device={name}: PyTorch sees {torch.cuda.device_count()} GPUs; choose auto or cpu")
+    return torch.device("cuda", index)
+
+
+def set_kernel(backbone: nn.Module, kernel: str, device: torch.device) -> str:
+    """Chooses the kernel backend and returns its name. Raises UserError for one that cannot run here."""
+    try:
+        return backbone.set_kernel(kernel, device)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _locate(target: str, group: str) -> Callable[..., Any]:
+    module, _, attribute = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{group}._target_={target} does not exist: {error}") from error

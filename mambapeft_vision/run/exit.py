@@ -1,0 +1,169 @@
+"""How the commands end: mistakes as readable messages (exit code 2), a sweep's failures reported at its end.
+
+Light to import, as config.py is.
+"""
+
+import difflib
+import functools
+import json
+import os
+import re
+import shutil
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from mambapeft_vision.utils.argument_checks import nearest
+from mambapeft_vision.utils.atomic import write_json
+from mambapeft_vision.utils.errors import DISK_REMEDIES, NotFiniteError, Preempted, SweepEnded, UserError
+
+CRASH = 1
+USER_MISTAKE = 2
+INTERRUPTED = 130  # as shells report Ctrl-C
+PREEMPTED = 143  # as shells report SIGTERM: the state is saved, start the same command again
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A job of a sweep that did not end well. error: in one line; mistake: of the user, who can repair it."""
+
+    overrides: str
+    error: str
+    mistake: bool
+
+
+_launches: list[Path] = []  # folders of the sweeps that this process has launched
+
+
+class RememberLaunch(Callback):
+    """Remembers the folder where a sweep's jobs, which may run in other processes or machines, note their failures."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        _launches.append(Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir)
+
+
+def _take_failures() -> list[Failure]:
+    failures = []
+    for folder in _launches:
+        files = sorted(folder.glob("failure-*.json"), key=lambda file: int(file.stem.partition("-")[2]))
+        failures += [Failure(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
+        shutil.rmtree(folder, ignore_errors=True)
+    _launches.clear()
+    return failures
+
+
+def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """Wraps what Hydra calls for each job: in a sweep, a job that fails is noted and the next one runs."""
+
+    @functools.wraps(function)
+    def wrapped(cfg: DictConfig) -> None:
+        hydra = HydraConfig.get()
+        if hydra.mode is not RunMode.MULTIRUN:
+            function(cfg)
+            return
+        overrides = " ".join(hydra.overrides.task)
+        print(f"\n━━ run {hydra.job.num + 1}: {overrides}", flush=True)
+        try:
+            function(cfg)
+        except Exception as error:
+            failure = Failure(overrides, summary(error), is_mistake(error))
+            write_json(Path(hydra.runtime.output_dir) / f"failure-{hydra.job.num}.json", asdict(failure))
+            print(describe_error(error), file=sys.stderr, flush=True)
+            if (
+                isinstance(error, NotFiniteError) and error.ends_sweep and _launches
+            ):  # jobs elsewhere have begun already
+                raise SweepEnded("trainer.on_nonfinite=stop; skip_run goes on with the other runs") from error
+
+    return wrapped
+
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Calls a `@hydra.main` function and leaves with exit code 0, 1 (crash), 2 (mistake) or 130."""
+    # Where other programs want the cores too, PyTorch's spinning threads would make a step 30 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises what happened; it is described here
+    failures: list[Failure] = []
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Preempted as stop:
+        print(f"\n{stop}; the same command continues", file=sys.stderr)
+        sys.exit(PREEMPTED)
+    except SweepEnded as end:
+        print(f"\nthe sweep ends with this run ({end}); the same command goes on", file=sys.stderr)
+    except Exception as error:
+        # Of a job that raised, Hydra has already said with which overrides.
+        print(describe_error(error), file=sys.stderr)
+        sys.exit(USER_MISTAKE if is_mistake(error) else CRASH)
+    finally:
+        failures += _take_failures()
+    if failures:
+        lines = [f"  {failure.overrides}: {failure.error}" for failure in failures]
+        print(f"\n{len(failures)} of the runs failed:\n" + "\n".join(lines), file=sys.stderr)
+        sys.exit(USER_MISTAKE if all(failure.mistake for failure in failures) else CRASH)
+
+
+def is_mistake(error: Exception) -> bool:
+    """Whether the user can repair it; then a traceback would only hide the message."""
+    if isinstance(error, (UserError, HydraException, OmegaConfBaseException)):  # some of Hydra's are OSErrors too
+        return True
+    return isinstance(error, OSError) and error.errno in DISK_REMEDIES and error.filename is not None
+
+
+def summary(error: Exception) -> str:
+    """The first line of a mistake, or the type and text of a crash."""
+    text = _message(error) if is_mistake(error) else f"{type(error).__name__}: {error}"
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def describe_error(error: Exception) -> str:
+    if is_mistake(error):
+        return f"error: {_message(error)}"
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, MissingConfigException):
+        return _missing_option(error)
+    if isinstance(error, ConfigCompositionException):
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, OmegaConfBaseException):
+            file = re.match(r"In '.*?': ", str(error))  # the yaml that was being merged
+            return (file[0] if file else "") + _config_error(cause)
+    if isinstance(error, OmegaConfBaseException):
+        return _config_error(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}; {DISK_REMEDIES[error.errno]}"
+    return str(error)
+
+
+def _config_error(error: OmegaConfBaseException) -> str:
+    """OmegaConf's message, with the names that were near an unknown key."""
+    message = str(error.msg or error).splitlines()[0]
+    key = str(error.full_key or error.key or "")
+    text = f"{key}: {message}" if key else message
+    if isinstance(error, MissingMandatoryValue):
+        return f"{text}; give it: {key}=..."
+    if isinstance(error, (KeyError, AttributeError)) and isinstance(error.parent_node, DictConfig):
+        return f"{text}; {nearest(str(error.key), error.parent_node)}"
+    return text
+
+
+def _missing_option(error: MissingConfigException) -> str:
+    """Hydra's first line, with the options that were near. Of a group inside a group Hydra does not know them."""
+    text = str(error).splitlines()[0]
+    option = (error.missing_cfg_file or "").rpartition("/")[2]
+    near = difflib.get_close_matches(option, error.options or [], n=3)
+    return f"{text}; did you mean {', '.join(near)}?" if near else f"{text}; --help lists what there is"

@@ -1,0 +1,35 @@
+"""failure.json: how a run failed, in its folder until an attempt succeeds."""
+
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+
+from mambapeft_vision.run.exit import summary
+from mambapeft_vision.utils.atomic import write_json
+
+FAILURE_FILE = "failure.json"
+
+
+def note_failure(folder: Path, error: Exception, overrides: Sequence[str]) -> None:
+    """Writes what ended the run. Where the disk is what failed, the error itself has to do."""
+    write_failure(folder, summary(error), type(error).__name__, "".join(traceback.format_exception(error)), overrides)
+
+
+def write_failure(folder: Path, error: str, kind: str, trace: str, overrides: Sequence[str]) -> None:
+    """As `note_failure`. kind: of the error, e.g. NotFiniteError; trace: may be empty."""
+    content = {
+        "error": error,
+        "kind": kind,
+        "traceback": trace,
+        "overrides": list(overrides),
+        "failed_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / FAILURE_FILE, content)
+
+
+def forget_failure(folder: Path) -> None:
+    (folder / FAILURE_FILE).unlink(missing_ok=True)

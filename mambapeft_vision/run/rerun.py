@@ -1,0 +1,169 @@
+"""`train.py --from-result PATH`: a recorded run again, from what its result.json says.
+
+The record becomes a root config of Hydra's, so that further overrides work as ever: keys are changed, and a group that
+is chosen anew (logger=wandb, method=[a,d]) takes the place of what was recorded. Light to import, as config.py is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from mambapeft_vision.results.record import RunRecord, read_record
+from mambapeft_vision.run.config import TrainConfig
+from mambapeft_vision.run.run_config import NO_PART_OF_IDENTITY
+from mambapeft_vision.utils.errors import UserError
+
+FLAG = "--from-result"
+_NAME = "from_result"  # of the root config
+_GROUPS = ("backbone", "dataset", "trainer", "logger", "method", "experiment")
+_NOT_BESIDE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp")
+# What may differ between the sections of a run and of the record that it is compared with.
+_WHERE = ("folder", "num_workers", "test_batch_size", "seed", "batch_size")
+
+
+@contextmanager
+def recorded(arguments: Sequence[str], configs: Path) -> Iterator[tuple[list[str], RunRecord | None]]:
+    """A command line of train.py as Hydra takes it, for the time of the context, and the record that it names.
+
+    Args:
+        configs: folder with train.yaml.
+    Raises: UserError for a record that cannot be read or used.
+    """
+    path, rest = _split(arguments)
+    if path is None:
+        yield list(arguments), None
+        return
+    record = read_record(path)
+    with tempfile.TemporaryDirectory(prefix="from-result-") as folder:
+        root = _root_config(record, rest, configs)
+        (Path(folder) / f"{_NAME}.yaml").write_text(OmegaConf.to_yaml(root), encoding="utf-8")
+        yield ["--config-dir", folder, "--config-name", _NAME, *rest], record
+
+
+def differences(record: RunRecord, versions: Mapping[str, str], commit: str | None, device: str) -> list[str]:
+    """What is not as it was: `torch 2.6.0 → 2.9.1`. Arguments: as they are now."""
+    then = {**record.versions, "git commit": record.git_commit, "device": record.device_name}
+    now = {**versions, "git commit": commit, "device": device}
+    return [
+        f"{name} {then.get(name) or 'none'} → {now.get(name) or 'none'}"
+        for name in dict.fromkeys([*then, *now])
+        if then.get(name) != now.get(name)
+    ]
+
+
+def check_inputs(record: RunRecord, config: Mapping[str, Any], data_manifest: str, backbone_sha256: str) -> None:
+    """Raises UserError where a run on the record's task or backbone finds other images or weights than it had."""
+    dataset, backbone = ({**record.config[group]} for group in ("dataset", "backbone"))
+    if _same(dataset, config["dataset"]) and data_manifest != record.data_manifest:
+        raise UserError(
+            f"the images of {record.task} in {config['dataset']['folder']} are not those of the record: manifest "
+            f"{data_manifest}, recorded {record.data_manifest}. Give dataset.folder or paths.data of those"
+        )
+    backbone.pop("weights", None)
+    if _same(backbone, config["backbone"]) and backbone_sha256 != record.backbone_sha256:
+        raise UserError(
+            f"the weights {config['backbone'].get('weights')} are not those of the record: sha256 {backbone_sha256}, "
+            f"recorded {record.backbone_sha256}. Give backbone.weights=PATH of the recorded ones"
+        )
+
+
+def compare(then: RunRecord, now: RunRecord) -> str:
+    """The outcome beside the recorded one, in a line."""
+    if not _same_settings(then.config, now.config):
+        return f"the record had accuracy {then.accuracy:.2%}, with other settings"
+    if (then.accuracy, then.loss) == (now.accuracy, now.loss):
+        return "accuracy and test loss are the recorded ones, to the last bit"
+    return f"recorded: accuracy {then.accuracy:.2%}, test loss {then.loss:.6g}; now {now.accuracy:.2%}, {now.loss:.6g}"
+
+
+def _split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    path, rest, words = None, [], iter(arguments)
+    for word in words:
+        flag, _, value = word.partition("=")
+        if flag != FLAG:
+            rest.append(word)
+            continue
+        if path is not None:
+            raise UserError(f"{FLAG} is given twice; expected one result.json or run folder")
+        path = value or next(words, "")
+    if path == "":
+        raise UserError(f"{FLAG} names no file; expected a result.json or the folder of a finished run")
+    if path is not None:
+        beside = [word for word in rest if word.partition("=")[0] in _NOT_BESIDE]
+        if beside:
+            raise UserError(f"{FLAG} brings a config of its own; leave {beside[0]} out")
+    return path, rest
+
+
+def _root_config(record: RunRecord, arguments: Sequence[str], configs: Path) -> Any:
+    """train.yaml with the record's values, without the sections whose group is chosen on the command line."""
+    overrides = {word.partition("=")[0] for word in arguments if "=" in word}
+    chosen = [group for group in _GROUPS if group in overrides]
+    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    unknown = [key for key in record.config if key not in known]
+    if unknown:
+        raise UserError(f"the record's config has {', '.join(unknown)}, which this release does not know")
+    root = OmegaConf.to_container(OmegaConf.load(configs / "train.yaml"), resolve=False)
+    groups = [{group: None} for group in _GROUPS if group != "trainer" or group in chosen]
+    values = {key: value for key, value in record.config.items() if key not in chosen}
+    # The trainer's defaults first: they hold what is newer than the record.
+    defaults = ["train_schema", *([] if "trainer" in chosen else [{"trainer": "default"}]), "_self_", *groups]
+    overriding = [entry for entry in root["defaults"] if isinstance(entry, dict) and next(iter(entry)).startswith("ov")]
+    kept = {key: root[key] for key in root if key not in ("defaults", "paths")}
+    paths = _paths(record, overrides, root["paths"])
+    return {"defaults": [*defaults, *overriding], **kept, **_movable(values, record), **_fresh(), "paths": paths}
+
+
+def _fresh() -> dict[str, Any]:
+    return {"resume": True, "dry_run": False, "sweep": None}
+
+
+def _paths(record: RunRecord, overrides: set[str], current: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the record's data is, and outputs beside its own, which stay as they are."""
+    then = record.config["paths"]
+    if then.get("methods") is not None and "paths.methods" not in overrides:
+        raise UserError(
+            f"the recorded run had method files of its own in {then['methods']}; a record is data and runs no code: "
+            f"give paths.methods=DIR if you trust them"
+        )
+    return {**current, "data": _plain(then["data"]), "outputs": f"{_plain(then['outputs'])}-again", "methods": None}
+
+
+def _movable(value: Any, record: RunRecord, key: str = "") -> Any:
+    """A resolved section with its ties to `paths.data` and `seed` again, so that they can be overridden."""
+    if isinstance(value, Mapping):
+        return {name: _movable(item, record, f"{key}.{name}") for name, item in value.items()}
+    if isinstance(value, list):
+        return [_movable(item, record) for item in value]
+    if key == ".dataset.seed" and value == record.seed:
+        return "${seed}"
+    if isinstance(value, str):
+        data = str(record.config["paths"]["data"]).rstrip("/") + "/"
+        return f"${{paths.data}}/{_plain(value[len(data) :])}" if value.startswith(data) else _plain(value)
+    return value
+
+
+def _plain(text: Any) -> str:
+    if "${" in str(text):
+        raise UserError(f"the record's config holds {text!r}; expected resolved values")
+    return str(text)
+
+
+def _same_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether all that was recorded and can change a result is as it was; newer keys have their defaults."""
+    for group in ("backbone", "dataset", "trainer", "method"):
+        neutral = {*NO_PART_OF_IDENTITY.get(group, ()), "folder", "weights"}  # their content has been compared
+        if any(now[group].get(key) != value for key, value in then[group].items() if key not in neutral):
+            return False
+    return then["method"].keys() == now["method"].keys() and then["seed"] == now["seed"]
+
+
+def _same(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    return all(now.get(key) == value for key, value in then.items() if key not in _WHERE)

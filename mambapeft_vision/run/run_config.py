@@ -1,0 +1,197 @@
+"""From a composed config to what is to be done: the resolved settings, the run's identity and its folder."""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from mambapeft_vision.run.config import GIVEN, METHOD_SIZES, PathsConfig, TrainConfig, TrainerConfig
+from mambapeft_vision.run.exit import nearest
+from mambapeft_vision.utils.errors import UserError
+
+# Keys that cannot change a result, so they are no part of a run's identity.
+NO_PART_OF_IDENTITY = {
+    "": ("paths", "logger", "resume", "dry_run", "sweep"),
+    "trainer": ("checkpoint_every_s", "picture", "cuda_graph", "on_nonfinite"),
+    "dataset": ("num_workers", "test_batch_size"),
+}
+
+# Of a folder with methods' names; file systems allow 255 bytes.
+LONGEST_NAME = 120
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One run. config: resolved, plain containers; fingerprint: sha256 of what decides the result."""
+
+    config: dict[str, Any]
+    recipe: TrainerConfig
+    fingerprint: str
+    folder: Path
+
+    @property
+    def task(self) -> str:
+        return self.config["dataset"]["name"]
+
+    @property
+    def methods(self) -> list[str]:
+        return sorted(self.config["method"])
+
+    @property
+    def method_names(self) -> str:
+        return "+".join(self.methods)
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+
+def make_plan(cfg: DictConfig) -> RunPlan:
+    """Checks and resolves a composed config. Raises UserError naming the key that is wrong."""
+    return _plan(_checked(cfg), _identity_of(cfg))
+
+
+class Resolved:
+    """A composed config, resolved once for the plans of many runs: thousands are planned in seconds.
+
+    Raises: UserError as `make_plan`, and where the seed is a part of a longer value (`${seed}` alone may be anywhere).
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self._config, self._identity = _checked(cfg), _identity_of(cfg)
+        leaves = list(_leaves(OmegaConf.to_container(cfg, resolve=False)))
+        for path, value in leaves:
+            if "${seed" in str(value) and value != "${seed}":
+                raise UserError(f"{'.'.join(path)}={value!r}; expected no seed in it, or nothing but ${{seed}}")
+        self._seeds = [("seed",), *(path for path, value in leaves if value == "${seed}")]
+
+    def plan(self, seed: int, dataset: "Resolved") -> RunPlan:
+        """As `make_plan` of this config with the data set of another one and a seed."""
+        config, identity = (
+            {**own, "dataset": other["dataset"]}
+            for own, other in ((self._config, dataset._config), (self._identity, dataset._identity))
+        )
+        places = [p for p in self._seeds if p[0] != "dataset"] + [p for p in dataset._seeds if p[0] == "dataset"]
+        for path in places:
+            config = _with(config, path, seed)
+            identity = _with(identity, path, seed) if path[0] in identity else identity
+        return _plan(config, identity)
+
+
+def _checked(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved config."""
+    _check_keys(cfg, TrainConfig, "")
+    _check_keys(cfg.trainer, TrainerConfig, "trainer.")
+    _check_keys(cfg.paths, PathsConfig, "paths.")
+    if OmegaConf.is_missing(cfg, "method") or not cfg.method:
+        raise UserError("method=[] names no method; for the head alone choose method=linear_probe")
+    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    if config["method_sizes"] not in METHOD_SIZES:
+        raise UserError(f"method_sizes={config['method_sizes']!r}; expected one of {', '.join(METHOD_SIZES)}")
+    _check_values(config, "")
+    TrainerConfig(**config["trainer"]).check()
+    task = config["dataset"].get("name")
+    if not isinstance(task, str) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", task):
+        raise UserError(f"dataset.name={task!r}; expected letters, digits, '_', '-', '.', in parts split by '/'")
+    return config
+
+
+def _plan(config: dict[str, Any], identity: dict[str, Any]) -> RunPlan:
+    fingerprint, outputs = _hash(identity), Path(config["paths"]["outputs"]).expanduser()
+    folder = run_folder(outputs, config["dataset"]["name"], list(config["method"]), config["seed"], fingerprint)
+    return RunPlan(config, TrainerConfig(**config["trainer"]), fingerprint, folder)
+
+
+def run_folder(outputs: Path, task: str, methods: Sequence[str], seed: int, fingerprint: str) -> Path:
+    """Where a run has its files."""
+    return outputs / task / _folder_name(sorted(methods)) / f"seed{seed}-{fingerprint[:8]}"
+
+
+def fingerprint(cfg: DictConfig) -> str:
+    """sha256 of the resolved config, without what cannot change the result (where things are, logging, …)."""
+    return _hash(_identity_of(cfg))
+
+
+def _identity_of(cfg: DictConfig) -> dict[str, Any]:
+    # With fixed paths the values derived from them, such as dataset.folder, do not depend on the machine.
+    neutral = copy.deepcopy(cfg)
+    neutral.paths = PathsConfig(data="data", outputs="outputs", cache=None, methods=None)
+    config = OmegaConf.to_container(neutral, resolve=True, throw_on_missing=True)
+    for group, keys in NO_PART_OF_IDENTITY.items():
+        section = config[group] if group else config
+        for key in keys:
+            section.pop(key, None)
+    if config["method_sizes"] == GIVEN:  # as before there was this key
+        del config["method_sizes"]
+    return config
+
+
+def _hash(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _leaves(value, (*path, key))
+    else:
+        yield path, tree
+
+
+def _with(tree: dict[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+    """`tree` with another value at a place; what is not on the way there is shared."""
+    key, *rest = path
+    return {**tree, key: _with(tree[key], rest, value) if rest else value}
+
+
+def _folder_name(methods: list[str]) -> str:
+    """The methods joined by +; a long hybrid's name is cut, for file systems, and told apart by a hash."""
+    name = "+".join(methods)
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Renames a run's folder to `<name>.replaced-<n>`; None when there is none."""
+    if not folder.exists():
+        return None
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.replaced-{number}")).exists():
+        number += 1
+    return folder.rename(aside)
+
+
+def _check_values(section: Any, name: str) -> None:
+    """Raises UserError for what no key means and the record, JSON in UTF-8, cannot hold: infinity, NaN, other bytes."""
+    if isinstance(section, float) and not math.isfinite(section):
+        raise UserError(f"{name}={section}; expected a finite number")
+    if isinstance(section, str) and not _is_utf8(section):
+        raise UserError(f"{name}={section!r} is not UTF-8; expected a name that is: rename the file or folder")
+    items = section.items() if isinstance(section, dict) else enumerate(section) if isinstance(section, list) else ()
+    for key, value in items:
+        _check_values(value, f"{name}.{key}" if name else str(key))
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of a file's name that Python could not decode
+        return False
+    return True
+
+
+def _check_keys(cfg: DictConfig, schema: type, prefix: str) -> None:
+    """`+key=value` gets past Hydra's own check."""
+    known = [field.name for field in dataclasses.fields(schema)]
+    for key in cfg:
+        if key not in known:
+            raise UserError(f"{prefix}{key} is no key of the config; {nearest(str(key), known)}")

@@ -1,0 +1,1 @@
+"""Searches for hybrids and for rates, over runs, with Optuna."""

@@ -1,0 +1,265 @@
+"""Search with Optuna: a trial is a set of ordinary runs, and its value their mean accuracy in percent.
+
+Workers share a study through its storage: start the same command again, on any machine that sees the storage.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import random
+import re
+import socket
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from omegaconf import OmegaConf
+from optuna.storages import JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
+
+from mambapeft_vision.integrations.wandb_logger import RunLogger, WandbLogger
+from mambapeft_vision.results.plots import save
+from mambapeft_vision.run.build import build_logger
+from mambapeft_vision.run.exit import summary
+from mambapeft_vision.run.run import train
+from mambapeft_vision.search.plots import history, importances
+from mambapeft_vision.search.space import Point, Space
+from mambapeft_vision.sweep.jobs import Job, plan_jobs
+from mambapeft_vision.sweep.worker_cache import Kept
+from mambapeft_vision.utils.atomic import write_text
+from mambapeft_vision.utils.errors import UserError
+
+PROTOCOLS = {
+    "validation": ("dataset.train_split=train800", "dataset.test_split=val200"),
+    "reference": ("dataset.train_split=train800val200", "dataset.test_split=test"),
+}
+WARNINGS = {
+    "validation": "trained on train800, scored on val200; the test images were not used",
+    "reference": "SCORED ON THE TEST IMAGES, as the published search was: no fair estimate of anything it chose",
+}
+HOPELESS = 5  # failed trials, and none that succeeded, after which a search gives up
+JOURNAL = "study.journal"
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search's settings. storage: URL of a database, or None for a journal file in `folder`."""
+
+    name: str
+    space: Space
+    protocol: str
+    trials: int
+    folder: Path
+    storage: str | None
+    overrides: tuple[str, ...]
+
+    @property
+    def identity(self) -> str:
+        """What makes values of two trials comparable; where things are, which machines need not agree on, is not."""
+        deciding = sorted(text for text in self.overrides if not text.startswith(("paths.", "logger")))
+        described = [repr(self.space), self.protocol, deciding]
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
+def search(settings: Search, configs: Path) -> Path:
+    """Works on the study until it has its trials; writes the winner and the plots.
+
+    Returns: the winner's method yaml.
+    Raises: UserError for settings that do not fit the study, or when the first trials all fail.
+    """
+    jobs = plan_jobs(_overrides(settings), configs)
+    study = open_study(settings)
+    release_dead_trials(study)
+    print(f"{settings.name}: {WARNINGS[settings.protocol]}; {len(jobs)} runs a trial", flush=True)
+    kept = Kept(tasks=len(jobs))
+    stop = optuna.study.MaxTrialsCallback(settings.trials, states=(TrialState.COMPLETE, TrialState.FAIL))
+    if _ended(study) < settings.trials:
+        study.optimize(_objective(settings, jobs, kept), catch=(Exception,), callbacks=[_report, _give_up, stop])
+    winner = export(settings, study)
+    publish(settings, build_logger(jobs[0].plan), study)
+    return winner
+
+
+def open_study(settings: Search) -> optuna.Study:
+    """The study, made where there is none. Raises UserError where the one that is there is of another search."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    if settings.storage is None:
+        storage = JournalStorage(JournalFileBackend(str(settings.folder / JOURNAL)))
+    else:
+        storage = _database(settings.storage)
+    sampler = optuna.samplers.TPESampler(multivariate=True)
+    study = optuna.create_study(
+        storage=storage, sampler=sampler, study_name=settings.name, direction="maximize", load_if_exists=True
+    )
+    known = study.user_attrs.get("identity")
+    if known is None:
+        study.set_user_attr("identity", settings.identity)
+        study.set_user_attr("protocol", settings.protocol)
+    elif known != settings.identity:
+        raise UserError(
+            f"the study {settings.name} was begun with another space, protocol or other overrides, so its trials "
+            f"cannot be compared with new ones; give this one another name with name=..."
+        )
+    return study
+
+
+def _database(url: str) -> RDBStorage:
+    """Workers that begin at once on a new database all make its tables; those that come second find them made."""
+    if url.startswith("postgresql://"):  # which SQLAlchemy takes for psycopg2, the driver before this one
+        url = url.replace("postgresql://", "postgresql+psycopg://", 1)
+    try:
+        for wait in (0.1, 0.3, 1.0, 3.0):
+            try:
+                return RDBStorage(url)
+            except (IntegrityError, OperationalError, ProgrammingError):
+                time.sleep(wait * (1 + random.random()))
+        return RDBStorage(url)
+    except ImportError as error:
+        raise UserError(f'storage={_shown(url)}: {error}; for PostgreSQL pip install -e ".[cluster]"') from error
+    except (SQLAlchemyError, ValueError) as error:
+        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+        raise UserError(
+            f"storage={_shown(url)}: {reason}; expected the URL of a database that is there, such as "
+            f"sqlite:///study.db or postgresql://USER:PASSWORD@HOST/NAME"
+        ) from error
+
+
+def _shown(url: str) -> str:
+    """Without the password."""
+    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", url)
+
+
+def release_dead_trials(study: optuna.Study) -> None:
+    """Fails trials whose worker, on this machine, is no more, and has their settings tried again.
+
+    Their runs continue where they stopped.
+    """
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        worker = trial.user_attrs.get("worker")
+        if worker is not None and worker[0] == socket.gethostname() and not _is_alive(worker[1]):
+            study.tell(trial.number, state=TrialState.FAIL)
+            study.enqueue_trial(trial.params)
+
+
+def export(settings: Search, study: optuna.Study) -> Path:
+    """Writes the best trial as a method yaml that train.py takes, and the plots. Raises UserError without any."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if not complete:
+        raise UserError(f"no trial of {settings.name} has succeeded; the errors are in its trials' run folders")
+    best = study.best_trial
+    name = f"{settings.name}_best"
+    path = settings.folder / "method" / f"{name}.yaml"
+    path.parent.mkdir(exist_ok=True)
+    point = best.user_attrs["point"]
+    header = [
+        "@package _global_",
+        f"Winner of the search {settings.name}: trial {best.number} of {len(complete)} that succeeded.",
+        f"mean accuracy {best.value:.2f}; {WARNINGS[settings.protocol]}",
+        f"count: {best.user_attrs['trainable']:,}",
+        "paper: not in any",
+        f"run: python train.py --config-dir {settings.folder} method={name}",
+    ]
+    body = OmegaConf.to_yaml(OmegaConf.create({"method": point["methods"], "trainer": point["trainer"]}))
+    write_text(path, "\n".join(f"# {line}" for line in header) + f"\n{body}")
+    label = f"{settings.name} ({'on the TEST images' if settings.protocol == 'reference' else 'on val200'})"
+    save(history(study, label), settings.folder / "history.png")
+    figure = importances(study, label)
+    if figure is not None:
+        save(figure, settings.folder / "importances.png")
+    return path
+
+
+def publish(settings: Search, logger: RunLogger, study: optuna.Study) -> None:
+    """The search as a W&B run, which its trials' runs name as `sweep`."""
+    if not isinstance(logger, WandbLogger):
+        return
+    trials = study.get_trials(deepcopy=False)
+    files = {name: settings.folder / f"{name}.png" for name in ("history", "importances")}
+    rows = [
+        [str(t.number), t.state.name.lower(), "" if t.value is None else f"{t.value:.2f}", json.dumps(t.params)]
+        for t in trials
+    ]
+    logger.log_parent(
+        settings.name,
+        settings.folder,
+        job_type="search",
+        config={"sweep": settings.name, "protocol": settings.protocol, "overrides": list(settings.overrides)},
+        summary={
+            **Counter(t.state.name.lower() for t in trials),
+            "best": study.best_value,
+            "best_trial": study.best_trial.number,
+        },
+        pictures={name: file for name, file in files.items() if file.is_file()},
+        tables={"trials": (["trial", "state", "value", "settings"], rows)},
+    )
+
+
+def _overrides(settings: Search) -> list[str]:
+    """Of the runs of a trial: one run for each task (and seed)."""
+    given = {override.partition("=")[0] for override in settings.overrides}
+    tasks = [] if "dataset" in given else [f"dataset={','.join(settings.space.tasks)}"]
+    outputs = [] if "paths.outputs" in given else [f"paths.outputs={settings.folder / 'runs'}"]
+    return [*tasks, *PROTOCOLS[settings.protocol], *outputs, *settings.overrides]
+
+
+def _objective(settings: Search, jobs: Sequence[Job], kept: Kept) -> Callable[[optuna.Trial], float]:
+    def value(trial: optuna.Trial) -> float:
+        trial.set_user_attr("worker", [socket.gethostname(), os.getpid()])
+        point = settings.space.suggest(trial)
+        trial.set_user_attr("point", {"methods": point.methods, "trainer": point.trainer})
+        try:
+            records = [train(_config(job, point, settings.name), job.overrides, kept.sources) for job in jobs]
+        except Exception as error:
+            trial.set_user_attr("error", summary(error))
+            raise
+        trial.set_user_attr("trainable", records[0].trainable)
+        trial.set_user_attr("accuracies", {f"{r.task} seed {r.seed}": r.accuracy for r in records})
+        return 100 * statistics.fmean(record.accuracy for record in records)
+
+    return value
+
+
+def _config(job: Job, point: Point, study: str) -> Any:
+    cfg = copy.deepcopy(job.cfg)
+    cfg.method, cfg.sweep = point.methods, study
+    for key, value in point.trainer.items():
+        cfg.trainer[key] = value
+    return cfg
+
+
+def _report(study: optuna.Study, trial: FrozenTrial) -> None:
+    if trial.state is TrialState.COMPLETE:
+        text = f"{trial.value:.2f} (best {study.best_value:.2f})"
+    else:
+        text = f"failed: {trial.user_attrs.get('error', 'no error noted')}"
+    print(f"━━ trial {trial.number}: {text}", flush=True)
+
+
+def _give_up(study: optuna.Study, trial: FrozenTrial) -> None:
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL))
+    errors = [ended.user_attrs["error"] for ended in trials if "error" in ended.user_attrs]
+    if len(errors) >= HOPELESS and not any(ended.state is TrialState.COMPLETE for ended in trials):
+        raise UserError(f"the first {len(errors)} trials all failed, the last with: {errors[-1]}")
+
+
+def _ended(study: optuna.Study) -> int:
+    return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)))
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

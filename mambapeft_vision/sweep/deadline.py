@@ -1,0 +1,92 @@
+"""Many short runs in a limited time: brief lines instead of a table, and an end that keeps what is done."""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from mambapeft_vision.results.record import RunRecord
+from mambapeft_vision.sweep.jobs import Job, State
+from mambapeft_vision.sweep.pool import Pool
+from mambapeft_vision.sweep.sweep import LOGS, ended_by_sigterm, gpus_of
+from mambapeft_vision.sweep.worker import Outcome
+from mambapeft_vision.utils.progress import format_duration
+
+LINE_EVERY_S = 15.0
+RECENT = 100  # runs, by whose longest the last ones are judged
+
+
+class TimeUp(Exception):  # noqa: N818 (no error)
+    """The limit is reached while runs are under way."""
+
+
+class Follower:
+    """Follows a sweep and its clock; a `Watcher` of the pool.
+
+    Args:
+        jobs: how many there are to run.
+        deadline: on the monotonic clock, seconds.
+    """
+
+    def __init__(self, jobs: int, deadline: float = float("inf")) -> None:
+        self._jobs = jobs
+        self._deadline = deadline
+        self._begun: dict[str, float] = {}
+        self._took: deque[float] = deque(maxlen=RECENT)
+        self._started = time.monotonic()
+        self._next_line = self._started + LINE_EVERY_S
+        self.records: list[RunRecord] = []
+        self.failures: list[tuple[Job, str]] = []
+
+    def started(self, job: Job) -> None:
+        self._begun[str(job.folder)] = time.monotonic()
+
+    def ended(self, job: Job, outcome: Outcome) -> None:
+        self._took.append(time.monotonic() - self._begun.pop(str(job.folder)))
+        if outcome.record is None:
+            self.failures.append((job, outcome.error))
+            print(f"FAILED  {job.label}: {outcome.error}", flush=True)
+        else:
+            self.records.append(outcome.record)
+
+    def refresh(self) -> None:
+        """Raises: TimeUp."""
+        now = time.monotonic()
+        if now >= self._next_line:
+            self._next_line = now + LINE_EVERY_S
+            print(self.state(), flush=True)
+        if now >= self._deadline:
+            raise TimeUp
+
+    def enough(self) -> bool:
+        """Whether a run that begins now would hardly end in time."""
+        return time.monotonic() + max(self._took, default=0.0) > self._deadline
+
+    def state(self) -> str:
+        done, seconds = len(self.records), time.monotonic() - self._started
+        left = self._jobs - done - len(self.failures)
+        text = f"{done} of {self._jobs} done in {format_duration(seconds)}, {len(self.failures)} failed"
+        if done and left:
+            each = seconds / done
+            text += f"; {1 / each:.2f} runs/s, {format_duration(left * each)} for the {left} left"
+        return text
+
+
+def run_in_time(jobs: Sequence[Job], workers: int, *, deadline: float = float("inf"), tasks: int = 1) -> Follower:
+    """Runs those of the jobs that are not finished, `workers` at a time, until the deadline.
+
+    Args:
+        deadline: on the monotonic clock, seconds. No run begins that would hardly end before it; one that is still
+            under way then is told to save and end.
+        tasks: whose images a worker keeps loaded.
+    Raises: KeyboardInterrupt after ending the workers.
+    """
+    todo = [job for job in jobs if job.state is not State.FINISHED]
+    follower = Follower(len(todo), deadline)
+    if not todo:
+        return follower
+    outputs = Path(todo[0].plan.config["paths"]["outputs"]).expanduser()
+    with ended_by_sigterm(), suppress(TimeUp):
+        Pool(workers, gpus_of(todo), outputs / LOGS, tasks).run(todo, follower, follower.enough)
+    return follower

@@ -1,1 +1,0 @@
-"""Training: from a composed config to a run folder with a tested adapter."""

@@ -1,0 +1,77 @@
+"""One run on several devices: two processes on the CPU (and two GPUs, where they are)."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import runs
+
+from mambapeft_vision.engine.distributed import check_devices
+from mambapeft_vision.utils.errors import UserError
+
+# Nothing random in a step; batches of 13 leave one image for the last, so that one rank has none of it.
+COMMON = ["method.lora_p_x.dropout=0", "+backbone.drop_path_rate=0", "dataset.batch_size=13", "trainer.max_epochs=2"]
+
+
+def losses(folder):
+    return [float(row["loss"]) for row in runs.read_metrics(folder)]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return runs.lay_out_task(tmp_path_factory.mktemp("ranks") / "task")
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(task, tmp_path):
+    folders = {}
+    for devices in (1, 2):
+        more = [*COMMON, f"trainer.devices={devices}"]
+        record = runs.run(runs.overrides(task, tmp_path / str(devices), *more))
+        folders[devices] = runs.only_run_folder(tmp_path / str(devices))
+        assert record.config["trainer"]["devices"] == devices
+    assert losses(folders[2]) == pytest.approx(losses(folders[1]), rel=1e-5)
+    rows = [[row["accuracy"] for row in runs.read_metrics(folder)] for folder in folders.values()]
+    assert rows[0] == rows[1]
+    one, two = (runs.read_adapter_tensors(folder) for folder in folders.values())
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
+    assert (folders[2] / "rank1.log").is_file() and not torch.distributed.is_initialized()
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_ends_the_run(task, tmp_path):
+    """Rank 1 imports the script as another module, and there its setup is broken."""
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path[:0] = [{str(runs.ROOT)!r}, {str(runs.ROOT / 'tests')!r}]\n"
+        "import runs\n"
+        "from mambapeft_vision.training import fit\n"
+        "if __name__ == '__main__':\n"
+        "    runs.run(sys.argv[1:])\n"
+        "else:\n"
+        "    fit.assemble = None\n"
+    )
+    command = runs.overrides(task, tmp_path / "out", *COMMON, "trainer.devices=2")
+    ended = subprocess.run([sys.executable, str(script), *command], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and "error: rank 1 ended with 1" in ended.stderr
+
+
+def test_more_gpus_than_there_are_is_an_error():
+    with pytest.raises(UserError, match=r"trainer\.devices=99, but PyTorch sees \d+ GPUs"):
+        check_devices(99, torch.device("cuda", 0))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NOT RUN: needs two CUDA GPUs, which are not here")
+@pytest.mark.parametrize("recorded", [True, False])
+def test_two_gpus_train_as_one(task, tmp_path, recorded):
+    found = []
+    for devices in (1, 2):
+        more = [*COMMON, "trainer.device=cuda", f"trainer.devices={devices}", "trainer.precision=fp32"]
+        more += [f"trainer.cuda_graph={recorded}", "trainer.max_epochs=4"]
+        runs.run(runs.overrides(task, tmp_path / str(devices), *more))
+        found.append(losses(runs.only_run_folder(tmp_path / str(devices))))
+    assert found[1] == pytest.approx(found[0], rel=1e-3)

@@ -1,0 +1,144 @@
+"""scripts/convert_checkpoint.py: the reference's files in, official checkpoints and hub folders out."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.golden_values import load_golden
+
+from mambapeft_vision.backbones import create_backbone
+from mambapeft_vision.backbones.weights import load_weights
+from mambapeft_vision.integrations.convert import load_adapter, merge_to_official, push_to_hub, read_reference_config
+from mambapeft_vision.utils.errors import UserError
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_checkpoint.py"
+
+CONFIG = """
+_base_ = ["../base.py"]
+checkpoint = "weights/vim.pth"
+model = dict(
+    type="ImageClassifier",
+    backbone=dict(
+        type="VimPEFTModel",
+        {peft},
+        module=dict(type="VisionMamba", {module}, init_cfg=dict(type="Pretrained", checkpoint=checkpoint)),
+    ),
+    head=dict(type="LinearClsHead", num_classes=10),
+)
+"""
+
+
+def reference_files(folder: Path, name: str) -> tuple[dict, list[str]]:
+    """The three files a user of the reference has: config, trained adapter, official backbone."""
+    golden = load_golden(name)
+    config = golden["config"]
+    write = lambda kwargs: ", ".join(f"{k}={v!r}" for k, v in kwargs.items())  # noqa: E731
+    (folder / "config.py").write_text(
+        CONFIG.format(peft=write(config["peft_kwargs"]), module=write(config["module_kwargs"]))
+    )
+    tensors = {k: torch.from_numpy(v).float() for k, v in golden["params"].items()}
+    backbone = {k: v for k, v in tensors.items() if not any(w in k for w in ("lora", "learnable", "scan_addi", "head"))}
+    adapter = {k: v for k, v in tensors.items() if k not in backbone}
+    saved = {("backbone." + k).replace("backbone.head.", "head.layers.head."): v for k, v in adapter.items()}
+    torch.save({"state_dict": saved, "meta": {"epoch": 100}}, folder / "adapter.pth")
+    torch.save({"model": {k.removeprefix("module."): v for k, v in backbone.items()}}, folder / "vim.pth")
+    return golden, [str(folder / f) for f in ("config.py", "adapter.pth", "vim.pth")]
+
+
+def command(*args) -> int:
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script.main([str(a) for a in args])
+
+
+@pytest.mark.parametrize("name", ["lora_X", "addscan_prefix_copy", "lora_in_proj_dora"])
+def test_reference_adapter_to_ours_to_a_plain_checkpoint(tmp_path, name):
+    golden, (config, adapter, weights) = reference_files(tmp_path, name)
+    assert command("from-reference", config, adapter, "--weights", weights, "--out", tmp_path / "ours") == 0
+    images = torch.from_numpy(golden["input"]).float()
+    model = load_adapter(tmp_path / "ours", weights).eval()
+    assert np.abs(model(images).detach().numpy() - golden["logits"]).max() < 2e-5
+
+    assert command("merge", tmp_path / "ours", "--weights", weights, "--out", tmp_path / "merged.pth") == 0
+    module = golden["config"]["module_kwargs"]
+    states = torch.load(tmp_path / "merged.pth", weights_only=True)["model"]["layers.0.mixer.A_log"].shape[1]
+    sizes = {k: module[k] for k in ("img_size", "patch_size", "embed_dim", "depth")}
+    plain = create_backbone("vim_tiny_patch16_224", "random", d_state=states, **sizes).eval()
+    load_weights(plain, tmp_path / "merged.pth")
+    feature = plain.forward_features(images).detach().numpy()
+    assert np.abs(feature - golden["feature"]).max() < 2e-5 * np.abs(golden["feature"]).max()
+
+
+def test_hub_folder_has_a_card_with_the_results(tmp_path):
+    _, (config, adapter, weights) = reference_files(tmp_path, "lora_X")
+    command("from-reference", config, adapter, "--weights", weights, "--out", tmp_path / "ours")
+    (tmp_path / "ours" / "result.json").write_text(json.dumps({"task": "vtab/cifar", "accuracy": 0.625}))
+    assert command("to-hub", tmp_path / "ours", "--out", tmp_path / "hub") == 0
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "# lora_p_x on vtab/cifar" in card
+    assert "62.50 %" in card
+    assert "vim_tiny_patch16_224" in card
+    assert load_adapter(tmp_path / "hub", weights).counts()["trainable"] == 2304
+
+
+def test_pushing_without_a_token_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(UserError, match="set HF_TOKEN"):
+        push_to_hub(tmp_path, "user/name")
+
+
+def test_pushing_with_a_token_uploads_the_folder(tmp_path, monkeypatch):
+    calls = []
+
+    class Api:
+        def create_repo(self, repository, exist_ok):
+            calls.append((repository, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path):
+            calls.append((repo_id, folder_path))
+            return "commit"
+
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert push_to_hub(tmp_path, "user/name") == "commit"
+    assert calls == [("user/name", True), ("user/name", str(tmp_path))]
+
+
+def test_methods_that_cannot_merge_are_named(tmp_path):
+    golden = load_golden("adaptformer")
+    from mambapeft_vision.integrations.reference import load_reference
+
+    model, _ = load_reference(golden["config"]["peft_kwargs"], golden["config"]["module_kwargs"], golden["params"], 10)
+    model.save(tmp_path / "ours", {})
+    torch.save(
+        {"model": {k.removeprefix("module."): torch.from_numpy(v) for k, v in golden["params"].items()
+                   if "adaptf" not in k and "head" not in k}},
+        tmp_path / "vim.pth",
+    )  # fmt: skip
+    with pytest.raises(UserError, match="cannot become a plain checkpoint"):
+        merge_to_official(tmp_path / "ours", tmp_path / "vim.pth", tmp_path / "merged.pth")
+    assert not (tmp_path / "merged.pth").exists()
+
+
+def test_configs_are_parsed_not_run(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(
+        f"model = dict(backbone=dict(type='VisionMamba', depth=__import__('os').system('touch {tmp_path}/x')))"
+    )
+    with pytest.raises(UserError, match=r"config.py:1: only literals"):
+        read_reference_config(path)
+    assert not (tmp_path / "x").exists()
+    path.write_text("other = 1")
+    with pytest.raises(UserError, match="no config of the reference"):
+        read_reference_config(path)
+    with pytest.raises(UserError, match="does not exist"):
+        read_reference_config(tmp_path / "none.py")
+
+
+def test_errors_leave_with_code_2(tmp_path, capsys):
+    assert command("merge", tmp_path, "--out", tmp_path / "x.pth") == 2
+    assert capsys.readouterr().err.startswith("error: ")

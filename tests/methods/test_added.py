@@ -1,0 +1,95 @@
+"""A method author's path: one file and one yaml in folders of one's own, and it passes the whole matrix."""
+
+import textwrap
+
+import pytest
+import test_matrix as matrix
+from helpers import method_cases
+from hydra import compose, initialize_config_dir
+
+import mambapeft_vision.methods
+from mambapeft_vision.adapter.presets import read_preset
+from mambapeft_vision.methods import add_methods_folder
+from mambapeft_vision.run.config import register_schemas
+
+CODE = '''
+"""Row-scaling: W' = diag(1 + s) W."""
+
+import torch
+from torch import nn
+
+from mambapeft_vision.methods.method import Method, add_weight_delta, frozen_weight, match_parameters, site_key
+
+
+class RowScale(Method):
+    """W' = diag(1 + s) W, s starts at zero."""
+
+    def __init__(self, *, targets: str | list[str], **multipliers: float) -> None:
+        super().__init__(**multipliers)
+        self.targets = targets
+        self.sites = nn.ModuleDict()
+
+    def attach(self, model: nn.Module) -> None:
+        for parameter in match_parameters(model, self.targets, self.name):
+            site = Rows(frozen_weight(model, parameter).shape[0], model.cls_token)
+            self.sites[site_key(parameter)] = site
+            add_weight_delta(model, parameter, self.name, site)
+
+
+class Rows(nn.Module):
+    def __init__(self, rows: int, like: torch.Tensor) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(like.new_zeros(rows))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.scale[:, None] * weight
+'''
+YAML = """\
+# Row-scaling of out_proj: one factor for each output.
+# W' = diag(1 + s) W; s starts at zero.
+# count: 9,216
+# paper: none
+# run: python train.py method=row_scale dataset=vtab/cifar paths.methods=... --config-dir ...
+row_scale:
+  _target_: mambapeft_vision.methods.row_scale.RowScale
+  targets: layers.*.mixer.out_proj.weight
+  lr_mult: 2.0
+"""
+
+
+@pytest.fixture
+def added(tmp_path, monkeypatch):
+    """The preset `row_scale`, found through folders outside the project."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "configs" / "method").mkdir(parents=True)
+    (tmp_path / "code" / "row_scale.py").write_text(textwrap.dedent(CODE))
+    (tmp_path / "configs" / "method" / "row_scale.yaml").write_text(YAML)
+    monkeypatch.setattr(mambapeft_vision.methods, "__path__", list(mambapeft_vision.methods.__path__))
+    add_methods_folder(tmp_path / "code")
+    preset = read_preset(tmp_path / "configs" / "method" / "row_scale.yaml")
+    monkeypatch.setitem(method_cases.PRESETS, "row_scale", preset)
+    return tmp_path
+
+
+@pytest.mark.parametrize("row", [("row_scale",), ("row_scale", "lora_out_proj", "affix")], ids=method_cases.row_name)
+def test_an_added_method_passes_the_matrix(added, row, tmp_path):
+    matrix.test_starts_as_the_base_model_or_says_not(row)
+    matrix.test_gradient_reaches_every_owned_tensor_and_no_other(row)
+    matrix.test_count_is_the_headers("row_scale")
+    matrix.test_saved_and_loaded_bit_equal(row, tmp_path / "adapter")
+    matrix.test_merged_output_equal_or_obstacle_stated(row, tmp_path)
+    for precision in ("fp32", "bf16"):
+        matrix.test_trains_a_step(row, precision)
+    matrix.test_order_of_a_hybrid_does_not_matter(row)
+    matrix.test_a_method_starts_the_same_whatever_stands_beside_it(row)
+    matrix.test_config_is_json_and_builds_the_method_again(row)
+    matrix.test_every_owned_tensor_is_in_one_optimiser_group(row)
+
+
+def test_its_yaml_is_found_through_hydras_search_path(added):
+    register_schemas()
+    search = f"hydra.searchpath=[file://{added / 'configs'}]"
+    with initialize_config_dir(str(method_cases.CONFIGS), version_base=None):
+        config = compose("train", overrides=[search, "method=[row_scale,affix]"])
+    assert set(config.method) == {"row_scale", "affix"}
+    assert config.method.row_scale.lr_mult == 2.0

@@ -1,0 +1,90 @@
+"""The table of counts and the generated documentation follow from the presets."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.method_cases import PRESETS
+
+from mambapeft_vision.results.paper import PAPER, paper_row
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def script(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / name), *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def count_params():
+    """scripts/count_params.py as a module."""
+    spec = importlib.util.spec_from_file_location("count_params", ROOT / "scripts" / "count_params.py")
+    module = sys.modules["count_params"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_methods_document_is_up_to_date():
+    run = script("make_methods_doc.py", "--check")
+    assert run.returncode == 0, "run: python scripts/make_methods_doc.py\n" + run.stderr
+
+
+def test_counts_script():
+    run = script("count_params.py", "--backbone", "vit_s")
+    assert run.returncode == 0, run.stderr
+    lines = {line.split("|")[1].strip(): line for line in run.stdout.splitlines() if line.startswith("|")}
+    assert "|    589,824 |       628 |" in lines["lora_qv"]
+    assert {"full", "scratch", "linear_probe", "fact_tk"} <= set(lines)
+
+
+@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.backbone == "vim_s"])
+def test_every_difference_from_the_table_has_a_reason(name):
+    """On the headers' counts, which the behaviour matrix compares with built models."""
+    reason = count_params().why(name, PRESETS[name].count, paper_row(name), head=38_500)
+    assert "unexplained" not in reason
+    expected = {
+        "parallel_adapter": "rank 24",
+        "full": "100 classes",
+        "affix": "117,000K",
+        "lora_p_x": "8.5K",
+        "bias": "",
+    }
+    assert expected.get(name, "") in reason
+    assert name not in ("bias", "hybrid", "norm") or not reason
+
+
+def test_vim_b_has_its_own_forms():
+    names = {preset.name for preset in count_params().presets_for("vim_b", PRESETS)}
+    assert {"lora_in_proj_base", "affix_base", "d"} <= names
+    assert not {"lora_in_proj", "affix"} & names
+
+
+def test_formats():
+    module = count_params()
+    line = module.Count("a_b", 1000, 9, "why")
+    assert module.render([line], "csv").splitlines()[1] == '"a_b",1000,9,8.0,"why"'
+    assert r"a\_b & 1,000 & 9 & 8.0 & why \\" in module.render([line], "latex").splitlines()
+    assert module.render([line], "md").splitlines()[2].split("|")[1:3] == [" a_b    ", "      1,000 "]
+
+
+def test_the_papers_rows_name_presets_that_exist():
+    named = [(row.backbone, preset) for row in PAPER for preset in row.presets]
+    assert len(named) == len(set(named))
+    assert {preset for _, preset in named} <= set(PRESETS)
+
+
+@pytest.mark.parametrize("row", [r for r in PAPER if r.natural], ids=lambda r: r.label)
+def test_averages_are_over_the_tasks(row):
+    """7 natural, 4 specialized, 8 structured tasks: a check on how the numbers were copied."""
+    mean = (7 * row.natural + 4 * row.specialized + 8 * row.structured) / 19
+    assert abs(mean - row.average) < 0.02 or "do not average" in row.note
+
+
+def test_header_and_paper_agree():
+    for name, preset in PRESETS.items():
+        row = paper_row(name, preset.backbone)
+        if row is not None:
+            assert f"Avg {row.average:.2f}" in preset.paper, name

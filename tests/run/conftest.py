@@ -1,0 +1,29 @@
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from helpers import runs
+
+from mambapeft_vision.results.record import RunRecord
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """An uninterrupted tiny run; not to be changed by tests."""
+
+    command: list[str]
+    folder: Path
+    record: RunRecord
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory) -> Path:
+    return runs.lay_out_task(tmp_path_factory.mktemp("task") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def finished(task, tmp_path_factory) -> FinishedRun:
+    outputs = tmp_path_factory.mktemp("outputs")
+    command = runs.overrides(task, outputs, "trainer.picture=true")
+    record = runs.run(command)
+    return FinishedRun(command, runs.only_run_folder(outputs), record)

@@ -1,0 +1,154 @@
+"""The same seed gives the same bits, and a result.json is enough to do its run again."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import crashes, runs
+
+from mambapeft_vision.results.record import read_record
+from mambapeft_vision.run.failure_record import FAILURE_FILE
+from mambapeft_vision.run.rerun import differences, recorded
+from mambapeft_vision.run.run_config import make_plan
+from mambapeft_vision.utils.errors import UserError
+
+MORE = ["trainer.max_epochs=2", "method.lora_p_x.dropout=0.2", "+backbone.drop_path_rate=0.2", "seed=3"]
+
+
+class Done:
+    """A finished run of a task below paths.data; only its result.json is left where `alone` is."""
+
+    def __init__(self, folder: Path) -> None:
+        self.data = folder / "data"
+        self.task = runs.lay_out_task(self.data / "tiny")
+        command = runs.overrides(Path("${paths.data}/tiny"), folder / "out", *MORE, f"paths.data={self.data}")
+        self.record = runs.run(command)
+        self.folder = runs.only_run_folder(folder / "out")
+        self.outputs = folder / "out"
+        self.alone = folder / "elsewhere" / "result.json"
+        self.alone.parent.mkdir()
+        shutil.copy(self.folder / "result.json", self.alone)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    return Done(tmp_path_factory.mktemp("again"))
+
+
+def again(tmp_path, result, *more):
+    return crashes.command(tmp_path, "train.py", "--from-result", str(result), *more)
+
+
+def test_twice_in_two_processes_is_the_same_to_the_last_bit(done, tmp_path):
+    """From its result.json alone. Dropout and drop path are on; the second process goes on where outputs are new."""
+    code, out, err = again(tmp_path, done.alone)
+    assert code == 0, err
+    assert "accuracy and test loss are the recorded ones, to the last bit" in out
+    assert "versions and device are as recorded" in out
+    folder = Path(f"{done.outputs}-again") / done.folder.relative_to(done.outputs)
+    for name in ("adapter.safetensors", "predictions.npz"):
+        assert (folder / name).read_bytes() == (done.folder / name).read_bytes()
+    record = read_record(folder)
+    assert (record.fingerprint, record.accuracy, record.loss) == (
+        done.record.fingerprint,
+        done.record.accuracy,
+        done.record.loss,
+    )
+    code, out, _ = again(tmp_path, done.folder)  # a folder will do
+    assert code == 0 and "was finished before" in out
+
+
+def test_overrides_and_other_groups(done, tmp_path):
+    """Seeds, keys, data elsewhere and another method, by the same grammar as ever."""
+    moved = shutil.copytree(done.data, tmp_path / "moved")
+    arguments = (f"paths.data={moved}", f"paths.outputs={tmp_path / 'out'}", "seed=4", "dry_run=true", "--cfg", "job")
+    code, out, err = again(tmp_path, done.alone, *arguments, "--resolve")
+    assert code == 0, err
+    assert f"folder: {moved}/tiny" in out and out.count("seed: 4") == 2 and "dropout: 0.2" in out
+    code, out, err = again(tmp_path, done.alone, "-m", *arguments[:-2], "method=[a,d],linear_probe", "logger=wandb")
+    assert code == 0, err
+    assert out.count("dry run: a+d on custom/tiny, seed 4") == out.count("dry run: linear_probe on custom/tiny") == 1
+
+
+def test_other_images_and_other_weights_are_refused(done, tmp_path):
+    moved = shutil.copytree(done.data, tmp_path / "moved")
+    lines = (moved / "tiny" / "test.txt").read_text().splitlines(keepends=True)
+    (moved / "tiny" / "test.txt").write_text("".join(lines[1:]))
+    outputs = f"paths.outputs={tmp_path / 'out'}"
+    code, out, err = again(tmp_path, done.alone, f"paths.data={moved}", outputs)
+    assert code == 2 and "epoch" not in out and "Traceback" not in err
+    assert f"{moved}/tiny are not those of the record: manifest unverified:" in err and "paths.data of those" in err
+    assert json.loads(next((tmp_path / "out").rglob(FAILURE_FILE)).read_text())["kind"] == "UserError"
+
+    content = json.loads(done.alone.read_text()) | {"backbone_sha256": "0" * 64}
+    (tmp_path / "result.json").write_text(json.dumps(content))
+    code, out, err = again(tmp_path, tmp_path, outputs)
+    assert code == 2 and "epoch" not in out
+    assert "the weights random are not those of the record" in err and "backbone.weights=PATH" in err
+
+
+def test_what_differs_is_said(done):
+    versions = {**done.record.versions, "torch": "9.9", "new": "1.0"}
+    del versions["timm"]
+    said = differences(done.record, versions, "abc", done.record.device_name)
+    then = done.record.versions
+    assert f"torch {then['torch']} → 9.9" in said and f"timm {then['timm']} → none" in said and "new none → 1.0" in said
+    assert any(line.startswith("git commit ") and line.endswith(" → abc") for line in said) and len(said) == 4
+
+
+def edited(done, tmp_path, edit):
+    content = json.loads(done.alone.read_text())
+    edit(content["config"])
+    (tmp_path / "result.json").write_text(json.dumps(content))
+    return tmp_path / "result.json"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda config: config.update(hydra={"run": {"dir": "/"}}), "config has hydra, which this release does not"),
+        (lambda config: config.update(defaults=["x"]), "config has defaults, which"),
+        (lambda config: config["method"]["lora_p_x"].update(targets="${oc.env:HOME}"), "expected resolved values"),
+        (lambda config: config["paths"].update(methods="/tmp/code"), "give paths.methods=DIR if you trust them"),
+    ],
+)
+def test_a_record_is_data(done, tmp_path, edit, message):
+    with (
+        pytest.raises(UserError, match=message),
+        recorded(["--from-result", str(edited(done, tmp_path, edit))], runs.CONFIGS),
+    ):
+        pytest.fail("it was taken")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--from-result"], "names no file"),
+        (["--from-result="], "names no file"),
+        (["--from-result=nowhere"], "nowhere cannot be read"),
+        (["--from-result=a", "--from-result=b"], "given twice"),
+        (["--from-result=a", "--config-dir", "b"], "leave --config-dir out"),
+    ],
+)
+def test_mistakes(arguments, message):
+    with pytest.raises(UserError, match=message), recorded(arguments, runs.CONFIGS):
+        pytest.fail("it was taken")
+
+
+def test_other_command_lines_are_left_alone():
+    with recorded(["method=a", "seed=1"], runs.CONFIGS) as (arguments, record):
+        assert arguments == ["method=a", "seed=1"] and record is None
+
+
+def test_records_older_than_a_key_have_its_default(done, tmp_path):
+    """The published ones lack keys that came later."""
+    file = edited(done, tmp_path, lambda config: [config["trainer"].pop(key) for key in ("on_nonfinite", "devices")])
+    code, out, err = again(tmp_path, file, "--cfg", "job")
+    assert code == 0 and "on_nonfinite: stop" in out and "devices: 1" in out, err
+
+
+def test_the_fingerprint_is_found_again_wherever_the_data_is(done, tmp_path):
+    code, out, err = again(tmp_path, done.alone, "dry_run=true", "paths.data=elsewhere", f"paths.outputs={tmp_path}")
+    assert code == 0 and f"seed3-{done.record.fingerprint[:8]}" in out, err
+    assert make_plan(runs.compose_train(runs.overrides(done.task, tmp_path))).fingerprint != done.record.fingerprint
