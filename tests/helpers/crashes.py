@@ -25,7 +25,7 @@ from mambapeft_vision.results.environment import git_state, library_versions
 from mambapeft_vision.sweep import pool, sweep  # noqa: F401 (imported for the children)
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["crashes"])
+_CONTEXT.set_forkserver_preload(["helpers.crashes"])
 git_state(), library_versions()  # asked once, not by every child
 gc.freeze()  # in the fork server: collections in its children need not look at what was imported
 
