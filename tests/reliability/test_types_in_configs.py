@@ -3,7 +3,7 @@
 import pytest
 from helpers import runs
 
-from mambapeft_vision.utils.argument_checks import expected_kind
+from mambapeft_vision.utils.typed import expected_kind
 from mambapeft_vision.utils.errors import UserError
 
 
