@@ -84,6 +84,15 @@ def command(*words: object) -> str:
     return shlex.join(map(str, words))
 
 
+def override(key: str, value: object) -> str:
+    """`key=value` of Hydra's command line, the value quoted where Hydra's grammar would read it otherwise."""
+    text = str(value)
+    if re.fullmatch(r"[\w./@~%-]+", text):
+        return f"{key}={text}"
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{key}="{escaped}"'
+
+
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape", "backslashreplace").decode("ascii")
 

@@ -169,7 +169,7 @@ def parse_yaml(text: str, where: str, *, references: bool = False) -> Any:
     """As `read_yaml`, from a text. `where` names it in messages."""
     try:
         _check_events(text, where)
-        content = yaml.load(text, Loader=_Loader)
+        content = _Loader(text).get_single_data()
         _check_keys(content, where)
     except (RecursionError, ValueError, yaml.YAMLError) as error:
         if isinstance(error, UserError):
