@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mambapeft_vision.data.generated.mini import GENERATED, IMPORTED, lay_out_generated
-from mambapeft_vision.data.manifest import read_record
+from mambapeft_vision.data.manifest import read_entry
 from mambapeft_vision.data.prepare.importer import import_task
 from mambapeft_vision.data.prepare.torchvision_tasks import FETCHED, fetch_task
 from mambapeft_vision.data.prepare.verify import TaskReport
 from mambapeft_vision.data.tasks import GROUPS, Task, select_tasks
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.text import command, override
 
 EPILOG = """\
 examples:
@@ -27,8 +28,8 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 good, 2 with the reason on stderr."""
     options = _parser().parse_args(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
     try:
+        options.out.mkdir(parents=True, exist_ok=True)
         options.run(options)
         return 0
     except (UserError, OSError) as error:
@@ -43,10 +44,12 @@ def import_one(options: argparse.Namespace) -> None:
     report = import_task(options.path, options.name, options.out, group=group, **sizes)
     print(_summary(report))
     if known is None:
-        print(
-            f"Train with: python train.py dataset=folder dataset.name=mini/{options.name} "
-            f"dataset.folder={options.out / options.name} dataset.num_classes={report.task.num_classes}"
+        folder = options.out / options.name
+        train = command(
+            *("python", "train.py", "dataset=folder", f"dataset.name=mini/{options.name}"),
+            *(override("dataset.folder", folder), f"dataset.num_classes={report.task.num_classes}"),
         )
+        print(f"Train with: {train}")
 
 
 def import_all(options: argparse.Namespace) -> None:
@@ -80,17 +83,18 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def _is_there(task: Task, out: Path) -> bool:
-    there = read_record(out, task.folder) is not None and (out / task.folder).is_dir()
+    there = read_entry(out, task.folder) is not None and (out / task.folder).is_dir()
     if there:
         print(f"{task.name}: laid out before")
     return there
 
 
 def _summary(report: TaskReport) -> str:
-    task, record = report.task, report.record
+    task, entry = report.task, report.entry
+    assert entry is not None, "what has been laid out has passed"
     notes = "".join(f"\n  note: {note}" for note in report.notes)
     counts = f"{task.num_train} + {task.num_val} to train, {task.num_test} to test"
-    return f"{task.name}: {task.group}, {task.num_classes} classes, {counts}, sha256 {record.sha256[:12]}{notes}"
+    return f"{task.name}: {task.group}, {task.num_classes} classes, {counts}, sha256 {entry.sha256[:12]}{notes}"
 
 
 def _parser() -> argparse.ArgumentParser:

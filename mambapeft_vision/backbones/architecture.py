@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from mambapeft_vision.utils.argument_checks import check_arguments
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.typed import check_arguments
 
 # Far beyond any model; an adapter's config is untrusted, and its sizes must not cost hours or all memory.
 LARGEST, DEEPEST = 16_384, 1_024

@@ -1,7 +1,6 @@
 """Weights of backbones: official Vim checkpoints in, official layout out. Never unpickles code."""
 
 import argparse
-import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from mambapeft_vision.utils.atomic import atomic_path
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.hashing import sha256_file
 from mambapeft_vision.utils.state_dict_checks import check_finite, check_state
 
 EMBEDDED_WEIGHTS = Path(__file__).parent / "weights"  # of our own, shipped with the package
@@ -94,13 +94,10 @@ def read_state_dict(path: str | Path, key: str = "model") -> dict[str, Tensor]:
 def _check_sha256(path: Path, expected: str) -> None:
     if not path.is_file():
         return  # for the reader to say
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != expected.lower():
+    digest = sha256_file(path)
+    if digest != expected.lower():
         raise UserError(
-            f"{path} has sha256 {digest.hexdigest()}; expected {expected.lower()} (backbone.weights_sha256). Get the "
+            f"{path} has sha256 {digest}; expected {expected.lower()} (backbone.weights_sha256). Get the "
             f"file again, or correct the key"
         )
 

@@ -1,7 +1,5 @@
 """Image tasks in the layout of VTAB-1K: the table of tasks, loading, checking, and the demo task."""
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +25,8 @@ __all__ = [
     "decode_image",
 ]
 
-# Lightning takes seconds to import, and Triton with it; preparing and checking data needs neither.
+# Lightning takes seconds to import, and Triton with it; preparing and checking data needs neither, and importing any
+# module of this package runs this file.
 _LIGHTNING = {"TaskDataModule": "module", "DemoDataModule": "generated.digits"}
 
 

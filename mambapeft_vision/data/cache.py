@@ -1,17 +1,19 @@
 """Decoded images on disk: a task's images are decoded and resized once for each preprocessing, by the first run.
 
-A cached split is one file, uint8 [n, 3, H, W] in numpy's format, that runs map into memory. Its name is a hash over the
+A cached split is one file, uint8 [n, 3, H, W] in NumPy's format, that runs map into memory. Its name is a hash over the
 content of the images, in list order, and all that decides what becomes of them; so a changed image is another file, and
 a file never changes. It is written under another name and renamed when whole; a second process that wants it waits.
-"""
 
-from __future__ import annotations
+Behind the pixels stands their checksum. A process compares it before it first uses the file; a damaged file is named,
+deleted and decoded again. The checksum finds damage, not intent: who can write to the folder can change the images.
+"""
 
 import errno
 import hashlib
 import json
 import os
 import shutil
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -22,18 +24,28 @@ import PIL
 import torch
 
 from mambapeft_vision.data.image_list import ImageList
-from mambapeft_vision.data.images import ImageSet, available_cpus, decode_into, decode_list
+from mambapeft_vision.data.images import ImageSet, decode_into, decode_list
+from mambapeft_vision.data.manifest import images_digest
 from mambapeft_vision.data.preprocessing import Preprocessing
+from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.lock import remove_abandoned, sole_writer
+from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.utils.progress import ProgressCallback
+from mambapeft_vision.utils.untrusted import open_plain
 
 # Splits that take less memory than this are decoded in the time that looking them up would take.
 SMALLEST = 32 << 20
-_FORMAT = 2  # of what becomes of an image; 2: 16-bit grey by its high byte
+# Of the file and of what becomes of an image. 2: 16-bit grey by its high byte; 3: checksum, 16-bit TIFFs of any kind.
+_FORMAT = 3
 _SPARE = 1 << 30  # bytes of the disk that are left to others
 # The cache is kept below this. All of VTAB-1K at 224x224 would be 59 GB, but a sweep goes task by task.
 LARGEST = 40 << 30
 SUFFIX = ".images.npy"
+_OUR_NAME = r"[0-9a-f]+\.images\.npy"
+_BLOCK = 16 << 20  # hashed at once by a thread
+_DIGEST_BYTES = 32
+_TOUCH_AFTER_S = 3600.0  # "last used" is noted to the hour
+_verified: set[tuple[int, int, int, int]] = set()  # files whose checksum this process has compared
 
 
 def is_cacheable(listing: ImageList, preprocessing: Preprocessing) -> bool:
@@ -49,9 +61,11 @@ def cached_list(
     Where the folder cannot be written or lacks the space, the images are decoded into memory, with a warning.
 
     Args:
-        folder: of the cache; None: no cache.
-        progress: of the decoding, if there is one.
-    Raises: UserError for an image that is missing or damaged.
+        folder: the cache's folder; None: no cache.
+        progress: called while images are decoded.
+
+    Raises:
+        UserError: for an image that is missing or damaged.
     """
     if folder is None or not is_cacheable(listing, preprocessing):
         return decode_list(listing, preprocessing, progress=progress)
@@ -69,8 +83,6 @@ def cached_list(
         clean(folder, LARGEST)
         if images is None:  # cleaned away by another process at once: its cache is far too small
             return decode_list(listing, preprocessing, progress=progress)
-    with suppress(OSError):  # a cache that others made may be read-only
-        os.utime(file)  # used now: what was not used for longest is cleaned first
     return ImageSet(torch.from_numpy(images), listing.labels(), [entry.path for entry in listing.entries])
 
 
@@ -85,23 +97,59 @@ def _fill(
     try:
         with sole_writer(file) as temporary:
             if temporary is not None:
-                written = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-                _reserve(temporary)
-                decode_into(written, listing, preprocessing, progress=progress)
-                written.flush()
+                _decode_to(temporary, shape, listing, preprocessing, progress)
     except OSError as error:
         return f"{file.parent}: {error.strerror}; set paths.cache to another disk or to null"
     return None
 
 
-def _reserve(file: Path) -> None:
-    """Has the disk allocate the whole of a file: a mapped file that finds the disk full is the process's sudden end."""
-    with open(file, "rb+") as opened:
-        try:
-            os.posix_fallocate(opened.fileno(), 0, os.fstat(opened.fileno()).st_size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot
-                raise
+def _decode_to(
+    file: Path,
+    shape: tuple[int, ...],
+    listing: ImageList,
+    preprocessing: Preprocessing,
+    progress: ProgressCallback | None,
+) -> None:
+    header = _header(shape)
+    pixels = int(np.prod(shape))
+    with open(file, "wb+") as opened:
+        opened.write(header)
+        # The disk allocates the whole file now: a mapped file that finds the disk full is the process's sudden end.
+        _allocate(opened.fileno(), len(header) + pixels + _DIGEST_BYTES)
+        opened.flush()
+        images = np.memmap(opened, np.uint8, "r+", offset=len(header), shape=shape)
+        decode_into(images, listing, preprocessing, progress=progress)
+        images.flush()
+        opened.seek(len(header) + pixels)
+        opened.write(_checksum(opened.fileno(), len(header), pixels))
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot
+            raise
+        os.ftruncate(descriptor, size)
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    """What NumPy's format begins with; equal for equal shapes, so that it can be compared instead of parsed."""
+    content = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    length = 128 - 10
+    return b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + content.ljust(length - 1) + b"\n"
+
+
+def _checksum(descriptor: int, start: int, size: int) -> bytes:
+    """Checksum of `size` bytes from `start` on: blocks are hashed by all CPUs, so that the disk is the limit."""
+
+    def digest(position: int) -> bytes:
+        count = min(_BLOCK, start + size - position)
+        return hashlib.blake2b(os.pread(descriptor, count, position), digest_size=_DIGEST_BYTES).digest()
+
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        digests = pool.map(digest, range(start, start + size, _BLOCK))
+        return hashlib.blake2b(b"".join(digests), digest_size=_DIGEST_BYTES).digest()
 
 
 def clean(folder: Path, keep_bytes: int) -> list[tuple[Path, int]]:
@@ -109,7 +157,7 @@ def clean(folder: Path, keep_bytes: int) -> list[tuple[Path, int]]:
 
     A run that has a deleted file mapped goes on with it.
     """
-    remove_abandoned(folder)
+    remove_abandoned(folder, _OUR_NAME)
     files = entries(folder)
     total, deleted = sum(size for _, size, _ in files), []
     for file, size, _ in files:
@@ -134,31 +182,52 @@ def _size(listing: ImageList, preprocessing: Preprocessing) -> int:
 
 
 def _key(listing: ImageList, preprocessing: Preprocessing) -> str:
-    def digest(entry) -> bytes:
-        try:
-            return hashlib.blake2b(listing.path(entry).read_bytes(), digest_size=16).digest()
-        except OSError as error:
-            raise listing.error(entry, f"cannot be read ({error.strerror}).") from error
-
-    with ThreadPoolExecutor(available_cpus()) as pool:
-        content = b"".join(pool.map(digest, listing.entries))
     decided_by = [_FORMAT, PIL.__version__, list(preprocessing.size), preprocessing.interpolation]
-    return hashlib.sha256(json.dumps(decided_by).encode() + content).hexdigest()[:40]
+    return hashlib.sha256(json.dumps(decided_by).encode() + images_digest(listing)).hexdigest()[:40]
 
 
 def _open(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The file's array, mapped; None where it is not there. A damaged file is removed."""
+    """The file's array, mapped; None where it is not there. A damaged file is named and removed."""
+    header = _header(shape)
+    pixels = int(np.prod(shape))
     try:
-        images = np.load(file, mmap_mode="c", allow_pickle=False)  # writable in memory alone, as PyTorch wants it
+        with open_plain(file, max_bytes=len(header) + pixels + _DIGEST_BYTES) as opened:
+            if _is_whole(opened.fileno(), header, pixels):
+                _note_use(file, opened.fileno())
+                # Writable in memory alone, as PyTorch wants it.
+                return np.memmap(opened, np.uint8, "c", offset=len(header), shape=shape)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, OSError, EOFError):
-        images = None
-    if images is None or images.shape != shape or images.dtype != np.uint8:
-        with suppress(OSError):
-            file.unlink(missing_ok=True)
-        return None
-    return images
+    except (OSError, UserError):
+        pass  # a disk that cannot read it, or no file of ours
+    warnings.warn(f"{file} was damaged; its images are decoded again", stacklevel=2)
+    with suppress(OSError):
+        file.unlink(missing_ok=True)
+    return None
+
+
+def _is_whole(descriptor: int, header: bytes, pixels: int) -> bool:
+    if _identity(descriptor) in _verified:
+        return True
+    end = len(header) + pixels
+    return (
+        os.fstat(descriptor).st_size == end + _DIGEST_BYTES
+        and os.pread(descriptor, len(header), 0) == header
+        and os.pread(descriptor, _DIGEST_BYTES, end) == _checksum(descriptor, len(header), pixels)
+    )
+
+
+def _note_use(file: Path, descriptor: int) -> None:
+    """Notes that the file is whole, and that it was used: what was not used for longest is cleaned first."""
+    with suppress(OSError):  # a cache that others made may be read-only
+        if time.time() - os.fstat(descriptor).st_mtime > _TOUCH_AFTER_S:
+            os.utime(file)
+    _verified.add(_identity(descriptor))
+
+
+def _identity(descriptor: int) -> tuple[int, int, int, int]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _obstacle(folder: Path, size: int) -> str | None:

@@ -3,25 +3,28 @@
 Paths are relative to the task's folder and may not leave it. Blank lines are allowed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.text import plain, shown
+from mambapeft_vision.utils.untrusted import read_bytes
 
-_LINE = re.compile(r"(?P<path>\S.*?)\s+(?P<label>[+-]?[0-9]+)")
+MAX_LIST_BYTES = 500_000_000
+MAX_PROBLEMS = 10_000  # bad lines that are named; of more there is only the number
+_SHOWN = 80  # characters of a bad line
+_LABEL = re.compile(r"[+-]?[0-9]+")
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One line: `path` relative to the task's folder, `label`, and the `line` number (from 1)."""
 
     path: str
@@ -55,21 +58,29 @@ class ImageList:
 
 
 def parse_list(file: Path, num_classes: int, *, remedy: str = "") -> tuple[ImageList, list[str]]:
-    """Reads `file` and returns its good lines together with a text `file:line: problem` for every other."""
-    content = file.read_bytes()
+    """Reads `file` and returns its good lines together with a text `file:line: problem` for every other.
+
+    Of more than `MAX_PROBLEMS` bad lines the last text gives the number. Raises UserError for what is no plain file.
+    """
+    content = read_bytes(file, max_bytes=MAX_LIST_BYTES, follow_links=True)
     entries: dict[str, Entry] = {}
     problems: list[str] = []
-    for number, raw in enumerate(content.split(b"\n"), start=1):
+    bad = 0
+    for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         try:
             entry = _parse_line(raw, number, num_classes)
             if entry is None:
                 continue
             if entry.path in entries:
-                raise _LineError(f"{entry.path} is listed before, in line {entries[entry.path].line}")
+                raise _LineError(f"{plain(entry.path, _SHOWN)} is listed before, in line {entries[entry.path].line}")
         except _LineError as problem:
-            problems.append(f"{file}:{number}: {problem}.")
+            bad += 1
+            if bad <= MAX_PROBLEMS:
+                problems.append(f"{file}:{number}: {problem}.")
             continue
         entries[entry.path] = entry
+    if bad > MAX_PROBLEMS:
+        problems.append(f"{file}: {bad - MAX_PROBLEMS:,} more bad lines.")
     if not entries and not problems:
         problems.append(f"{file}: the list is empty; expected a line `image label` for every image.")
     listing = ImageList(
@@ -88,7 +99,7 @@ def read_list(file: Path, num_classes: int, *, remedy: str) -> ImageList:
         raise UserError(f"{file} is a folder: expected the list file. {remedy}")
     if file.parent.is_file():
         raise UserError(f"{file.parent} is a file: expected a folder with the list file {file.name}. {remedy}")
-    if not file.is_file():
+    if not file.exists():
         missing = file.parent if not file.parent.is_dir() else file
         raise UserError(f"{missing} is missing: expected the list file {file}. {remedy}")
     listing, problems = parse_list(file, num_classes, remedy=remedy)
@@ -100,13 +111,14 @@ def read_list(file: Path, num_classes: int, *, remedy: str) -> ImageList:
 
 def missing_images(listing: ImageList) -> list[Entry]:
     """Entries whose image file does not exist. Lists each folder once: 70,000 single stats are slow."""
-    by_folder: dict[Path, list[Entry]] = defaultdict(list)
+    by_folder: dict[str, list[Entry]] = defaultdict(list)
     for entry in listing.entries:
-        by_folder[listing.path(entry).parent].append(entry)
+        by_folder[entry.path.rpartition("/")[0]].append(entry)
     missing = []
-    for folder, entries in by_folder.items():
+    for name, entries in by_folder.items():
+        folder = listing.folder / name
         present = set(os.listdir(folder)) if folder.is_dir() else set()
-        missing += [entry for entry in entries if PurePosixPath(entry.path).name not in present]
+        missing += [entry for entry in entries if entry.path.rpartition("/")[2] not in present]
     return sorted(missing, key=lambda entry: entry.line)
 
 
@@ -115,29 +127,43 @@ class _LineError(Exception):
 
 
 def _parse_line(raw: bytes, number: int, num_classes: int) -> Entry | None:
-    """The entry of one line, None for a blank one. Raises _LineError."""
+    """The entry of one line, None for a blank one. Raises _LineError. Linear in the line's length."""
     try:
-        text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        words = raw.decode("utf-8").rsplit(None, 1)
     except UnicodeDecodeError as error:
-        raise _LineError(f"{raw[:80]!r} is not UTF-8 text ({error.reason})") from error
-    if not text:
+        raise _LineError(f"{raw[:_SHOWN]!r} is not UTF-8 text ({error.reason})") from error
+    if not words:
         return None
-    match = _LINE.fullmatch(text)
-    if match is None:
-        raise _LineError(f"cannot read {text[:80]!r}: expected `image label`, such as `images/test/000000.jpg 3`")
-    path = _checked_path(match["path"])
-    label = int(match["label"]) if len(match["label"]) < 20 else num_classes
+    if len(words) != 2 or not _LABEL.fullmatch(words[1]):
+        text = " ".join(words)
+        raise _LineError(
+            f"cannot read {shown(text, _SHOWN)}: expected `image label`, such as `images/test/000000.jpg 3`"
+        )
+    path, digits = words[0].strip(), words[1]
+    # Only such a path can leave the folder or be written in two ways; looking at each part of every path is slow.
+    if (
+        path[0] in "./"
+        or path[1:2] == ":"
+        or "//" in path
+        or "/." in path
+        or path[-1] == "/"
+        or "\\" in path
+        or "\0" in path
+    ):
+        path = _checked_path(path)
+    label = int(digits) if len(digits) < 20 else num_classes
     if not 0 <= label < num_classes:
         raise _LineError(
-            f"label {match['label'][:20]} is out of range: expected 0 to {num_classes - 1} ({num_classes} classes)"
+            f"label {digits[:20]} is out of range: expected 0 to {num_classes - 1} ({num_classes} classes)"
         )
     return Entry(path, label, number)
 
 
 def _checked_path(text: str) -> str:
+    """The path without empty parts and `.`. Raises _LineError for one that leaves the folder."""
     path = PurePosixPath(text)
     if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", text) or set(text) & {"\\", "\0"}:
         raise _LineError(
-            f"path {text[:80]!r} is not inside the task's folder: expected a relative path with / and no .."
+            f"path {shown(text, _SHOWN)} is not inside the task's folder: expected a relative path with / and no .."
         )
     return str(path)

@@ -1,25 +1,27 @@
 """Decoded images in memory."""
 
-from __future__ import annotations
-
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from mambapeft_vision.data.image_list import Entry, ImageList
-from mambapeft_vision.data.preprocessing import FORMATS, Preprocessing, decode_image
+from mambapeft_vision.data.preprocessing import Preprocessing, decode_image, describe_failure
+from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.utils.progress import ProgressCallback, ProgressMeter
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """images: uint8 [n, 3, H, W]; labels: int64 [n]; names: n paths relative to the task's folder."""
+    """Images with their labels.
+
+    Args:
+        images: uint8 [n, 3, H, W].
+        labels: int64 [n].
+        names: n paths relative to the task's folder.
+    """
 
     images: Tensor
     labels: Tensor
@@ -32,16 +34,9 @@ class ImageSet:
         """Images and labels at `chosen`, int64 [b]."""
         return self.images[chosen], self.labels[chosen]
 
-    def to(self, device: torch.device | str) -> ImageSet:
+    def to(self, device: torch.device | str) -> "ImageSet":
         """The same set with images and labels on `device` (1,000 images of 224x224 are 150 MB)."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
-
-
-def available_cpus() -> int:
-    """CPUs this process may use, which in a container can be far fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def decode_entry(listing: ImageList, entry: Entry, preprocessing: Preprocessing) -> np.ndarray:
@@ -53,14 +48,7 @@ def decode_entry(listing: ImageList, entry: Entry, preprocessing: Preprocessing)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise far more than OSError on damaged files
-        raise listing.error(entry, f"cannot decode the image ({_reason(error, listing.path(entry))}).") from error
-
-
-def _reason(error: Exception, file: Path) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        empty = file.is_file() and not file.stat().st_size
-        return "the file is empty" if empty else f"it is none of {', '.join(FORMATS)}"
-    return f"{type(error).__name__}: {error}"
+        raise listing.error(entry, f"cannot decode the image ({describe_failure(error)}).") from error
 
 
 def decode_list(
@@ -72,8 +60,12 @@ def decode_list(
 ) -> ImageSet:
     """Decodes all images of a list with a pool of threads (Pillow releases the GIL); order as in the list.
 
-    workers: threads, by default one a CPU; progress: called with images done, images/s and time left.
-    Raises UserError for the first image, in list order, that is missing or damaged.
+    Args:
+        workers: threads, by default one a CPU.
+        progress: called with images done, images/s and time left.
+
+    Raises:
+        UserError: for the first image, in list order, that is missing or damaged.
     """
     height, width = preprocessing.size
     images = np.empty((len(listing), 3, height, width), dtype=np.uint8)

@@ -1,7 +1,5 @@
 """Batches of (images uint8 [b, 3, H, W], labels int64 [b]), ordered by seed and epoch alone."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +15,6 @@ from mambapeft_vision.data.preprocessing import Preprocessing
 from mambapeft_vision.utils.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
-_NOWHERE = {"epoch": -1, "batches": 0}
 
 
 def epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
@@ -34,8 +31,6 @@ class TrainLoader:
     """Shuffled batches of a set in memory, the last partial one included.
 
     Every `iter()` is one epoch; its number is asked of `current_epoch` when the first batch is drawn.
-    `state_dict` and `load_state_dict` are Lightning's interface for going on inside an epoch: the first
-    epoch after loading skips the batches it had already handed out.
     With several ranks each hands out its part of every batch (of a very small last one perhaps nothing).
     """
 
@@ -53,27 +48,14 @@ class TrainLoader:
         self._seed = seed
         self._current_epoch = current_epoch
         self._rank, self._ranks = rank, ranks
-        self._position = _NOWHERE  # of the latest pass, for state_dict
-        self._resume_at = _NOWHERE  # from load_state_dict, used up by the next pass
 
     def __len__(self) -> int:
         return -(-len(self._set) // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch = self._current_epoch()
-        resume_at, self._resume_at = self._resume_at, _NOWHERE
-        done = resume_at["batches"] if resume_at["epoch"] == epoch else 0
-        order = epoch_order(len(self._set), self._seed, epoch).to(self._set.labels.device)
-        chunks = order.split(self._batch_size)
-        for number, chunk in enumerate(chunks[done:], start=done + 1):
-            self._position = {"epoch": epoch, "batches": number}
+        order = epoch_order(len(self._set), self._seed, self._current_epoch()).to(self._set.labels.device)
+        for chunk in order.split(self._batch_size):
             yield self._set.batch(chunk.tensor_split(self._ranks)[self._rank])
-
-    def state_dict(self) -> dict[str, int]:
-        return dict(self._position)
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._resume_at = dict(state)
 
 
 class MemoryLoader:

@@ -2,35 +2,47 @@
 
 A task's sha256 is taken over lines `<sha256 of the file>  <path>\\n`, sorted by path, for its list files and
 every image they name. It is written by `scripts/prepare_vtab1k.py` next to the task folders.
+
+A manifest can come with data of others, so it is no evidence where somebody's result is computed again:
+`manifest_hash(..., check_images=True)` reads all images instead.
 """
 
-from __future__ import annotations
-
 import hashlib
-import json
 import os
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mambapeft_vision.data.image_list import ImageList
+from mambapeft_vision.data.image_list import Entry, ImageList, parse_list
 from mambapeft_vision.utils.atomic import write_json
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.lock import one_at_a_time
+from mambapeft_vision.utils.processes import available_cpus
+from mambapeft_vision.utils.typed import build
+from mambapeft_vision.utils.untrusted import open_plain, read_json
 
 MANIFEST_FILE = "manifest.json"
 _FORMAT = 1
+_REMEDY = "Delete it and verify the data again to write a new one."
+_MAX_IMAGE_BYTES = 256_000_000
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
-class TaskRecord:
+class TaskEntry:
     """What a verified task is.
 
-    sha256: of the whole task; lists: sha256 of each list file by split; images, bytes: number and total size
-    of the image files; classes_seen: number of different labels by split; decoded: whether every image was
-    decoded (else only its header was read).
+    Args:
+        sha256: of the whole task.
+        lists: sha256 of each list file by split.
+        images, bytes: number and total size of the image files.
+        classes_seen: number of different labels by split.
+        decoded: whether every image was decoded (else only its header was read).
     """
 
     sha256: str
@@ -41,76 +53,135 @@ class TaskRecord:
     decoded: bool
 
 
+@dataclass
+class _Manifest:
+    """The file. source: where the tasks came from."""
+
+    format: int
+    tasks: dict[str, TaskEntry]
+    source: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        hashes = [digest for entry in self.tasks.values() for digest in (entry.sha256, *entry.lists.values())]
+        if self.format != _FORMAT or not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in hashes):
+            raise UserError(f"format {self.format}, or a hash that is none")
+
+
 def task_sha256(file_hashes: Mapping[str, str]) -> str:
     """Fingerprint of a task from the sha256 of each file, by path relative to the task's folder."""
     lines = (f"{file_hashes[path]}  {path}\n" for path in sorted(file_hashes))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def read_record(root: Path, folder: str) -> TaskRecord | None:
-    """The record of the task in `root/folder`; None where it has not been verified."""
-    entry = _read(root)["tasks"].get(folder)
-    return None if entry is None else TaskRecord(**entry)
+def read_entry(root: Path, folder: str) -> TaskEntry | None:
+    """The manifest's entry of the task in `root/folder`; None where it has not been verified."""
+    return _read(root).tasks.get(folder)
 
 
-def write_record(root: Path, folder: str, record: TaskRecord) -> None:
-    """Adds or replaces the record of one task."""
-    with _changed(root) as content:
-        content["tasks"][folder] = asdict(record)
-        content["tasks"] = dict(sorted(content["tasks"].items()))
+def write_entry(root: Path, folder: str, entry: TaskEntry) -> None:
+    """Adds or replaces the entry of one task."""
+    with _changed(root) as manifest:
+        manifest.tasks[folder] = entry
+        manifest.tasks = dict(sorted(manifest.tasks.items()))
 
 
-def drop_record(root: Path, folder: str) -> None:
-    """Removes the record of a task that no longer passes."""
-    if read_record(root, folder) is not None:
-        with _changed(root) as content:
-            content["tasks"].pop(folder, None)
+def drop_entry(root: Path, folder: str) -> None:
+    """Removes the entry of a task that no longer passes."""
+    if read_entry(root, folder) is not None:
+        with _changed(root) as manifest:
+            manifest.tasks.pop(folder, None)
 
 
 def write_source(root: Path, source: Mapping[str, Any]) -> None:
     """Notes where the tasks came from: archive name, size and sha256, or a folder."""
-    with _changed(root) as content:
-        content["source"] = dict(source)
+    with _changed(root) as manifest:
+        manifest.source = dict(source)
 
 
-def manifest_hash(task_folder: Path, listings: Iterable[ImageList]) -> str:
-    """Fingerprint of a task for result files.
+def manifest_hash(task_folder: Path, listings: Iterable[ImageList], *, check_images: bool = False) -> str:
+    """Fingerprint of a task for result files; the one function that says whether data are the same.
 
-    The verified sha256 where the manifest has one for exactly these list files; else `unverified:` and a
+    The verified sha256 where the manifest has an entry for exactly these list files; else `unverified:` and a
     sha256 over the list files and the sizes of their images, which is quick but blind to changed pixels.
+
+    Args:
+        check_images: read and hash all files of a verified task again instead of trusting its entry, for data that
+            came with somebody's result. Files that differ give `changed:` and their sha256.
     """
     listings = list(listings)
-    record = read_record(task_folder.parent, task_folder.name)
-    if record is not None and all(record.lists.get(listing.file.stem) == listing.sha256 for listing in listings):
-        return record.sha256
+    entry = read_entry(task_folder.parent, task_folder.name)
+    if entry is not None:
+        changed = [listing.file for listing in listings if entry.lists.get(listing.file.stem) != listing.sha256]
+        if not changed:
+            return _checked(task_folder, entry) if check_images else entry.sha256
+        warnings.warn(
+            f"{', '.join(map(str, changed))}: not as verified in {task_folder.parent / MANIFEST_FILE}, so that the "
+            "data count as other data; verify them again if the change is meant",
+            stacklevel=2,
+        )
     hashes = {listing.file.name: listing.sha256 for listing in listings}
     for listing in listings:
-        hashes |= {entry.path: str(os.path.getsize(listing.path(entry))) for entry in listing.entries}
+        folder = os.fspath(listing.folder)
+        hashes |= {item.path: str(os.path.getsize(f"{folder}/{item.path}")) for item in listing.entries}
     return f"unverified:{task_sha256(hashes)}"
 
 
-def _read(root: Path) -> dict[str, Any]:
-    file = root / MANIFEST_FILE
-    if not file.is_file():
-        return {"format": _FORMAT, "tasks": {}}
+def images_digest(listing: ImageList) -> bytes:
+    """Fingerprint of the content of a list's images, in list order; reads them all, at the disk's speed.
+
+    Raises:
+        UserError: naming the image that cannot be read.
+    """
+
+    def digest(entry: Entry) -> bytes:
+        return _image_hash(listing, entry, "blake2b")
+
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        return hashlib.sha256(b"".join(pool.map(digest, listing.entries))).digest()
+
+
+def _checked(task_folder: Path, entry: TaskEntry) -> str:
+    hashes: dict[str, str] = {}
+    for split in entry.lists:
+        # Labels were checked when the list was read; here only the images' paths count.
+        listing, _ = parse_list(task_folder / f"{split}.txt", 1 << 62)
+        hashes[listing.file.name] = listing.sha256
+        with ThreadPoolExecutor(available_cpus()) as pool:
+            images = [item for item in listing.entries if item.path not in hashes]
+            digests = pool.map(lambda item, found=listing: _image_hash(found, item, "sha256").hex(), images)
+            hashes |= dict(zip((item.path for item in images), digests, strict=True))
+    actual = task_sha256(hashes)
+    return actual if actual == entry.sha256 else f"changed:{actual}"
+
+
+def _image_hash(listing: ImageList, entry: Entry, algorithm: str) -> bytes:
+    digest = hashlib.new(algorithm)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content["format"] != _FORMAT:
-            raise ValueError(f"format {content['format']}, expected {_FORMAT}")
-        for entry in content["tasks"].values():
-            TaskRecord(**entry)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{file} is not a manifest of this version ({type(error).__name__}: {error}). "
-            "Delete it and verify the data again to write a new one."
-        ) from error
-    return content
+        with open_plain(listing.path(entry), max_bytes=_MAX_IMAGE_BYTES, follow_links=True) as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    except OSError as error:
+        raise listing.error(entry, f"cannot be read ({error.strerror}).") from error
+    except UserError as error:
+        raise listing.error(entry, f"{error}.") from error
+    return digest.digest()
+
+
+def _read(root: Path) -> _Manifest:
+    file = root / MANIFEST_FILE
+    if not file.exists():
+        return _Manifest(_FORMAT, {})
+    try:
+        return build(_Manifest, read_json(file), str(file))
+    except UserError as error:
+        raise UserError(f"{file} is not a manifest of this version ({error}). {_REMEDY}") from error
 
 
 @contextmanager
-def _changed(root: Path) -> Iterator[dict[str, Any]]:
-    """The manifest's content, to be changed; whatever other processes change comes before or after it."""
+def _changed(root: Path) -> Iterator[_Manifest]:
+    """The manifest, to be changed; whatever other processes change comes before or after it."""
     with one_at_a_time(root / MANIFEST_FILE):
-        content = _read(root)
-        yield content
-        write_json(root / MANIFEST_FILE, content)
+        manifest = _read(root)
+        yield manifest
+        content = asdict(manifest)
+        write_json(root / MANIFEST_FILE, {key: value for key, value in content.items() if value is not None})

@@ -1,7 +1,5 @@
 """One task for the trainer: splits, batches, and what is known about the data."""
 
-from __future__ import annotations
-
 import functools
 import re
 from pathlib import Path
@@ -12,13 +10,15 @@ from torch.utils.data import DataLoader
 
 from mambapeft_vision.data.cache import cached_list, is_cacheable
 from mambapeft_vision.data.image_list import ImageList, missing_images, read_list
-from mambapeft_vision.data.images import ImageSet, available_cpus
+from mambapeft_vision.data.images import ImageSet
 from mambapeft_vision.data.loaders import DecodingLoader, MemoryLoader, TrainLoader, epoch_order
 from mambapeft_vision.data.manifest import manifest_hash
 from mambapeft_vision.data.prefetch import Prefetch
 from mambapeft_vision.data.preprocessing import Preprocessing
 from mambapeft_vision.data.tasks import GROUPS, SPLITS, find_task, prepare_command
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.names import user_path
+from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.utils.progress import ProgressCallback
 
 # Without a cache, test sets up to this size are decoded once and kept (4,096 images of 224x224 are 617 MB).
@@ -33,13 +33,14 @@ class TaskDataModule(LightningDataModule):
     Call `load` before training: it checks both splits and decodes the training images. Batches are
     (uint8 [b, 3, H, W], int64 [b]); normalisation is left to the LightningModule, on the device.
 
-    name: such as `vtab/cifar`; for a name of the tables in `vtab.py`, `load` checks the image counts too.
-    folder: of the task, with `images/` and the list files.
-    group: natural, specialized, structured, demo or custom.
-    num_test: images expected in `test.txt`; None for any number.
-    num_workers: processes that decode a test split of over 4,096 images; None takes one a CPU, at most 8.
-    seed: decides, with the epoch, the order of the training images.
-    cache: folder for decoded images, shared by all runs; None: decode in every run.
+    Args:
+        name: such as `vtab/cifar`; for a name of the tables in `tasks.py`, `load` checks the image counts too.
+        folder: the task's folder, with `images/` and the list files.
+        group: natural, specialized, structured, demo or custom.
+        num_test: images expected in `test.txt`; None for any number.
+        num_workers: processes that decode a test split of over 4,096 images, at most one a CPU; None takes at most 8.
+        seed: decides, with the epoch, the order of the training images.
+        cache: folder for decoded images, shared by all runs; None: decode in every run.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class TaskDataModule(LightningDataModule):
         if num_workers is not None:
             _require_at_least("num_workers", num_workers, 0)
         self.name = name
-        self.folder = Path(folder).expanduser()
+        self.folder = user_path(folder)
         self.num_classes = num_classes
         self.group = group
         self.num_test = num_test
@@ -81,9 +82,10 @@ class TaskDataModule(LightningDataModule):
         self.test_split = test_split
         self.batch_size = batch_size
         self.test_batch_size = test_batch_size
-        self.num_workers = min(available_cpus(), MAX_DEFAULT_WORKERS) if num_workers is None else num_workers
+        # A config that somebody sent must not start more processes than there are CPUs.
+        self.num_workers = min(available_cpus(), MAX_DEFAULT_WORKERS if num_workers is None else num_workers)
         self.seed = seed
-        self.cache = None if cache is None else Path(cache).expanduser()
+        self.cache = None if cache is None else user_path(cache)
         self.preprocessing: Preprocessing | None = None
         self._train_set: ImageSet | None = None
         self._test_set: ImageSet | None = None
@@ -96,13 +98,27 @@ class TaskDataModule(LightningDataModule):
     def lay_out(self) -> None:
         """Makes the task's folder, for tasks that bring their own images; nothing for the others."""
 
-    def check(self) -> None:
+    def check(self, *, test_only: bool = False) -> None:
         """Reads both splits' lists and looks for their images; quick, so that it can come before all else.
 
-        Raises UserError for what is missing or does not fit the task.
+        Args:
+            test_only: for an evaluation: the training split is not looked at, and nothing is laid out, so that a config
+                that somebody sent names no folder to write to.
+
+        Raises:
+            UserError: for what is missing or does not fit the task.
         """
-        self.lay_out()
-        self._listings = {split: self._checked_list(split) for split in (self.train_split, self.test_split)}
+        if not test_only:
+            self.lay_out()
+        splits = (self.test_split,) if test_only else (self.train_split, self.test_split)
+        self._listings = {split: self._checked_list(split) for split in splits}
+
+    def load_test(self, preprocessing: Preprocessing, progress: ProgressCallback | None = None) -> None:
+        """Checks the test split alone and prepares `test_dataloader`. Raises UserError."""
+        self.check(test_only=True)
+        self._test_set = None
+        self._progress = progress
+        self.preprocessing = preprocessing
 
     def load(self, preprocessing: Preprocessing, progress: ProgressCallback | None = None) -> None:
         """Checks both splits and decodes the training images into memory.
@@ -111,9 +127,9 @@ class TaskDataModule(LightningDataModule):
         and time left of this decode, and of the test split's where that is kept in memory. Loading again does
         nothing unless `preprocessing` differs. Raises UserError.
         """
-        if self.preprocessing == preprocessing:
+        if self.preprocessing == preprocessing and self._train_set is not None:
             return
-        if not self._listings:  # a caller that checked first need not wait for it twice
+        if self.train_split not in self._listings:  # a caller that checked first need not wait for it twice
             self.check()
         self._train_set = cached_list(self._listings[self.train_split], preprocessing, self.cache, progress)
         self._test_set = None
@@ -170,7 +186,11 @@ class TaskDataModule(LightningDataModule):
         """Fingerprint of the task's files: the manifest's sha256, or `unverified:…` (see manifest.py)."""
         if not self._listings:
             raise UserError(f"The images of {self.name} are not loaded: call load(preprocessing) first.")
-        return manifest_hash(self.folder, self._listings.values())
+        return self.fingerprint()
+
+    def fingerprint(self, *, check_images: bool = False) -> str:
+        """As `manifest_hash`, asked anew; `check_images` reads the images instead of trusting the manifest."""
+        return manifest_hash(self.folder, self._listings.values(), check_images=check_images)
 
     # Batches
 

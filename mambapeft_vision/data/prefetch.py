@@ -4,8 +4,6 @@ A test split of VTAB-1K has up to 73,728 images, which take as long to decode as
 would contend with the training loop for Python's lock; a process does not.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import time
@@ -24,11 +22,11 @@ _LOOK_EVERY_S = 0.2
 
 
 class Prefetch:
-    """Fills the cache with a list's images. Whatever goes wrong there is left to whoever asks for the images next.
+    """Fills the cache with a list's images. Errors are ignored here: the next reader decodes them itself and reports.
 
     Args:
-        num_classes: of the task.
-        folder: of the cache.
+        num_classes: the task's number of classes.
+        folder: the cache's folder.
     """
 
     def __init__(self, listing: ImageList, num_classes: int, preprocessing: Preprocessing, folder: Path) -> None:

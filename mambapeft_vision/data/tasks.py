@@ -4,12 +4,11 @@ Class counts come from here, never from the labels seen: the 1,000 training imag
 325 of its 397 classes. Source: VTAB (arXiv 1910.04867), counts of the common 1,000-image release.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.text import command
 
 GROUPS = ("natural", "specialized", "structured", "demo", "custom")
 SPLITS = ("train800", "val200", "train800val200", "test")
@@ -19,8 +18,11 @@ SPLITS = ("train800", "val200", "train800val200", "test")
 class Task:
     """One task in the folder layout of VTAB-1K.
 
-    folder: name of the task's folder; num_classes: labels run from 0 to num_classes - 1;
-    num_test: images of the test split; also_valid_test: other test counts in circulation.
+    Args:
+        folder: name of the task's folder.
+        num_classes: labels run from 0 to num_classes - 1.
+        num_test: images of the test split.
+        also_valid_test: other test counts in circulation.
     """
 
     folder: str
@@ -100,4 +102,4 @@ def select_tasks(folders: list[str] | None, table: dict[str, Task] = TASKS) -> l
 
 def prepare_command(root: Path | str) -> str:
     """The command that fetches and checks the data below `root`."""
-    return f"python scripts/prepare_vtab1k.py --root {root}"
+    return command("python", "scripts/prepare_vtab1k.py", "--root", root)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import platform
 import sys
 import time
@@ -29,6 +28,7 @@ from mambapeft_vision.pretraining.sources import Source, load_source
 from mambapeft_vision.pretraining.teacher import FEATURES, load_teacher
 from mambapeft_vision.utils.atomic import atomic_path, write_json
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.hashing import sha256_file
 
 GOOD, BAD, INTERRUPTED = 0, 2, 130
 _CHECKED_IMAGES = 8  # on which kernels are compared with the definition
@@ -118,7 +118,7 @@ def save_weights(backbone: nn.Module, out: Path, record: dict[str, Any]) -> dict
     with atomic_path(weights) as temporary:
         save_file(state, temporary)
     parameters = sum(tensor.numel() for tensor in state.values())
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    digest = sha256_file(weights)
     record = {"file": weights.name, "sha256": digest, "dtype": "float16", "parameters": parameters, **record}
     write_json(out.with_name(f"{out.name}.json"), record)
     return record

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -14,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mambapeft_vision.data.images import available_cpus
-from mambapeft_vision.data.prepare.download import sha256_file
 from mambapeft_vision.data.prepare.importer import LabelledImages, read_labelled
 from mambapeft_vision.data.preprocessing import Preprocessing, decode_image
 from mambapeft_vision.pretraining.config import SourceConfig
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.hashing import sha256_file
+from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.utils.progress import ConsoleProgress, ProgressMeter
 
 _CHUNK = 256  # images handed to a worker process at once
@@ -127,7 +126,7 @@ def _decode_chunk(contents: list[bytes], preprocessing: Preprocessing, source: P
     decoded = []
     for number, content in enumerate(contents, start=start):
         try:
-            decoded.append(decode_image(io.BytesIO(content), preprocessing))
+            decoded.append(decode_image(content, preprocessing))
         except Exception as error:  # Pillow's readers raise far more than OSError on damaged files
             raise UserError(
                 f"{source}: image number {number} cannot be decoded ({type(error).__name__}: {error}). "

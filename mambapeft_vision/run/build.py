@@ -18,7 +18,7 @@ from mambapeft_vision.integrations.wandb_logger import NoLogger, RunLogger, Wand
 from mambapeft_vision.methods.method import Method
 from mambapeft_vision.run.config import OF_VIM_S
 from mambapeft_vision.run.run_config import RunPlan
-from mambapeft_vision.utils.argument_checks import check_arguments
+from mambapeft_vision.utils.typed import check_arguments
 from mambapeft_vision.utils.errors import UserError
 
 _TARGET = re.compile(r"mambapeft_vision(\.[a-z]\w*)*\.[A-Za-z]\w*")

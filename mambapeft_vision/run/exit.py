@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from mambapeft_vision.utils.argument_checks import nearest
+from mambapeft_vision.utils.typed import nearest
 from mambapeft_vision.utils.atomic import write_json
 from mambapeft_vision.utils.errors import DISK_REMEDIES, NotFiniteError, Preempted, SweepEnded, UserError
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mambapeft_vision.adapter.presets import read_presets
-from mambapeft_vision.data.images import available_cpus
+from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.results.record import RunRecord, read_record
 from mambapeft_vision.results.tables import find_records
 from mambapeft_vision.run.exit import CRASH

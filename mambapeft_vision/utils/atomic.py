@@ -1,18 +1,33 @@
 """Files that are either whole or absent, whenever the process dies."""
 
+import glob
 import json
 import os
+import re
+import secrets
+import shutil
+import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+# A name that nobody can foresee: a link planted under a foreseeable one would have another file overwritten.
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+_CREATE = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC
+_DAY_S = 86_400.0
+
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path`; on success its content is flushed and renamed over `path`."""
+    """Gives the path of an empty temporary file beside `path`; on success it is flushed and renamed over `path`.
+
+    A link at `path` is replaced, not followed.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
+    os.close(os.open(temporary, _CREATE, 0o666))
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -22,16 +37,54 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Gives a new folder beside `folder`, which does not exist; on success it is renamed to `folder`.
+
+    Raises:
+        OSError: where `folder` has come into being meanwhile and holds something.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_old_folders(folder)
+    temporary = temporary_path(folder)
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def temporary_path(path: Path) -> Path:
+    """A path beside `path` that nobody can foresee, in the form that `remove_leftovers` knows."""
+    return path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Deletes what a killed process left of files that it was writing; for folders where no other process writes."""
+    """Deletes what killed processes left of files that they were writing; where no other process is at work."""
     for file in folder.glob(".*.tmp"):
         with suppress(OSError):
-            file.unlink()
+            if _LEFTOVER.fullmatch(file.name) and stat.S_ISREG(file.lstat().st_mode):
+                file.unlink()
+
+
+def _remove_old_folders(folder: Path) -> None:
+    """Deletes what processes that were killed more than a day ago left of `folder`."""
+    for found in folder.parent.glob(f".{glob.escape(folder.name[:200])}.*.tmp"):
+        with suppress(OSError):
+            status = found.lstat()
+            old = time.time() - status.st_mtime > _DAY_S
+            if old and _LEFTOVER.fullmatch(found.name) and stat.S_ISDIR(status.st_mode):
+                shutil.rmtree(found)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -6,9 +6,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+from mambapeft_vision.utils.progress import CANNOT_WRITE, LiveDisplay
+
 
 class Console:
     """Prints to `stream`, and appends everything but the live line to a log file.
+
+    Neither a stream nor a log that cannot be written ends a run: a full disk ends it where it cannot keep its state.
 
     Args:
         log: the log file; None: no file.
@@ -18,8 +22,7 @@ class Console:
     def __init__(self, log: Path | None = None, stream: TextIO | None = None) -> None:
         self._stream = sys.stdout if stream is None else stream
         self._log = None if log is None else open(log, "a", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
-        self._live = self._stream.isatty()
-        self._dirty = False  # a live line stands on the terminal
+        self._display = LiveDisplay(self._stream, every_s=None)
 
     def __enter__(self) -> "Console":
         return self
@@ -37,27 +40,28 @@ class Console:
     def say(self, text: str) -> None:
         """A line for the terminal and the log."""
         self.clear()
-        print(text, file=self._stream, flush=True)
+        self._print(text)
         self._write_log(text)
 
     def note(self, text: str) -> None:
         """A line for the log; where there is no terminal with a live line, also for the output."""
-        if not self._live:
-            print(text, file=self._stream, flush=True)
+        if not self._display.on_terminal:
+            self._print(text)
         self._write_log(text)
 
     def live(self, text: str) -> None:
         """Rewrites the terminal's live line; nothing elsewhere."""
-        if self._live:
-            print(f"\r\033[K{text}", end="", file=self._stream, flush=True)
-            self._dirty = True
+        self._display.show(text)
 
     def clear(self) -> None:
-        if self._dirty:
-            print("\r\033[K", end="", file=self._stream, flush=True)
-            self._dirty = False
+        """Removes the live line."""
+        self._display.clear()
+
+    def _print(self, text: str) -> None:
+        with suppress(*CANNOT_WRITE):
+            print(text, file=self._stream, flush=True)
 
     def _write_log(self, text: str) -> None:
         if self._log is not None:
-            with suppress(OSError):  # a full disk ends a run where it cannot keep its state, not at a line for people
+            with suppress(OSError):
                 print(text, file=self._log, flush=True)

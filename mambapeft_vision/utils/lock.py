@@ -1,18 +1,27 @@
-"""One process at a time in a folder, or at a file."""
+"""One process at a time in a folder, or at a file.
+
+The system gives a lock back when its process ends, however it ends. A file system without locks is used without.
+"""
 
 import errno
-import fcntl
 import os
+import re
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from mambapeft_vision.utils.atomic import atomic_path
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.text import plain
 
 LOCK_FILE = ".lock"
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EROFS, errno.EACCES)  # file systems without locks, or read-only
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EROFS)  # without locks, or read-only
+_SHARED = 0o666  # a second user of the folder has to be able to ask for the lock
+_POLL_S = 0.05
 
 
 class InUseError(UserError):
@@ -21,34 +30,42 @@ class InUseError(UserError):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes out of `folder` (an existing one) for the time of the context.
+    """Keeps other processes, also those of other users, out of `folder` (an existing one) during the context.
 
-    The system gives the lock back when the process ends, however it ends. A file system without locks is used without.
-    Raises: InUseError that names the holder, at once.
+    The file `.lock` names the holder; it stays afterwards, empty.
+
+    Raises:
+        InUseError: at once, naming the holder.
+        UserError: where `.lock` is a link or no plain file.
     """
-    try:
-        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
-            yield
-            return
-        raise
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
-            raise InUseError(
-                f"{folder} is in use by {holder}; wait for it or end it, or give this run other paths.outputs"
-            ) from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-        os.truncate(descriptor, 0)
+    file = folder / LOCK_FILE
+    descriptors: list[int] = []
+
+    def sign(descriptor: int) -> None:
+        descriptors.append(descriptor)
+        os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+
+    try:
+        lock = _acquired(file, 0.0, mode=_SHARED, on_acquired=sign)
+    except Timeout:
+        raise InUseError(
+            f"{folder} is in use by {_holder(file)}; wait for it or end it, or give this run other paths.outputs"
+        ) from None
+    except PermissionError as error:
+        if os.path.lexists(file):
+            raise InUseError(
+                f"{file} belongs to another user, who may be at work in {folder}; give this run other paths.outputs, "
+                "or make the file writable for both"
+            ) from error
+        lock = None  # nothing can be written here, so nothing can collide
+    try:
         yield
     finally:
-        os.close(descriptor)
+        if lock is not None:
+            with suppress(OSError):  # of a folder that was deleted, or a disk that is read-only by now
+                os.ftruncate(descriptors[0], 0)
+            lock.release()
 
 
 @contextmanager
@@ -56,87 +73,103 @@ def sole_writer(path: Path) -> Iterator[Path | None]:
     """Lets one process at a time make the file `path`; the others wait for it.
 
     Gives a temporary path beside it, which is flushed and renamed on success; None where another process has made the
-    file meanwhile. What a killed process left is taken over. A file system without locks is used without.
+    file meanwhile. What a killed process left is taken over.
     """
     temporary = _being_written(path)
-    descriptor = _waited_for(temporary)
-    if descriptor is None:
+    lock = _acquired(temporary)
+    if lock is None:
         with atomic_path(path) as own:
             yield own
         return
     try:
-        if path.exists():
-            temporary.unlink()
+        if path.exists():  # the lock may be on the finished file itself, which was waited for under its former name
+            temporary.unlink(missing_ok=True)
             yield None
             return
         try:
             yield temporary
-            os.fsync(descriptor)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
     finally:
-        os.close(descriptor)
+        lock.release()
 
 
 @contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
-    """Lets one process at a time change `path`, which need not exist, in an existing folder; the others wait for it.
-
-    A file system without locks is used without.
-    """
+    """Lets one process at a time change `path`, which need not exist, in an existing folder; the others wait for it."""
     beside = _being_written(path)
-    descriptor = _waited_for(beside)
+    lock = _acquired(beside)
     try:
         yield
     finally:
-        if descriptor is not None:
+        if lock is not None:
             beside.unlink(missing_ok=True)
-            os.close(descriptor)
+            lock.release()
 
 
-def remove_abandoned(folder: Path) -> None:
-    """Deletes what killed processes left in `sole_writer`: temporary files that nobody holds."""
-    for temporary in folder.glob(_being_written(Path("*")).name):
-        try:
-            descriptor = os.open(temporary, os.O_RDWR)
-        except OSError:
+def remove_abandoned(folder: Path, name: str) -> None:
+    """Deletes what killed processes left in `sole_writer`: temporary files that nobody holds.
+
+    Args:
+        name: a regular expression of the names of the files that were to be made; no other file is touched.
+    """
+    for temporary in folder.glob(".*.part"):
+        if not re.fullmatch(name, temporary.name[1 : -len(".part")]):
             continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_still(temporary, descriptor):
-                temporary.unlink()
-        except OSError:
-            continue
-        finally:
-            os.close(descriptor)
+        with suppress(OSError, Timeout, UserError):
+            lock = _acquired(temporary, 0.0)
+            temporary.unlink()
+            if lock is not None:
+                lock.release()
+
+
+def _acquired(
+    file: Path, timeout: float = -1.0, *, mode: int = 0o644, on_acquired: Callable[[int], None] | None = None
+) -> FileLock | None:
+    """The lock at `file`, held; None where the file system has no locks. A timeout below 0 waits for ever."""
+    _refuse_unless_plain(file)
+    lock = FileLock(
+        file,
+        timeout,
+        mode=mode,
+        thread_local=False,
+        poll_interval=_POLL_S,
+        fallback_to_soft=False,
+        preserve_lock_file=True,
+        on_acquired=on_acquired,
+    )
+    try:
+        lock.acquire()
+    except OSError as error:
+        if isinstance(error, Timeout) or error.errno not in _NO_LOCKS:
+            raise
+        return None
+    return lock
+
+
+def _refuse_unless_plain(file: Path) -> None:
+    """A link planted under a lock's name would have another file emptied."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        found = file.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            raise UserError(f"{file} is a link or no plain file; expected a lock of ours. Delete it, and mistrust it")
+
+
+def _holder(file: Path) -> str:
+    """What the holder wrote into the lock; a file of others, so only a short line of it is shown."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return "another process"
+    try:
+        return plain(os.read(descriptor, 200).decode(errors="replace")) or "another process"
+    finally:
+        os.close(descriptor)
 
 
 def _being_written(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
-
-
-def _waited_for(temporary: Path) -> int | None:
-    """A descriptor of the file, locked; None where there are no locks."""
-    while True:
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            os.close(descriptor)
-            if error.errno in _NO_LOCKS:
-                temporary.unlink(missing_ok=True)
-                return None
-            raise
-        if _is_still(temporary, descriptor):
-            return descriptor
-        os.close(descriptor)  # its holder has renamed or deleted it
-
-
-def _is_still(path: Path, descriptor: int) -> bool:
-    try:
-        there, ours = os.stat(path), os.fstat(descriptor)
-    except FileNotFoundError:
-        return False
-    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)

@@ -1,12 +1,15 @@
-"""Progress of long work on the data: how far, how fast, how long still."""
-
-from __future__ import annotations
+"""Progress of long work: how far, how fast, how much longer; on a terminal as one live display."""
 
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.live import Live
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,90 @@ class ProgressMeter:
             self._callback(Progress(self._done, self._total, now - self._start, self._resumed))
 
 
+class LiveDisplay:
+    """What is rewritten at the end of a terminal's output; elsewhere a plain line every `every_s` seconds.
+
+    A stream that cannot be written (a full disk, a closed pipe) is left alone: what is shown is no part of a result.
+
+    Args:
+        stream: default: standard output.
+        every_s: seconds between two lines where there is no terminal; None: no lines.
+
+    Example:
+        >>> display = LiveDisplay()
+        >>> display.show("3/10 runs")        # any renderable of rich, such as a table
+        >>> display.clear()                  # gone; `finish` would leave it standing
+    """
+
+    def __init__(self, stream: TextIO | None = None, every_s: float | None = 10.0) -> None:
+        self._stream = sys.stdout if stream is None else stream
+        self._every_s = every_s
+        self._next_line_at = 0.0
+        self._live: Live | None = None
+        self.on_terminal = _is_terminal(self._stream)
+
+    def show(self, content: "RenderableType", line: str | None = None, *, now: bool = False) -> None:
+        """Shows `content` in the place of what was shown before.
+
+        Args:
+            line: what is printed where there is no terminal; default: the content as text.
+            now: print the line whether it is due or not.
+        """
+        with suppress(*CANNOT_WRITE):
+            if self.on_terminal:
+                self._started().update(_fitted(content), refresh=True)
+            elif now or (self._every_s is not None and time.monotonic() >= self._next_line_at):
+                self._next_line_at = time.monotonic() + (self._every_s or 0.0)
+                print(str(content) if line is None else line, file=self._stream, flush=True)
+
+    def clear(self) -> None:
+        """Removes what is shown."""
+        self._stop(transient=True)
+
+    def finish(self) -> None:
+        """Leaves what is shown, as ordinary lines."""
+        self._stop(transient=False)
+
+    def _started(self) -> "Live":
+        if self._live is None:
+            from rich.console import Console  # not needed without a terminal
+            from rich.live import Live
+
+            console = Console(file=self._stream, highlight=False)
+            self._live = Live(
+                console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False, transient=True
+            )
+            self._live.start()
+        return self._live
+
+    def _stop(self, transient: bool) -> None:
+        live, self._live = self._live, None
+        if live is not None:
+            live.transient = transient
+            with suppress(*CANNOT_WRITE):
+                live.stop()
+
+
+# What writing to a stream raises where the disk is full or the reader has gone, or where it was closed.
+CANNOT_WRITE = (OSError, ValueError)
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    try:
+        return stream.isatty()
+    except CANNOT_WRITE:
+        return False
+
+
+def _fitted(content: "RenderableType") -> "RenderableType":
+    """Text in one line that is cut at the terminal's edge; other content as it is."""
+    from rich.text import Text
+
+    return Text(content, no_wrap=True, overflow="ellipsis") if isinstance(content, str) else content
+
+
 class ConsoleProgress:
-    """Callback that prints `label: 512/1,000 images, 812 images/s, 0:12 left`.
+    """Callback that shows `label: 512/1,000 images, 812 images/s, 0:12 left`, on a terminal with a bar.
 
     A terminal gets one line that is rewritten; a log file gets a new line every ten seconds.
     `unit="B"` prints bytes as MB.
@@ -75,17 +160,26 @@ class ConsoleProgress:
     def __init__(self, label: str, unit: str, stream: TextIO | None = None) -> None:
         self._label = label
         self._unit = unit
-        self._stream = stream if stream is not None else sys.stderr
+        self._display = LiveDisplay(stream if stream is not None else sys.stderr, every_s=None)
         self._next_line_at = 0.0
 
     def __call__(self, progress: Progress) -> None:
         finished = progress.done == progress.total
-        if self._stream.isatty():
-            self._stream.write(f"\r\033[K{self._text(progress)}" + ("\n" if finished else ""))
+        if self._display.on_terminal:
+            self._display.show(self._with_bar(progress))
         elif finished or progress.seconds >= self._next_line_at:
             self._next_line_at = progress.seconds + 10.0
-            self._stream.write(self._text(progress) + "\n")
-        self._stream.flush()
+            self._display.show(self._text(progress), now=True)
+        if finished:
+            self._display.finish()
+
+    def _with_bar(self, progress: Progress) -> "RenderableType":
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        row = Table.grid(padding=(0, 1))
+        row.add_row(ProgressBar(progress.total, progress.done, width=20), _fitted(self._text(progress)))
+        return row
 
     def _text(self, progress: Progress) -> str:
         scale, unit = (1e6, "MB") if self._unit == "B" else (1.0, self._unit)

@@ -58,13 +58,69 @@ def test_the_key_is_the_content_and_the_preprocessing(listing, tmp_path):
     assert len(entries(folder)) == 3
 
 
-def test_a_damaged_file_is_made_again(listing, tmp_path):
+def flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+DAMAGE = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "no array": lambda content: b"not an array" * 100,
+    "a bit of the header": lambda content: flipped(content, 60),
+    "a bit of a pixel": lambda content: flipped(content, 200),
+    "a bit of the checksum": lambda content: flipped(content, -1 % len(content)),
+    "zeros at the end": lambda content: content[: -len(content) // 3] + bytes(len(content) // 3),
+    "more behind it": lambda content: content + b"x",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_file_is_named_and_made_again(listing, tmp_path, damage):
+    """In the next process; in this one the file has been compared."""
     folder = tmp_path / "cache"
     expected = cached_list(listing, PREPROCESSING, folder).images.clone()
-    ((file, size, _),) = entries(folder)
-    for damage in (b"", file.read_bytes()[: size // 2], b"not an array" * 100):
-        file.write_bytes(damage)
+    ((file, _, _),) = entries(folder)
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    cache._verified.clear()
+    with pytest.warns(UserWarning, match=rf"{file.name} was damaged; its images are decoded again"):
         assert torch.equal(cached_list(listing, PREPROCESSING, folder).images, expected)
+    assert file.read_bytes() == whole
+
+
+def test_a_file_is_compared_once_a_process(listing, tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    cached_list(listing, PREPROCESSING, folder)
+    monkeypatch.setattr(cache, "_checksum", lambda *_: pytest.fail("read again"))
+    cached_list(listing, PREPROCESSING, folder)
+    cache._verified.clear()
+    with pytest.raises(pytest.fail.Exception):
+        cached_list(listing, PREPROCESSING, folder)
+
+
+def test_a_link_in_the_cache_is_not_followed(listing, tmp_path):
+    folder = tmp_path / "cache"
+    expected = cached_list(listing, PREPROCESSING, folder).images.clone()
+    ((file, _, _),) = entries(folder)
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.warns(UserWarning, match="damaged"):
+        assert torch.equal(cached_list(listing, PREPROCESSING, folder).images, expected)
+    assert (tmp_path / "elsewhere").exists() and not file.is_symlink()
+
+
+def test_the_file_is_an_array_of_numpy(listing, tmp_path):
+    images = cached_list(listing, PREPROCESSING, tmp_path / "cache").images
+    ((file, _, _),) = entries(tmp_path / "cache")
+    assert np.array_equal(np.load(file), images.numpy())
+
+
+def test_cleaning_deletes_nothing_of_others(tmp_path):
+    ours, others = ".0123abcd.images.npy.part", (".ubuntu.iso.part", ".x.npy.part", "0123.images.npy.part")
+    for name in (ours, *others):
+        (tmp_path / name).write_text("x")
+    clean(tmp_path, 0)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(others)
 
 
 def test_an_error_leaves_nothing_behind(listing, tmp_path):

@@ -20,11 +20,11 @@ from torch import nn
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.weights import EMBEDDED_WEIGHTS
 from mambapeft_vision.data import Preprocessing
-from mambapeft_vision.data.prepare.download import sha256_file
 from mambapeft_vision.pretraining import augment, checkpoint, command, loop, model, run
 from mambapeft_vision.pretraining.config import AugmentConfig, PretrainConfig, SourceConfig, load_config
 from mambapeft_vision.pretraining.sources import load_source
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.hashing import sha256_file
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "pretrain"
 TINY = {"embed_dim": 16, "depth": 1, "img_size": 16}

@@ -123,7 +123,7 @@ def test_another_one_takes_over_where_the_filling_one_is_killed(task, tmp_path):
     time.sleep(0.3)
     assert waiting.is_alive() and len(log.read_text().splitlines()) == 1
     (part,) = (tmp_path / "cache").iterdir()
-    remove_abandoned(tmp_path / "cache")
+    remove_abandoned(tmp_path / "cache", ".*")
     assert part.exists()  # it is held
     os.kill(filling.pid, signal.SIGKILL)
     filling.join()
@@ -155,7 +155,7 @@ def lay_out(connection, folder, log):
     mini._draw = noted
     wait_for_others(connection)
     mini.lay_out_generated(task, folder)
-    assert manifest.read_record(folder.parent, folder.name) is not None
+    assert manifest.read_entry(folder.parent, folder.name) is not None
 
 
 def test_the_same_task_is_drawn_by_one(tmp_path):
@@ -167,7 +167,7 @@ def test_the_same_task_is_drawn_by_one(tmp_path):
 def note_tasks(connection, root):
     wait_for_others(connection)
     for task in range(20):
-        manifest.write_record(root, f"{os.getpid()}-{task}", manifest.TaskRecord("0" * 64, {}, task, 0, {}, True))
+        manifest.write_entry(root, f"{os.getpid()}-{task}", manifest.TaskEntry("0" * 64, {}, task, 0, {}, True))
 
 
 def test_of_tasks_noted_at_once_none_is_lost(tmp_path):

@@ -3,8 +3,8 @@
 import pytest
 from helpers import runs
 
-from mambapeft_vision.utils.argument_checks import expected_kind
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.typed import expected_kind
 
 
 @pytest.fixture(scope="module")

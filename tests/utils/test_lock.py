@@ -1,19 +1,25 @@
 """Two processes and one run."""
 
+import errno
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from helpers import runs
 
 from mambapeft_vision.run.failure_record import FAILURE_FILE
 from mambapeft_vision.run.run_config import make_plan
 from mambapeft_vision.sweep.worker import Assignment, run
 from mambapeft_vision.sweep.worker_cache import Kept
-from mambapeft_vision.utils.lock import LOCK_FILE, InUseError, locked
+from mambapeft_vision.utils.atomic import atomic_path, remove_leftovers
+from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.lock import LOCK_FILE, InUseError, locked, one_at_a_time, remove_abandoned, sole_writer
 
 
 def hold(folder, ready):
@@ -64,13 +70,92 @@ def test_a_killed_holder_leaves_it_free(holder):
         pass
 
 
-def test_a_folder_that_cannot_be_written_is_used_without(tmp_path, monkeypatch):
-    def refused(*_):
-        raise OSError(30, "Read-only file system")
+@pytest.mark.parametrize("error", [errno.EROFS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch, error):
+    def refused(*_, **__):
+        raise OSError(error, os.strerror(error))
 
-    monkeypatch.setattr(os, "open", refused)
+    monkeypatch.setattr(FileLock, "acquire", refused)
+    entered = []
+    with locked(tmp_path):
+        entered.append("folder")
+    with one_at_a_time(tmp_path / "file"):
+        entered.append("change")
+    with sole_writer(tmp_path / "file") as path:
+        path.write_text("x")
+    assert entered == ["folder", "change"] and [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_lock_stays_and_no_longer_names_its_holder(tmp_path):
     with locked(tmp_path):
         pass
+    assert (tmp_path / LOCK_FILE).read_bytes() == b""
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "pipe", "folder"])
+def test_what_is_planted_under_the_name_of_a_lock_is_refused_and_stays(tmp_path, kind):
+    victim, folder = tmp_path / "victim", tmp_path / "folder"
+    folder.mkdir()
+    victim.write_text("precious")
+    for name in (LOCK_FILE, ".file.part"):
+        place = folder / name
+        if kind == "hard link":
+            os.link(victim, place)
+        elif kind == "pipe":
+            os.mkfifo(place)
+        elif kind == "folder":
+            place.mkdir()
+        else:
+            place.symlink_to(victim if kind == "link" else tmp_path / "made")
+    for enter in (locked(folder), sole_writer(folder / "file"), one_at_a_time(folder / "file")):
+        with pytest.raises(UserError, match="is a link or no plain file"), enter:
+            pytest.fail("it was used")
+    assert victim.read_text() == "precious" and not (tmp_path / "made").exists()
+
+
+def as_nobody(folder, answer):
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+    try:
+        with locked(folder):
+            answer.send("entered")
+    except InUseError as error:
+        answer.send(str(error))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="NOT RUN: another user can be played by root alone")
+@pytest.mark.parametrize("mode", [0o666, 0o644, 0o600])
+def test_a_second_user_of_a_shared_folder_is_locked_out(mode):
+    with tempfile.TemporaryDirectory() as name:  # below tmp_path nobody else may look
+        folder = Path(name)
+        folder.chmod(0o777)
+        with held(folder) as process:
+            if mode != 0o666:  # as older versions made it
+                (folder / LOCK_FILE).chmod(mode)
+            ours, theirs = multiprocessing.Pipe()
+            other = multiprocessing.get_context("fork").Process(target=as_nobody, args=(folder, theirs))
+            other.start()
+            answer = ours.recv()
+            other.join()
+        expected = f"is in use by process {process.pid}" if mode == 0o666 else "belongs to another user"
+        assert expected in answer
+
+
+def test_names_of_temporary_files_cannot_be_foreseen(tmp_path):
+    with atomic_path(tmp_path / "a") as one, atomic_path(tmp_path / "a") as two:
+        assert one != two and str(os.getpid()) != one.name.split(".")[-2] and len(one.name.split(".")[-2]) == 16
+
+
+def test_only_our_own_leftovers_are_deleted(tmp_path):
+    ours, parts = f".a.{'0' * 16}.tmp", [".0a.npy.part"]
+    others = [".vim.tmp", ".a.123.tmp", ".ubuntu.iso.part", "a.tmp"]
+    for name in (ours, *parts, *others):
+        (tmp_path / name).write_text("x")
+    (tmp_path / f".b.{'1' * 16}.tmp").symlink_to(tmp_path / "a.tmp")
+    remove_leftovers(tmp_path)
+    remove_abandoned(tmp_path, r"[0-9a-f]+\.npy")
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*others, f".b.{'1' * 16}.tmp"])
 
 
 def test_a_run_that_another_process_does_is_left_to_it(tmp_path, monkeypatch):

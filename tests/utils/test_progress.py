@@ -28,14 +28,17 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_gets_one_line_a_log_gets_few():
+def test_a_terminal_gets_one_line_a_log_gets_few(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
     reports = [Progress(done, 1200, done / 100) for done in range(100, 1201, 100)]
     terminal, log = Terminal(), io.StringIO()
     for stream in (terminal, log):
         show = ConsoleProgress("train", "images", stream)
         for report in reports:
             show(report)
-    assert terminal.getvalue().count("\n") == 1 and terminal.getvalue().endswith("\n")
+    assert terminal.getvalue().count("train: 1,100/1,200 images, 100.0 images/s, 0:01 left") == 1
+    assert terminal.getvalue().count("\n") == 1  # one line, rewritten, and left when all is done
     assert log.getvalue().splitlines() == [
         "train: 100/1,200 images, 100.0 images/s, 0:11 left",
         "train: 1,100/1,200 images, 100.0 images/s, 0:01 left",

@@ -4,19 +4,18 @@
 C. Kaynak; CC BY 4.0). They come with scikit-learn, so nothing is downloaded.
 """
 
-from __future__ import annotations
-
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from mambapeft_vision.data.manifest import read_record, write_record
+from mambapeft_vision.data.manifest import read_entry, write_entry
 from mambapeft_vision.data.module import TaskDataModule
+from mambapeft_vision.data.png import encode_png
 from mambapeft_vision.data.prepare.verify import verify_task
+from mambapeft_vision.data.splits import stratified_splits
 from mambapeft_vision.data.tasks import DIGITS
+from mambapeft_vision.utils.atomic import atomic_folder
 from mambapeft_vision.utils.errors import UserError
 
 SPLIT_SEED = 0
@@ -38,36 +37,17 @@ def lay_out_digits(folder: Path) -> None:
     The folder appears complete or not at all, whenever the process is killed and however many run at once.
     """
     if not folder.exists():
-        temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process that had the same number
-        temporary.mkdir(parents=True)
         try:
-            _write_digits(temporary)
-            _move_into_place(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    if read_record(folder.parent, folder.name) is None:
+            with atomic_folder(folder) as temporary:
+                _write_digits(temporary)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was quicker; its folder is the same
+                raise
+    if read_entry(folder.parent, folder.name) is None:
         report = verify_task(DIGITS, folder)
-        if report.record is None:
+        if report.entry is None:
             raise UserError(f"{report.problems[0]} Delete {folder} and start again: it is laid out anew by itself.")
-        write_record(folder.parent, folder.name, report.record)
-
-
-def stratified_splits(labels: np.ndarray, sizes: list[int], seed: int) -> list[np.ndarray]:
-    """Splits indices at random into parts of the given sizes, each class in proportion (within one image).
-
-    labels: int [n]; sizes add up to n. Returns one int64 array of indices for each size.
-    """
-    # RandomState's stream is frozen for good, Generator's is not.
-    order = np.random.RandomState(seed).permutation(len(labels))
-    # Each image's place among the shuffled images of its own class, as a share of it: (i + 1/2) / class size.
-    place = np.empty(len(labels))
-    for label in np.unique(labels):
-        members = order[labels[order] == label]
-        place[members] = (np.arange(len(members)) + 0.5) / len(members)
-    # Sorted by place the classes are evenly interleaved, so any stretch of the sequence is stratified.
-    interleaved = order[np.argsort(place[order], kind="stable")]
-    return np.split(interleaved, np.cumsum(sizes)[:-1])
+        write_entry(folder.parent, folder.name, report.entry)
 
 
 def _write_digits(folder: Path) -> None:
@@ -82,15 +62,6 @@ def _write_digits(folder: Path) -> None:
         lines = []
         for number, index in enumerate(indices):
             path = f"images/{split}/{number:06d}.png"
-            # Uncompressed, so that the bytes, and with them the manifest, do not depend on the zlib in use.
-            Image.fromarray(pixels[index]).save(folder / path, compress_level=0)
+            (folder / path).write_bytes(encode_png(Image.fromarray(pixels[index])))
             lines.append(f"{path} {labels[index]}\n")
         (folder / f"{split}.txt").write_text("".join(lines), encoding="utf-8")
-
-
-def _move_into_place(temporary: Path, folder: Path) -> None:
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # otherwise another process was quicker; its folder is the same
-            raise

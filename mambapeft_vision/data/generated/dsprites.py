@@ -6,8 +6,6 @@ a pixel is lit where its centre is inside, or on a left or lower edge. One of 10
 by one pixel; all that `mini/sprites_*` have are equal (tests/data/generated/test_mini.py).
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 SIZE = 64

@@ -2,12 +2,9 @@
 
 Those of `GENERATED` need no download: they are drawn, or come with a dependency, and are laid out at first use.
 Those of `IMPORTED` have sources with licences of their own; `scripts/prepare_mini.py` makes them tasks, and those of
-`fetched.FETCHED`, which torchvision downloads.
+`torchvision_tasks.FETCHED`, which torchvision downloads.
 """
 
-from __future__ import annotations
-
-import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -17,9 +14,10 @@ from PIL import Image
 from mambapeft_vision.data.generated import dsprites
 from mambapeft_vision.data.generated import solids as scenes
 from mambapeft_vision.data.generated.digits import lay_out_digits
-from mambapeft_vision.data.manifest import read_record, write_record
+from mambapeft_vision.data.manifest import read_entry, write_entry
 from mambapeft_vision.data.module import TaskDataModule
-from mambapeft_vision.data.prepare.importer import EncodedSplits, lay_out_task
+from mambapeft_vision.data.png import encode_png
+from mambapeft_vision.data.prepare.importer import EncodedImage, EncodedSplits, lay_out_task
 from mambapeft_vision.data.prepare.torchvision_tasks import FETCHED
 from mambapeft_vision.data.prepare.verify import verify_task
 from mambapeft_vision.data.tasks import Task
@@ -92,11 +90,11 @@ def lay_out_generated(task: Task, folder: Path) -> None:
         with one_at_a_time(folder):
             if not folder.exists():  # otherwise another process has drawn it meanwhile
                 _lay_out(task, folder)
-    if read_record(folder.parent, folder.name) is None:  # killed just before it was noted
+    if read_entry(folder.parent, folder.name) is None:  # killed just before it was noted
         report = verify_task(task, folder)
-        if report.record is None:
+        if report.entry is None:
             raise UserError(f"{report.problems[0]} Delete {folder} and start again: it is laid out anew by itself.")
-        write_record(folder.parent, folder.name, report.record)
+        write_entry(folder.parent, folder.name, report.entry)
 
 
 def _lay_out(task: Task, folder: Path) -> None:
@@ -112,7 +110,7 @@ def _draw(task: Task) -> EncodedSplits:
     meter = ProgressMeter(number, ConsoleProgress(f"draw {task.name}", "images"))
     encoded = []
     for pixels, label in _SOURCES[task.folder](number):
-        encoded.append((_png(pixels), int(label)))
+        encoded.append(EncodedImage(encode_png(Image.fromarray(pixels)), int(label)))
         meter.advance()
     train, val = task.num_train, task.num_train + task.num_val
     return EncodedSplits(encoded[:train], encoded[train:val], encoded[val:])
@@ -139,10 +137,3 @@ _SOURCES: dict[str, Callable[[int], Drawn]] = {
     "solids_count": _solids(scenes.count_label),
     "solids_distance": _solids(scenes.distance_label),
 }
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    # Uncompressed, so that the bytes, and with them the manifest, do not depend on the zlib in use.
-    Image.fromarray(pixels).save(stream, "PNG", compress_level=0)
-    return stream.getvalue()

@@ -4,8 +4,6 @@ A small ray caster of our own: spheres, cubes and cylinders in eight colours and
 ground. What is drawn depends on the seed alone.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

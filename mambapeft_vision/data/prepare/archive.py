@@ -1,32 +1,38 @@
 """Brings task folders into place from a zip or from a folder; nothing is ever written outside the target.
 
-Tasks are put together in the hidden folder `.incomplete` of the target and moved out one by one when complete, so a
-task folder is there completely or not at all. What an interrupted run put together is used by the next one.
+Each task is put together in a hidden folder beside its place and renamed when complete, so a task folder is there
+completely or not at all. An interrupted run goes on with the tasks that are not there yet.
 """
 
-from __future__ import annotations
-
 import errno
-import json
+import os
 import re
 import shutil
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from mambapeft_vision.data.image_list import parse_list
+from mambapeft_vision.data.preprocessing import MAX_IMAGE_BYTES
 from mambapeft_vision.data.tasks import SPLITS, Task
-from mambapeft_vision.utils.atomic import write_json
+from mambapeft_vision.utils.atomic import atomic_folder
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.progress import ProgressCallback, ProgressMeter
+from mambapeft_vision.utils.text import shown
+from mambapeft_vision.utils.untrusted import open_plain
 
 MAX_BYTES = 20_000_000_000
 MAX_MEMBERS = 2_000_000  # VTAB-1K has some 430,000 images
+MAX_FOLDERS = 100_000
+MAX_DEPTH = 16  # parts of a path
 _LONGEST_NAME = 255  # bytes of one part of a path, as file systems have it
-_SOURCE_FILE = "source.json"
+_LONGEST_PATH = 1024
+_DISK_BLOCK = 4096  # bytes that a file or a folder takes at least
+_COPY_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -42,14 +48,17 @@ def extract_tasks(
     root: Path,
     tasks: Sequence[Task],
     *,
-    sha256: str,
     max_bytes: int = MAX_BYTES,
     progress: ProgressCallback | None = None,
 ) -> None:
     """Extracts the folders of `tasks` from a zip into `root`; folders around them (`vtab-1k/`) are left out.
 
-    sha256: of the archive, tells whether an interrupted extraction was of the same one. max_bytes: cap on the
-    extracted size. progress: in bytes. Raises UserError for a damaged, unsafe or incomplete archive.
+    Args:
+        max_bytes: cap on the extracted size.
+        progress: called with the bytes extracted.
+
+    Raises:
+        UserError: for a damaged, unsafe or incomplete archive.
     """
     try:
         with zipfile.ZipFile(archive) as opened:
@@ -60,20 +69,21 @@ def extract_tasks(
                 )
             members = _members_by_task(archive, infos, tasks)
             _check_size(archive, members, max_bytes, root)
-            staging = _open_staging(root, {"archive": sha256})
             meter = ProgressMeter(sum(_size(files) for files in members.values()), progress)
             for folder, files in members.items():
-                for member in files:
-                    _extract(opened, member, staging / folder / member.path)
-                    meter.advance(member.info.file_size)
-                (staging / folder).rename(root / folder)
+                with _in_place(root / folder) as temporary:
+                    for member in files:
+                        target = temporary / member.path
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        with opened.open(member.info) as stream, open(target, "xb") as out:
+                            shutil.copyfileobj(stream, out, _COPY_BLOCK)
+                        meter.advance(member.info.file_size)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise _damaged(archive, error) from error
     except OSError as error:
         if error.errno == errno.EINVAL and error.filename is None:  # a member's place before the file's beginning
             raise _damaged(archive, error) from error
         raise
-    shutil.rmtree(staging)
 
 
 def _damaged(archive: Path, error: Exception) -> UserError:
@@ -83,47 +93,92 @@ def _damaged(archive: Path, error: Exception) -> UserError:
     )
 
 
-def copy_tasks(source: Path, root: Path, tasks: Sequence[Task], *, progress: ProgressCallback | None = None) -> None:
+def copy_tasks(
+    source: Path,
+    root: Path,
+    tasks: Sequence[Task],
+    *,
+    max_bytes: int = MAX_BYTES,
+    progress: ProgressCallback | None = None,
+) -> None:
     """Copies the folders of `tasks` from `source`, or from a folder right inside it, into `root`.
 
     Copied are the list files and the images they name; what is missing there is left to the verification.
-    progress: in files. Raises UserError when a task is not there.
+
+    Args:
+        max_bytes: cap on the copied size.
+        progress: called with the files copied.
+
+    Raises:
+        UserError: when a task is not there, is too large, or names what is no plain file.
     """
     folders = {task: _find_task_folder(source, task) for task in tasks}
-    staging = _open_staging(root, {"folder": str(source.resolve())})
     for task, folder in folders.items():
-        lists = [folder / f"{split}.txt" for split in SPLITS]
-        paths = {file.name for file in lists if file.is_file()}
-        for name in sorted(paths):
-            listing, _ = parse_list(folder / name, task.num_classes)
-            paths |= {entry.path for entry in listing.entries}
+        paths = _listed_paths(folder, task)
+        _check_space(str(folder), sum(_disk_bytes(size) for size in paths.values()), max_bytes, root)
         meter = ProgressMeter(len(paths), progress)
-        for path in sorted(paths):
-            _copy(folder / path, staging / task.folder / path)
-            meter.advance()
-        (staging / task.folder).rename(root / task.folder)
-    shutil.rmtree(staging)
+        with _in_place(root / task.folder) as temporary:
+            for path, size in sorted(paths.items()):
+                _copy(folder / path, temporary / path, size)
+                meter.advance()
+
+
+def _listed_paths(folder: Path, task: Task) -> dict[str, int]:
+    """The list files and the images they name that are there, with their sizes in bytes."""
+    names = {f"{split}.txt" for split in SPLITS if (folder / f"{split}.txt").exists()}
+    paths = set(names)
+    for name in names:
+        listing, _ = parse_list(folder / name, task.num_classes)
+        paths |= {entry.path for entry in listing.entries}
+    sizes = {}
+    for path in paths:
+        try:
+            with open_plain(folder / path, max_bytes=MAX_IMAGE_BYTES, follow_links=True) as file:
+                sizes[path] = os.fstat(file.fileno()).st_size
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+    return sizes
+
+
+def _copy(source: Path, target: Path, size: int) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open_plain(source, max_bytes=size, follow_links=True) as file, open(target, "xb") as out:
+        left = size
+        while left and (block := file.read(min(left, _COPY_BLOCK))):
+            out.write(block)
+            left -= len(block)
+
+
+@contextmanager
+def _in_place(folder: Path) -> Iterator[Path]:
+    """A new folder that is renamed to `folder` on success; one that is there already is refused."""
+    if folder.exists():
+        raise UserError(f"{folder} exists: expected a new folder. Delete it, or leave {folder.name} out with --tasks.")
+    with atomic_folder(folder) as temporary:
+        yield temporary
 
 
 def safe_path(info: zipfile.ZipInfo) -> PurePosixPath:
     """The member's path. Raises UserError unless it is a plain file or folder and stays inside the target."""
     name = info.filename
-    path = PurePosixPath(name)
     mode = stat.S_IFMT(info.external_attr >> 16)
+    parts = name.split("/")
     if not name:
         reason = "it has no name"
-    elif path.is_absolute() or ".." in path.parts or "\\" in name or re.match(r"[A-Za-z]:", name):
+    elif len(name.encode("utf-8", "surrogateescape")) > _LONGEST_PATH or len(parts) > MAX_DEPTH:
+        reason = f"its path is longer than {_LONGEST_PATH:,} bytes or {MAX_DEPTH} parts"
+    elif name.startswith("/") or ".." in parts or "\\" in name or "\0" in name or re.match(r"[A-Za-z]:", name):
         reason = "its path leaves the target folder"
     elif mode not in (0, stat.S_IFREG, stat.S_IFDIR):
         reason = "it is a link or a special file"
-    elif any(len(part.encode("utf-8", "surrogateescape")) > _LONGEST_NAME for part in path.parts):
+    elif any(len(part.encode("utf-8", "surrogateescape")) > _LONGEST_NAME for part in parts):
         reason = f"a part of its name is longer than {_LONGEST_NAME} bytes"
     elif info.flag_bits & 0x1:
         reason = "it is encrypted"
     else:
-        return path
+        return PurePosixPath(name)
     raise UserError(
-        f"Refused to extract member {name[:200]!r}: {reason}. Expected plain files inside the archive's own "
+        f"Refused to extract member {shown(name)}: {reason}. Expected plain files inside the archive's own "
         "folder. Do not use this archive; download it again from the places in data/README.md."
     )
 
@@ -134,19 +189,19 @@ def _members_by_task(archive: Path, infos: Iterable[zipfile.ZipInfo], tasks: Seq
     for info in infos:
         path = safe_path(info)  # of every member, wanted or not
         if path in paths and not info.is_dir():
-            raise UserError(f"{archive} has the member {info.filename[:200]!r} twice. Download it again.")
+            raise UserError(f"{archive} has the member {shown(info.filename)} twice. Download it again.")
         if not info.is_dir():
             paths[path] = info
     inside = next((path for path in paths if any(parent in paths for parent in path.parents)), None)
     if inside is not None:
-        raise UserError(f"{archive} has the member {str(inside)[:200]!r} inside of a file. Download it again.")
+        raise UserError(f"{archive} has the member {shown(str(inside))} inside of a file. Download it again.")
     list_files = {f"{split}.txt" for split in SPLITS}
     homes = {path.parent for path in paths if path.name in list_files}
     members: dict[str, list[Member]] = {}
     for task in tasks:
         task_homes = [home for home in homes if home.name == task.folder]
         if len(task_homes) != 1:
-            found = ", ".join(sorted(map(str, task_homes))) or "none"
+            found = ", ".join(sorted(map(str, task_homes))[:4]) or "none"
             raise UserError(
                 f"{archive}: expected exactly one folder {task.folder}/ with list files, found {found}. "
                 f"Take another archive, or leave {task.folder} out with --tasks."
@@ -162,54 +217,40 @@ def _members_by_task(archive: Path, infos: Iterable[zipfile.ZipInfo], tasks: Seq
 
 def _check_size(archive: Path, members: dict[str, list[Member]], max_bytes: int, root: Path) -> None:
     """Declared sizes suffice: zipfile never reads more of a member than it declares."""
-    total = sum(_size(files) for files in members.values())
-    if total > max_bytes:
+    folders = {(task, parent) for task, files in members.items() for file in files for parent in file.path.parents}
+    if len(folders) > MAX_FOLDERS:
+        raise UserError(f"{archive} has {len(folders):,} folders: expected at most {MAX_FOLDERS:,}. Take another one.")
+    declared = sum(_size(files) for files in members.values())
+    if declared > max_bytes:
         raise UserError(
-            f"{archive} would extract to {total:,} bytes: expected at most {max_bytes:,}. "
+            f"{archive} would extract to {declared:,} bytes: expected at most {max_bytes:,}. "
             "Pass a larger --max-gb only if you trust this archive."
+        )
+    on_disk = sum(_disk_bytes(file.info.file_size) for files in members.values() for file in files)
+    _check_space(str(archive), on_disk + _DISK_BLOCK * len(folders), None, root)
+
+
+def _check_space(source: str, total: int, max_bytes: int | None, root: Path) -> None:
+    if max_bytes is not None and total > max_bytes:
+        raise UserError(
+            f"{source} has {total:,} bytes: at most {max_bytes:,} are copied. Pass a larger --max-gb if you trust it."
         )
     root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
     if total > free:
         raise UserError(
-            f"{archive} extracts to {total:,} bytes, but only {free:,} are free below {root}. "
+            f"{source} takes {total:,} bytes, but only {free:,} are free below {root}. "
             "Free some space, take fewer tasks with --tasks, or choose another place with --root."
         )
 
 
+def _disk_bytes(size: int) -> int:
+    """What a file of `size` bytes takes of a disk, about: whole blocks, and its entry in the folder."""
+    return -(-size // _DISK_BLOCK) * _DISK_BLOCK + _DISK_BLOCK // 8
+
+
 def _size(files: Iterable[Member]) -> int:
     return sum(member.info.file_size for member in files)
-
-
-def _open_staging(root: Path, source: dict[str, str]) -> Path:
-    """The folder where tasks are put together; emptied unless left by a run with the same source."""
-    root.mkdir(parents=True, exist_ok=True)
-    staging = root / ".incomplete"
-    note = staging / _SOURCE_FILE
-    if staging.exists() and not (note.is_file() and json.loads(note.read_text()) == source):
-        shutil.rmtree(staging)
-    staging.mkdir(exist_ok=True)
-    write_json(note, source)
-    return staging
-
-
-def _extract(opened: zipfile.ZipFile, member: Member, target: Path) -> None:
-    if target.is_file() and target.stat().st_size == member.info.file_size:
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f"{target.name}.part")
-    with opened.open(member.info) as stream, open(part, "wb") as out:
-        shutil.copyfileobj(stream, out, 1 << 20)
-    part.replace(target)
-
-
-def _copy(source: Path, target: Path) -> None:
-    if not source.is_file() or (target.is_file() and target.stat().st_size == source.stat().st_size):
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f"{target.name}.part")
-    shutil.copyfile(source, part)
-    part.replace(target)
 
 
 def _find_task_folder(source: Path, task: Task) -> Path:

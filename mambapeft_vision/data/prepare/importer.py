@@ -4,26 +4,39 @@ npz: `blob` (uint8, encoded images end to end: PNG, JPEG, WebP), `offsets` (imag
 `blob[offsets[i]:offsets[i + 1]]`), `labels`, `class_names`, and optionally `split` (a word for each image).
 """
 
-from __future__ import annotations
-
 import os
-import shutil
-import tokenize
-import zipfile
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from mambapeft_vision.data.manifest import write_record
+from mambapeft_vision.data.manifest import write_entry
 from mambapeft_vision.data.prepare.verify import TaskReport, verify_task
+from mambapeft_vision.data.preprocessing import MAX_IMAGE_BYTES
+from mambapeft_vision.data.splits import stratified_splits
 from mambapeft_vision.data.tasks import GROUPS, Task
+from mambapeft_vision.utils.atomic import atomic_folder
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.names import check_name, user_path
+from mambapeft_vision.utils.text import plain
+from mambapeft_vision.utils.untrusted import open_plain, read_arrays, read_bytes
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-_SIGNATURES = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp"}
+# What a file begins with → its usual ending. Endings are not asked: images are stored as .jfif, .JPG_1 or without any.
+_SIGNATURES = {
+    b"\x89PNG": ".png",
+    b"\xff\xd8": ".jpg",
+    b"RIFF": ".webp",
+    b"GIF8": ".gif",
+    b"II*\0": ".tif",
+    b"MM\0*": ".tif",
+    **{f"P{kind}{space}".encode(): ".ppm" for kind in "2356" for space in "\n\r\t "},
+}
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test"}
+_SPLIT_FOLDERS |= dict.fromkeys(("val", "valid", "validation"), "val")
+_NAMED = 5  # files that a note names
 MAX_BYTES = 32_000_000_000  # of an npz file's arrays, which are read into memory
 _KEYS = ("blob", "offsets", "labels", "class_names")
 
@@ -32,8 +45,14 @@ _KEYS = ("blob", "offsets", "labels", "class_names")
 class LabelledImages:
     """Encoded images with their labels.
 
-    source: the file or folder, for messages; labels: int64 [n]; splits: a word for each image, or None;
-    class_names: by label; read: from an image's number to its file content.
+    Args:
+        source: the file or folder, for messages.
+        labels: int64 [n].
+        splits: a word for each image, or None.
+        class_names: by label.
+        read: from an image's number to its file content.
+        name: from an image's number to what a message calls it.
+        notes: what was left out, one sentence each.
     """
 
     source: Path
@@ -41,6 +60,8 @@ class LabelledImages:
     splits: np.ndarray | None
     class_names: tuple[str, ...]
     read: Callable[[int], bytes]
+    name: Callable[[int], str]
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -48,7 +69,7 @@ class LabelledImages:
 
 def read_labelled(path: Path | str) -> LabelledImages:
     """Opens an npz file or a class-per-folder tree. Raises UserError where it is neither."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     if path.is_dir():
         return read_tree(path)
     if path.suffix == ".npz" and path.is_file():
@@ -59,73 +80,108 @@ def read_labelled(path: Path | str) -> LabelledImages:
     )
 
 
-# What NumPy's and zipfile's readers raise on damaged files; an array's header is a literal of Python, read as such.
-_UNREADABLE = (
-    ValueError,
-    OSError,
-    EOFError,
-    MemoryError,
-    SyntaxError,
-    NotImplementedError,
-    RuntimeError,
-    zlib.error,
-    zipfile.BadZipFile,
-    tokenize.TokenError,
-)
-
-
 def read_npz(file: Path) -> LabelledImages:
     """Reads and checks an npz file. Raises UserError saying what is wrong with it."""
     try:
-        with zipfile.ZipFile(file) as unread:
-            unpacked = sum(info.file_size for info in unread.infolist())
-        if unpacked > MAX_BYTES:
-            raise UserError(f"{file} unpacks to {unpacked:,} bytes: expected at most {MAX_BYTES:,}. Split it.")
-        with np.load(file, allow_pickle=False) as archive:
-            content = {key: archive[key] for key in archive.files}
-    except UserError:
-        raise
-    except _UNREADABLE as error:
-        raise UserError(
-            f"{file} cannot be read ({type(error).__name__}: {error}): expected a complete npz file of plain "
-            "arrays. Get or write it again."
-        ) from error
+        content = read_arrays(file, max_bytes=MAX_BYTES, follow_links=True)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}). Get or write it again.") from error
     problem = _npz_problem(content)
     if problem:
         raise UserError(
             f"{file}: {problem}. The header of mambapeft_vision/data/prepare/importer.py describes the format."
         )
-    blob, offsets = content["blob"], content["offsets"]
+    blob, offsets = content["blob"], content["offsets"].astype(np.int64)
     return LabelledImages(
         file,
         content["labels"].astype(np.int64),
         content.get("split"),
         tuple(str(name) for name in content["class_names"]),
         lambda index: blob[offsets[index] : offsets[index + 1]].tobytes(),
+        lambda index: f"image {index} of {file}",
     )
 
 
 def read_tree(folder: Path) -> LabelledImages:
-    """Reads `folder/<class>/**/<image>`: classes in the order of their names, images in the order of their paths."""
-    classes = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
-    files = [
-        sorted(file for file in child.rglob("*") if file.is_file() and file.suffix.lower() in IMAGE_SUFFIXES)
-        for child in classes
-    ]
+    """Reads `folder/<class>/**/<image>`: classes in the order of their names, images in the order of their paths.
+
+    A tree that is split already, `folder/{train,val,test}/<class>/**/<image>`, keeps its splits. Hidden files and
+    folders are skipped at any depth. What is an image is known by content, and what is none is noted.
+    """
+    parts = _split_folders(folder) or {folder: None}
+    classes = sorted({child.name for part in parts for child in _visible_folders(part)})
     if len(classes) < 2:
         raise UserError(
             f"{folder} has {len(classes)} sub-folders: expected one folder of images for each class, at least two."
         )
-    empty = [child.name for child, found in zip(classes, files, strict=True) if not found]
+    paths: list[Path] = []
+    labels: list[int] = []
+    words: list[str | None] = []
+    others: list[Path] = []
+    for part, word in parts.items():
+        for label, name in enumerate(classes):
+            for file in _visible_files(part / name):
+                if _suffix_of(file) is None:
+                    others.append(file)
+                else:
+                    paths.append(file)
+                    labels.append(label)
+                    words.append(word)
+    empty = [name for label, name in enumerate(classes) if label not in set(labels)]
     if empty:
         raise UserError(
-            f"{folder} has no image in {empty[:5]}: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))} "
-            "in the folder of every class. Remove the folders that are no classes."
+            f"{folder} has no image in {empty[:_NAMED]}: expected images in the folder of every class. "
+            "Remove the folders that are no classes."
         )
-    paths = [file for found in files for file in found]
-    labels = np.repeat(np.arange(len(classes)), [len(found) for found in files])
-    names = tuple(child.name for child in classes)
-    return LabelledImages(folder, labels, None, names, lambda index: paths[index].read_bytes())
+    return LabelledImages(
+        folder,
+        np.array(labels, dtype=np.int64),
+        None if None in words else np.array(words),
+        tuple(classes),
+        lambda index: read_bytes(paths[index], max_bytes=MAX_IMAGE_BYTES, follow_links=True),
+        lambda index: str(paths[index]),
+        (_note("is no image and was left out", "are no images and were left out", others),) if others else (),
+    )
+
+
+def _split_folders(folder: Path) -> dict[Path, str | None]:
+    """The folders of splits that were made already, with their words; empty where these are classes."""
+    found = {child: _SPLIT_FOLDERS.get(child.name.lower()) for child in _visible_folders(folder)}
+    split = "train" in found.values() and None not in found.values() and len(found) > 1
+    return found if split and all(any(_visible_folders(part)) for part in found) else {}
+
+
+def _visible_folders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    """Files at any depth that neither are hidden nor lie in a hidden folder, in the order of their paths."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in files if not name.startswith(".")]
+    return sorted(found)
+
+
+def _suffix_of(file: Path) -> str | None:
+    """The usual ending of an image of this content; None for what is no image, or no plain file."""
+    try:
+        with open_plain(file, max_bytes=MAX_IMAGE_BYTES, follow_links=True) as opened:
+            start = opened.read(10)
+    except (OSError, UserError):
+        return None
+    if not start:  # empty files are damaged images if their name says so
+        return ".img" if file.suffix.lower() in IMAGE_SUFFIXES else None
+    return _known_suffix(start) or (".img" if file.suffix.lower() in IMAGE_SUFFIXES else None)
+
+
+def _note(one: str, many: str, files: Sequence[Path]) -> str:
+    named = ", ".join(plain(file) for file in files[:_NAMED])
+    more = f" and {len(files) - _NAMED:,} more" if len(files) > _NAMED else ""
+    return f"{named}{more} {one if len(files) == 1 else many}."
 
 
 def _npz_problem(content: dict[str, np.ndarray]) -> str | None:
@@ -142,7 +198,10 @@ def _npz_problem(content: dict[str, np.ndarray]) -> str | None:
         return f"offsets are {offsets.dtype} {offsets.shape}, expected {len(labels) + 1} whole numbers (images + 1)"
     if offsets[0] < 0 or offsets[-1] > len(blob) or (np.diff(offsets) <= 0).any():
         return f"offsets do not rise from 0 to the blob's {len(blob):,} bytes"
-    classes = len(content["class_names"])
+    names = content["class_names"]
+    if names.dtype.kind not in "US" or names.ndim != 1:
+        return f"class_names are {names.dtype} {names.shape}, expected text [classes]"
+    classes = len(names)
     if labels.min() < 0 or labels.max() >= classes:
         return f"labels run from {labels.min()} to {labels.max()}, expected 0 to {classes - 1} ({classes} class names)"
     if "split" in content and content["split"].shape != labels.shape:
@@ -153,26 +212,46 @@ def _npz_problem(content: dict[str, np.ndarray]) -> str | None:
 # Laying out a task
 
 
+class EncodedImage(NamedTuple):
+    """An image before it is laid out. name: what a message calls it; None: it was drawn here."""
+
+    content: bytes
+    label: int
+    name: str | None = None
+
+
 @dataclass(frozen=True)
 class EncodedSplits:
-    """A task's images before they are laid out: (content, label) pairs of each split."""
+    """A task's images before they are laid out, by split."""
 
-    train800: list[tuple[bytes, int]]
-    val200: list[tuple[bytes, int]]
-    test: list[tuple[bytes, int]]
+    train800: list[EncodedImage]
+    val200: list[EncodedImage]
+    test: list[EncodedImage]
+
+    def by_name(self) -> dict[str, list[EncodedImage]]:
+        return {
+            "train800": self.train800,
+            "val200": self.val200,
+            "train800val200": self.train800 + self.val200,
+            "test": self.test,
+        }
 
 
 def split_labelled(labelled: LabelledImages, *, max_test: int, seed: int) -> EncodedSplits:
     """Takes the splits `train800`, `val200`, `test` as they are marked; else draws them, in proportion to the classes.
 
-    Without such marks, images marked `test` (or, without any mark, all that are left) are for testing, at most
-    `max_test` of them. Raises UserError when there are too few.
+    Without such marks, images marked `test` (or `val` where none is; or, without any mark, all that are left) are for
+    testing, at most `max_test` of them. Raises UserError when there are too few.
     """
     if labelled.splits is not None and {"train800", "val200", "test"} <= set(labelled.splits.tolist()):
         chosen = [np.flatnonzero(labelled.splits == split) for split in ("train800", "val200", "test")]
     else:
         chosen = _draw_splits(labelled, max_test, seed)
-    return EncodedSplits(*([(labelled.read(i), int(labelled.labels[i])) for i in indices] for indices in chosen))
+
+    def encoded(indices: np.ndarray) -> list[EncodedImage]:
+        return [EncodedImage(labelled.read(i), int(labelled.labels[i]), labelled.name(i)) for i in indices]
+
+    return EncodedSplits(*map(encoded, chosen))
 
 
 def lay_out_task(task: Task, folder: Path, splits: EncodedSplits) -> TaskReport:
@@ -183,18 +262,15 @@ def lay_out_task(task: Task, folder: Path, splits: EncodedSplits) -> TaskReport:
     """
     if folder.exists():
         raise UserError(f"{folder} exists: expected a new folder. Delete it, or give another --name or --out.")
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process that had the same number
-    try:
-        _write_splits(temporary, splits)
+    with atomic_folder(folder) as temporary:
+        names = _write_splits(temporary, splits)
         report = verify_task(task, temporary)
-        if report.record is None:
+        if report.entry is None:
             more = f" ({len(report.problems) - 1:,} more problems.)" if len(report.problems) > 1 else ""
-            raise UserError(f"{task.name} cannot be laid out: {report.problems[0]}{more}")
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    write_record(folder.parent, folder.name, report.record)
+            problem = _with_own_names(report.problems[0], temporary, folder, names)
+            raise UserError(f"{task.name} cannot be laid out: {problem}{more}")
+    write_entry(folder.parent, folder.name, report.entry)
+    report.notes.extend(_shared_notes(splits))
     return report
 
 
@@ -202,23 +278,40 @@ def import_task(
     path: Path | str, name: str, root: Path, *, group: str = "custom", max_test: int = 2000, seed: int = 0
 ) -> TaskReport:
     """Lays out an npz file or a class-per-folder tree as the task `mini/<name>` in `root/<name>`. Raises UserError."""
+    check_name(name, "--name")
     if group not in GROUPS:
         raise UserError(f"group {group!r}: expected one of {', '.join(GROUPS)}.")
     labelled = read_labelled(path)
     splits = split_labelled(labelled, max_test=max_test, seed=seed)
     sizes = {"num_train": len(splits.train800), "num_val": len(splits.val200), "num_test": len(splits.test)}
     task = Task(name, group, len(labelled.class_names), family="mini", **sizes)
-    return lay_out_task(task, root / name, splits)
+    report = lay_out_task(task, root / name, splits)
+    report.notes.extend(labelled.notes)
+    return report
+
+
+def _with_own_names(problem: str, temporary: Path, folder: Path, names: dict[str, str]) -> str:
+    """A problem of the temporary folder, in the names that the user knows."""
+    for path, name in names.items():
+        if str(temporary / path) in problem:
+            return f"{plain(name)}: {problem.partition(f'{temporary / path}: ')[2]}"
+    return problem.replace(str(temporary), str(folder))
+
+
+def _shared_notes(splits: EncodedSplits) -> Iterator[str]:
+    """Says where test images were trained on, byte for byte."""
+    trained = {image.content for image in (*splits.train800, *splits.val200)}
+    shared = [image for image in splits.test if image.content in trained]
+    if shared:
+        named = f", such as {plain(shared[0].name)}" if shared[0].name else ""
+        yield f"{len(shared):,} of {len(splits.test):,} test images equal a training image{named}."
 
 
 def _draw_splits(labelled: LabelledImages, max_test: int, seed: int) -> list[np.ndarray]:
-    from mambapeft_vision.data.generated.digits import (
-        stratified_splits,  # takes Lightning along, which is slow to import
-    )
-
     marked = np.zeros(len(labelled), dtype=bool)
     if labelled.splits is not None:
-        marked = labelled.splits == "test"
+        words = set(labelled.splits.tolist())
+        marked = labelled.splits == ("val" if "val" in words and "test" not in words else "test")
     pool, test = np.flatnonzero(~marked), np.flatnonzero(marked)
     left = len(pool) - 1000
     if left < 0 or (not len(test) and left == 0):
@@ -233,23 +326,24 @@ def _draw_splits(labelled: LabelledImages, max_test: int, seed: int) -> list[np.
     return [train, val, candidates]
 
 
-def _write_splits(folder: Path, splits: EncodedSplits) -> None:
-    by_split = {
-        "train800": splits.train800,
-        "val200": splits.val200,
-        "train800val200": splits.train800 + splits.val200,
-        "test": splits.test,
-    }
-    for split, images in by_split.items():
+def _write_splits(folder: Path, splits: EncodedSplits) -> dict[str, str]:
+    """Writes images and lists; returns what a message calls the images, by path."""
+    names = {}
+    for split, images in splits.by_name().items():
         (folder / "images" / split).mkdir(parents=True)
         lines = []
-        for number, (content, label) in enumerate(images):
-            path = f"images/{split}/{number:06d}{_suffix(content)}"
-            (folder / path).write_bytes(content)
-            lines.append(f"{path} {label}\n")
+        for number, image in enumerate(images):
+            path = f"images/{split}/{number:06d}{_known_suffix(image.content) or '.img'}"
+            (folder / path).write_bytes(image.content)
+            lines.append(f"{path} {image.label}\n")
+            if image.name is not None:
+                names[path] = image.name
         (folder / f"{split}.txt").write_text("".join(lines), encoding="utf-8")
+    return names
 
 
-def _suffix(content: bytes) -> str:
-    """The usual ending of a file of this content; what no known format begins like is left to the check to find."""
-    return next((suffix for start, suffix in _SIGNATURES.items() if content.startswith(start)), ".img")
+def _known_suffix(content: bytes) -> str | None:
+    """The usual ending of a file that begins so; None for no known format."""
+    if content.startswith(b"BM") and content[6:10] == bytes(4):  # two letters alone could begin any text
+        return ".bmp"
+    return next((suffix for start, suffix in _SIGNATURES.items() if content.startswith(start)), None)

@@ -4,9 +4,6 @@ torchvision fetches (and checks) the archives once, into a folder of their own; 
 2,000 to test are drawn from them and stored as PNG, shrunk where they are larger than 128 pixels.
 """
 
-from __future__ import annotations
-
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mambapeft_vision.data.png import encode_png
 from mambapeft_vision.data.prepare.importer import LabelledImages, lay_out_task, split_labelled
 from mambapeft_vision.data.prepare.verify import TaskReport
 from mambapeft_vision.data.tasks import Task
@@ -28,8 +26,10 @@ Part = dict[str, Any]  # arguments of a dataset's class, besides root and downlo
 class Fetched:
     """A task and where it comes from.
 
-    dataset: name of the class in torchvision.datasets; train, test: arguments for each of their parts; without test,
-    test images are drawn from what training leaves; size: of the download, about.
+    Args:
+        dataset: name of the class in torchvision.datasets.
+        train, test: arguments for each of their parts; without test, test images are drawn from what training leaves.
+        size: of the download, about.
     """
 
     task: Task
@@ -105,7 +105,11 @@ def _labelled(fetched: Fetched, train: list[Any], test: list[Any], source: Path)
     if test:
         splits = np.repeat(["train", "test"], [sum(map(len, train)), sum(map(len, test))])
     names = tuple(map(str, range(classes)))
-    return LabelledImages(source, labels, splits, names, lambda i: _png(*places[i]))
+
+    def name(index: int) -> str:
+        return f"image {places[index][1]} of torchvision.datasets.{fetched.dataset}"
+
+    return LabelledImages(source, labels, splits, names, lambda i: _png(*places[i]), name)
 
 
 def _labels(dataset: Any) -> Iterable[int]:
@@ -116,7 +120,4 @@ def _labels(dataset: Any) -> Iterable[int]:
 def _png(dataset: Any, index: int) -> bytes:
     image, _ = dataset[index]
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))  # keeps the shape; smaller images stay as they are
-    stream = io.BytesIO()
-    # Uncompressed, so that the bytes, and with them the manifest, do not depend on the zlib in use.
-    image.save(stream, "PNG", compress_level=0)
-    return stream.getvalue()
+    return encode_png(image)

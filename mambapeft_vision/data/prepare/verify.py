@@ -1,9 +1,6 @@
 """Checks a task folder from its list files down to the pixels, and fingerprints it."""
 
-from __future__ import annotations
-
 import hashlib
-import io
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mambapeft_vision.data.image_list import ImageList, parse_list
-from mambapeft_vision.data.manifest import TaskRecord, task_sha256
-from mambapeft_vision.data.preprocessing import open_image
+from mambapeft_vision.data.manifest import TaskEntry, task_sha256
+from mambapeft_vision.data.preprocessing import MAX_IMAGE_BYTES, describe_failure, open_image
 from mambapeft_vision.data.tasks import SPLITS, Task
+from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.progress import ProgressCallback, ProgressMeter
+from mambapeft_vision.utils.untrusted import read_bytes
 
 _CHUNK = 128  # images handed to a worker process at once
 
@@ -24,12 +23,14 @@ _CHUNK = 128  # images handed to a worker process at once
 class TaskReport:
     """Outcome for one task.
 
-    problems: each as `file:line: what`, all of them; notes: odd but allowed; record: for the manifest, None
-    when there are problems.
+    Args:
+        entry: for the manifest; None when there are problems.
+        problems: each as `file:line: what`, all of them.
+        notes: odd but allowed.
     """
 
     task: Task
-    record: TaskRecord | None
+    entry: TaskEntry | None
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -53,8 +54,10 @@ def verify_task(
 ) -> TaskReport:
     """Checks list files, labels, counts and every image of the task in `folder`; reports all problems.
 
-    decode: decode every image completely; else only its header is read (all bytes are hashed either way).
-    executor: worker processes for the images; None works in this process. progress: in images.
+    Args:
+        decode: decode every image completely; else only its header is read (all bytes are hashed either way).
+        executor: worker processes for the images; None works in this process.
+        progress: called with the images done.
     """
     if not folder.is_dir():
         return TaskReport(task, None, [f"{folder}: the task's folder is missing."])
@@ -66,7 +69,11 @@ def verify_task(
         if not file.is_file():
             problems.append(f"{file}: the list file is missing.")
             continue
-        listings[split], bad_lines = parse_list(file, task.num_classes)
+        try:
+            listings[split], bad_lines = parse_list(file, task.num_classes)
+        except UserError as error:  # no plain file, or too large
+            problems.append(f"{error}.")
+            continue
         problems += bad_lines or _count_problems(task, split, listings[split])
     notes += _label_notes(task, listings)
 
@@ -78,7 +85,7 @@ def verify_task(
 
     hashes = {path: found.sha256 for path, found in findings.items()}
     hashes |= {listing.file.name: listing.sha256 for listing in listings.values()}
-    record = TaskRecord(
+    entry = TaskEntry(
         sha256=task_sha256(hashes),
         lists={split: listing.sha256 for split, listing in listings.items()},
         images=len(findings),
@@ -86,21 +93,23 @@ def verify_task(
         classes_seen={split: len(set(listing.labels().tolist())) for split, listing in listings.items()},
         decoded=decode,
     )
-    return TaskReport(task, record, problems, notes)
+    return TaskReport(task, entry, problems, notes)
 
 
 def inspect_file(file: Path, decode: bool) -> FileFinding:
     """Reads, hashes and opens one image; `decode` makes Pillow decode all pixels."""
     try:
-        content = file.read_bytes()
+        content = read_bytes(file, max_bytes=MAX_IMAGE_BYTES, follow_links=True)
     except OSError as error:
         return FileFinding(error=f"cannot read the image ({error.strerror or error}).")
+    except UserError as error:
+        return FileFinding(error=f"cannot read the image ({error}).")
     try:
-        with open_image(io.BytesIO(content)) as image:
+        with open_image(content) as image:
             if decode:
                 image.load()
     except Exception as error:  # Pillow's readers raise far more than OSError on damaged files
-        return FileFinding(error=f"cannot decode the image ({type(error).__name__}: {error}).")
+        return FileFinding(error=f"cannot decode the image ({describe_failure(error)}).")
     return FileFinding(hashlib.sha256(content).hexdigest(), len(content))
 
 

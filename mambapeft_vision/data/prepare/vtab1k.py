@@ -1,7 +1,5 @@
 """The work of `scripts/prepare_vtab1k.py`: get VTAB-1K, lay it out, check all of it, write the manifest."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import signal
@@ -12,14 +10,17 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from mambapeft_vision.data.image_list import parse_list
-from mambapeft_vision.data.images import available_cpus
-from mambapeft_vision.data.manifest import MANIFEST_FILE, drop_record, read_record, write_record, write_source
+from mambapeft_vision.data.manifest import MANIFEST_FILE, drop_entry, read_entry, write_entry, write_source
 from mambapeft_vision.data.prepare.archive import MAX_BYTES, copy_tasks, extract_tasks
-from mambapeft_vision.data.prepare.download import ARCHIVE_NAME, fetch_archive, sha256_file
+from mambapeft_vision.data.prepare.download import ARCHIVE_NAME, fetch_archive
 from mambapeft_vision.data.prepare.verify import TaskReport, verify_task
 from mambapeft_vision.data.tasks import TASKS, Task, prepare_command, select_tasks
+from mambapeft_vision.utils.atomic import write_text
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.hashing import sha256_file
+from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.utils.progress import ConsoleProgress
+from mambapeft_vision.utils.text import command
 
 GOOD, BAD, INTERRUPTED = 0, 2, 130
 PROBLEMS_FILE = "problems.txt"
@@ -68,21 +69,22 @@ def lay_out(options: argparse.Namespace, tasks: Sequence[Task]) -> None:
         return
     print(f"{len(missing)} of {len(tasks)} tasks are not in {root} yet.")
     for task in missing:
-        drop_record(root, task.folder)  # of a folder deleted since: what comes now is to be checked
+        drop_entry(root, task.folder)  # of a folder deleted since: what comes now is to be checked
     if options.folder is not None:
         if options.sha256 is not None:
             raise UserError("--sha256 is of an archive, and --folder takes none. Leave one of them out.")
-        copy_tasks(options.folder, root, missing, progress=ConsoleProgress("copying", "files"))
+        copy = ConsoleProgress("copying", "files")
+        copy_tasks(options.folder, root, missing, max_bytes=round(options.max_gb * 1e9), progress=copy)
         write_source(root, {"folder": str(options.folder)})
         return
     archive = options.zip
     if archive is None:
-        archive = fetch_archive(root.parent / f"{root.name}.download", ConsoleProgress("downloading", "B"))
+        archive = fetch_archive(root.parent / f"{root.name}.download")
     if not archive.is_file():
         raise UserError(f"{archive} is missing: expected the VTAB-1K zip. Correct --zip, or leave it out to download.")
     sha256 = _checked_sha256(archive, options.sha256)
     write = ConsoleProgress("extracting", "B")
-    extract_tasks(archive, root, missing, sha256=sha256, max_bytes=round(options.max_gb * 1e9), progress=write)
+    extract_tasks(archive, root, missing, max_bytes=round(options.max_gb * 1e9), progress=write)
     write_source(root, {"archive": archive.name, "bytes": archive.stat().st_size, "sha256": sha256})
     if options.zip is None:
         print(f"Laid out. The archive is no longer needed: {archive}")
@@ -102,10 +104,10 @@ def verify(options: argparse.Namespace, tasks: Sequence[Task]) -> list[TaskRepor
                 continue
             progress = ConsoleProgress(task.folder, "images")
             report = verify_task(task, folder, decode=not options.fast, executor=executor, progress=progress)
-            if report.record is not None:
-                write_record(options.root, task.folder, report.record)
+            if report.entry is not None:
+                write_entry(options.root, task.folder, report.entry)
             else:
-                drop_record(options.root, task.folder)
+                drop_entry(options.root, task.folder)
             print(_summary(report))
             reports.append(report)
     return reports
@@ -113,12 +115,12 @@ def verify(options: argparse.Namespace, tasks: Sequence[Task]) -> list[TaskRepor
 
 def verified_before(root: Path, task: Task, *, decode: bool) -> bool:
     """Whether the manifest has the task, checked as thoroughly as asked for and with today's list files."""
-    record = read_record(root, task.folder)
-    if record is None or (decode and not record.decoded):
+    entry = read_entry(root, task.folder)
+    if entry is None or (decode and not entry.decoded):
         return False
-    files = {split: root / task.folder / f"{split}.txt" for split in record.lists}
+    files = {split: root / task.folder / f"{split}.txt" for split in entry.lists}
     return all(
-        file.is_file() and parse_list(file, task.num_classes)[0].sha256 == record.lists[split]
+        file.is_file() and parse_list(file, task.num_classes)[0].sha256 == entry.lists[split]
         for split, file in files.items()
     )
 
@@ -135,14 +137,14 @@ def _checked_sha256(archive: Path, pinned: str | None) -> str:
 
 
 def _summary(report: TaskReport) -> str:
-    task, record = report.task, report.record
+    task, entry = report.task, report.entry
     notes = "".join(f"\n  note: {note}" for note in report.notes)
-    if record is None:
+    if entry is None:
         return f"{task.folder}: {len(report.problems):,} PROBLEMS{notes}"
-    how = "decoded" if record.decoded else "headers read"
+    how = "decoded" if entry.decoded else "headers read"
     return (
-        f"{task.folder}: good ({task.group}, {task.num_classes} classes, {record.images:,} images {how}, "
-        f"sha256 {record.sha256[:12]}){notes}"
+        f"{task.folder}: good ({task.group}, {task.num_classes} classes, {entry.images:,} images {how}, "
+        f"sha256 {entry.sha256[:12]}){notes}"
     )
 
 
@@ -166,8 +168,8 @@ def _report(options: argparse.Namespace, reports: Sequence[TaskReport]) -> int:
             lines.append(f"… and {len(report.problems) - _SHOWN_PROBLEMS:,} more")
     root.mkdir(parents=True, exist_ok=True)
     everything = [problem for report in bad for problem in report.problems]
-    problems_file.write_text("\n".join(everything) + "\n", encoding="utf-8")
-    folders = " ".join(str(root / report.task.folder) for report in bad)
+    write_text(problems_file, "\n".join(everything) + "\n")
+    folders = command(*(root / report.task.folder for report in bad))
     lines += [
         "",
         f"{len(bad)} of the tasks are not usable; all {len(everything):,} problems are in {problems_file}.",

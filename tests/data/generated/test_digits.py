@@ -9,7 +9,7 @@ from mambapeft_vision.data import DemoDataModule, Preprocessing
 from mambapeft_vision.data.generated import digits as demo
 from mambapeft_vision.data.generated.digits import lay_out_digits, stratified_splits
 from mambapeft_vision.data.image_list import read_list
-from mambapeft_vision.data.manifest import read_record
+from mambapeft_vision.data.manifest import read_entry
 from mambapeft_vision.data.prepare.verify import verify_task
 from mambapeft_vision.data.tasks import DIGITS, SPLITS
 from mambapeft_vision.utils.errors import UserError
@@ -29,7 +29,7 @@ def make(folder) -> DemoDataModule:
 def test_the_layout_passes_the_verification_of_vtab_tasks(digits):
     report = verify_task(DIGITS, digits)
     assert report.problems == [] and report.notes == []
-    assert report.record == read_record(digits.parent, "digits")
+    assert report.entry == read_entry(digits.parent, "digits")
     counts = {split: len(read_list(digits / f"{split}.txt", 10, remedy="")) for split in SPLITS}
     assert counts == {"train800": 800, "val200": 200, "train800val200": 1000, "test": 797}
 
@@ -55,7 +55,7 @@ def test_train800val200_is_train800_and_val200(digits):
 
 def test_the_digits_never_change(digits):
     """Results on the demo task can only be compared between machines with the same images in the same splits."""
-    assert read_record(digits.parent, "digits").sha256 == (
+    assert read_entry(digits.parent, "digits").sha256 == (
         "f7fad9c6a556447fb713f09d9305c8684d988e27d79b83f40a8c03cb551a612f"
     )
 
@@ -104,7 +104,7 @@ def test_a_kill_before_the_manifest_is_made_good_the_next_time(digits, tmp_path,
     digits.rename(folder)
     try:
         lay_out_digits(folder)
-        assert read_record(tmp_path, "digits") == read_record(digits.parent, "digits")
+        assert read_entry(tmp_path, "digits") == read_entry(digits.parent, "digits")
     finally:
         folder.rename(digits)
 

@@ -11,7 +11,7 @@ from mambapeft_vision.data import Preprocessing
 from mambapeft_vision.data.generated import dsprites, mini
 from mambapeft_vision.data.generated import solids as scenes
 from mambapeft_vision.data.generated.mini import GENERATED, IMPORTED, MiniDataModule
-from mambapeft_vision.data.manifest import MANIFEST_FILE, read_record
+from mambapeft_vision.data.manifest import MANIFEST_FILE, read_entry
 from mambapeft_vision.data.prepare.importer import lay_out_task
 from mambapeft_vision.data.prepare.torchvision_tasks import FETCHED
 from mambapeft_vision.utils.errors import UserError
@@ -132,10 +132,10 @@ def test_a_generated_task_is_there_when_a_run_checks_it(small, tmp_path):
 def test_a_kill_before_the_manifest_is_made_good_the_next_time(small, tmp_path):
     folder = tmp_path / "sprites_loc"
     make(folder).load(PREPROCESSING)
-    record = read_record(tmp_path, "sprites_loc")
+    record = read_entry(tmp_path, "sprites_loc")
     (tmp_path / MANIFEST_FILE).unlink()
     make(folder).load(PREPROCESSING)
-    assert read_record(tmp_path, "sprites_loc") == record
+    assert read_entry(tmp_path, "sprites_loc") == record
 
 
 def test_of_two_processes_the_second_takes_the_folder_of_the_first(small, tmp_path, monkeypatch):

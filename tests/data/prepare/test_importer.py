@@ -8,7 +8,7 @@ from PIL import Image
 
 from mambapeft_vision.data import Preprocessing, TaskDataModule
 from mambapeft_vision.data.image_list import read_list
-from mambapeft_vision.data.manifest import read_record
+from mambapeft_vision.data.manifest import read_entry
 from mambapeft_vision.data.prepare.importer import import_task, read_labelled
 from mambapeft_vision.utils.errors import UserError
 
@@ -51,11 +51,11 @@ def test_marked_splits_are_kept_and_so_is_every_byte(tmp_path):
     test = [(folder / entry.path).read_bytes() for entry in lists["test"]]
     assert test == [labelled.read(i) for i in (2, 4, 5)]
     assert [entry.path.rpartition(".")[2] for entry in lists["test"]] == ["webp", "jpg", "webp"]
-    assert read_record(tmp_path / "out", "toy") == report.record
+    assert read_entry(tmp_path / "out", "toy") == report.entry
 
     data = TaskDataModule(name="mini/toy", folder=folder, num_classes=3, group="natural")
     data.load(Preprocessing((4, 4), "bicubic", (0, 0, 0), (1, 1, 1)))
-    assert data.train_set.labels.tolist() == [1, 0, 0] and data.manifest_hash == report.record.sha256
+    assert data.train_set.labels.tolist() == [1, 0, 0] and data.manifest_hash == report.entry.sha256
 
 
 def test_splits_are_drawn_in_proportion_and_the_same_again(tmp_path):
@@ -64,7 +64,7 @@ def test_splits_are_drawn_in_proportion_and_the_same_again(tmp_path):
     first = import_task(file, "a", tmp_path / "out", max_test=100)
     again = import_task(file, "b", tmp_path / "out", max_test=100)
     other = import_task(file, "c", tmp_path / "out", max_test=100, seed=1)
-    assert first.record.sha256 == again.record.sha256 != other.record.sha256
+    assert first.entry.sha256 == again.entry.sha256 != other.entry.sha256
     assert (first.task.num_train, first.task.num_val, first.task.num_test) == (800, 200, 100)
     train = read_list(tmp_path / "out" / "a" / "train800.txt", 4, remedy="").labels()
     assert np.bincount(train).tolist() == [200] * 4

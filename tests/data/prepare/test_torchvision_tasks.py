@@ -10,7 +10,7 @@ import torchvision.datasets
 from PIL import Image
 
 from mambapeft_vision.data.image_list import read_list
-from mambapeft_vision.data.manifest import read_record
+from mambapeft_vision.data.manifest import read_entry
 from mambapeft_vision.data.prepare import torchvision_tasks as fetched_module
 from mambapeft_vision.data.prepare.torchvision_tasks import FETCHED, fetch_task
 from mambapeft_vision.utils.errors import UserError
@@ -57,7 +57,7 @@ def test_a_download_becomes_a_task(tmp_path, monkeypatch):
     train, val, test = (numbers_of(folder, split) for split in ("train800", "val200", "test"))
     assert (len(train), len(val), len(test)) == (800, 200, 50)
     assert len({*train, *val}) == 1000 and max(*train, *val) < 1500 and len(set(test)) == 50 and min(test) >= 1500
-    assert report.record == read_record(tmp_path / "mini", "usps")
+    assert report.entry == read_entry(tmp_path / "mini", "usps")
 
 
 def test_large_images_are_shrunk_in_shape(tmp_path, monkeypatch):

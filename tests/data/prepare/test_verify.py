@@ -9,9 +9,9 @@ import pytest
 
 from mambapeft_vision.data.manifest import (
     MANIFEST_FILE,
-    drop_record,
-    read_record,
-    write_record,
+    drop_entry,
+    read_entry,
+    write_entry,
     write_source,
 )
 from mambapeft_vision.data.prepare.verify import verify_task
@@ -44,33 +44,33 @@ def test_tasks_are_selected_in_the_tables_order_and_typos_named():
 def test_a_good_task_is_recorded(toy_folder, toy):
     report = verify_task(toy, toy_folder)
     assert report.problems == [] and report.notes == []
-    assert report.record.images == 5 + 2 + 7 + 4
-    assert report.record.bytes == sum(file.stat().st_size for file in toy_folder.rglob("*.jpg"))
-    assert report.record.classes_seen == {"train800": 3, "val200": 2, "train800val200": 3, "test": 3}
-    assert report.record.decoded
+    assert report.entry.images == 5 + 2 + 7 + 4
+    assert report.entry.bytes == sum(file.stat().st_size for file in toy_folder.rglob("*.jpg"))
+    assert report.entry.classes_seen == {"train800": 3, "val200": 2, "train800val200": 3, "test": 3}
+    assert report.entry.decoded
 
 
 def test_the_fingerprint_is_what_the_documentation_says(toy_folder, toy):
     """The same as `find … | sort | xargs sha256sum | sha256sum` in the task's folder."""
     files = sorted(str(path.relative_to(toy_folder)) for path in toy_folder.rglob("*") if path.is_file())
     lines = [f"{hashlib.sha256((toy_folder / file).read_bytes()).hexdigest()}  {file}\n" for file in files]
-    assert verify_task(toy, toy_folder).record.sha256 == hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert verify_task(toy, toy_folder).entry.sha256 == hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def test_the_fingerprint_does_not_depend_on_place_or_processes(tmp_path, toy_folder, toy, lay_out, monkeypatch):
     monkeypatch.setattr("mambapeft_vision.data.prepare.verify._CHUNK", 4)
     with ProcessPoolExecutor(2) as executor:
         elsewhere = verify_task(toy, lay_out(tmp_path / "elsewhere"), executor=executor)
-    assert elsewhere.record == verify_task(toy, toy_folder).record
+    assert elsewhere.entry == verify_task(toy, toy_folder).entry
 
 
 @pytest.mark.parametrize("file", ["images/test/000002.jpg", "images/val200/000000.jpg", "train800.txt"])
 def test_the_fingerprint_changes_with_any_byte(toy_folder, toy, file):
-    before = verify_task(toy, toy_folder, decode=False).record
+    before = verify_task(toy, toy_folder, decode=False).entry
     content = bytearray((toy_folder / file).read_bytes())
     content[-3 if file.endswith("jpg") else -1] ^= 1 if file.endswith("jpg") else 0x2A  # newline → space
     (toy_folder / file).write_bytes(content)
-    after = verify_task(toy, toy_folder, decode=False).record
+    after = verify_task(toy, toy_folder, decode=False).entry
     assert after.sha256 != before.sha256 and after.images == before.images
 
 
@@ -85,7 +85,7 @@ def test_every_problem_is_listed_with_file_and_line(toy_folder, toy):
     with open(toy_folder / "train800val200.txt", "a") as stream:
         stream.write("what is this\nimages/train800val200/000001.jpg 0\n")
     report = verify_task(toy, toy_folder)
-    assert report.record is None
+    assert report.entry is None
     test, train, both = (toy_folder / f"{split}.txt" for split in ("test", "train800", "train800val200"))
     starts = [
         f"{toy_folder / 'val200.txt'}: the list file is missing",
@@ -101,10 +101,10 @@ def test_every_problem_is_listed_with_file_and_line(toy_folder, toy):
 
 def test_fast_reads_headers_only(toy_folder, toy):
     truncate(toy_folder / "images/test/000001.jpg")
-    record = verify_task(toy, toy_folder, decode=False).record
-    assert record is not None and not record.decoded
+    entry = verify_task(toy, toy_folder, decode=False).entry
+    assert entry is not None and not entry.decoded
     (toy_folder / "images/test/000001.jpg").write_bytes(b"no header")
-    assert "UnidentifiedImageError" in verify_task(toy, toy_folder, decode=False).problems[0]
+    assert "it is none of BMP" in verify_task(toy, toy_folder, decode=False).problems[0]
 
 
 @pytest.mark.parametrize(("count", "good"), [(2, False), (3, True), (4, True)])
@@ -134,37 +134,37 @@ def test_odd_labels_are_noted_but_pass(toy_folder, toy):
 
 
 def test_records_come_back_and_do_not_disturb_each_other(tmp_path, toy_folder, toy):
-    record = verify_task(toy, toy_folder).record
-    other = dataclasses.replace(record, sha256="0" * 64)
-    write_record(tmp_path, "toy", record)
-    write_record(tmp_path, "another", other)
+    entry = verify_task(toy, toy_folder).entry
+    other = dataclasses.replace(entry, sha256="0" * 64)
+    write_entry(tmp_path, "toy", entry)
+    write_entry(tmp_path, "another", other)
     write_source(tmp_path, {"archive": "a.zip"})
-    assert read_record(tmp_path, "toy") == record and read_record(tmp_path, "another") == other
-    assert read_record(tmp_path, "unknown") is None
-    drop_record(tmp_path, "toy")
-    assert read_record(tmp_path, "toy") is None and read_record(tmp_path, "another") == other
+    assert read_entry(tmp_path, "toy") == entry and read_entry(tmp_path, "another") == other
+    assert read_entry(tmp_path, "unknown") is None
+    drop_entry(tmp_path, "toy")
+    assert read_entry(tmp_path, "toy") is None and read_entry(tmp_path, "another") == other
 
 
 def test_the_manifest_is_the_same_bytes_for_the_same_data(tmp_path, toy_folder, toy):
-    record = verify_task(toy, toy_folder).record
+    entry = verify_task(toy, toy_folder).entry
     for root, order in [(tmp_path / "a", ["x", "y"]), (tmp_path / "b", ["y", "x"])]:
         root.mkdir()
         for folder in order:
-            write_record(root, folder, record)
+            write_entry(root, folder, entry)
     assert (tmp_path / "a" / MANIFEST_FILE).read_bytes() == (tmp_path / "b" / MANIFEST_FILE).read_bytes()
 
 
 def test_a_kill_while_writing_leaves_the_old_manifest(tmp_path, toy_folder, toy, monkeypatch):
-    record = verify_task(toy, toy_folder).record
-    write_record(tmp_path, "toy", record)
+    entry = verify_task(toy, toy_folder).entry
+    write_entry(tmp_path, "toy", entry)
 
     def killed(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        write_record(tmp_path, "other", record)
-    assert read_record(tmp_path, "toy") == record and read_record(tmp_path, "other") is None
+        write_entry(tmp_path, "other", entry)
+    assert read_entry(tmp_path, "toy") == entry and read_entry(tmp_path, "other") is None
 
 
 @pytest.mark.parametrize(
@@ -173,10 +173,10 @@ def test_a_kill_while_writing_leaves_the_old_manifest(tmp_path, toy_folder, toy,
 def test_a_file_that_is_no_manifest_says_what_to_do(tmp_path, content):
     (tmp_path / MANIFEST_FILE).write_text(content)
     with pytest.raises(UserError, match="Delete it and verify the data again"):
-        read_record(tmp_path, "toy")
+        read_entry(tmp_path, "toy")
 
 
 def test_the_manifest_is_plain_json(tmp_path, toy_folder, toy):
-    write_record(tmp_path, "toy", verify_task(toy, toy_folder).record)
+    write_entry(tmp_path, "toy", verify_task(toy, toy_folder).entry)
     content = json.loads((tmp_path / MANIFEST_FILE).read_text())
     assert content["format"] == 1 and len(content["tasks"]["toy"]["sha256"]) == 64

@@ -10,8 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from mambapeft_vision.data.manifest import read_record
-from mambapeft_vision.data.prepare import download
+from mambapeft_vision.data.manifest import read_entry
 from mambapeft_vision.data.prepare import vtab1k as prepare
 from mambapeft_vision.data.prepare.vtab1k import BAD, GOOD, INTERRUPTED, main
 
@@ -48,7 +47,7 @@ def tasks_in(root):
 def test_from_a_zip_to_a_manifest(run, root, archive, capsys):
     assert run("--zip", archive) == GOOD
     assert tasks_in(root) == ["other", "toy"]
-    assert read_record(root, "toy").decoded and read_record(root, "other").images == 5 + 2 + 7 + 9
+    assert read_entry(root, "toy").decoded and read_entry(root, "other").images == 5 + 2 + 7 + 9
     sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
     assert f'"sha256": "{sha256}"' in (root / "manifest.json").read_text()
     output = capsys.readouterr().out
@@ -57,9 +56,9 @@ def test_from_a_zip_to_a_manifest(run, root, archive, capsys):
 
 def test_worker_processes_find_the_same(run, root, archive, table):
     assert run("--zip", archive) == GOOD
-    record = read_record(root, "toy")
+    record = read_entry(root, "toy")
     assert main(["--root", str(root), "--workers", "2", "--verify-only"], table) == GOOD
-    assert read_record(root, "toy") == record
+    assert read_entry(root, "toy") == record
 
 
 def test_from_a_folder(run, root, archive, tmp_path):
@@ -87,7 +86,7 @@ def test_verify_only_checks_again_and_forgets_what_does_not_pass(run, root, arch
     (root / "toy/images/test/000001.jpg").write_bytes(b"broken")
     assert run() == GOOD
     assert run("--verify-only") == BAD
-    assert read_record(root, "toy") is None and read_record(root, "other") is not None
+    assert read_entry(root, "toy") is None and read_entry(root, "other") is not None
     report = capsys.readouterr().err
     assert f"{root / 'toy/test.txt'}:2: {root / 'toy/images/test/000001.jpg'}: cannot decode" in report
     assert f"delete what there is of {root / 'toy'}\n" in report
@@ -115,9 +114,9 @@ def test_a_task_laid_out_anew_is_verified_anew(run, root, archive, capsys):
 
 def test_headers_only_is_not_taken_for_the_full_check(run, root, archive):
     assert run("--zip", archive, "--fast") == GOOD
-    assert not read_record(root, "toy").decoded
+    assert not read_entry(root, "toy").decoded
     assert run() == GOOD
-    assert read_record(root, "toy").decoded
+    assert read_entry(root, "toy").decoded
 
 
 def test_many_problems_are_cut_on_the_console_and_complete_in_the_file(run, root, archive, monkeypatch, capsys):
@@ -167,10 +166,8 @@ def test_offline_fails_with_one_message(run, root, capsys, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    monkeypatch.setattr(download, "_open_https", offline)
-    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
     assert run() == BAD
-    assert "download by hand" in capsys.readouterr().err
+    assert "ownload by hand" in capsys.readouterr().err
     assert not root.exists()
 
 

@@ -1,0 +1,37 @@
+"""Names and paths that users give."""
+
+import os
+import re
+from pathlib import Path
+
+from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.text import shown
+
+_PART = re.compile(r"\w[\w.-]*")
+LONGEST = 100  # bytes of one part: file systems take 255, and endings are added
+
+
+def check_name(name: object, key: str, *, parts: int = 1) -> str:
+    """A name that is part of paths and commands, e.g. of a task.
+
+    Args:
+        key: what the name is given as, for the message.
+        parts: how many parts, divided by `/`, it may have.
+
+    Raises:
+        UserError: unless every part begins with a letter, digit or underscore and continues with these, `.` and `-`.
+    """
+    text = name if isinstance(name, str) else ""
+    found = text.split("/")
+    if len(found) > parts or not all(_PART.fullmatch(part) and len(part.encode()) <= LONGEST for part in found):
+        divided = ", divided by /" if parts > 1 else ""
+        raise UserError(
+            f"{key}={shown(name)}; expected letters, digits, underscores, dots and dashes{divided}, at most {LONGEST} "
+            "bytes. Choose another name"
+        )
+    return text
+
+
+def user_path(text: str | os.PathLike[str]) -> Path:
+    """A path as a user gives it: `~` and `~name` are home folders, everything else stands for itself."""
+    return Path(text).expanduser()

@@ -1,0 +1,105 @@
+"""Text of others made safe for where it is shown: terminals and logs, Markdown, LaTeX, HTML, CSV, shells.
+
+Names from files (of methods, tasks, tensors, devices) can hold anything. Each place where they are printed has one
+function here; whoever prints such a name calls it.
+"""
+
+import html
+import re
+import shlex
+import unicodedata
+from typing import Any
+
+LONGEST = 200  # characters of one shown value
+
+# Control characters, and those that change the direction or the visibility of the text around them.
+_HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+!|~$])")
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "$": r"\$",
+    "&": r"\&",
+    "#": r"\#",
+    "%": r"\%",
+    "_": r"\_",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+}
+
+
+def plain(text: object, longest: int = LONGEST) -> str:
+    """One line without control characters, for terminals, logs and messages.
+
+    Escape sequences and line ends are shown (`\\x1b`, `\\n`), not passed on. Of a text with more than `longest`
+    characters the beginning is shown.
+    """
+    given = str(text)
+    cut = given if len(given) <= longest else given[:longest] + "…"
+    if cut.isascii() and cut.isprintable():
+        return cut
+    return "".join(_escaped(c) if unicodedata.category(c) in _HIDDEN else c for c in cut)
+
+
+def shown(value: Any, longest: int = LONGEST) -> str:
+    """`repr` of a value for a message: at most `longest` characters, of long lists and texts only the beginning."""
+    if isinstance(value, str):
+        value = value[: longest + 1]
+    elif isinstance(value, (list, tuple)) and len(value) > longest:
+        value = value[:longest]
+    elif isinstance(value, dict) and len(value) > longest:
+        value = dict(list(value.items())[:longest])
+    try:
+        return plain(repr(value), longest)
+    except (RecursionError, ValueError):  # nested too deeply, or a whole number of thousands of digits
+        return f"a {type(value).__name__}"
+
+
+def markdown(text: object) -> str:
+    """For a cell or a line of Markdown: no table, link, HTML or emphasis begins in it."""
+    return _MARKDOWN.sub(r"\\\1", plain(text)).replace("\\<", "&lt;").replace("\\>", "&gt;")
+
+
+def latex(text: object) -> str:
+    """For a cell or a comment of LaTeX: every character stands for itself."""
+    return "".join(_LATEX.get(character, character) for character in plain(text))
+
+
+def html_text(text: object) -> str:
+    """For HTML, in text and in quoted attributes."""
+    return html.escape(plain(text), quote=True)
+
+
+def csv_cell(value: object) -> object:
+    """For a cell of CSV: text that a spreadsheet would compute as a formula begins with an apostrophe."""
+    if not isinstance(value, str):
+        return value
+    cleaned = plain(value)
+    return f"'{cleaned}" if cleaned[:1] in ("=", "+", "-", "@") and not _is_number(cleaned) else cleaned
+
+
+def command(*words: object) -> str:
+    """A command line that can be pasted into a shell: every word is quoted where it must be."""
+    return shlex.join(map(str, words))
+
+
+def override(key: str, value: object) -> str:
+    """`key=value` of Hydra's command line, the value quoted where Hydra's grammar would read it otherwise."""
+    text = str(value)
+    if re.fullmatch(r"[\w./@~%-]+", text):
+        return f"{key}={text}"
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{key}="{escaped}"'
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "backslashreplace").decode("ascii")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
