@@ -88,8 +88,7 @@ def _backward(
     w = SS2DWeights(x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset)
     asked, (need_u, *_) = SS2DWeights(*need[1:]), need
     u, dout = u.contiguous(), dout.contiguous()
-    none = u.new_empty(0, dtype=torch.float32)
-    grads = dict.fromkeys(SS2DWeights._fields, none)
+    grads = {name: u.new_empty(0, dtype=torch.float32) for name in SS2DWeights._fields}
     du = u.new_empty(0)
     with torch.cuda.device_of(u):
         wanted = {
