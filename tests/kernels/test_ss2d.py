@@ -143,8 +143,8 @@ def test_segments_change_nothing_but_rounding(backend, device, monkeypatch):
 @pytest.mark.parametrize(("backend", "device"), CPU + GPU)
 def test_only_the_gradient_asked_for(backend, device, name):
     """A single leaf gets the gradient that it gets when everything is a leaf; nothing else gets one."""
-    weights = cast(make_weights(3, 2, 2, device=device), torch.float32, grad=False)
-    u = make_map(1, 1, 3, 3, device).float()
+    weights = cast(make_weights(2, 1, 2, device=device), torch.float32, grad=False)
+    u = make_map(1, 1, 3, 2, device).float()
     expected = results(u, weights, torch.float32, backend)
     if name == "none":
         out = ss2d(u, weights, backend=backend)

@@ -52,7 +52,7 @@ def _backward(
     NEED_RESIDUAL: tl.constexpr, NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dweight and dbias are partial sums [programs, D]; hidden's gradient is the residual's times the branch's scale."""
+    """dweight, dbias: partial sums [programs, D]; hidden's gradient is the residual's times the branch's scale."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (col < D)[None, :]

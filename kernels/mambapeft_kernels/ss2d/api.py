@@ -10,7 +10,10 @@ DIRECTIONS = 4
 
 
 class SS2DWeights(NamedTuple):
-    """The tensors of the four directions. E channels, N states, R = dt_rank; entry k·E + e is channel e of direction k."""
+    """The tensors of the four directions: E channels, N states, R = dt_rank.
+
+    Row k·E + e of A_logs, and entry k·E + e of Ds, belong to channel e of direction k.
+    """
 
     x_proj_weight: Tensor  # [4, R + 2N, E], rows: dt | B | C
     dt_projs_weight: Tensor  # [4, E, R]

@@ -334,7 +334,7 @@ def _backward(
             is_last = (i == BLOCK_T - 1)[:, None]
             x = decay * dy * C[:, None]
             x = tl.where(is_last, x + decay * last, x)
-            # Flipped by hand, which costs nothing within a thread: `reverse=True` exchanges all elements between threads.
+            # Flipped by hand, at no cost within a thread; `reverse=True` exchanges all elements between threads.
             behind = tl.flip(tl.where(is_last, last, zeros), 0)
             _, q, _, after = tl.associative_scan((tl.flip(decay, 0), tl.flip(x, 0), ones, behind), 0, _then_keeping)
             q, after = tl.flip(q, 0), tl.flip(after, 0)
@@ -471,8 +471,8 @@ class Scans:
         self.inputs = u, proj, weight, bias, A
         self.offset = offset
         self.sizes = {
-            "H": height, "W": width, "N": self.states, "NB": triton.next_power_of_2(self.states),
-            "R": self.rank, "RP": _padded(self.rank), "SEGMENTS": self.segments, "PRECISION": _precision(u), **self.tile,
+            "H": height, "W": width, "N": self.states, "NB": triton.next_power_of_2(self.states), "R": self.rank,
+            "RP": _padded(self.rank), "SEGMENTS": self.segments, "PRECISION": _precision(u), **self.tile,
         }  # fmt: skip
         self.units = channels // self.tile["UNIT"]
 
