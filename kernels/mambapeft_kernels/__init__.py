@@ -6,10 +6,13 @@ Every op has a `naive.py` that is its definition, and one file for each faster b
 
 from mambapeft_kernels.backends import BACKENDS, FUSED, available_backends, describe, resolve_backend
 from mambapeft_kernels.compile_ahead import BlockSizes, compile_ahead
+from mambapeft_kernels.depthwise_conv2d import depthwise_conv_silu
+from mambapeft_kernels.layer_norm import add_layer_norm, layer_norm
 from mambapeft_kernels.low_rank import low_rank_add
 from mambapeft_kernels.matmul import product
 from mambapeft_kernels.pixel_lookup import look_up
 from mambapeft_kernels.rms_norm import add_rms_norm
+from mambapeft_kernels.ss2d import SS2DWeights, prefix_states, ss2d
 from mambapeft_kernels.ssm_mixer import Direction, ssm_mixer
 
 __all__ = [
@@ -17,13 +20,19 @@ __all__ = [
     "FUSED",
     "BlockSizes",
     "Direction",
+    "SS2DWeights",
+    "add_layer_norm",
     "add_rms_norm",
     "available_backends",
     "compile_ahead",
+    "depthwise_conv_silu",
     "describe",
+    "layer_norm",
     "look_up",
     "low_rank_add",
+    "prefix_states",
     "product",
     "resolve_backend",
+    "ss2d",
     "ssm_mixer",
 ]

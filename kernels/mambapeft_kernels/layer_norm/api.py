@@ -1,0 +1,65 @@
+"""The public functions of LayerNorm."""
+
+from torch import Tensor
+
+from mambapeft_kernels.backends import FUSED, resolve_backend
+from mambapeft_kernels.layer_norm import naive
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, backend: str = "auto") -> Tensor:
+    """(x - mean(x)) / √(var(x) + eps) · weight + bias over the last dimension (arXiv 1607.06450).
+
+    Args:
+        x: [..., D], any floating dtype. weight, bias: [D].
+        backend: one of `mambapeft_kernels.BACKENDS` or "auto".
+    Returns: [..., D] in x's dtype; statistics are computed in at least float32.
+    Raises: ValueError for shapes that do not fit each other or a backend that cannot run here.
+    """
+    _check_shapes("layer_norm", x, {"weight": (weight, x.shape[-1:]), "bias": (bias, x.shape[-1:])})
+    if resolve_backend(backend, x.device, x.dtype) not in FUSED:
+        return naive.layer_norm(x, weight, bias, eps)
+    from mambapeft_kernels.layer_norm import triton_kernels as triton
+
+    return triton.layer_norm(x, weight, bias, eps)
+
+
+def add_layer_norm(
+    hidden: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    branch_scale: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """residual' = residual + branch_scale · hidden;  normed = LayerNorm(residual').
+
+    Args:
+        hidden: [B, ..., D] output of a branch. residual: [B, ..., D] running sum in at least float32; None: zero.
+        weight, bias: [D]. branch_scale: [B], the branch's drop-path factor of each sample (0 or 1 / keep); None: 1.
+        backend: one of `mambapeft_kernels.BACKENDS` or "auto".
+    Returns: normed [B, ..., D] in `hidden`'s dtype, residual' [B, ..., D] in at least float32.
+    Raises: ValueError for shapes that do not fit each other or a backend that cannot run here.
+    """
+    expected = {
+        "residual": (residual, hidden.shape),
+        "weight": (weight, hidden.shape[-1:]),
+        "bias": (bias, hidden.shape[-1:]),
+        "branch_scale": (branch_scale, hidden.shape[:1]),
+    }
+    _check_shapes("add_layer_norm", hidden, expected)
+    if resolve_backend(backend, hidden.device, hidden.dtype) not in FUSED:
+        return naive.add_layer_norm(hidden, residual, weight, bias, eps, branch_scale)
+    from mambapeft_kernels.layer_norm import triton_kernels as triton
+
+    return triton.add_layer_norm(hidden, residual, weight, bias, eps, branch_scale)
+
+
+def _check_shapes(op: str, x: Tensor, expected: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
+    if x.ndim < 2:
+        raise ValueError(f"{op}: expected at least [B, D], got {tuple(x.shape)}")
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)} for {tuple(x.shape)}"
+            )

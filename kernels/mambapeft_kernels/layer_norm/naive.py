@@ -1,0 +1,29 @@
+"""The definitions of LayerNorm and of residual add + drop path + LayerNorm."""
+
+import torch
+from torch import Tensor
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """(x - mean(x)) / √(var(x) + eps) · weight + bias over the last dimension; computed in at least float32."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    centred = wide - wide.mean(-1, keepdim=True)
+    unit = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return (unit * weight.to(wide.dtype) + bias.to(wide.dtype)).to(x.dtype)
+
+
+def add_layer_norm(
+    hidden: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    branch_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """residual' = residual + branch_scale · hidden;  normed = LayerNorm(residual'), in `hidden`'s dtype."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    branch = hidden.to(wide)
+    if branch_scale is not None:
+        branch = branch * branch_scale.to(wide).view(-1, *[1] * (hidden.ndim - 1))
+    residual = branch if residual is None else residual + branch
+    return layer_norm(residual, weight, bias, eps).to(hidden.dtype), residual

@@ -1,0 +1,200 @@
+"""LayerNorm in Triton, alone or with residual addition and drop path: one launch forward, one backward.
+
+A program owns a few whole rows. The backward computes the statistics again from the input (or the residual sum), which
+the network keeps anyway.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mambapeft_kernels.layer_norm import naive
+
+_FUSED = torch.float32, torch.bfloat16, torch.float16
+
+
+@triton.jit
+def _unit(total, D, mask, eps):
+    """(total - mean) / deviation of each row, and 1 / deviation."""
+    centred = tl.where(mask, total - (tl.sum(total, axis=1) / D)[:, None], 0.0)
+    factor = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)
+    return centred * factor[:, None], factor
+
+
+@triton.jit(do_not_specialize=["rows", "per_sample"])
+def _forward(
+    hidden_ptr, residual_ptr, weight_ptr, bias_ptr, scale_ptr, normed_ptr, out_ptr, rows, per_sample, D, eps,
+    HAS_RESIDUAL: tl.constexpr, HAS_SCALE: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (col < D)[None, :]
+    at = row[:, None] * D + col[None, :]
+    total = tl.load(hidden_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_SCALE:
+        total *= tl.load(scale_ptr + row // per_sample, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+    if HAS_RESIDUAL:
+        total += tl.load(residual_ptr + at, mask=mask, other=0.0)
+    if KEEP:
+        tl.store(out_ptr + at, total, mask=mask)
+    unit, _ = _unit(total, D, mask, eps)
+    weight = tl.load(weight_ptr + col, mask=col < D, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + col, mask=col < D, other=0.0).to(tl.float32)
+    normed = unit * weight[None, :] + bias[None, :]
+    tl.store(normed_ptr + at, normed.to(normed_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "per_sample"])
+def _backward(
+    dnormed_ptr, dout_ptr, total_ptr, weight_ptr, scale_ptr, dhidden_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
+    rows, per_sample, D, eps, HAS_DOUT: tl.constexpr, HAS_SCALE: tl.constexpr, NEED_HIDDEN: tl.constexpr,
+    NEED_RESIDUAL: tl.constexpr, NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dweight, dbias: partial sums [programs, D]; hidden's gradient is the residual's times the branch's scale."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (col < D)[None, :]
+    at = row[:, None] * D + col[None, :]
+    dnormed = tl.load(dnormed_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    unit, factor = _unit(tl.load(total_ptr + at, mask=mask, other=0.0).to(tl.float32), D, mask, eps)
+    part = tl.program_id(0).to(tl.int64) * D + col
+    if NEED_WEIGHT:
+        tl.store(dweight_ptr + part, tl.sum(dnormed * unit, axis=0), mask=col < D)
+    if NEED_BIAS:
+        tl.store(dbias_ptr + part, tl.sum(dnormed, axis=0), mask=col < D)
+    if NEED_HIDDEN or NEED_RESIDUAL:
+        scaled = dnormed * tl.load(weight_ptr + col, mask=col < D, other=0.0).to(tl.float32)[None, :]
+        along = (tl.sum(scaled * unit, axis=1) / D)[:, None]
+        grad = (scaled - (tl.sum(scaled, axis=1) / D)[:, None] - unit * along) * factor[:, None]
+        if HAS_DOUT:
+            grad += tl.load(dout_ptr + at, mask=mask, other=0.0)
+        if NEED_RESIDUAL:
+            tl.store(dresidual_ptr + at, grad, mask=mask)
+        if NEED_HIDDEN:
+            if HAS_SCALE:
+                grad *= tl.load(scale_ptr + row // per_sample, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+            tl.store(dhidden_ptr + at, grad.to(dhidden_ptr.dtype.element_ty), mask=mask)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """See `mambapeft_kernels.layer_norm`."""
+    if x.dtype not in _FUSED or not x.numel():
+        return naive.layer_norm(x, weight, bias, eps)
+    return torch.ops.mambapeft.add_layer_norm(x, None, weight, bias, eps, None, False)[0]
+
+
+def add_layer_norm(
+    hidden: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, branch_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See `mambapeft_kernels.add_layer_norm`. A gradient of `branch_scale` is not computed: it is drawn, not learnt."""
+    fused = hidden.dtype in _FUSED and hidden.numel() and (residual is None or residual.dtype == torch.float32)
+    if not fused or (branch_scale is not None and branch_scale.requires_grad):
+        return naive.add_layer_norm(hidden, residual, weight, bias, eps, branch_scale)
+    return torch.ops.mambapeft.add_layer_norm(hidden, residual, weight, bias, eps, branch_scale, True)
+
+
+def _tile(width: int) -> dict[str, int]:
+    block = triton.next_power_of_2(width)
+    return {"ROWS": max(1, 1024 // block), "BLOCK": block, "num_warps": 4 if block <= 1024 else 8}
+
+
+@torch.library.custom_op(
+    "mambapeft::add_layer_norm",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor? residual, Tensor weight, Tensor bias, float eps, Tensor? branch_scale, bool keep)"
+    " -> (Tensor, Tensor)",
+)
+def _op(
+    hidden: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    branch_scale: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """normed, and with `keep` the residual sum."""
+    width = hidden.shape[-1]
+    rows = hidden.numel() // width
+    normed = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    out = torch.empty(hidden.shape if keep else (0,), dtype=torch.float32, device=hidden.device)
+    tile = _tile(width)
+    with torch.cuda.device_of(hidden):
+        _forward[(triton.cdiv(rows, tile["ROWS"]),)](
+            hidden.contiguous(), out if residual is None else residual.contiguous(), weight.contiguous(),
+            bias.contiguous(), weight if branch_scale is None else branch_scale.contiguous(), normed, out, rows,
+            rows // hidden.shape[0], width, eps, HAS_RESIDUAL=residual is not None,
+            HAS_SCALE=branch_scale is not None, KEEP=keep, **tile,
+        )  # fmt: skip
+    return normed, out
+
+
+@_op.register_fake
+def _(hidden, residual, weight, bias, eps, branch_scale, keep):
+    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape if keep else (0,), dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "mambapeft::add_layer_norm_backward",
+    mutates_args=(),
+    schema="(Tensor? dnormed, Tensor? dout, Tensor total, Tensor weight, Tensor? branch_scale, float eps, "
+    "ScalarType dtype, bool[] need) -> Tensor[]",
+)
+def _op_backward(
+    dnormed: Tensor | None,
+    dout: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    branch_scale: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    need: list[bool],
+) -> list[Tensor]:
+    """The gradients of hidden (in `dtype`), residual, weight and bias (float32); empty where not asked for."""
+    width = total.shape[-1]
+    rows = total.numel() // width
+    tile = _tile(width)
+    programs = triton.cdiv(rows, tile["ROWS"])
+    shapes = total.shape, total.shape, (programs, width), (programs, width)
+    dtypes = dtype, torch.float32, torch.float32, torch.float32
+    grads = [total.new_empty(s if n else (0,), dtype=d) for s, d, n in zip(shapes, dtypes, need)]
+    dnormed = torch.zeros_like(total, dtype=dtype) if dnormed is None else dnormed.contiguous()
+    with torch.cuda.device_of(total):
+        _backward[(programs,)](
+            dnormed, total if dout is None else dout.contiguous(), total, weight.contiguous(),
+            weight if branch_scale is None else branch_scale.contiguous(), *grads, rows, rows // total.shape[0], width,
+            eps, HAS_DOUT=dout is not None, HAS_SCALE=branch_scale is not None, NEED_HIDDEN=need[0],
+            NEED_RESIDUAL=need[1], NEED_WEIGHT=need[2], NEED_BIAS=need[3], **tile,
+        )  # fmt: skip
+    return [*grads[:2], *(g.sum(0) if n else g for g, n in zip(grads[2:], need[2:]))]
+
+
+@_op_backward.register_fake
+def _(dnormed, dout, total, weight, branch_scale, eps, dtype, need):
+    shapes = total.shape, total.shape, weight.shape, weight.shape
+    dtypes = dtype, torch.float32, torch.float32, torch.float32
+    return [total.new_empty(s if n else (0,), dtype=d) for s, d, n in zip(shapes, dtypes, need)]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    hidden, _, weight, bias, eps, branch_scale, keep = inputs
+    ctx.save_for_backward(output[1] if keep else hidden.contiguous(), weight, branch_scale)
+    ctx.set_materialize_grads(False)
+    ctx.keep, ctx.eps = keep, eps
+    ctx.dtypes = hidden.dtype, torch.float32, weight.dtype, bias.dtype
+    if not keep:
+        ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx, dnormed, dout):
+    total, weight, branch_scale = ctx.saved_tensors
+    need = list(ctx.needs_input_grad[:4])
+    grads = torch.ops.mambapeft.add_layer_norm_backward(
+        dnormed, dout if ctx.keep else None, total, weight, branch_scale, ctx.eps, ctx.dtypes[0], need
+    )
+    return *(g.to(dtype) if n else None for g, dtype, n in zip(grads, ctx.dtypes, need)), None, None, None
+
+
+torch.library.register_autograd("mambapeft::add_layer_norm", _differentiate, setup_context=_setup_context)

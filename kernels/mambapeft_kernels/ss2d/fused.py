@@ -1,0 +1,170 @@
+"""`ss2d` on fused kernels: one autograd node made of two `torch.library` ops.
+
+Forward: one product for the projections of all directions, the scans, their sum. Backward: the scans' adjoints, and one
+kernel that adds up what reaches u. Gradients are computed only for what asks for them.
+"""
+
+import torch
+from torch import Tensor
+
+from mambapeft_kernels.matmul import product
+from mambapeft_kernels.ss2d.api import DIRECTIONS, SS2DWeights
+
+_LOG2E = 1.4426950408889634
+
+
+def ss2d(u: Tensor, weights: SS2DWeights) -> Tensor:
+    """See `mambapeft_kernels.ss2d`."""
+    if u.numel() == 0:
+        return torch.zeros_like(u) + 0 * u  # no place or no sample: an empty result that keeps its graph
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (u, *weights))
+    return torch.ops.mambapeft.ss2d(u, *weights, save)[0]
+
+
+_WEIGHTS = (
+    "Tensor x_proj_weight, Tensor dt_projs_weight, Tensor dt_projs_bias, Tensor A_logs, Tensor Ds, "
+    "Tensor? initial_states, Tensor? state_offset"
+)
+
+
+@torch.library.custom_op(
+    "mambapeft::ss2d", mutates_args=(), schema=f"(Tensor u, {_WEIGHTS}, bool save) -> (Tensor, Tensor, Tensor)"
+)
+def _forward(
+    u: Tensor,
+    x_proj_weight: Tensor,
+    dt_projs_weight: Tensor,
+    dt_projs_bias: Tensor,
+    A_logs: Tensor,
+    Ds: Tensor,
+    initial_states: Tensor | None,
+    state_offset: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y [B, H, W, E]; and, if `save`, the projections [B, L, 4(R + 2N)] and the states entering each chunk."""
+    from mambapeft_kernels.ss2d import triton_kernels as triton
+
+    w = SS2DWeights(x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset)
+    u = u.contiguous()
+    with torch.cuda.device_of(u):
+        proj = u.flatten(1, 2) @ _x_proj(u, w).T
+        y, ckpt = _scans(u, proj, w).forward(_state_major(initial_states), save)
+        out = triton.merge(y, u, _skip(w), None, None)
+    return out, proj if save else proj.new_empty(0), ckpt
+
+
+@_forward.register_fake
+def _(u, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset, save):
+    from mambapeft_kernels.ss2d import triton_kernels as triton
+
+    batch, height, width, _ = u.shape
+    proj = (batch, height * width, x_proj_weight.shape[0] * x_proj_weight.shape[1]) if save else (0,)
+    ckpt = triton.checkpoint_shape(u, A_logs.shape[1]) if save else (0,)
+    return u.new_empty(u.shape), u.new_empty(proj), u.new_empty(ckpt)
+
+
+@torch.library.custom_op(
+    "mambapeft::ss2d_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor u, {_WEIGHTS}, Tensor proj, Tensor ckpt, bool[] need) -> Tensor[]",
+)
+def _backward(
+    dout: Tensor,
+    u: Tensor,
+    x_proj_weight: Tensor,
+    dt_projs_weight: Tensor,
+    dt_projs_bias: Tensor,
+    A_logs: Tensor,
+    Ds: Tensor,
+    initial_states: Tensor | None,
+    state_offset: Tensor | None,
+    proj: Tensor,
+    ckpt: Tensor,
+    need: list[bool],
+) -> list[Tensor]:
+    """The gradients of u (in its dtype) and of each weight (float32); empty where not asked for."""
+    from mambapeft_kernels.ss2d import triton_kernels as triton
+
+    w = SS2DWeights(x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset)
+    asked, (need_u, *_) = SS2DWeights(*need[1:]), need
+    u, dout = u.contiguous(), dout.contiguous()
+    grads = {name: u.new_empty(0, dtype=torch.float32) for name in SS2DWeights._fields}
+    du = u.new_empty(0)
+    with torch.cuda.device_of(u):
+        wanted = {
+            "u": need_u,
+            "proj": need_u or asked.x_proj_weight,
+            "weight": asked.dt_projs_weight,
+            "bias": asked.dt_projs_bias,
+            "A": asked.A_logs,
+            "first": asked.initial_states,
+            "offset": asked.state_offset,
+        }
+        if any(wanted.values()):
+            found = _scans(u, proj, w).backward(dout, ckpt, wanted)
+            if need_u:
+                du = triton.merge(found["u"], dout, _skip(w), found["proj"], _x_proj(u, w))
+            if asked.x_proj_weight:
+                dproj = found["proj"].flatten(0, 1)
+                grads["x_proj_weight"] = product(dproj.T, u.flatten(0, 2), torch.float32).view(x_proj_weight.shape)
+            grads["dt_projs_weight"], grads["dt_projs_bias"] = found["weight"], found["bias"]
+            if asked.A_logs:
+                A = -torch.exp(A_logs.float())
+                grads["A_logs"] = found["A"].mT.reshape(A.shape) * A
+            if asked.initial_states:
+                grads["initial_states"] = found["first"].mT.contiguous()
+            if asked.state_offset:
+                grads["state_offset"] = found["offset"].mT.contiguous()
+        if asked.Ds:
+            grads["Ds"] = triton.channel_products(dout, u).repeat(DIRECTIONS)
+    return [du, *grads.values()]
+
+
+@_backward.register_fake
+def _(
+    dout, u, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset, proj, ckpt, need
+):
+    w = SS2DWeights(x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset)
+    du = u.new_empty(u.shape if need[0] else (0,))
+    return [du, *(u.new_empty(t.shape if asked else (0,), dtype=torch.float32) for t, asked in zip(w, need[1:]))]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, _ = inputs
+    _, proj, ckpt = output
+    ctx.save_for_backward(*tensors, proj, ckpt)
+    ctx.mark_non_differentiable(proj, ckpt)
+    ctx.set_materialize_grads(False)  # no zeros for the gradients of what is only kept
+
+
+def _differentiate(ctx, dout, *_):
+    need = list(ctx.needs_input_grad[:-1])
+    tensors = ctx.saved_tensors
+    grads = torch.ops.mambapeft.ss2d_backward(dout, *tensors, need)
+    return *(g.to(t.dtype) if asked else None for g, t, asked in zip(grads, tensors, need)), None
+
+
+torch.library.register_autograd("mambapeft::ss2d", _differentiate, setup_context=_setup_context)
+
+
+def _scans(u: Tensor, proj: Tensor, w: SS2DWeights):
+    from mambapeft_kernels.ss2d.triton_kernels import Scans
+
+    A = -torch.exp(w.A_logs.float().view(DIRECTIONS, u.shape[-1], -1)) * _LOG2E
+    weight, bias = w.dt_projs_weight.contiguous(), w.dt_projs_bias.float().contiguous()
+    return Scans(u, proj, weight, bias, A.mT.contiguous(), _state_major(w.state_offset))
+
+
+def _state_major(t: Tensor | None) -> Tensor | None:
+    """[4, E, N] → [4, N, E] float32: a row of channels for each state."""
+    return t if t is None else t.float().mT.contiguous()
+
+
+def _x_proj(u: Tensor, w: SS2DWeights) -> Tensor:
+    """The projections of all directions as one matrix [4(R + 2N), E] in u's dtype."""
+    return w.x_proj_weight.flatten(0, 1).to(u.dtype).contiguous()
+
+
+def _skip(w: SS2DWeights) -> Tensor:
+    """Every direction adds its D u at the same place: only the sum counts."""
+    return w.Ds.float().view(DIRECTIONS, -1).sum(0)

@@ -1,0 +1,168 @@
+"""The two-dimensional selective scan in vectorised PyTorch, for CPUs (and any device without a fused backend).
+
+All four directions take each step together; only h_t = a_t h_{t-1} + b_t is a loop. One autograd node keeps u, the
+projections and the states at the start of every chunk of steps; Δ, decays and states are computed again in the
+backward, one chunk at a time, so memory is O(L / T + T) states. Tensors of a chunk are [T, 4, B, ...].
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mambapeft_kernels.ss2d.api import DIRECTIONS, SS2DWeights
+from mambapeft_kernels.ss2d.naive import reading_orders
+
+# A chunk's largest tensor holds about this many elements: it stays in a core's caches.
+_CHUNK_ELEMENTS = 1 << 18
+
+
+def ss2d(u: Tensor, weights: SS2DWeights) -> Tensor:
+    """See `mambapeft_kernels.ss2d`."""
+    with torch.autocast(u.device.type, enabled=False):
+        return _SS2D.apply(u, *weights)
+
+
+@dataclass
+class _Chunk:
+    """What the scans need of a few steps: decays and states are [T, 4, B, N, E], the rest [T, 4, B, ...]."""
+
+    places: Tensor  # [T, 4], where each direction reads
+    u: Tensor  # E
+    low: Tensor  # R, δ
+    B: Tensor  # N
+    C: Tensor  # N
+    delta: Tensor  # E
+    decay: Tensor
+    states: Tensor
+
+
+class _Sequence:
+    """u and its projections as the four directions read them."""
+
+    def __init__(self, u: Tensor, w: SS2DWeights) -> None:
+        batch, height, width, channels = u.shape
+        self.w, self.states, self.rank = w, w.A_logs.shape[1], w.dt_projs_weight.shape[2]
+        self.tokens = u.reshape(batch, height * width, channels).transpose(0, 1)  # [L, B, E]
+        self.proj = F.linear(self.tokens, w.x_proj_weight.flatten(0, 1)).unflatten(-1, (DIRECTIONS, -1))
+        self.places = reading_orders(height, width, u.device).T  # [L, 4]
+        self.directions = torch.arange(DIRECTIONS, device=u.device)
+        self.At = -torch.exp(w.A_logs.view(DIRECTIONS, channels, -1)).mT[:, None]  # [4, 1, N, E]
+        per_step = DIRECTIONS * batch * channels * self.states
+        self.steps = max(8, min(height * width, _CHUNK_ELEMENTS // max(1, per_step)))
+
+    def ranges(self) -> list[slice]:
+        """The steps of each chunk."""
+        length = self.places.shape[0]
+        return [slice(s, min(length, s + self.steps)) for s in range(0, length, self.steps)]
+
+    def first_state(self) -> Tensor:
+        """[4, B, N, E] before the first step."""
+        _, batch, channels = self.tokens.shape
+        h = self.tokens.new_zeros(DIRECTIONS, batch, self.states, channels)
+        return h if self.w.initial_states is None else h + self.w.initial_states.mT[:, None]
+
+    def chunk(self, steps: slice, h: Tensor) -> _Chunk:
+        """The chunk's tensors; `h` is the state before it."""
+        places = self.places[steps]
+        u = self.tokens[places]
+        proj = self.proj[places, :, self.directions]
+        low, B, C = proj.split([self.rank, self.states, self.states], dim=-1)
+        raw = low @ self.w.dt_projs_weight.mT + self.w.dt_projs_bias[:, None]
+        delta = F.softplus(raw)
+        decay = (delta.unsqueeze(-2) * self.At).exp_()
+        states = (delta * u).unsqueeze(-2) * B.unsqueeze(-1)
+        for t in range(len(places)):
+            h = torch.addcmul(states[t], decay[t], h, out=states[t])
+        return _Chunk(places, u, low, B, C, delta, decay, states)
+
+    def read_states(self, states: Tensor) -> Tensor:
+        """What C reads."""
+        offset = self.w.state_offset
+        return states if offset is None else states + offset.mT[:, None]
+
+
+class _SS2D(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, *weights):
+        sequence = _sequence(u, weights)
+        y = sequence.tokens * sequence.w.Ds.view(DIRECTIONS, -1).sum(0)
+        h, starts = sequence.first_state(), []
+        for steps in sequence.ranges():
+            starts.append(h)
+            chunk = sequence.chunk(steps, h)
+            h = chunk.states[-1].clone()
+            outputs = (chunk.C.unsqueeze(-2) @ sequence.read_states(chunk.states)).squeeze(-2)
+            for k in range(DIRECTIONS):
+                y.index_add_(0, chunk.places[:, k], outputs[:, k])
+        ctx.save_for_backward(u, *weights, *starts)
+        return y.transpose(0, 1).reshape(u.shape).to(u.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        count = len(SS2DWeights._fields)
+        u, *kept = ctx.saved_tensors
+        weights, starts = kept[:count], kept[count:]
+        need = SS2DWeights(*ctx.needs_input_grad[1:])
+        s = _sequence(u, weights)
+        w, At = s.w, s.At
+        dy_map = dout.to(s.tokens.dtype).flatten(1, 2).transpose(0, 1)  # [L, B, E]
+        du_map = dy_map * w.Ds.view(DIRECTIONS, -1).sum(0)
+        dproj_map = torch.empty_like(s.proj)
+        carry = torch.zeros_like(s.first_state())  # a_{t+1} g_{t+1}
+        dA, doffset = torch.zeros_like(At[:, 0]), torch.zeros_like(At[:, 0])
+        dweight, dbias = torch.zeros_like(w.dt_projs_weight), torch.zeros_like(w.dt_projs_bias)
+        for steps, start in zip(reversed(s.ranges()), reversed(starts)):
+            c = s.chunk(steps, start)
+            dy = dy_map[c.places]
+            dC = (s.read_states(c.states) @ dy.unsqueeze(-1)).squeeze(-1)
+            adjoint = dy.unsqueeze(-2) * c.C.unsqueeze(-1)  # becomes g_t
+            for t in reversed(range(len(c.places))):
+                adjoint[t] += carry
+                carry = c.decay[t] * adjoint[t]
+            gB = (c.B.unsqueeze(-2) @ adjoint).squeeze(-2)
+            dB = (adjoint @ (c.delta * c.u).unsqueeze(-1)).squeeze(-1)
+            before = torch.cat([start[None], c.states[:-1]])
+            passed = adjoint.mul_(c.decay).mul_(before)  # g_t a_t h_{t-1}
+            ddelta = c.u * gB + (passed * At).sum(-2)
+            draw = ddelta * -torch.expm1(-c.delta)  # softplus' = 1 - e^-Δ
+            dproj_map[c.places, :, s.directions] = torch.cat([draw @ w.dt_projs_weight, dB, dC], dim=-1)
+            du = c.delta * gB
+            for k in range(DIRECTIONS):
+                du_map.index_add_(0, c.places[:, k], du[:, k])
+            if need.A_logs:
+                dA += torch.einsum("tkbne,tkbe->kne", passed, c.delta)
+            if need.state_offset:
+                doffset += torch.einsum("tkbe,tkbn->kne", dy, c.C)
+            if need.dt_projs_weight:
+                dweight += torch.einsum("tkbe,tkbr->ker", draw, c.low)
+            if need.dt_projs_bias:
+                dbias += draw.sum((0, 2))
+        if ctx.needs_input_grad[0]:
+            du_map += dproj_map.flatten(2) @ w.x_proj_weight.flatten(0, 1)
+        found = SS2DWeights(
+            x_proj_weight=_outer(dproj_map.flatten(2), s.tokens).view_as(w.x_proj_weight)
+            if need.x_proj_weight
+            else None,
+            dt_projs_weight=dweight,
+            dt_projs_bias=dbias,
+            A_logs=(dA * At[:, 0]).mT.flatten(0, 1),
+            Ds=(dy_map * s.tokens).sum((0, 1)).repeat(DIRECTIONS) if need.Ds else None,
+            initial_states=carry.sum(1).mT,
+            state_offset=doffset.mT,
+        )
+        du = du_map.transpose(0, 1).reshape(u.shape).to(u.dtype) if ctx.needs_input_grad[0] else None
+        return du, *(g.to(t.dtype) if asked else None for g, t, asked in zip(found, weights, need))
+
+
+def _sequence(u: Tensor, weights: tuple[Tensor | None, ...]) -> _Sequence:
+    wide = torch.promote_types(u.dtype, torch.float32)
+    return _Sequence(u.to(wide), SS2DWeights(*(t if t is None else t.to(wide) for t in weights)))
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """Σ over tokens of a bᵀ: [L, B, i] and [L, B, j] → [i, j]."""
+    return a.flatten(0, 1).T @ b.flatten(0, 1)

@@ -1,0 +1,101 @@
+"""Depthwise convolution + SiLU against its definition in float64."""
+
+import pytest
+import torch
+from helpers.kernel_cases import relative_error
+from mambapeft_kernels import depthwise_conv_silu
+
+CPU = [pytest.param("cpu", id="interpreter")] if not torch.cuda.is_available() else []
+DEVICES = [*CPU, pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)]
+SHAPES = [(2, 3, 4, 5), (1, 1, 1, 3), (1, 7, 5, 9)]
+
+
+def run(backend, device, dtype, shape, with_bias=True, weights=None):
+    """The output and the gradients of x, weight and (if there is one) bias."""
+    gen = torch.Generator().manual_seed(3)
+
+    def draw(*size):
+        # Values that bfloat16 holds exactly, so that every dtype starts from the same inputs.
+        return torch.randn(*size, generator=gen, dtype=torch.float64).bfloat16().to(device)
+
+    x = draw(*shape).to(dtype).requires_grad_()
+    weight = (draw(shape[-1], 1, 3, 3) / 2).to(weights or dtype).requires_grad_()
+    bias = draw(shape[-1]).to(weights or dtype).requires_grad_() if with_bias else None
+    out = depthwise_conv_silu(x, weight, bias, backend=backend)
+    leaves = [t for t in (x, weight, bias) if t is not None]
+    return [out, *torch.autograd.grad(out, leaves, draw(*shape).to(out.dtype))]
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_float32(device, shape, with_bias):
+    expected = run("naive", device, torch.float64, shape, with_bias)
+    for a, b in zip(run("triton", device, torch.float32, shape, with_bias), expected):
+        assert relative_error(a, b) <= 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(4, 56, 56, 192), (3, 7, 7, 1536), (2, 13, 15, 70)], ids=str)
+def test_bfloat16_is_within_twice_plain_pytorch(shape):
+    """x, its gradient and the output are rounded once by the definition, and the gradient twice by the kernel."""
+    expected, plain, found = (
+        run(backend, "cuda", dtype, shape)
+        for backend, dtype in (("naive", torch.float64), ("naive", torch.bfloat16), ("triton", torch.bfloat16))
+    )
+    for a, b, c in zip(found, plain, expected):
+        assert relative_error(a, c) <= 2 * relative_error(b, c)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_dtypes_under_autocast(device):
+    found = run("triton", device, torch.bfloat16, (2, 3, 3, 8), weights=torch.float32)
+    assert [t.dtype for t in found] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_only_the_gradient_asked_for(device, name):
+    tensors = {"x": torch.randn(1, 3, 4, 5), "weight": torch.randn(5, 1, 3, 3), "bias": torch.randn(5)}
+    tensors = {k: t.to(device) for k, t in tensors.items()}
+    everything = {k: t.clone().requires_grad_() for k, t in tensors.items()}
+    depthwise_conv_silu(*everything.values(), backend="triton").square().sum().backward()
+    tensors[name].requires_grad_()
+    depthwise_conv_silu(*tensors.values(), backend="triton").square().sum().backward()
+    assert torch.equal(tensors[name].grad, everything[name].grad)
+    assert all(t.grad is None for k, t in tensors.items() if k != name)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_channel_first_map_gives_the_same(device):
+    x, weight = torch.randn(2, 3, 4, 5, device=device), torch.randn(5, 1, 3, 3, device=device)
+    strided = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    first, second = (depthwise_conv_silu(t, weight, backend="triton") for t in (x, strided))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_registered_ops_are_consistent(device):
+    x = torch.randn(1, 2, 3, 4, device=device, requires_grad=True)
+    weight, bias = torch.randn(4, 1, 3, 3, device=device), torch.randn(4, device=device)
+    depthwise_conv_silu(x, weight, bias, backend="triton")  # registers the ops
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.mambapeft.depthwise_conv_silu, (x, weight, bias), test_utils=tests)
+    x = x.detach()
+    for need in ((True, True), (True, False), (False, True)):
+        args = (x.clone(), x, weight, bias, *need)
+        torch.library.opcheck(torch.ops.mambapeft.depthwise_conv_silu_backward, args, test_utils=tests[:2])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(2, 4, 3)}, r"x must be \[B, H, W, E\]"),
+        ({"weight": torch.ones(3, 3, 3)}, "weight has shape"),
+        ({"bias": torch.ones(3)}, "bias has shape"),
+    ],
+)
+def test_wrong_shapes_are_named(change, message):
+    arguments = {"x": torch.ones(2, 3, 3, 4), "weight": torch.ones(4, 1, 3, 3), "bias": None}
+    with pytest.raises(ValueError, match=message):
+        depthwise_conv_silu(**(arguments | change))

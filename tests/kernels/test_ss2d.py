@@ -1,0 +1,365 @@
+"""The two-dimensional scan against its definition in float64: output and every gradient, on every backend."""
+
+import math
+
+import pytest
+import torch
+from helpers.kernel_cases import errors, relative_error
+from helpers.ss2d_cases import cast, make_map, make_weights, output_gradient, results
+from mambapeft_kernels import SS2DWeights, prefix_states, ss2d
+
+CPU = [pytest.param("torch", "cpu", id="torch-cpu"), pytest.param("triton", "cpu", id="triton-interpreter")]
+GPU = [pytest.param(name, "cuda", id=f"{name}-gpu", marks=pytest.mark.gpu) for name in ("torch", "triton", "cuda")]
+if torch.cuda.is_available():
+    CPU = CPU[:1]  # with a GPU the Triton kernels are compiled, not interpreted
+FUSED = CPU[1:] + GPU[1:]
+FP32_BAR = 1e-5
+
+# batch, height, width, channels, states, rank. The interpreter is slow: it gets sizes that cross every boundary once.
+SMALL = [
+    (2, 3, 2, 3, 2, 3),
+    (1, 1, 1, 3, 1, 1),
+    (1, 1, 3, 1, 17, 2),
+    (1, 3, 3, 5, 1, 1),
+    (1, 2, 1, 2, 3, 1),
+    (1, 1, 2, 1, 16, 1),
+]
+LARGE = [
+    (2, 56, 56, 192, 1, 6),
+    (2, 28, 28, 384, 1, 12),
+    (3, 14, 14, 768, 1, 24),
+    (5, 7, 7, 1536, 1, 48),
+    (2, 7, 7, 2048, 2, 64),
+    (2, 13, 9, 96, 16, 6),
+    (1, 9, 15, 70, 17, 5),
+    (2, 5, 1, 16, 3, 1),
+    (70, 2, 3, 33, 2, 3),
+    (1, 112, 112, 64, 1, 4),
+]
+
+
+def worst(found: dict[str, float]) -> str:
+    return ", ".join(f"{k} {v:.1e}" for k, v in sorted(found.items(), key=lambda kv: -kv[1])[:4])
+
+
+def check_float32(backend, device, shape, **options):
+    batch, height, width, channels, states, rank = shape
+    weights = make_weights(channels, states, rank, device=device, **options)
+    u = make_map(batch, height, width, channels, device)
+    reference = results(u, weights, torch.float64, "naive")
+    found = errors(results(u, weights, torch.float32, backend), reference)
+    assert all(v <= FP32_BAR for v in found.values()), worst(found)
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+@pytest.mark.parametrize(("backend", "device"), CPU)
+def test_float32_small(backend, device, shape):
+    check_float32(backend, device, shape)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 5, 16, 1, 2), (1, 12, 20, 24, 16, 2), (2, 9, 4, 10, 17, 3)], ids=str)
+def test_cpu_form_in_float64(shape):
+    batch, height, width, channels, states, rank = shape
+    weights, u = make_weights(channels, states, rank), make_map(batch, height, width, channels)
+    found = errors(results(u, weights, torch.float64, "torch"), results(u, weights, torch.float64, "naive"))
+    assert all(v <= 1e-13 for v in found.values()), worst(found)
+
+
+def test_chunks_of_the_cpu_form_change_nothing(monkeypatch):
+    from mambapeft_kernels.ss2d import vectorised
+
+    weights, u = make_weights(6, 2, 3), make_map(2, 7, 5, 6)
+    expected = results(u, weights, torch.float64, "torch")
+    monkeypatch.setattr(vectorised, "_CHUNK_ELEMENTS", 1)
+    found = errors(results(u, weights, torch.float64, "torch"), expected)
+    assert all(v <= 1e-14 for v in found.values()), worst(found)
+
+
+@pytest.mark.parametrize("shape", SMALL + LARGE, ids=str)
+@pytest.mark.parametrize(("backend", "device"), GPU)
+def test_float32_gpu(backend, device, shape):
+    check_float32(backend, device, shape)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"decay": -14.0},  # A near 0: the state forgets nothing
+        {"step": 25.0},  # Δ about 25: beyond softplus' linear branch, the state forgets everything
+        {"step": -30.0},  # Δ about e^-30: the state hardly moves
+        {"decay": -14.0, "step": 3.0},  # a long sum of large inputs
+    ],
+    ids=["long-decay", "large-step", "zero-step", "long-sum"],
+)
+@pytest.mark.parametrize(("backend", "device"), CPU + GPU)
+def test_extreme_inputs(backend, device, options):
+    check_float32(backend, device, (1, 2, 3, 3, 2, 2) if device == "cpu" else (2, 14, 14, 64, 2, 4), **options)
+
+
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=["fp32-weights", "bf16-weights"])
+@pytest.mark.gpu
+def test_bfloat16_is_within_twice_plain_pytorch(backend, shape, weight_dtype):
+    batch, height, width, channels, states, rank = shape
+    weights = make_weights(channels, states, rank, device="cuda")
+    weights = SS2DWeights(*(t.bfloat16().double() for t in weights))
+    u = make_map(batch, height, width, channels, "cuda").bfloat16()
+    reference = results(u, weights, torch.float64, "naive")
+    plain = errors(results(u, weights, torch.bfloat16, "plain", weight_dtype), reference)
+    found = errors(results(u, weights, torch.bfloat16, backend, weight_dtype), reference)
+    ratios = {name: found[name] / max(plain[name], 1e-12) for name in found}
+    assert all(v <= 2.0 for v in ratios.values()), worst(ratios)
+
+
+@pytest.mark.parametrize(("backend", "device"), FUSED)
+def test_sixteen_bit_inputs_with_float32_weights(backend, device):
+    """As under autocast. Triton's interpreter truncates where a GPU rounds to bfloat16: hence the coarse bar here."""
+    weights, u = make_weights(3, 2, 3, device=device), make_map(1, 2, 3, 3, device).bfloat16()
+    reference = results(u, weights, torch.float64, "naive")
+    value = results(u, weights, torch.bfloat16, backend, torch.float32)
+    assert value["out"].dtype == value["d u"].dtype == torch.bfloat16
+    assert value["d x_proj_weight"].dtype == torch.float32
+    found = errors(value, reference)
+    assert all(v <= 0.1 for v in found.values()), worst(found)
+
+
+@pytest.mark.parametrize(("backend", "device"), FUSED)
+def test_segments_change_nothing_but_rounding(backend, device, monkeypatch):
+    """A sequence that is cut to fill the chip gives what one program gives; the last segment is mostly empty."""
+    from mambapeft_kernels.ss2d import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "WANTED_PROGRAMS", 1 << 30)
+    monkeypatch.setattr(triton_kernels, "MIN_CHUNKS", 1)
+    shape = (1, 3, 3, 3, 2, 2) if device == "cpu" else (2, 28, 29, 96, 2, 6)
+    u = make_map(*shape[:4], device).float()
+    segments, chunks = triton_kernels.split(shape[0], shape[1] * shape[2], shape[3], u)
+    assert segments > 2
+    assert chunks * segments >= -(-shape[1] * shape[2] // 16)
+    check_float32(backend, device, shape)
+
+
+@pytest.mark.parametrize("name", ["none", "u", *SS2DWeights._fields])
+@pytest.mark.parametrize(("backend", "device"), CPU + GPU)
+def test_only_the_gradient_asked_for(backend, device, name):
+    """A single leaf gets the gradient that it gets when everything is a leaf; nothing else gets one."""
+    weights = cast(make_weights(2, 1, 2, device=device), torch.float32, grad=False)
+    u = make_map(1, 1, 3, 2, device).float()
+    expected = results(u, weights, torch.float32, backend)
+    if name == "none":
+        out = ss2d(u, weights, backend=backend)
+        assert not out.requires_grad
+        # Not bit for bit: what keeps nothing for a backward may be another kernel.
+        assert relative_error(out, expected["out"]) <= 1e-6
+        return
+    leaf = u if name == "u" else getattr(weights, name)
+    leaf.requires_grad_()
+    out = ss2d(u, weights, backend=backend)
+    out.backward(output_gradient(out))
+    assert torch.equal(leaf.grad, expected[f"d {name}"])
+    assert all(t.grad is None for t in (u, *weights) if t is not leaf)
+
+
+@pytest.fixture
+def poisoned():
+    """Every uninitialised tensor that torch hands out is full of NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation")
+@pytest.mark.filterwarnings("ignore:Deterministic behavior was enabled")
+@pytest.mark.parametrize("segments", [False, True], ids=["whole", "segments"])
+@pytest.mark.parametrize(("backend", "device"), FUSED)
+def test_writes_every_element_and_repeats_bit_for_bit(backend, device, segments, poisoned, monkeypatch):
+    from mambapeft_kernels.ss2d import triton_kernels
+
+    if segments:
+        monkeypatch.setattr(triton_kernels, "WANTED_PROGRAMS", 1 << 30)
+        monkeypatch.setattr(triton_kernels, "MIN_CHUNKS", 1)
+    shape = (1, 3, 2, 3, 2, 2) if device == "cpu" else (3, 13, 15, 100, 3, 6)
+    weights, u = make_weights(*shape[3:], device=device), make_map(*shape[:4], device)
+    first = results(u, weights, torch.float32, backend)
+    assert all(t.isfinite().all() for t in first.values())
+    again = results(u, weights, torch.float32, backend)
+    assert all(torch.equal(again[k], first[k]) for k in first)
+
+
+@pytest.mark.parametrize(("backend", "device"), CPU + GPU)
+def test_any_strides(backend, device):
+    """A channel-first u, weights that are views, and an expanded output gradient give what contiguous ones give."""
+    weights = cast(make_weights(3, 2, 2, device=device), torch.float32)
+    u = make_map(1, 2, 3, 3, device).float()
+    expected = ss2d(u, weights, backend=backend)
+    wanted = torch.autograd.grad(expected.sum(), [*weights])
+    strided = SS2DWeights(*(torch.repeat_interleave(t, 2, dim=-1)[..., ::2] for t in weights))
+    channel_first = u.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    found = ss2d(channel_first, strided, backend=backend)
+    assert relative_error(found, expected) <= 1e-6
+    for a, b in zip(torch.autograd.grad(found.sum(), [*weights]), wanted):
+        assert relative_error(a, b) <= 1e-6
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2), (2, 0, 3)], ids=["no-sample", "no-place"])
+@pytest.mark.parametrize(("backend", "device"), CPU + GPU)
+def test_empty(backend, device, shape):
+    u = torch.randn(*shape, 8, device=device, requires_grad=True)
+    out = ss2d(u, cast(make_weights(8, 1, 2, device=device), torch.float32), backend=backend)
+    assert out.shape == u.shape
+    out.sum().backward()
+    assert u.grad.shape == u.shape
+
+
+def test_gradcheck_of_the_cpu_path():
+    weights, u = make_weights(3, 2, 2), make_map(1, 2, 3, 3)
+
+    def run(u, *flat):
+        return ss2d(u, SS2DWeights(*flat), backend="torch")
+
+    assert torch.autograd.gradcheck(run, [t.requires_grad_() for t in (u, *weights)])
+
+
+@pytest.mark.parametrize(("backend", "device"), CPU + GPU)
+def test_initial_states_stand_for_tokens_in_front(backend, device):
+    """The outputs at the map's places with tokens before each direction's sequence, and the tokens' gradient."""
+    weights = make_weights(3, 2, 2, optional=False, device=device)
+    u, tokens = make_map(2, 2, 2, 3, device), make_map(1, 4, 3, 3, device, seed=5)[0]
+
+    def with_states(u, tokens, weights, backend):
+        weights = weights._replace(initial_states=prefix_states(tokens, weights))
+        return ss2d(u, weights, backend=backend)
+
+    def with_tokens(u, tokens, weights):
+        """The definition, on sequences with the tokens in front."""
+        from mambapeft_kernels.ss2d import naive
+
+        y = torch.zeros_like(u).flatten(1, 2)
+        for k, order in enumerate(naive.reading_orders(2, 2, u.device)):
+            sequence = torch.cat([tokens[k].expand(2, -1, -1), u.flatten(1, 2)[:, order]], dim=1)
+            y = y.index_add(1, order, naive._scan(sequence, k, weights)[0][:, 3:])
+        return y.view_as(u)
+
+    leaves = [u.requires_grad_(), tokens.requires_grad_()]
+    expected = with_tokens(u, tokens, weights)
+    wanted = torch.autograd.grad(expected, leaves, output_gradient(expected))
+    leaves = [t.detach().float().requires_grad_() for t in leaves]
+    found = with_states(*leaves, cast(weights, torch.float32, grad=False), backend)
+    assert relative_error(found, expected) <= FP32_BAR
+    for a, b in zip(torch.autograd.grad(found, leaves, output_gradient(found)), wanted):
+        assert relative_error(a, b) <= FP32_BAR
+
+
+@pytest.mark.parametrize(("backend", "device"), FUSED)
+def test_registered_ops_are_consistent(backend, device):
+    """Schema, fake kernels and autograd registration, by torch's own checker."""
+    weights = cast(make_weights(2, 1, 2, device=device), torch.float32)
+    u = make_map(1, 1, 2, 2, device).float().requires_grad_()
+    for save in (False, True):
+        torch.library.opcheck(
+            torch.ops.mambapeft.ss2d,
+            (u, *weights, save),
+            test_utils=("test_schema", "test_faketensor") + (("test_autograd_registration",) if save else ()),
+        )
+    plain = [t.detach() for t in (u, *weights)]
+    _, proj, ckpt = torch.ops.mambapeft.ss2d(*plain, True)
+    need = [i % 2 == 0 for i in range(len(plain))]
+    args = (plain[0].clone(), *plain, proj, ckpt, need)
+    torch.library.opcheck(torch.ops.mambapeft.ss2d_backward, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(("backend", "device"), FUSED)
+def test_torch_compile_keeps_the_op_whole(backend, device):
+    weights = cast(make_weights(2, 1, 2, device=device), torch.float32)
+    u = make_map(1, 1, 2, 2, device).float().requires_grad_()
+
+    def run(u):
+        return ss2d(u, weights, backend=backend).square().sum()
+
+    expected = torch.autograd.grad(run(u), u)[0]
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    assert torch.equal(torch.autograd.grad(compiled(u), u)[0], expected)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.gpu
+def test_cuda_graph(backend):
+    weights = cast(make_weights(64, 1, 2, device="cuda"), torch.float32)
+    u = make_map(2, 9, 7, 64, "cuda").bfloat16().requires_grad_()
+    leaves = [u, weights.A_logs, weights.x_proj_weight]
+
+    def step():
+        return torch.autograd.grad(ss2d(u, weights, backend=backend).sum(), leaves)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        u.copy_(make_map(2, 9, 7, 64, "cuda", seed=7))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step()))
+
+
+@pytest.mark.parametrize(("backend", "device"), CPU + GPU)
+def test_training_steps_match_the_definition(backend, device):
+    losses = {name: _train(name, device) for name in (backend, "naive")}
+    for a, b in zip(losses[backend], losses["naive"]):
+        assert math.isclose(a, b, rel_tol=1e-5)
+    assert losses["naive"][-1] < 0.8 * losses["naive"][0]
+
+
+def _train(backend: str, device: str) -> list[float]:
+    """One scan with all weights trained on a fixed regression task."""
+    shape, steps = ((1, 2, 2, 2), 4) if device == "cpu" else ((4, 7, 5, 64), 30)
+    u = make_map(*shape, device).float()
+    target = make_map(*shape, device, seed=9).float().mean((1, 2))
+    weights = cast(make_weights(shape[-1], 2, 2, device=device), torch.float32)
+    optimizer = torch.optim.SGD([*weights], lr=0.05)
+    losses = []
+    for _ in range(steps):
+        loss = (ss2d(u, weights, backend=backend).mean((1, 2)) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"u": torch.ones(2, 4, 8)}, r"u must be \[B, H, W, E\]"),
+        ({"x_proj_weight": torch.ones(4, 5, 8)}, "x_proj_weight has shape"),
+        ({"dt_projs_weight": torch.ones(4, 8)}, "expected A_logs"),
+        ({"dt_projs_bias": torch.ones(32)}, "dt_projs_bias has shape"),
+        ({"A_logs": torch.ones(8, 1)}, "A_logs has shape"),
+        ({"Ds": torch.ones(8)}, "Ds has shape"),
+        ({"initial_states": torch.ones(8, 1)}, "initial_states has shape"),
+        ({"state_offset": torch.ones(4, 1, 8)}, "state_offset has shape"),
+    ],
+)
+def test_wrong_shapes_are_named(change, message):
+    weights = cast(make_weights(8, 1, 2, optional=False), torch.float32)
+    u = change.pop("u", torch.ones(2, 3, 4, 8))
+    with pytest.raises(ValueError, match=message):
+        ss2d(u, weights._replace(**change))
+
+
+def test_what_has_no_such_op_is_refused(monkeypatch):
+    from mambapeft_kernels.ss2d import api
+
+    monkeypatch.setattr(api, "resolve_backend", lambda *_: "mamba_ssm")
+    with pytest.raises(ValueError, match="no two-dimensional scan"):
+        ss2d(torch.ones(1, 2, 2, 8), cast(make_weights(8, 1, 2), torch.float32), backend="mamba_ssm")
+    with pytest.raises(ValueError, match=r"tokens must be \[4, n, 8\]"):
+        prefix_states(torch.ones(3, 2, 8), make_weights(8, 1, 2))
