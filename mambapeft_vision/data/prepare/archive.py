@@ -135,7 +135,7 @@ def _listed_paths(folder: Path, task: Task) -> dict[str, int]:
         try:
             with open_plain(folder / path, max_bytes=MAX_IMAGE_BYTES, follow_links=True) as file:
                 sizes[path] = os.fstat(file.fileno()).st_size
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError:  # left to the verification
             continue
     return sizes
 
