@@ -54,7 +54,7 @@ class ImageList:
 
     def error(self, entry: Entry, what: str) -> UserError:
         """The error that `what` is wrong with the image of `entry`, naming image, file and line."""
-        return UserError(f"{self.file}:{entry.line}: {self.path(entry)}: {what} {self.remedy}".rstrip())
+        return UserError(f"{self.file}:{entry.line}: {plain(self.path(entry), 1_000)}: {what} {self.remedy}".rstrip())
 
 
 def parse_list(file: Path, num_classes: int, *, remedy: str = "") -> tuple[ImageList, list[str]]:

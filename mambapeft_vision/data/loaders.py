@@ -72,7 +72,7 @@ class MemoryLoader:
         yield from zip(self._set.images.split(self._batch_size), self._set.labels.split(self._batch_size), strict=True)
 
 
-class DecodingLoader(DataLoader):
+class DecodingLoader:
     """Batches of a list in list order, decoded in worker processes.
 
     Workers hand over whole batches as numpy arrays through a pipe. Tensors would go through shared memory,
@@ -80,7 +80,7 @@ class DecodingLoader(DataLoader):
     """
 
     def __init__(self, listing: ImageList, preprocessing: Preprocessing, batch_size: int, num_workers: int) -> None:
-        super().__init__(
+        self._batches: DataLoader[Any] = DataLoader(
             _DecodedBatches(listing, preprocessing, batch_size),
             batch_size=None,
             shuffle=False,
@@ -88,15 +88,18 @@ class DecodingLoader(DataLoader):
             collate_fn=_unchanged,
         )
 
+    def __len__(self) -> int:
+        return len(self._batches)
+
     def __iter__(self) -> Iterator[Batch]:
-        for item in super().__iter__():
+        for item in self._batches:
             if isinstance(item, UserError):
                 raise item
             images, labels = item
             yield torch.from_numpy(images), torch.from_numpy(labels)
 
 
-class _DecodedBatches(Dataset):
+class _DecodedBatches(Dataset[Any]):
     """Item k is batch k: numpy (uint8 [b, 3, H, W], int64 [b]).
 
     An image that cannot be decoded gives its UserError as the item: an exception raised in a worker would

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from mambapeft_vision.data.cache import cached_list, is_cacheable
 from mambapeft_vision.data.image_list import ImageList, missing_images, read_list
@@ -42,6 +41,8 @@ class TaskDataModule(LightningDataModule):
         seed: decides, with the epoch, the order of the training images.
         cache: folder for decoded images, shared by all runs; None: decode in every run.
     """
+
+    name: str  # LightningDataModule allows None
 
     def __init__(
         self,
@@ -205,11 +206,13 @@ class TaskDataModule(LightningDataModule):
 
     def prefetch_test(self) -> None:
         """Has the test split decoded into the cache by another process meanwhile, where there is a cache."""
+        if self.preprocessing is None or self.cache is None or self._test_set is not None:
+            return
         listing = self._listings[self.test_split]
-        if self.cache is not None and self._test_set is None and is_cacheable(listing, self.preprocessing):
+        if is_cacheable(listing, self.preprocessing):
             self._prefetch = Prefetch(listing, self.num_classes, self.preprocessing, self.cache)
 
-    def test_dataloader(self) -> MemoryLoader | DataLoader:
+    def test_dataloader(self) -> MemoryLoader | DecodingLoader:
         """Batches of the test split in list order."""
         if self.preprocessing is None:
             raise UserError(f"The images of {self.name} are not loaded: call load(preprocessing) first.")

@@ -29,15 +29,51 @@ class DiskError(UserError):
     """A file system that is full, read-only, not permitted or broken."""
 
 
+_SPACE = "free some space, or choose another disk"
+_ACCESS = "make it accessible, or choose another folder"
+_IN_THE_WAY = "a file stands where a folder is expected; move it, or choose another folder"
+_CONNECTION = "the disk or its connection is broken; connect it again, or choose another one"
+_NAME = "choose a shorter name or path"
+_BUSY = "another program uses it; end that one, or choose another folder"
+_LIMIT = "this process or machine has too many files open; end other programs, or raise the limit (ulimit -n)"
+
+# What the system says of files and disks → what the user can do. The whole list of such errors: local disks, quotas,
+# network drives (NFS, SMB, FUSE), limits of names and of open files, links that go round.
 DISK_REMEDIES = {
-    errno.ENOSPC: "free some space, or choose another disk",
+    errno.ENOSPC: _SPACE,
     errno.EDQUOT: "free some of your quota, or choose another disk",
+    errno.EFBIG: "the disk or a limit (ulimit -f) allows no file of this size; choose another disk, or raise the limit",
     errno.EROFS: "make it writable, or choose another folder",
-    errno.EACCES: "make it accessible, or choose another folder",
-    errno.EPERM: "make it accessible, or choose another folder",
-    errno.ENOTDIR: "a file stands where a folder is expected; move it, or choose another folder",
-    errno.EEXIST: "a file stands where a folder is expected; move it, or choose another folder",
+    errno.EACCES: _ACCESS,
+    errno.EPERM: _ACCESS,
+    errno.ENOTDIR: _IN_THE_WAY,
+    errno.EEXIST: _IN_THE_WAY,
+    errno.EISDIR: "a folder stands where a file is expected; move it, or choose another folder",
+    errno.ENOTEMPTY: "a folder that is not empty is in the way; move it, or choose another folder",
+    errno.ELOOP: "its links go round in a circle; correct them, or choose another folder",
+    errno.ENAMETOOLONG: _NAME,
+    errno.EMLINK: "the folder can hold no more; choose another one",
+    errno.EXDEV: "its parts lie on different disks; choose one folder for all",
     errno.EIO: "the disk or its connection is broken; choose another one",
+    errno.ENXIO: _CONNECTION,
+    errno.ENODEV: _CONNECTION,
+    errno.ESTALE: _CONNECTION,
+    errno.ENOTCONN: _CONNECTION,
+    errno.ECONNABORTED: _CONNECTION,
+    errno.ECONNRESET: _CONNECTION,
+    errno.ECONNREFUSED: _CONNECTION,
+    errno.ETIMEDOUT: _CONNECTION,
+    errno.EHOSTDOWN: _CONNECTION,
+    errno.EHOSTUNREACH: _CONNECTION,
+    errno.ENETDOWN: _CONNECTION,
+    errno.ENETUNREACH: _CONNECTION,
+    errno.ESHUTDOWN: _CONNECTION,
+    errno.EBUSY: _BUSY,
+    errno.ETXTBSY: _BUSY,
+    errno.EMFILE: _LIMIT,
+    errno.ENFILE: _LIMIT,
+    errno.ENOLCK: "the disk offers no more locks; choose another folder",
+    **{getattr(errno, name): _CONNECTION for name in ("EREMOTEIO", "EUCLEAN", "ENOMEDIUM") if hasattr(errno, name)},
 }
 
 
@@ -49,6 +85,9 @@ def disk_errors_of(place: str, choice: str, kept: str) -> Iterator[None]:
         place: what was being written, where the system does not name a file.
         choice: how to choose another place, e.g. paths.outputs=DIR.
         kept: what has become of what was there before.
+
+    Raises:
+        DiskError: for an error of `DISK_REMEDIES`.
     """
     try:
         yield
@@ -61,7 +100,7 @@ def disk_errors_of(place: str, choice: str, kept: str) -> Iterator[None]:
 
 
 class SweepEnded(BaseException):
-    """A run ended in a way that its sweep is to end with. No `except Exception` of a launcher stops it."""
+    """Raised when a failed run must also stop its sweep. No `except Exception` of a launcher stops it."""
 
 
 class Preempted(BaseException):

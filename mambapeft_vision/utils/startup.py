@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def imports_kept() -> Iterator[None]:
-    """No collection of garbage looks at what is imported here, the first time.
+    """Imports made in this context are excluded from garbage collection (first use in a process only).
 
     While importing, collections take a fifth of the time; later ones would go through all of it, 0.3 s before each
     recording of a CUDA graph.

@@ -9,7 +9,7 @@ import functools
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -53,7 +53,8 @@ def build(kind: type[T], content: Any, where: str, *, remedy: str = "") -> T:
         UserError: state.json: total='2'; expected a whole number or null
     """
     try:
-        return _adapter(kind).validate_json(_as_json([content], where))[0]
+        adapter: TypeAdapter[list[T]] = _adapter(kind)  # type: ignore[arg-type] # classes are hashable
+        return adapter.validate_json(_as_json([content], where))[0]
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             cause = detail.get("ctx", {}).get("error")
@@ -119,9 +120,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 @functools.cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
+def _adapter(kind: Hashable) -> TypeAdapter[Any]:
     # Pydantic takes no config for a dataclass of others, but passes that of a list on to what the list holds.
-    return TypeAdapter(list[kind], config=_STRICT)
+    return TypeAdapter(list[kind], config=_STRICT)  # type: ignore[valid-type]
 
 
 def _as_json(content: Any, where: str) -> str:

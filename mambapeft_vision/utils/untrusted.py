@@ -32,6 +32,7 @@ MAX_ARRAY_BYTES = 1_000_000_000
 _MAX_MEMBERS = 100
 _BEST_COMPRESSION = 200  # times; what unpacks to more than this is a bomb, unless it is small
 _SMALL_BYTES = 64_000_000
+_READ_BYTES = 1 << 20
 
 _AGAIN = "Copy it again from where it was made"
 
@@ -200,8 +201,9 @@ def _check_events(text: str, where: str) -> None:
     for values, event in enumerate(yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             raise UserError(f"{plain(where)} has an anchor or alias; expected plain values. Write the values out")
-        if getattr(event, "tag", None) is not None:
-            raise UserError(f"{plain(where)} has the tag {shown(event.tag)}; expected plain values. Remove it")
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            raise UserError(f"{plain(where)} has the tag {shown(tag)}; expected plain values. Remove it")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -294,14 +296,11 @@ def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, kinds: str) -> 
         expected = count * dtype.itemsize
         if expected != info.file_size - header:
             raise ValueError(f"{info.filename} declares {expected:,} bytes and has {info.file_size - header:,}")
-        content = bytearray(expected)
-        view, done = memoryview(content), 0
-        while done < expected:
-            read = member.readinto(view[done:])
-            if not read:
-                raise EOFError(f"{info.filename} ends after {done:,} of {expected:,} bytes")
-            done += read
-        member.read(1)  # at its end zipfile compares the checksum
+        content = bytearray()
+        while block := member.read(_READ_BYTES):  # at the end zipfile compares the checksum
+            content += block
+        if len(content) != expected:
+            raise EOFError(f"{info.filename} ends after {len(content):,} of {expected:,} bytes")
     return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
 
 

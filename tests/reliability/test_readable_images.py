@@ -79,6 +79,14 @@ def test_a_16_bit_pgm():
     np.testing.assert_array_equal(decode_image(file.getvalue(), SAME_SIZE).transpose(1, 2, 0), grey(GREY))
 
 
+@pytest.mark.parametrize("stored", [65535 - SIXTEEN, GREY], ids=["16 bits", "8 bits"])
+def test_a_tiff_whose_white_is_zero(stored):
+    """Radiographs are often stored so. Of 8 bits Pillow itself stores the inverse."""
+    file = io.BytesIO()
+    Image.fromarray(stored).save(file, "TIFF", tiffinfo={262: 0})
+    np.testing.assert_array_equal(decode_image(file.getvalue(), SAME_SIZE).transpose(1, 2, 0), grey(GREY))
+
+
 def test_an_animated_gif_is_its_first_frame():
     file = io.BytesIO()
     second = Image.fromarray((3 - GREY // 64).astype(np.uint8), "P")

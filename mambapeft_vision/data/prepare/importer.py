@@ -5,7 +5,7 @@ npz: `blob` (uint8, encoded images end to end: PNG, JPEG, WebP), `offsets` (imag
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -270,7 +270,6 @@ def lay_out_task(task: Task, folder: Path, splits: EncodedSplits) -> TaskReport:
             problem = _with_own_names(report.problems[0], temporary, folder, names)
             raise UserError(f"{task.name} cannot be laid out: {problem}{more}")
     write_entry(folder.parent, folder.name, report.entry)
-    report.notes.extend(_shared_notes(splits))
     return report
 
 
@@ -283,8 +282,15 @@ def import_task(
         raise UserError(f"group {group!r}: expected one of {', '.join(GROUPS)}.")
     labelled = read_labelled(path)
     splits = split_labelled(labelled, max_test=max_test, seed=seed)
-    sizes = {"num_train": len(splits.train800), "num_val": len(splits.val200), "num_test": len(splits.test)}
-    task = Task(name, group, len(labelled.class_names), family="mini", **sizes)
+    task = Task(
+        name,
+        group,
+        len(labelled.class_names),
+        num_train=len(splits.train800),
+        num_val=len(splits.val200),
+        num_test=len(splits.test),
+        family="mini",
+    )
     report = lay_out_task(task, root / name, splits)
     report.notes.extend(labelled.notes)
     return report
@@ -296,15 +302,6 @@ def _with_own_names(problem: str, temporary: Path, folder: Path, names: dict[str
         if str(temporary / path) in problem:
             return f"{plain(name)}: {problem.partition(f'{temporary / path}: ')[2]}"
     return problem.replace(str(temporary), str(folder))
-
-
-def _shared_notes(splits: EncodedSplits) -> Iterator[str]:
-    """Says where test images were trained on, byte for byte."""
-    trained = {image.content for image in (*splits.train800, *splits.val200)}
-    shared = [image for image in splits.test if image.content in trained]
-    if shared:
-        named = f", such as {plain(shared[0].name)}" if shared[0].name else ""
-        yield f"{len(shared):,} of {len(splits.test):,} test images equal a training image{named}."
 
 
 def _draw_splits(labelled: LabelledImages, max_test: int, seed: int) -> list[np.ndarray]:

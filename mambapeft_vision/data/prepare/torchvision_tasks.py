@@ -46,7 +46,7 @@ def _fetched(name: str, group: str, classes: int, num_test: int, dataset: str, *
 _FLAGS = {"train": ({"train": True},), "test": ({"train": False},)}
 _SPLITS = {"train": ({"split": "train"},), "test": ({"split": "test"},)}
 _WITH_VAL = _SPLITS | {"train": ({"split": "train"}, {"split": "val"})}
-_WHOLE = {"train": ({},), "test": ()}
+_WHOLE: dict[str, tuple[Part, ...]] = {"train": ({},), "test": ()}
 
 FETCHED: dict[str, Fetched] = {
     fetched.task.folder: fetched

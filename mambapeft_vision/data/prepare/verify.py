@@ -14,6 +14,7 @@ from mambapeft_vision.data.preprocessing import MAX_IMAGE_BYTES, describe_failur
 from mambapeft_vision.data.tasks import SPLITS, Task
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.progress import ProgressCallback, ProgressMeter
+from mambapeft_vision.utils.text import plain
 from mambapeft_vision.utils.untrusted import read_bytes
 
 _CHUNK = 128  # images handed to a worker process at once
@@ -79,7 +80,12 @@ def verify_task(
 
     images = {entry.path: f"{listing.file}:{entry.line}" for listing in listings.values() for entry in listing.entries}
     findings = _inspect_all(folder, list(images), decode=decode, executor=executor, progress=progress)
-    problems += [f"{images[path]}: {folder / path}: {found.error}" for path, found in findings.items() if found.error]
+    problems += [
+        f"{images[path]}: {plain(folder / path, 1_000)}: {found.error}"
+        for path, found in findings.items()
+        if found.error
+    ]
+    notes += _shared_images(listings, findings)
     if problems:
         return TaskReport(task, None, problems, notes)
 
@@ -144,12 +150,29 @@ def _count_problems(task: Task, split: str, listing: ImageList) -> list[str]:
     return [f"{listing.file}: {len(listing):,} images listed; expected {expected}."]
 
 
+def _shared_images(listings: dict[str, ImageList], findings: dict[str, FileFinding]) -> list[str]:
+    """Says where test images equal training images, byte for byte."""
+    if not {"train800val200", "test"} <= listings.keys():
+        return []
+    trained = {findings[entry.path].sha256 for entry in listings["train800val200"].entries} - {""}
+    shared = [entry.path for entry in listings["test"].entries if findings[entry.path].sha256 in trained]
+    if not shared:
+        return []
+    return [
+        f"{len(shared):,} of {len(listings['test']):,} test images equal a training image, such as {plain(shared[0])}."
+    ]
+
+
 def _label_notes(task: Task, listings: dict[str, ImageList]) -> list[str]:
     """Things that a sound release does not show, but that need not make a task useless."""
     notes = []
     labels = {split: Counter(listing.labels().tolist()) for split, listing in listings.items()}
     if "test" in labels and len(labels["test"]) < task.num_classes:
         notes.append(f"{len(labels['test'])} of {task.num_classes} classes appear in test.txt.")
+    if "test" in labels and "train800val200" in labels:
+        untrained = sorted(labels["test"].keys() - labels["train800val200"].keys())
+        if untrained:
+            notes.append(f"{len(untrained)} classes of test.txt are not in train800val200.txt, such as {untrained[0]}.")
     if len(labels) == len(SPLITS) and labels["train800"] + labels["val200"] != labels["train800val200"]:
         notes.append("train800val200.txt does not have the labels of train800.txt and val200.txt together.")
     return notes

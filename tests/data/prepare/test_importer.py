@@ -118,6 +118,78 @@ def test_a_wrong_path_or_tree_says_what_is_expected(tmp_path):
         read_labelled(tmp_path)
 
 
+def tree(folder, files):
+    for path, content in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    return folder
+
+
+def test_hidden_entries_are_skipped_at_any_depth(tmp_path):
+    """Notebooks and file managers leave copies of images in hidden folders."""
+    hidden = (".ipynb_checkpoints/1-checkpoint.png", "deeper/.thumbs/1.png", "._1.png", ".DS_Store")
+    files = {f"{name}/{path}": encode(1) for name in ("cat", "dog") for path in ("1.png", *hidden)}
+    labelled = read_labelled(tree(tmp_path, files))
+    assert labelled.labels.tolist() == [0, 1] and labelled.notes == ()
+
+
+def test_images_are_known_by_content_and_other_files_are_named(tmp_path):
+    files = {
+        "a/1.jfif": encode(1, "JPEG"),
+        "a/2": encode(2, "WEBP"),
+        "b/3.PNG": encode(3),
+        "b/4.tif": encode(4, "TIFF"),
+    }
+    labelled = read_labelled(
+        tree(tmp_path, files | {"a/notes.txt": b"BMW\nP5", "b/list.csv": b"", "b/5.bin": encode(5, "BMP")})
+    )
+    assert [labelled.name(i).rpartition("/")[2] for i in range(len(labelled))] == [
+        "1.jfif",
+        "2",
+        "3.PNG",
+        "4.tif",
+        "5.bin",
+    ]
+    (note,) = labelled.notes
+    assert "a/notes.txt" in note and "b/list.csv are no images and were left out" in note
+
+
+@pytest.mark.parametrize("held_out", [("val",), ("test",), ("validation", "test")])
+def test_a_tree_that_is_split_already_keeps_its_splits(tmp_path, held_out):
+    files = {f"train/{name}/{i}.png": encode(i) for name in ("cat", "dog") for i in range(520)}
+    for offset, part in enumerate(held_out, start=1):
+        files |= {f"{part}/{name}/{i}.png": encode(100 * offset + i) for name in ("cat", "dog") for i in range(10)}
+    labelled = read_labelled(tree(tmp_path / "tree", files))
+    assert labelled.class_names == ("cat", "dog")
+    report = import_task(tmp_path / "tree", "pets", tmp_path / "out")
+    listing = read_list(tmp_path / "out" / "pets" / "test.txt", 2, remedy="")
+    expected = {encode(100 * len(held_out) + i) for i in range(10)}  # the last one is for testing
+    assert {listing.path(entry).read_bytes() for entry in listing.entries} == expected
+    assert report.task.num_test == 20
+
+
+def test_a_damaged_file_is_named_as_the_user_knows_it(tmp_path):
+    files = {f"{name}/{i}.png": encode(i) for name in ("a", "b") for i in range(550)}
+    with pytest.raises(UserError) as error:
+        import_task(tree(tmp_path / "tree", files | {"a/0123.png": b"x"}), "toy", tmp_path / "out", max_test=200)
+    message = str(error.value)
+    assert f"{tmp_path / 'tree' / 'a' / '0123.png'}: cannot decode the image (it is none of" in message
+    assert ".tmp" not in message and "BytesIO" not in message
+
+
+def test_equal_images_in_both_splits_are_told_of(tmp_path):
+    file = write_npz(tmp_path / "toy.npz", [0, 1, 0, 1], ["train800", "val200", "test", "test"])
+    report = import_task(file, "one", tmp_path / "out")
+    assert not [note for note in report.notes if "equal" in note]
+    one = np.frombuffer(encode(7), np.uint8)
+    content = {"blob": np.tile(one, 4), "offsets": np.arange(5) * len(one)}
+    write_npz(tmp_path / "toy.npz", [0, 1, 0, 1], ["train800", "val200", "test", "test"], **content)
+    report = import_task(file, "two", tmp_path / "out")
+    assert any(
+        note.startswith("2 of 2 test images equal a training image, such as images/test/") for note in report.notes
+    )
+
+
 def test_too_few_images_and_a_folder_that_exists_are_refused(tmp_path):
     file = write_npz(tmp_path / "toy.npz", [0, 1])
     with pytest.raises(UserError, match="has 2 images to train on"):
