@@ -20,7 +20,7 @@ from mambapeft_vision.data.tasks import GROUPS, Task
 from mambapeft_vision.utils.atomic import atomic_folder
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.names import check_name, user_path
-from mambapeft_vision.utils.text import plain
+from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.untrusted import open_plain, read_arrays, read_bytes
 
 # What a file begins with → its usual ending. Endings are not asked: images are stored as .jfif, .JPG_1 or without any.
@@ -129,9 +129,10 @@ def read_tree(folder: Path) -> LabelledImages:
                     words.append(word)
     empty = [name for label, name in enumerate(classes) if label not in set(labels)]
     if empty:
+        endings = ", ".join(sorted(IMAGE_SUFFIXES))
         raise UserError(
-            f"{folder} has no image in {empty[:_NAMED]}: expected images in the folder of every class. "
-            "Remove the folders that are no classes."
+            f"{folder} has no image in {shown(empty[:_NAMED])}: expected files ending in {endings}, or of such content, "
+            "in the folder of every class. Remove the folders that are no classes."
         )
     return LabelledImages(
         folder,
