@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mambapeft_vision.data.image_list import Entry, ImageList, parse_list
+from mambapeft_vision.data.preprocessing import MAX_IMAGE_BYTES
 from mambapeft_vision.utils.atomic import write_json
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.lock import one_at_a_time
@@ -29,7 +30,6 @@ from mambapeft_vision.utils.untrusted import open_plain, read_json
 MANIFEST_FILE = "manifest.json"
 _FORMAT = 1
 _REMEDY = "Delete it and verify the data again to write a new one."
-_MAX_IMAGE_BYTES = 256_000_000
 _BLOCK = 1 << 20
 
 
@@ -157,7 +157,7 @@ def _checked(task_folder: Path, entry: TaskEntry) -> str:
 def _image_hash(listing: ImageList, entry: Entry, algorithm: str) -> bytes:
     digest = hashlib.new(algorithm)
     try:
-        with open_plain(listing.path(entry), max_bytes=_MAX_IMAGE_BYTES, follow_links=True) as file:
+        with open_plain(listing.path(entry), max_bytes=MAX_IMAGE_BYTES, follow_links=True) as file:
             while block := file.read(_BLOCK):
                 digest.update(block)
     except OSError as error:

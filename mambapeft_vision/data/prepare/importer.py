@@ -131,8 +131,8 @@ def read_tree(folder: Path) -> LabelledImages:
     if empty:
         endings = ", ".join(sorted(IMAGE_SUFFIXES))
         raise UserError(
-            f"{folder} has no image in {shown(empty[:_NAMED])}: expected files ending in {endings}, or of such content, "
-            "in the folder of every class. Remove the folders that are no classes."
+            f"{folder} has no image in {shown(empty[:_NAMED])}: expected files ending in {endings}, or of such "
+            "content, in the folder of every class. Remove the folders that are no classes."
         )
     return LabelledImages(
         folder,
