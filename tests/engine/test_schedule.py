@@ -8,7 +8,7 @@ from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.engine.schedule import learning_rate, make_optimizer, set_learning_rates
 from mambapeft_vision.methods.offset import Offset
-from mambapeft_vision.run.config import TrainerConfig
+from mambapeft_vision.engine.config import TrainerConfig
 from mambapeft_vision.utils.errors import UserError
 
 RECIPE = {

@@ -14,7 +14,7 @@ from mambapeft_vision.backbones.vim import Vim
 from mambapeft_vision.engine.loop import make_trainer, step_settings
 from mambapeft_vision.engine.module import FineTuning
 from mambapeft_vision.methods.lora import LoRA
-from mambapeft_vision.run.config import TrainerConfig
+from mambapeft_vision.engine.config import TrainerConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "trajectory" / "lora_X.npz"
 
