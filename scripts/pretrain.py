@@ -1,9 +1,14 @@
 #!/usr/bin/env python
-"""Pretrain a small backbone on labelled images. `python scripts/pretrain.py --help` says how."""
+"""Pretrains a small backbone on labelled images (docs/pretraining.md): python scripts/pretrain.py vim_nano minutes=5.
 
+Short for python train.py pretrain=vim_nano pretrain.minutes=5.
+"""
+
+import runpy
 import sys
-
-from mambapeft_vision.pretraining.run import main
+from pathlib import Path
 
 if __name__ == "__main__":
-    sys.exit(main())
+    name, *settings = sys.argv[1:] or ["folder"]
+    sys.argv[1:] = [name] if name.startswith("-") else [f"pretrain={name}", *(f"pretrain.{text}" for text in settings)]
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "train.py"), run_name="__main__")

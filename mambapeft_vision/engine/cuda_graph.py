@@ -178,7 +178,8 @@ def fit_to_device(optimizer: Optimizer, device: torch.device) -> None:
 
 def skip_where(optimizer: Optimizer, flag: Tensor) -> None:
     """Has a fused optimiser skip every step at whose time `flag`, a scalar on its device, is 1."""
-    optimizer.found_inf = flag  # type: ignore[attr-defined]  (PyTorch's gradient scaler sets it in the same way)
+    # PyTorch's gradient scaler sets it in the same way.
+    optimizer.found_inf = flag  # type: ignore[attr-defined]
 
 
 def _restore_random_generator(device: torch.device) -> None:

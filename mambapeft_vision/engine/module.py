@@ -186,7 +186,7 @@ class FineTuning(TrainingModule):
 
     def _tell_callbacks_of_gradients(self) -> None:
         """Lightning's own hook, which it calls after backward passes that it makes itself."""
-        for callback in self.trainer.callbacks:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             callback.on_after_backward(self.trainer, self)
 
     def _images_in_step(self, number: int, here: int) -> int:

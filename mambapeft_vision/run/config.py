@@ -10,6 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from mambapeft_vision.engine.config import TrainerConfig
+from mambapeft_vision.pretraining.config import PretrainConfig
 
 GIVEN, OF_VIM_S = METHOD_SIZES = ("given", "of_vim_s")
 
@@ -36,6 +37,7 @@ class TrainConfig:
     dry_run: bool = MISSING
     sweep: str | None = MISSING
     paths: PathsConfig = MISSING
+    pretrain: Any = None  # a PretrainConfig: pretraining, in place of all of the above
 
 
 @dataclass
@@ -58,3 +60,4 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
+    store.store(group="pretrain", name="base", node=PretrainConfig)

@@ -20,7 +20,7 @@ from mambapeft_vision.utils.errors import UserError
 
 # Keys that cannot change a result, so they are no part of a run's identity.
 NO_PART_OF_IDENTITY = {
-    "": ("paths", "logger", "resume", "dry_run", "sweep"),
+    "": ("paths", "logger", "resume", "dry_run", "sweep", "pretrain"),
     "trainer": ("checkpoint_every_s", "picture", "cuda_graph", "on_nonfinite"),
     "dataset": ("num_workers", "test_batch_size"),
 }
@@ -139,7 +139,10 @@ def _checked(cfg: DictConfig) -> dict[str, Any]:
     _check_keys(cfg.paths, PathsConfig, "paths.")
     if OmegaConf.is_missing(cfg, "method") or not cfg.method:
         raise UserError("method=[] names no method; for the head alone choose method=linear_probe")
+    if cfg.get("pretrain") is not None:
+        raise UserError("pretrain=... is no fine-tuning run; start it with train.py, and alone")
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    config.pop("pretrain", None)
     if config["method_sizes"] not in METHOD_SIZES:
         raise UserError(f"method_sizes={config['method_sizes']!r}; expected one of {', '.join(METHOD_SIZES)}")
     _check_values(config, "")
