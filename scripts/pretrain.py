@@ -8,7 +8,8 @@ import runpy
 import sys
 from pathlib import Path
 
+from mambapeft_vision.pretraining.arguments import train_arguments
+
 if __name__ == "__main__":
-    name, *settings = sys.argv[1:] or ["folder"]
-    sys.argv[1:] = [name] if name.startswith("-") else [f"pretrain={name}", *(f"pretrain.{text}" for text in settings)]
+    sys.argv[1:] = train_arguments(sys.argv[1:])
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "train.py"), run_name="__main__")
