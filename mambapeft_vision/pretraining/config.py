@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.typed import build
 
 
 @dataclass
@@ -138,9 +139,9 @@ class PretrainConfig:
 
 
 def config_of(cfg: DictConfig) -> PretrainConfig:
-    """The checked section `pretrain` of a composed config. Raises UserError, and OmegaConf's errors for wrong types."""
-    config = OmegaConf.to_object(cfg.pretrain)
-    assert isinstance(config, PretrainConfig)
+    """The checked section `pretrain` of a composed config. Raises UserError, and OmegaConf's error for missing values."""
+    content = OmegaConf.to_container(cfg.pretrain, resolve=True, throw_on_missing=True)
+    config = build(PretrainConfig, content, "pretrain")
     config.check()
     return config
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import mambapeft_kernels
 import torch
@@ -22,6 +22,8 @@ class SharedBackbone(nn.Module):
     Args:
         teacher_features: width of the features that `project` predicts; None: there is no projection.
     """
+
+    backbone: nn.Module
 
     def __init__(self, backbone: nn.Module, classes: dict[str, int], teacher_features: int | None = None) -> None:
         super().__init__()
@@ -53,10 +55,13 @@ class SharedBackbone(nn.Module):
         return {name: self.heads[name](part) for name, part in zip(sizes, parts, strict=True)}
 
 
-class Average:
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Average(Generic[Model]):
     """Exponential moving average of a model's parameters, slow only once there is something to average."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: Model, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self._averages: list[Tensor] = list(self.model.parameters())
         self._weights: list[Tensor] = list(model.parameters())

@@ -184,7 +184,8 @@ class Pretraining(TrainingModule):
         with autocast(self.config.precision, self.place):
             features = self.model.features(images)
             logits = self.model.classify(features, self.sizes)
-            distance = None if teacher is None else teacher.loss(self.model.project(features), images)
+            if teacher is not None:
+                distance = teacher.loss(self.model.project(features), images)
         losses = [
             F.cross_entropy(logits[name].float(), labels[name], label_smoothing=self.config.label_smoothing)
             * (size / self.config.batch_size)
