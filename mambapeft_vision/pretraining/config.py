@@ -139,7 +139,7 @@ class PretrainConfig:
 
 
 def config_of(cfg: DictConfig) -> PretrainConfig:
-    """The checked section `pretrain` of a composed config. Raises UserError, and OmegaConf's error for missing values."""
+    """The checked section `pretrain` of a composed config. Raises UserError, OmegaConf's error for what is missing."""
     content = OmegaConf.to_container(cfg.pretrain, resolve=True, throw_on_missing=True)
     config = build(PretrainConfig, content, "pretrain")
     config.check()
