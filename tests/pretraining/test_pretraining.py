@@ -351,6 +351,19 @@ def test_the_same_seed_gives_the_same_weights(config):
     assert run.pretrain(config)["sha256"] == run.pretrain(config)["sha256"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: needs a CUDA GPU, which is not here")
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_a_run_on_a_gpu_learns_and_an_interrupted_one_goes_on(config, cuda_graph, capsys):
+    config = replace(config, device="cuda", steps=50, checkpoint_every_s=0, cuda_graph=cuda_graph)
+    with pytest.raises(KilledError):
+        run.pretrain(config, [faults.raises(KilledError(), 34)])
+    record = run.pretrain(config)
+    out = capsys.readouterr().out
+    assert "goes on after step 20" in out and "cannot be captured" not in out
+    assert record["steps"] == 50 and all(source["held_out_accuracy"] == 1.0 for source in record["data"].values())
+
+
 # The embedded weights
 
 
