@@ -134,6 +134,9 @@ class PretrainConfig:
             raise UserError("pretrain.sources is empty; expected at least one source: pretrain.sources.NAME.path=PATH")
         if self.precision not in ("fp32", "bf16"):
             raise UserError(f"pretrain.precision={self.precision!r}; expected fp32 or bf16")
+        for key, value in (("steps", self.steps), ("evaluations", self.evaluations), ("workers", self.workers)):
+            if value is not None and value < 1:
+                raise UserError(f"pretrain.{key}={value}; expected at least 1")
         if self.batch_size < len(self.sources):
             raise UserError(f"pretrain.batch_size={self.batch_size}; expected at least one image for each source")
 

@@ -74,6 +74,7 @@ def test_the_shipped_configs_are_valid(tmp_path):
         (["sources.mine.path=x", "cuda_graph=often"], r"pretrain\.cuda_graph: Value 'often' is not a valid bool"),
         (["sources.mine.path=x", "minutes=5"], r"expected exactly one of them"),
         (["sources.mine.path=x", "precision=fp8"], r"pretrain\.precision='fp8'; expected fp32 or bf16"),
+        (["sources.mine.path=x", "evaluations=0"], r"pretrain\.evaluations=0; expected at least 1"),
         (["sources.mine.path=x", "batch_size=0"], r"pretrain\.batch_size=0; expected at least one image"),
         (["steps.more=3"], r"pretrain\.steps"),
     ],
