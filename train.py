@@ -7,7 +7,6 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from mambapeft_vision.pretraining.command import is_pretraining, translated
 from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.run.config import register_schemas
 from mambapeft_vision.run.exit import job, run_cli
@@ -25,20 +24,20 @@ register_schemas()
 @hydra.main(config_path="configs", config_name="train", version_base="1.3")
 @job
 def main(cfg: DictConfig) -> None:
+    overrides = HydraConfig.get().overrides.task
     with imports_kept():  # PyTorch's, for which --help need not wait
         from mambapeft_vision.run.run import train
 
-    train(cfg, HydraConfig.get().overrides.task, expected=_record)
+    if cfg.pretrain is not None:
+        from mambapeft_vision.pretraining.run import run_pretraining
+
+        run_pretraining(cfg, overrides)
+    else:
+        train(cfg, overrides, expected=_record)
 
 
 def prepare_and_run() -> None:
     global _record
-    if is_pretraining(sys.argv[1:]):
-        config, overrides = translated(sys.argv[1:], CONFIGS)
-        with imports_kept():
-            from mambapeft_vision.pretraining.run import run
-
-        sys.exit(run(config, overrides))
     with recorded(sys.argv[1:], CONFIGS) as (arguments, _record):
         sys.argv[1:] = prepare_multirun(arguments, CONFIGS)
         main()

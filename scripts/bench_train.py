@@ -33,9 +33,10 @@ from PIL import Image
 
 from mambapeft_vision.adapter.presets import fitting_presets
 from mambapeft_vision.data import Preprocessing
-from mambapeft_vision.engine.loop import METRICS_FILE, step_settings
+from mambapeft_vision.engine.callbacks import METRICS_FILE
+from mambapeft_vision.engine.loop import step_settings
 from mambapeft_vision.engine.module import Normalise
-from mambapeft_vision.engine.predict import apply_precision
+from mambapeft_vision.engine.precision import apply_precision
 from mambapeft_vision.engine.schedule import make_optimizer
 from mambapeft_vision.engine.step import TrainStep
 from mambapeft_vision.run.build import build_backbone, build_model, set_kernel

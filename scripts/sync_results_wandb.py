@@ -11,13 +11,13 @@ import argparse
 import csv
 from pathlib import Path
 
-from mambapeft_vision.engine.loop import METRICS_FILE
+from mambapeft_vision.engine.callbacks import METRICS_FILE
+from mambapeft_vision.engine.config import TrainerConfig
 from mambapeft_vision.integrations.wandb_logger import WANDB_ID_FILE, WandbLogger
 from mambapeft_vision.integrations.wandb_summary import publish
 from mambapeft_vision.results.pictures import draw_from_files, pictures_of, run_title
 from mambapeft_vision.results.record import RESULT_FILE, RunRecord, read_record
 from mambapeft_vision.results.tables import read_standard
-from mambapeft_vision.run.config import TrainerConfig
 from mambapeft_vision.run.exit import run_cli
 from mambapeft_vision.run.run_config import RunPlan
 from mambapeft_vision.utils.errors import UserError

@@ -199,6 +199,15 @@ class TaskDataModule(LightningDataModule):
         """Order of the training images in `epoch`, int64 [n]; depends on (seed, epoch) alone."""
         return epoch_order(len(self.train_set), self.seed, epoch)
 
+    def train_batch(self, epoch: int, number: int) -> tuple[Tensor, Tensor]:
+        """The batch with that number (from 0) in `epoch`: images uint8 [b, 3, H, W], labels int64 [b]."""
+        first = number * self.batch_size
+        return self.train_set.batch(self.epoch_order(epoch)[first : first + self.batch_size])
+
+    def images_in_batch(self, number: int) -> int:
+        """How many images the training batch with that number has; the last one of an epoch has what is left."""
+        return min(self.batch_size, len(self.train_set) - number * self.batch_size)
+
     def train_dataloader(self) -> TrainLoader:
         """Shuffled batches; each pass is the epoch that the trainer is in."""
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -1,4 +1,7 @@
-"""What happens around the training steps: history, progress, the stop at a non-finite loss, checkpoints."""
+"""What happens around the training steps: history, progress, the stop at a non-finite loss, checkpoints.
+
+`callbacks_of_a_run` has them in their order.
+"""
 
 import csv
 import io
@@ -11,16 +14,48 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
-from mambapeft_vision.engine.module import FineTuning
-from mambapeft_vision.engine.schedule import make_optimizer
+from mambapeft_vision.engine.module import FineTuning, TrainingModule
 from mambapeft_vision.utils.atomic import write_text
 from mambapeft_vision.utils.console import Console
 from mambapeft_vision.utils.errors import NotFiniteError, Preempted, UserError
 from mambapeft_vision.utils.progress import format_duration
 
+METRICS_FILE = "metrics.csv"
+
 Row = dict[str, float]
+
+
+def callbacks_of_a_run(
+    *,
+    task: str,
+    methods: str,
+    checkpoint: Path,
+    checkpoint_every_s: float,
+    ends_sweep: bool,
+    history: "History",
+    console: Console,
+) -> list[Callback]:
+    """The callbacks of a fine-tuning run, which Lightning calls in this order.
+
+    * StopAtNonFinite comes first: what follows must not count, show or save an epoch whose weights are not finite.
+    * History makes the epoch's row before ProgressLine shows it.
+    * WarmupPhases changes what is trained before Checkpoints saves it.
+    * Checkpoints comes before StopAtSigterm, which saves once more only where Checkpoints did not, and then leaves.
+
+    Args:
+        task, methods: for messages.
+        ends_sweep: whether a sweep ends with a run that is not finite.
+    """
+    return [
+        StopAtNonFinite(task, methods, checkpoint, ends_sweep),
+        history,
+        ProgressLine(console, history),
+        WarmupPhases(console),
+        checkpoints := Checkpoints(checkpoint, checkpoint_every_s),
+        StopAtSigterm(checkpoints),
+    ]
 
 
 class History(Callback):
@@ -50,15 +85,16 @@ class History(Callback):
         """Over all epochs; 0.0 when there were none."""
         return sum(row["images_per_second"] * row["seconds"] for row in self.rows) / self.seconds if self.rows else 0.0
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: FineTuning) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = time.monotonic()
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: FineTuning) -> None:
-        loss_sum, correct, _ = pl_module.step.take_totals()  # waits for the device
-        seconds, images = time.monotonic() - self._started, pl_module.images_seen
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = _fine_tuning(pl_module)
+        loss_sum, correct, _ = module.step.take_totals()  # waits for the device
+        seconds, images = time.monotonic() - self._started, module.images_seen
         row = {
             "epoch": trainer.current_epoch,
-            "step": pl_module.steps_done,
+            "step": module.steps_done,
             "loss": loss_sum / images,
             "accuracy": correct / images,
             "lr": max(float(group["lr"]) for group in trainer.optimizers[0].param_groups),
@@ -97,28 +133,30 @@ class ProgressLine(Callback):
         self._epoch_started = 0.0
         self._shown = 0.0
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: FineTuning) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch_started = time.monotonic()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: FineTuning, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now = time.monotonic()
         if now - self._shown < self.INTERVAL_S:
             return
         self._shown = now
-        seconds, steps, done = now - self._epoch_started, trainer.num_training_batches, batch_idx + 1
-        steps_left = (trainer.max_epochs - trainer.current_epoch) * steps - done
+        module = _fine_tuning(pl_module)
+        epochs, epoch = module.recipe.max_epochs, trainer.current_epoch
+        seconds, steps, done = now - self._epoch_started, module.steps_per_epoch, batch_idx + 1
+        steps_left = (epochs - epoch) * steps - done
         self._console.live(
-            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  step {done}/{steps}  "
-            f"{pl_module.images_seen / seconds:,.0f} images/s  {format_duration(steps_left * seconds / done)} left"
+            f"epoch {epoch + 1}/{epochs}  step {done}/{steps}  {module.images_seen / seconds:,.0f} images/s  "
+            f"{format_duration(steps_left * seconds / done)} left"
         )
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: FineTuning) -> None:
-        row = self._history.rows[-1]
-        epochs_left = trainer.max_epochs - row["epoch"] - 1
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        row, epochs = self._history.rows[-1], _fine_tuning(pl_module).recipe.max_epochs
+        epochs_left = epochs - row["epoch"] - 1
         self._console.note(
-            f"epoch {row['epoch'] + 1}/{trainer.max_epochs}  loss {row['loss']:.4f}  accuracy {row['accuracy']:.1%}  "
+            f"epoch {row['epoch'] + 1}/{epochs}  loss {row['loss']:.4f}  accuracy {row['accuracy']:.1%}  "
             f"{row['images_per_second']:,.0f} images/s  {format_duration(epochs_left * row['seconds'])} left"
         )
 
@@ -127,7 +165,7 @@ class StopAtNonFinite(Callback):
     """Ends the run after a step whose loss or gradient was not finite. Such a step changes no weight (see `TrainStep`).
 
     The device is asked without waiting for it, so steps after the bad one may have been launched: they change nothing.
-    Weights, which a last finite gradient can have thrown out of range, are looked at before an epoch's end is saved.
+    Before a checkpoint is saved, trained weights are checked too: a finite gradient can still overflow them.
 
     Args:
         task, methods: for the message.
@@ -140,29 +178,27 @@ class StopAtNonFinite(Callback):
         self._ends_sweep = ends_sweep
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: FineTuning, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        last = batch_idx + 1 == trainer.num_training_batches
-        if pl_module.step.failed(wait=last):
-            self._stop(trainer, pl_module)
+        module = _fine_tuning(pl_module)
+        last = batch_idx + 1 == module.steps_per_epoch
+        if module.step.failed(wait=last):
+            self._stop(module)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: FineTuning) -> None:
-        wrong = not_finite_weights(pl_module)
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = _fine_tuning(pl_module)
+        wrong = not_finite_weights(module)
         if wrong:
-            module, norm = largest_gradient(pl_module)
-            number = (trainer.current_epoch + 1) * trainer.num_training_batches - 1
-            raise self._error(f"weights are not finite ({wrong[0]})", number, trainer, norm, module)
+            raise self._error(f"weights are not finite ({wrong[0]})", module.steps_done - 1, module)
 
-    def _stop(self, trainer: Trainer, pl_module: FineTuning) -> None:
-        _, _, number = pl_module.step.take_totals()  # good steps of this epoch: the number of the bad one
-        epoch, size = trainer.current_epoch, trainer.datamodule.batch_size
-        chosen = trainer.datamodule.epoch_order(epoch)[number * size : (number + 1) * size]
-        batch = trainer.datamodule.train_set.batch(chosen)
-        loss = pl_module.gradients(batch, number)
-        module, norm = largest_gradient(pl_module)
-        weights = not_finite_weights(pl_module)
+    def _stop(self, module: FineTuning) -> None:
+        _, _, number = module.step.take_totals()  # good steps of this epoch: the number of the bad one
+        batch = module.whole_batch(number)
+        loss = module.gradients(batch, number)
+        _, norm = largest_gradient(module)
+        weights = not_finite_weights(module)
         what = f"the loss is {loss}"
-        if not torch.isfinite(pl_module.normalise(batch[0])).all():
+        if not torch.isfinite(module.normalise(batch[0])).all():
             what = f"the input is not finite, and so the loss is {loss}"
         elif weights:
             what = f"weights are not finite ({weights[0]}) and the loss is {loss}"
@@ -170,13 +206,14 @@ class StopAtNonFinite(Callback):
             what = f"a loss or gradient was not finite, but computed again it is (a fault of the machine?): loss {loss}"
         elif math.isfinite(loss):
             what = f"the gradient is not finite (the loss is {loss})"
-        raise self._error(what, epoch * trainer.num_training_batches + number, trainer, norm, module)
+        raise self._error(what, module.current_epoch * module.steps_per_epoch + number, module)
 
-    def _error(self, what: str, step: int, trainer: Trainer, norm: float, module: str) -> NotFiniteError:
+    def _error(self, what: str, step: int, module: FineTuning) -> NotFiniteError:
+        place, norm = largest_gradient(module)
         kept = f"{self._checkpoint} is the last good state" if self._checkpoint.exists() else "no checkpoint was made"
         return NotFiniteError(
-            f"{what} in step {step} (epoch {trainer.current_epoch + 1}) of {self._methods} on {self._task}; largest "
-            f"gradient norm: {norm:.3g} in {module}. Training stopped and {kept}; lower trainer.learning_rate or the "
+            f"{what} in step {step} (epoch {module.current_epoch + 1}) of {self._methods} on {self._task}; largest "
+            f"gradient norm: {norm:.3g} in {place}. Training stopped and {kept}; lower trainer.learning_rate or the "
             f"method's scale, or set trainer.precision=fp32",
             self._ends_sweep,
         )
@@ -191,14 +228,14 @@ def not_finite_weights(module: FineTuning) -> list[str]:
 
 
 def largest_gradient(module: FineTuning) -> tuple[str, float]:
-    """Name of the module (method site or head) with the largest gradient norm, and the norm; NaN counts as largest."""
+    """The part of the model with the largest gradient norm, and the norm; NaN counts as largest."""
     squares: dict[str, float] = {}
     for name, parameter in module.model.trained().items():
         if parameter.grad is not None:
-            site = name.rpartition(".")[0]
-            squares[site] = squares.get(site, 0.0) + parameter.grad.double().square().sum().item()
-    site = max(squares, key=lambda name: math.inf if math.isnan(squares[name]) else squares[name])
-    return site, math.sqrt(squares[site])
+            part = name.rpartition(".")[0]
+            squares[part] = squares.get(part, 0.0) + parameter.grad.double().square().sum().item()
+    part = max(squares, key=lambda name: math.inf if math.isnan(squares[name]) else squares[name])
+    return part, math.sqrt(squares[part])
 
 
 class WarmupPhases(Callback):
@@ -207,9 +244,10 @@ class WarmupPhases(Callback):
     def __init__(self, console: Console) -> None:
         self._console = console
 
-    def on_train_start(self, trainer: Trainer, pl_module: FineTuning) -> None:
-        steps = trainer.max_epochs * trainer.num_training_batches
-        for name, method in pl_module.model.methods.items():
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = _fine_tuning(pl_module)
+        steps = module.recipe.max_epochs * module.steps_per_epoch
+        for name, method in module.model.methods.items():
             if method.warming_up and method.warmup_steps >= steps:
                 raise UserError(
                     f"method.{name} warms up for {method.warmup_steps} steps, but the run has {steps}; expected fewer: "
@@ -217,40 +255,15 @@ class WarmupPhases(Callback):
                 )
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: FineTuning, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        methods = pl_module.model.methods.values()
-        due = [method for method in methods if method.warming_up and pl_module.steps_done >= method.warmup_steps]
+        module = _fine_tuning(pl_module)
+        methods = module.model.methods.values()
+        due = [method for method in methods if method.warming_up and module.steps_done >= method.warmup_steps]
         for method in due:
             self._console.note(f"{method.name}: {method.finish_warmup()}")
         if due:
-            trainer.optimizers = [make_optimizer(pl_module.model, pl_module.recipe)]
-            pl_module.renew_step()
-
-
-class StopAtSigterm(Callback):
-    """On SIGTERM (Slurm's preemption) the epoch under way is the last one: its end is saved and the process leaves.
-
-    While training only: at other times SIGTERM ends the process as usual, and nothing is lost but what it was at.
-    """
-
-    def __init__(self, checkpoint: Path) -> None:
-        self._checkpoint = checkpoint
-        self._told = False
-
-    def on_train_start(self, trainer: Trainer, pl_module: FineTuning) -> None:
-        # In place of Lightning's, which leaves without saving; its teardown restores what was there before.
-        if threading.current_thread() is threading.main_thread():  # others get no signals
-            signal.signal(signal.SIGTERM, self._note)
-
-    def _note(self, *_: object) -> None:
-        self._told = True
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: FineTuning) -> None:
-        if self._told:
-            trainer.save_checkpoint(self._checkpoint)
-            epoch = trainer.current_epoch + 1
-            raise Preempted(f"terminated after epoch {epoch} of {trainer.max_epochs}, which is saved")
+            module.restart_optimizer()
 
 
 class Checkpoints(Callback):
@@ -260,9 +273,51 @@ class Checkpoints(Callback):
         self._file = file
         self._every_s = every_s
         self._saved = time.monotonic()
+        self._saved_epoch: int | None = None
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: FineTuning) -> None:
-        last = trainer.current_epoch + 1 == trainer.max_epochs
-        if last or time.monotonic() - self._saved >= self._every_s:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        due = last or time.monotonic() - self._saved >= self._every_s
+        if due and _training(pl_module).can_be_saved:
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Saves the end of this epoch, unless it is saved."""
+        if self._saved_epoch != trainer.current_epoch:
             trainer.save_checkpoint(self._file)
-            self._saved = time.monotonic()
+            self._saved, self._saved_epoch = time.monotonic(), trainer.current_epoch
+
+
+class StopAtSigterm(Callback):
+    """On SIGTERM (Slurm's preemption) the epoch under way is the last one: its end is saved and the process leaves.
+
+    While training only: at other times SIGTERM ends the process as usual, and nothing is lost but what it was at.
+    """
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._checkpoints = checkpoints
+        self._asked = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # In place of Lightning's, which leaves without saving; its teardown restores what was there before.
+        if threading.current_thread() is threading.main_thread():  # others get no signals
+            signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, *_: object) -> None:
+        self._asked = True
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = _training(pl_module)
+        if self._asked and module.can_be_saved:
+            self._checkpoints.save(trainer)
+            raise Preempted(f"terminated after {module.position}, which is saved")
+
+
+def _training(module: LightningModule) -> TrainingModule:
+    assert isinstance(module, TrainingModule)
+    return module
+
+
+def _fine_tuning(module: LightningModule) -> FineTuning:
+    assert isinstance(module, FineTuning)
+    return module

@@ -1,7 +1,7 @@
 """One run on several GPUs: Lightning's DDP environment with one process a GPU, and gradients summed by the step itself.
 
 `DistributedDataParallel` hides the all-reduce of a large model behind its backward pass. What is trained here is a few
-million numbers: one all-reduce after the backward pass costs less than the hooks, and is recorded with the step.
+million parameters: one all-reduce after the backward pass costs less than the hooks, and is captured with the step.
 Rank 0 is the process that the user started, and the only one that writes.
 """
 

@@ -1,7 +1,9 @@
-"""The training step, as a LightningModule."""
+"""What the trainer trains, as LightningModules: the base of all, and fine-tuning."""
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import LightningModule
@@ -11,9 +13,9 @@ from torch.optim import Optimizer
 
 from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.data import Preprocessing
+from mambapeft_vision.engine.config import TrainerConfig
 from mambapeft_vision.engine.schedule import make_optimizer, set_learning_rates
 from mambapeft_vision.engine.step import StepSettings, TrainStep
-from mambapeft_vision.run.config import TrainerConfig
 
 
 class Normalise(nn.Module):
@@ -22,6 +24,10 @@ class Normalise(nn.Module):
     In float32; under autocast rounded to its dtype, in which a backbone embeds the patches anyway. A GPU looks up what
     the CPU has computed, so both see the same bits: its own division by 255 would be a product with 1 / 255.
     """
+
+    mean: Tensor
+    std: Tensor
+    table: Tensor
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         super().__init__()
@@ -42,7 +48,44 @@ class Normalise(nn.Module):
         return (images.float() / 255 - self.mean) / self.std
 
 
-class FineTuning(LightningModule):
+class TrainingModule(LightningModule):
+    """A LightningModule that takes its own steps, so that they can be captured.
+
+    Automatic optimisation is off, because a step is captured from zeroed gradients to the update. Fine-tuning Vim-S on
+    a GPU went from 395 to 2,570 images/s by it (docs/benchmarks.md).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.steps_done = 0  # over the whole run, up to the latest batch
+
+    @property
+    @abstractmethod
+    def position(self) -> str:
+        """How far the training is, e.g. `epoch 2 of 5`; for messages at the end of an epoch."""
+
+    @property
+    def can_be_saved(self) -> bool:
+        """Whether a checkpoint made now can be continued."""
+        return True
+
+    @abstractmethod
+    def release(self) -> None:
+        """Gives the memory of captured steps back."""
+
+
+class TrainBatches(Protocol):
+    """Where a module finds more of its batches than the loader gives it (`TaskDataModule` has these)."""
+
+    def train_batch(self, epoch: int, number: int) -> tuple[Tensor, Tensor]:
+        """The batch with that number (from 0) in an epoch, whole, whatever the number of ranks."""
+
+    def images_in_batch(self, number: int) -> int:
+        """How many images that batch has, on all ranks."""
+
+
+class FineTuning(TrainingModule):
     """Trains what an adapted model's methods own, and its head, with plain cross entropy, by a `TrainStep` a batch.
 
     Its saved state is the adapter (methods' tensors and the head), never the frozen backbone.
@@ -51,7 +94,8 @@ class FineTuning(LightningModule):
         normalise: from the loader's images to the backbone's input.
         seed: with the epoch and the batch, decides dropout and drop path, so that a step draws the same whether or not
             the run was interrupted before it.
-        note: told in one line when steps cannot be recorded.
+        note: called with one line when steps cannot be captured.
+        batches: needed with several ranks, and to look into a step that failed.
     """
 
     def __init__(
@@ -62,69 +106,95 @@ class FineTuning(LightningModule):
         seed: int,
         settings: StepSettings,
         note: Callable[[str], None] = print,
+        batches: TrainBatches | None = None,
     ) -> None:
         super().__init__()
-        self.automatic_optimization = False  # the step is ours, from zeroed gradients to the update
         self.model = model
         self.normalise = normalise
         self.recipe = recipe
         self.seed = seed
-        self.step: TrainStep | None = None
-        self.images_seen = 0  # in this epoch
+        self.images_seen = 0  # in this epoch, on all ranks
+        self._step: TrainStep | None = None
         self._settings = settings
         self._note = note
+        self._batches = batches
+
+    @property
+    def step(self) -> TrainStep:
+        """The step in use, from the start of training on."""
+        assert self._step is not None, "training has not begun"
+        return self._step
+
+    @property
+    def position(self) -> str:
+        return f"epoch {self.current_epoch + 1} of {self.recipe.max_epochs}"
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return int(self.trainer.num_training_batches)
 
     def configure_optimizers(self) -> Optimizer:
         return make_optimizer(self.model, self.recipe)
 
     def on_train_start(self) -> None:
-        self.renew_step()
+        self._renew_step()
 
-    def renew_step(self) -> None:
-        """A new step for the trainer's optimiser; after a change of what is trained, or of the optimiser."""
-        optimizer = self.trainer.optimizers[0]
-        self.step = TrainStep(self.model, self.normalise, optimizer, self._settings, self._note)
+    def restart_optimizer(self) -> None:
+        """A new optimiser and step, after a change of what is trained."""
+        self.trainer.optimizers = [make_optimizer(self.model, self.recipe)]
+        self._renew_step()
 
     def release(self) -> None:
-        """Gives the memory of recorded steps back."""
-        if self.step is not None:
-            self.step.release()
+        if self._step is not None:
+            self._step.release()
 
     def on_train_epoch_start(self) -> None:
-        self._epoch_seed = epoch_seed(self.seed, self.current_epoch)
         self.images_seen = 0
-
-    @property
-    def steps_done(self) -> int:
-        """Steps taken over the whole run, up to the latest batch."""
-        return self.current_epoch * self.trainer.num_training_batches + self.trainer.fit_loop.batch_idx + 1
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
-        steps = self.trainer.num_training_batches
-        step = self.current_epoch * steps + batch_idx
-        optimizer = self.trainer.optimizers[0]
-        set_learning_rates(optimizer, self.recipe, step=step, epoch=self.current_epoch, steps_per_epoch=steps)
+        steps, epoch = self.steps_per_epoch, self.current_epoch
+        step = epoch * steps + batch_idx
+        set_learning_rates(self.trainer.optimizers[0], self.recipe, step=step, epoch=epoch, steps_per_epoch=steps)
         whole = self._images_in_step(batch_idx, len(labels))
-        self.step(images, labels, self._epoch_seed + batch_idx, whole)
+        self.step(images, labels, epoch_seed(self.seed, epoch) + batch_idx, whole)
         self.images_seen += whole
+        self.steps_done = step + 1
 
-    def _images_in_step(self, batch_idx: int, here: int) -> int:
-        """On all ranks."""
-        if self.trainer.world_size == 1:
-            return here
-        task = self.trainer.datamodule
-        return min(task.batch_size, len(task.train_set) - batch_idx * task.batch_size)
+    def whole_batch(self, number: int) -> tuple[Tensor, Tensor]:
+        """The batch with that number in this epoch, of all ranks."""
+        assert self._batches is not None, "this module was made without `batches`"
+        return self._batches.train_batch(self.current_epoch, number)
 
     def gradients(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> float:
         """The loss of a batch of this epoch; fills the gradients and changes nothing else."""
-        return self.step.gradients(*batch, self._epoch_seed + batch_idx)
+        return self.step.gradients(*batch, epoch_seed(self.seed, self.current_epoch) + batch_idx)
 
-    def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         return {name: tensor.detach() for name, tensor in self.model.adapter_state().items()}
 
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> None:
+    def load_state_dict(  # type: ignore[override]
+        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
+    ) -> None:
         self.model.load_adapter_state(state_dict, "the run's checkpoint")
+
+    def _renew_step(self) -> None:
+        optimizer = self.trainer.optimizers[0]
+        self._step = TrainStep(
+            self.model, self.normalise, optimizer, self._settings, self._note, self._tell_callbacks_of_gradients
+        )
+
+    def _tell_callbacks_of_gradients(self) -> None:
+        """Lightning's own hook, which it calls after backward passes that it makes itself."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            callback.on_after_backward(self.trainer, self)
+
+    def _images_in_step(self, number: int, here: int) -> int:
+        """On all ranks."""
+        if self.trainer.world_size == 1:
+            return here
+        assert self._batches is not None, "several ranks need `batches`"
+        return self._batches.images_in_batch(number)
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

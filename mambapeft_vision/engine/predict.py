@@ -1,17 +1,19 @@
 """Testing a model on a split: predictions, accuracy, loss, speed."""
 
-import gc
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambapeft_vision.engine.cuda_graph import CaptureError, Graph, capture
+from mambapeft_vision.engine.precision import autocast
 from mambapeft_vision.utils.atomic import atomic_path
 from mambapeft_vision.utils.console import Console
 from mambapeft_vision.utils.progress import Progress, format_duration
@@ -42,60 +44,33 @@ class Predictions:
             np.savez_compressed(file, predicted=self.predicted.numpy(), labels=self.labels.numpy())
 
 
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """auto → bf16 on a GPU, fp32 elsewhere."""
-    if precision != "auto":
-        return precision
-    return "bf16" if device.type == "cuda" else "fp32"
+class Batches(Protocol):
+    """Batches of (uint8 [b, 3, H, W], int64 [b]), whose number is known."""
 
+    def __len__(self) -> int: ...
 
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """For the time of a recording: freeing what an earlier run left on the device would break it off."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def after_failed_recording(device: torch.device) -> None:
-    """Makes a device fit for launches again: its random generator still waits for the end of the recording."""
-    torch.cuda.synchronize(device)
-    torch.cuda.default_generators[device.index].graphsafe_set_state(torch.Generator(device))
-
-
-def apply_precision(precision: str) -> None:
-    """Sets PyTorch's process-wide switches for float32 products on GPUs: full precision, or tf32."""
-    tf32 = precision == "tf32"
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
-
-
-def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
 @torch.no_grad()
 def predict(
     model: nn.Module,
     normalise: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Batches,
     *,
     precision: str,
     device: torch.device,
     console: Console,
-    record: bool = True,
+    cuda_graph: bool = True,
 ) -> Predictions:
-    """Runs `model` in evaluation mode over batches of (uint8 [b, 3, H, W], int64 [b]).
+    """Runs `model` in evaluation mode over all batches.
 
     Args:
-        record: on a GPU, record the forward pass of a whole batch as a CUDA graph and replay it.
+        cuda_graph: on a GPU, capture the forward pass of a whole batch and replay it.
     """
     model.eval().to(device)
     normalise.to(device)
-    forward = _Forward(model, normalise, precision, record and device.type == "cuda" and len(batches) > 2)
+    forward = _Forward(model, normalise, precision, cuda_graph and device.type == "cuda" and len(batches) > 2)
     predicted, labels, losses = [], [], []
     total, done = len(batches), 0
     started = time.monotonic()
@@ -120,39 +95,28 @@ def predict(
 class _Forward:
     """From uint8 images [b, 3, H, W] to float32 logits [b, classes].
 
-    Recorded at the first batch's size; smaller batches fill a part of it (no image's result depends on the others).
+    Captured at the first batch's size; smaller batches fill a part of it (no image's result depends on the others).
     """
 
-    def __init__(self, model: nn.Module, normalise: nn.Module, precision: str, record: bool) -> None:
+    def __init__(self, model: nn.Module, normalise: nn.Module, precision: str, captures: bool) -> None:
         self._model, self._normalise, self._precision = model, normalise, precision
-        self._record = record
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._captures = captures
+        self._graph: Graph | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
-        if self._record:
-            logits = self._run(images)  # also brings everything up that a recording must not wait for
-            self._record = False
-            self._start_recording(images)
-            return logits
-        if self._graph is None:
-            return self._run(images)
-        self._images[: len(images)].copy_(images)
-        self._graph.replay()
-        return self._logits[: len(images)].clone()
+        if self._graph is not None:
+            return self._graph.replay(images)[: len(images)].clone()
+        logits = self._run(images)  # also brings everything up that a capture must not wait for
+        if self._captures:
+            self._captures = False
+            # A model that cannot be captured is launched kernel by kernel, as in training.
+            with suppress(CaptureError, torch.OutOfMemoryError):
+                self._graph = capture(self._run, images, device=images.device)
+        return logits
 
     def _run(self, images: Tensor) -> Tensor:
         with autocast(self._precision, images.device):
             return self._model(self._normalise(images)).float()
-
-    def _start_recording(self, images: Tensor) -> None:
-        self._images, graph = images.clone(), torch.cuda.CUDAGraph()
-        try:
-            with no_garbage_collection(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._logits = self._run(self._images)
-        except RuntimeError:  # a model that cannot be recorded is launched kernel by kernel, as in training
-            after_failed_recording(images.device)
-            return
-        self._graph = graph
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
-"""One optimiser step on a batch: launched kernel by kernel, or recorded once as a CUDA graph and replayed.
+"""One optimiser step on a batch: launched kernel by kernel, or captured once as a CUDA graph and replayed.
 
 At batch 32 a step of Vim-S is some 700 kernels of 15 µs on average, which Python cannot launch at the pace at which a
-GPU runs them. A recorded step is launched as one, computes the same bits, and reads everything that changes from
+GPU runs them. A captured step is launched as one, computes the same bits, and reads everything that changes from
 the device: its images, the learning rates, the random seed.
 """
 
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mambapeft_vision.adapter.model import AdaptedModel
-from mambapeft_vision.engine.predict import after_failed_recording, autocast, no_garbage_collection
+from mambapeft_vision.engine import cuda_graph
+from mambapeft_vision.engine.precision import autocast
 
-# Steps launched one by one before one is recorded: kernels compile, libraries load, the optimiser makes its state.
+# Steps launched one by one before one is captured: kernels compile, libraries load, the optimiser makes its state.
 WARM_UP = 3
 # How many steps the host may be ahead of the device: enough to keep it busy, few enough to stop soon after a bad one.
 AHEAD = 8
@@ -27,16 +28,21 @@ AHEAD = 8
 
 @dataclass(frozen=True)
 class StepSettings:
-    """precision: fp32, tf32 or bf16; clip_norm: of the global gradient; micro_batch: images per pass, None for all.
+    """How a step is taken.
 
-    record: whether to record CUDA graphs (on a GPU); rank: of this process among those that share the batches;
-    reduce: sums a list of tensors over them, in place.
+    Args:
+        precision: fp32, tf32 or bf16.
+        clip_norm: largest global norm of the gradient; None: no clipping.
+        micro_batch: images a pass, None for all.
+        capture: whether to capture CUDA graphs, on a GPU.
+        rank: of this process among those that share the batches.
+        reduce: sums a list of tensors over them, in place.
     """
 
     precision: str
     clip_norm: float | None
     micro_batch: int | None = None
-    record: bool = True
+    capture: bool = True
     rank: int = 0
     reduce: Callable[[list[Tensor]], None] | None = None
 
@@ -45,12 +51,14 @@ class TrainStep:
     """Trains `model` by one step a call: cross entropy, backward, clipping, `optimizer`.
 
     A step whose loss or gradient is not finite changes nothing, and neither does any later one: the weights stay those
-    of the last good step (`failed` tells, `steps_done` counts the good ones).
+    of the last good step (`failed` tells, `take_totals` counts the good ones).
 
     Args:
         normalise: from uint8 images to the model's input.
         optimizer: a fused AdamW; its learning rates are set with `set_learning_rates` before each step.
-        note: told in one line when a step cannot be recorded.
+        note: called with one line when a step cannot be captured.
+        after_backward: called when the gradients of a batch are there, before they are looked at; in a captured step
+            only while it is captured.
     """
 
     def __init__(
@@ -60,50 +68,43 @@ class TrainStep:
         optimizer: Optimizer,
         settings: StepSettings,
         note: Callable[[str], None],
+        after_backward: Callable[[], None] = lambda: None,
     ) -> None:
         self._model, self._normalise, self._optimizer = model, normalise, optimizer
         self._settings = settings
-        self._note = note
+        self._after_backward = after_backward
         self._trained = list(model.trained().values())
-        device = self._trained[0].device
+        self._device = device = self._trained[0].device
         self._on_gpu = device.type == "cuda"
-        _place(optimizer, device)
-        # Read by the fused optimiser: where it is 1, the step is skipped.
-        self._not_finite = optimizer.found_inf = torch.zeros((), device=device)
+        cuda_graph.fit_to_device(optimizer, device)
+        self._not_finite = torch.zeros((), device=device)
+        cuda_graph.skip_where(optimizer, self._not_finite)
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._correct = torch.zeros((), dtype=torch.int64, device=device)
         self._steps = torch.zeros((), dtype=torch.int64, device=device)
         # Copied to by every step, so that the host can look without waiting.
         self._signal = torch.zeros((), pin_memory=self._on_gpu)
         self._under_way: deque[torch.cuda.Event] = deque()
-        self._records = settings.record and self._on_gpu
-        self._graphs: dict[tuple[int, int], _Recorded] = {}  # by size, here and on all ranks
-        self._launched: dict[tuple[int, int], int] = {}  # steps launched one by one
-        self._pool = torch.cuda.graph_pool_handle() if self._records else None
+        self._graphed = cuda_graph.GraphedStep(
+            self._run, self._free_gradients, device, enabled=settings.capture, warm_up=WARM_UP, note=note
+        )
 
     @property
-    def is_recorded(self) -> bool:
-        """Whether the latest batch size runs as a CUDA graph by now."""
-        return bool(self._graphs)
+    def is_captured(self) -> bool:
+        """Whether some batch size runs as a CUDA graph by now."""
+        return self._graphed.is_captured
 
     def __call__(self, images: Tensor, labels: Tensor, seed: int, whole: int | None = None) -> None:
         """One step.
 
         Args:
-            images: uint8 [b, 3, H, W]; labels: int64 [b].
+            images: uint8 [b, 3, H, W].
+            labels: int64 [b].
             seed: of this step's dropout and drop path.
             whole: images of this step on all ranks; default: b.
         """
-        self._seed(seed + (self._settings.rank << 32))
-        size = len(labels), len(labels) if whole is None else whole
-        recorded = self._graphs.get(size)
-        if recorded is None and self._records and self._is_warm(size):
-            recorded = self._record(images, labels, size)
-        if recorded is not None:
-            recorded.replay(images, labels)
-        else:
-            self._launched[size] = self._launched.get(size, 0) + 1
-            self._run(images, labels, size[1])
+        cuda_graph.seed(self._device, seed + (self._settings.rank << 32))
+        self._graphed(images, labels, constants=(len(labels) if whole is None else whole,))
         if self._on_gpu:
             self._wait_for_older()
 
@@ -122,31 +123,23 @@ class TrainStep:
 
     def gradients(self, images: Tensor, labels: Tensor, seed: int) -> float:
         """Computes a whole batch's gradients here, takes no step, returns the loss: to look into a step that failed."""
-        self._seed(seed)
+        cuda_graph.seed(self._device, seed)
         return self._backward(images, labels, len(labels))[0].item()
 
-    def _seed(self, seed: int) -> None:
-        """Seeds the CPU and the step's device. torch.manual_seed also notes every call, with a traceback, for each kind
-        of device that is not there: a millisecond a step, and never freed.
-        """
-        torch.default_generator.manual_seed(seed)
+    def release(self) -> None:
+        """Gives the captured steps and their memory back. NCCL waits for this before it lets a process group end."""
         if self._on_gpu:
-            torch.cuda.default_generators[self._not_finite.device.index].manual_seed(seed)
+            torch.cuda.synchronize()
+        self._under_way.clear()
+        self._graphed.release()
 
     def _wait_for_older(self) -> None:
         if len(self._under_way) == AHEAD:
             self._under_way.popleft().synchronize()
         self._under_way.append(torch.cuda.current_stream().record_event(torch.cuda.Event(blocking=True)))
 
-    def release(self) -> None:
-        """Gives the recorded steps and their memory back. NCCL waits for this before it lets a process group end."""
-        if self._on_gpu:
-            torch.cuda.synchronize()
-        self._graphs.clear()
-        self._under_way.clear()
-        self._optimizer.zero_grad(set_to_none=True)  # gradients lie in the recorded steps' memory
-
-    # One step
+    def _free_gradients(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)  # they lie in the captured steps' memory
 
     def _run(self, images: Tensor, labels: Tensor, whole: int) -> None:
         sums = self._backward(images, labels, whole)
@@ -173,6 +166,7 @@ class TrainStep:
                 loss = F.cross_entropy(logits, wanted, reduction="sum") / whole
             loss.backward()
             sums += torch.stack((loss.detach().double(), (logits.detach().argmax(dim=1) == wanted).sum().double()))
+        self._after_backward()
         return sums
 
     def _clip(self) -> Tensor:
@@ -180,66 +174,3 @@ class TrainStep:
         if self._settings.clip_norm is not None:
             return nn.utils.clip_grad_norm_(self._trained, self._settings.clip_norm)
         return nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
-
-    # Recording
-
-    def _is_warm(self, size: tuple[int, int]) -> bool:
-        """Every size is launched once before it is recorded: the last batch of an epoch has kernels of its own."""
-        return self._launched.get(size, 0) > 0 and sum(self._launched.values()) >= WARM_UP
-
-    def _record(self, images: Tensor, labels: Tensor, size: tuple[int, int]) -> _Recorded | None:
-        """Records a step for batches of this size; None, and never again, where that does not work."""
-        inputs = images.clone(), labels.clone()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            self._optimizer.zero_grad(set_to_none=True)
-            stream = torch.cuda.current_stream()
-            with (
-                no_garbage_collection(),
-                torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
-            ):
-                self._run(*inputs, size[1])
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            self._records = False
-            self._graphs.clear()
-            after_failed_recording(images.device)
-            self._optimizer.zero_grad(set_to_none=True)
-            self._note(
-                f"the training step cannot be recorded as a CUDA graph ({first_cause(error)}); it is launched kernel "
-                f"by kernel, which is slower and otherwise the same"
-            )
-            return None
-        self._graphs[size] = recorded = _Recorded(graph, *inputs)
-        return recorded
-
-
-def first_cause(error: BaseException) -> str:
-    """The first line of what went wrong first: the error of a recording hides what broke it off."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-
-
-@dataclass(frozen=True)
-class _Recorded:
-    """A recorded step and the places where it reads its batch."""
-
-    graph: torch.cuda.CUDAGraph
-    images: Tensor
-    labels: Tensor
-
-    def replay(self, images: Tensor, labels: Tensor) -> None:
-        self.images.copy_(images, non_blocking=True)
-        self.labels.copy_(labels, non_blocking=True)
-        self.graph.replay()
-
-
-def _place(optimizer: Optimizer, device: torch.device) -> None:
-    """Makes an optimiser, perhaps just read from a checkpoint, fit its device: a graph reads the rates from there."""
-    on_gpu = device.type == "cuda"
-    for group in optimizer.param_groups:
-        rate = float(group["lr"])
-        group["lr"] = torch.tensor(rate, device=device) if on_gpu else rate
-        group["capturable"] = on_gpu

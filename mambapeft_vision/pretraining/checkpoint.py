@@ -1,19 +1,16 @@
 """The state of an unfinished pretraining run: written now and then, read by the same command, gone at the end."""
 
-from __future__ import annotations
-
 import hashlib
 import json
-import pickle
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from mambapeft_vision.engine.checkpoint import AtomicCheckpointIO
 from mambapeft_vision.pretraining.config import PretrainConfig, to_dict
+from mambapeft_vision.pretraining.module import STATE
 from mambapeft_vision.pretraining.sources import Source
-from mambapeft_vision.utils.atomic import atomic_path
 from mambapeft_vision.utils.errors import UserError
 
 # Where things lie and how they are watched decides nothing; of a source its content counts, not its path.
@@ -34,26 +31,12 @@ def identity(config: PretrainConfig, sources: Iterable[Source], device: torch.de
     return hashlib.sha256(json.dumps([settings, device.type], sort_keys=True).encode()).hexdigest()
 
 
-def write_checkpoint(file: Path, identity: str, state: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(file) as temporary:
-        torch.save({"identity": identity, "state": state}, temporary)
-
-
-def read_checkpoint(file: Path, identity: str, device: torch.device) -> dict[str, Any] | None:
-    """The state, or None where there is no checkpoint. Raises UserError for one that is damaged or of another run."""
-    if not file.is_file():
-        return None
-    try:
-        content = torch.load(file, map_location=device, weights_only=True)
-        found, state = content["identity"], content["state"]
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{file} cannot be read ({type(error).__name__}: {error}); delete it to start from the beginning."
-        ) from error
-    if found != identity:
+def steps_done_in(file: Path, identity: str) -> int:
+    """How far a checkpoint is. Raises UserError for one that is damaged or of another run."""
+    state = AtomicCheckpointIO().load_checkpoint(file, map_location="cpu").get(STATE)
+    if not isinstance(state, dict) or state.get("identity") != identity:
         raise UserError(
             f"{file} is of an unfinished run with other settings, images or another kind of device; expected the same "
-            "command again. Delete it to start from the beginning, or give another out=PATH."
+            "command again. Delete it to start from the beginning, or give another pretrain.out=PATH"
         )
-    return state
+    return state["step"]

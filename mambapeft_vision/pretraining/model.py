@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, Generic, TypeVar
 
 import mambapeft_kernels
 import torch
@@ -18,21 +19,35 @@ AGREEMENT = 5e-3
 class SharedBackbone(nn.Module):
     """[b, 3, H, W] → one tensor of logits for each source, from its own part of the batch.
 
-    teacher_features: numbers that `projection` makes of the backbone's features; None: there is no projection.
+    Args:
+        teacher_features: width of the features that `project` predicts; None: there is no projection.
     """
+
+    backbone: nn.Module
 
     def __init__(self, backbone: nn.Module, classes: dict[str, int], teacher_features: int | None = None) -> None:
         super().__init__()
         self.backbone = backbone
-        self.heads = nn.ModuleDict({name: nn.Linear(backbone.num_features, count) for name, count in classes.items()})
-        for head in self.heads.values():
+        width: int = backbone.num_features  # type: ignore[assignment]
+        heads = {name: nn.Linear(width, count) for name, count in classes.items()}
+        for head in heads.values():
             nn.init.trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
-        self.projection = None if teacher_features is None else nn.Linear(backbone.num_features, teacher_features)
+        self.heads = nn.ModuleDict(heads)
+        self.projection = None if teacher_features is None else nn.Linear(width, teacher_features)
 
     def forward(self, images: Tensor, sizes: dict[str, int]) -> dict[str, Tensor]:
         """sizes: images of each source, in the order in which they stand in the batch."""
-        return self.classify(self.backbone.forward_features(images), sizes)
+        return self.classify(self.features(images), sizes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """The backbone's pooled features [b, c]; it has no head of its own."""
+        return self.backbone(images)
+
+    def project(self, features: Tensor) -> Tensor:
+        """From features [b, c] to the teacher's [b, teacher_features]."""
+        assert self.projection is not None, "there is no teacher"
+        return self.projection(features)
 
     def classify(self, features: Tensor, sizes: dict[str, int]) -> dict[str, Tensor]:
         """From the backbone's features [b, c], as `forward` does."""
@@ -40,12 +55,16 @@ class SharedBackbone(nn.Module):
         return {name: self.heads[name](part) for name, part in zip(sizes, parts, strict=True)}
 
 
-class Average:
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Average(Generic[Model]):
     """Exponential moving average of a model's parameters, slow only once there is something to average."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: Model, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._pairs = list(self.model.parameters()), list(model.parameters())
+        self._averages: list[Tensor] = list(self.model.parameters())
+        self._weights: list[Tensor] = list(model.parameters())
         self._decay = decay
         self.updates = 0
 
@@ -53,12 +72,13 @@ class Average:
     def update(self) -> None:
         self.updates += 1
         decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(*self._pairs, 1 - decay)
+        torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups: matrices and convolutions decay; vectors, A_log, tokens and positions do not."""
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         plain = parameter.ndim < 2 or name.endswith(("A_log", "A_b_log", "cls_token", "pos_embed"))
         (kept if plain else decayed).append(parameter)
@@ -92,7 +112,7 @@ def _features_and_gradients(backbone: nn.Module, kernel: str, device: torch.devi
     backbone.set_kernel(kernel, device)
     training = backbone.training
     backbone.eval()  # no drop path
-    features = backbone.forward_features(images)
+    features = backbone(images)
     loss = F.mse_loss(features, torch.linspace(-1, 1, features.shape[-1], device=device).expand_as(features))
     parameters = [p for n, p in backbone.named_parameters() if not n.startswith("head.")]
     gradients = torch.autograd.grad(loss, parameters)

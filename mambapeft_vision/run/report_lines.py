@@ -1,33 +1,36 @@
-"""`dry_run=true`: what a run would train and where, without data, downloads or training."""
+"""What a run is, in lines: for the start of a run, and all of it for `dry_run=true`, which trains nothing."""
 
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import mambapeft_kernels
 
 from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.adapter.scaling import SIZES
+from mambapeft_vision.engine.config import TrainerConfig
+from mambapeft_vision.engine.device import resolve_device
+from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.run.build import (
     build_backbone_offline,
     build_dataset,
     build_logger,
     build_model,
-    resolve_device,
     set_kernel,
 )
-from mambapeft_vision.run.config import TrainerConfig
 from mambapeft_vision.run.run_config import RunPlan
+from mambapeft_vision.utils.progress import format_duration
 
 
 def dry_run_report(plan: RunPlan) -> str:
-    """Builds everything but the data, and describes it. Raises UserError where the run would."""
+    """Builds everything but the data, without downloads, and describes it. Raises UserError where the run would."""
     device = resolve_device(plan.recipe.device)
     dataset = build_dataset(plan)
     build_logger(plan)
     backbone, weights = build_backbone_offline(plan)
-    set_kernel(backbone, plan.config["kernel"], device)
+    set_kernel(backbone, plan.kernel, device)
     model = build_model(plan, backbone, dataset.num_classes)
     return "\n".join(
         [
@@ -35,21 +38,24 @@ def dry_run_report(plan: RunPlan) -> str:
             "",
             _sites_table(model, plan.recipe),
             "",
-            *describe_sizes(plan, model),
-            describe_counts(model.counts()),
+            *starting_lines(plan, model, dataset.batch_size),
             f"backbone {backbone.default_cfg['name']}, {weights}",
-            describe_recipe(plan.recipe, dataset.batch_size),
-            mambapeft_kernels.describe(plan.config["kernel"], device),
+            mambapeft_kernels.describe(plan.kernel, device),
             f"run folder {plan.folder}",
         ]
     )
+
+
+def starting_lines(plan: RunPlan, model: AdaptedModel, batch_size: int) -> list[str]:
+    """What is trained, and by which recipe."""
+    return [*describe_sizes(plan, model), describe_counts(model.counts()), describe_recipe(plan.recipe, batch_size)]
 
 
 def describe_sizes(plan: RunPlan, model: AdaptedModel) -> list[str]:
     """A line with the methods' sizes that were scaled to the backbone, or none."""
     changed = [
         f"{name}.{key} {value} → {getattr(model.methods[name], key)}"
-        for name, spec in plan.config["method"].items()
+        for name, spec in plan.method_specs.items()
         for key, value in spec.items()
         if key in SIZES and getattr(model.methods[name], key) != value
     ]
@@ -68,6 +74,26 @@ def describe_recipe(recipe: TrainerConfig, batch_size: int) -> str:
         f"{recipe.max_epochs} epochs ({recipe.warmup_epochs} warm-up, cosine to {recipe.min_lr:g}), {clip}, "
         f"{recipe.precision}"
     )
+
+
+def summarise(record: RunRecord, folder: Path) -> str:
+    """A finished run in a few lines."""
+    correct = round(record.accuracy * record.num_test)
+    lines = [
+        ("result", f"{'+'.join(record.methods)} on {record.task}, seed {record.seed}"),
+        ("accuracy", f"{record.accuracy:.2%} ({correct:,} of {record.num_test:,} test images)"),
+        ("trained", f"{record.trainable:,} numbers and a head of {record.head:,}; {record.frozen:,} stayed frozen"),
+        ("time", f"{format_duration(record.wall_seconds)}, of it {format_duration(record.train_seconds)} training"),
+        (
+            "speed",
+            f"{record.train_images_per_second:,.0f} images/s in training, {record.test_images_per_second:,.0f} in the "
+            f"test, on {record.device_name}",
+        ),
+        ("memory", f"{record.peak_memory_bytes / 2**20:,.0f} MiB at most"),
+        ("files", str(folder)),
+        *(("not merged", f"{name}: {reason}") for name, reason in record.unmerged.items()),
+    ]
+    return "\n" + "\n".join(f"  {name:<10} {text}" for name, text in lines)
 
 
 def _parts(by_method: dict[str, int]) -> str:

@@ -13,13 +13,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mambapeft_vision.run.config import GIVEN, METHOD_SIZES, PathsConfig, TrainConfig, TrainerConfig
+from mambapeft_vision.engine.config import TrainerConfig
+from mambapeft_vision.run.config import GIVEN, METHOD_SIZES, PathsConfig, TrainConfig
 from mambapeft_vision.run.exit import nearest
 from mambapeft_vision.utils.errors import UserError
 
 # Keys that cannot change a result, so they are no part of a run's identity.
 NO_PART_OF_IDENTITY = {
-    "": ("paths", "logger", "resume", "dry_run", "sweep"),
+    "": ("paths", "logger", "resume", "dry_run", "sweep", "pretrain"),
     "trainer": ("checkpoint_every_s", "picture", "cuda_graph", "on_nonfinite"),
     "dataset": ("num_workers", "test_batch_size"),
 }
@@ -30,12 +31,57 @@ LONGEST_NAME = 120
 
 @dataclass(frozen=True)
 class RunPlan:
-    """One run. config: resolved, plain containers; fingerprint: sha256 of what decides the result."""
+    """One run: its resolved config in typed parts, its identity and its place.
+
+    Args:
+        config: what is recorded, in plain containers. Code reads the typed attributes instead.
+        recipe: the section `trainer`.
+        fingerprint: sha256 of what decides the result.
+        folder: of the run's files.
+    """
 
     config: dict[str, Any]
     recipe: TrainerConfig
     fingerprint: str
     folder: Path
+
+    @property
+    def paths(self) -> PathsConfig:
+        return PathsConfig(**self.config["paths"])
+
+    @property
+    def dataset(self) -> dict[str, Any]:
+        return self.config["dataset"]
+
+    @property
+    def backbone(self) -> dict[str, Any]:
+        return self.config["backbone"]
+
+    @property
+    def logger(self) -> dict[str, Any]:
+        return self.config["logger"]
+
+    @property
+    def method_specs(self) -> dict[str, dict[str, Any]]:
+        """Method name → its `_target_` and arguments, as given (see `method_sizes`)."""
+        return self.config["method"]
+
+    @property
+    def method_sizes(self) -> str:
+        return self.config["method_sizes"]
+
+    @property
+    def kernel(self) -> str:
+        """As asked for, e.g. `auto`."""
+        return self.config["kernel"]
+
+    @property
+    def resume(self) -> bool:
+        return self.config["resume"]
+
+    @property
+    def dry_run(self) -> bool:
+        return self.config["dry_run"]
 
     @property
     def task(self) -> str:
@@ -93,7 +139,10 @@ def _checked(cfg: DictConfig) -> dict[str, Any]:
     _check_keys(cfg.paths, PathsConfig, "paths.")
     if OmegaConf.is_missing(cfg, "method") or not cfg.method:
         raise UserError("method=[] names no method; for the head alone choose method=linear_probe")
+    if cfg.get("pretrain") is not None:
+        raise UserError("pretrain=... is no fine-tuning run; start it with train.py, and alone")
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    config.pop("pretrain", None)
     if config["method_sizes"] not in METHOD_SIZES:
         raise UserError(f"method_sizes={config['method_sizes']!r}; expected one of {', '.join(METHOD_SIZES)}")
     _check_values(config, "")

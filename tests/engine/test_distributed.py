@@ -18,11 +18,6 @@ def losses(folder):
     return [float(row["loss"]) for row in runs.read_metrics(folder)]
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    return runs.lay_out_task(tmp_path_factory.mktemp("ranks") / "task")
-
-
 @pytest.mark.slow
 def test_two_ranks_train_as_one(task, tmp_path):
     folders = {}
@@ -47,8 +42,8 @@ def test_a_rank_that_fails_ends_the_run(task, tmp_path):
     script.write_text(
         "import os, sys\n"
         f"sys.path[:0] = [{str(runs.ROOT)!r}, {str(runs.ROOT / 'tests')!r}]\n"
-        "import runs\n"
-        "from mambapeft_vision.training import fit\n"
+        "from helpers import runs\n"
+        "from mambapeft_vision.run import fit\n"
         "if __name__ == '__main__':\n"
         "    runs.run(sys.argv[1:])\n"
         "else:\n"

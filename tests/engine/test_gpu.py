@@ -5,10 +5,9 @@ import re
 
 import pytest
 import torch
-from helpers import runs
+from helpers import faults, runs
 
-from mambapeft_vision.engine.step import TrainStep
-from mambapeft_vision.run import assemble as setup
+from mambapeft_vision.run import assemble
 from mambapeft_vision.run.evaluate import evaluate
 from mambapeft_vision.utils.errors import UserError
 
@@ -55,37 +54,26 @@ def test_two_runs_are_equal_bit_for_bit(task, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-# The recorded step
+# The captured step
 
 
-def test_a_recorded_run_equals_a_launched_one_bit_for_bit(task, tmp_path):
+def test_a_captured_run_equals_a_launched_one_bit_for_bit(task, tmp_path):
     """Dropout, drop path and a partial last batch included."""
     folders = [run_on_gpu(task, tmp_path / str(on), f"trainer.cuda_graph={on}")[1] for on in (True, False)]
-    recorded, launched = (runs.read_adapter_tensors(folder) for folder in folders)
-    assert all(torch.equal(recorded[name], launched[name]) for name in recorded)
+    captured, launched = (runs.read_adapter_tensors(folder) for folder in folders)
+    assert all(torch.equal(captured[name], launched[name]) for name in captured)
     rows = [[(row["loss"], row["accuracy"]) for row in runs.read_metrics(folder)] for folder in folders]
     assert rows[0] == rows[1]
 
 
-def test_an_interrupted_recorded_run_goes_on_to_the_same_weights(task, tmp_path, monkeypatch):
+def test_an_interrupted_captured_run_goes_on_to_the_same_weights(task, tmp_path):
     _, whole = run_on_gpu(task, tmp_path / "whole", "trainer.checkpoint_every_s=0")
-    original = TrainStep.__call__
-    calls = 0
-
-    def dies(self, *arguments):
-        nonlocal calls
-        calls += 1
-        if calls == 14:
-            raise RuntimeError("interrupted by the test")
-        original(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainStep, "__call__", dies)
-        with pytest.raises(RuntimeError, match="interrupted by the test"):
-            run_on_gpu(task, tmp_path / "parts", "trainer.checkpoint_every_s=0")
-    _, parts = run_on_gpu(task, tmp_path / "parts", "trainer.checkpoint_every_s=0")
-    one, two = runs.read_adapter_tensors(whole), runs.read_adapter_tensors(parts)
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    command = runs.overrides(task, tmp_path / "parts", "trainer.device=cuda", "trainer.checkpoint_every_s=0")
+    with pytest.raises(RuntimeError, match="interrupted by the test"):
+        runs.run(command, faults.raises(RuntimeError("interrupted by the test"), 14))
+    runs.run(command)
+    one, two = runs.read_adapter_tensors(whole), runs.read_adapter_tensors(runs.only_run_folder(tmp_path / "parts"))
+    assert all(torch.equal(one[name], two[name]) for name in two)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -105,7 +93,7 @@ LOOKS_AT_THE_HOST = '''
 from mambapeft_vision.methods.lora import LoRA
 
 class Looks(LoRA):
-    """Asks the device for a number in every forward pass, which a recorded step cannot do."""
+    """Asks the device for a number in every forward pass, which a captured step cannot do."""
 
     def attach(self, model):
         super().attach(model)
@@ -113,7 +101,7 @@ class Looks(LoRA):
 '''
 
 
-def test_a_step_that_cannot_be_recorded_is_launched_and_says_so(task, tmp_path):
+def test_a_step_that_cannot_be_captured_is_launched_and_says_so(task, tmp_path):
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods" / "looks.py").write_text(LOOKS_AT_THE_HOST)
     own = [
@@ -125,7 +113,7 @@ def test_a_step_that_cannot_be_recorded_is_launched_and_says_so(task, tmp_path):
     ]
     record, folder = run_on_gpu(task, tmp_path / "outputs", *own)
     assert record.accuracy > 0.5
-    assert "cannot be recorded as a CUDA graph" in (folder / "train.log").read_text()
+    assert "cannot be captured as a CUDA graph" in (folder / "train.log").read_text()
 
 
 def test_bf16_follows_fp32_for_a_hundred_steps(task, tmp_path):
@@ -182,7 +170,7 @@ def test_what_a_run_launches_is_compiled_ahead_of_its_first_step(task, tmp_path,
     triton_name, cuda_name = (lambda kernel, *_: kernel.__name__), (lambda source, *_: source.split("\n")[0])
     monkeypatch.setattr(JITFunction, "_do_compile", noted(JITFunction._do_compile, triton_name))
     monkeypatch.setattr(nvrtc, "_compiled", noted(nvrtc._compiled, cuda_name))
-    monkeypatch.setattr(setup, "wait", wait)
+    monkeypatch.setattr(assemble, "wait", wait)
     # Sizes that no other test has, so that this process cannot have compiled for them before.
     run_on_gpu(task, tmp_path, "+backbone.d_state=7", "+backbone.dt_rank=5", "++backbone.embed_dim=112")
     assert len(ahead) >= 8 and compiled[len(ahead) :] == []

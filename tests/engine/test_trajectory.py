@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from mambapeft_vision.adapter.model import AdaptedModel, adapt
 from mambapeft_vision.backbones.vim import Vim
+from mambapeft_vision.engine.config import TrainerConfig
 from mambapeft_vision.engine.loop import make_trainer, step_settings
 from mambapeft_vision.engine.module import FineTuning
 from mambapeft_vision.methods.lora import LoRA
-from mambapeft_vision.run.config import TrainerConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "trajectory" / "lora_X.npz"
 
@@ -108,7 +108,7 @@ def run(golden) -> tuple[Recorder, dict[str, Tensor]]:
     )
     recorder = Recorder()
     module = FineTuning(build(golden, meta), nn.Identity(), recipe, 0, step_settings(recipe, recipe.precision))
-    trainer = make_trainer(recipe, torch.device("cpu"), [recorder])
+    trainer = make_trainer(torch.device("cpu"), [recorder], max_epochs=recipe.max_epochs)
     trainer.fit(module, GoldenBatches(golden, meta["batch"]))
     return recorder, module.state_dict()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from hydra import compose, initialize_config_dir
+from lightning.pytorch import Callback
 from omegaconf import DictConfig
 from PIL import Image
 from safetensors.torch import load_file
@@ -69,8 +70,9 @@ def compose_root(name: str, command: Sequence[str]) -> DictConfig:
         return compose(name, list(command))
 
 
-def run(command: Sequence[str]) -> RunRecord | None:
-    return train(compose_train(command), command)
+def run(command: Sequence[str], *callbacks: Callback) -> RunRecord | None:
+    """The run that the command asks for. callbacks: more of Lightning's, such as faults (helpers/faults.py)."""
+    return train(compose_train(command), command, callbacks=callbacks)
 
 
 def heed_ctrl_c() -> None:

@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_pretraining import CONFIGS, config  # noqa: F401 (a fixture)
+from helpers import faults, runs
+from hydra.errors import HydraException
 from torch import nn
 
 from mambapeft_vision.data import Preprocessing
-from mambapeft_vision.pretraining import loop, run, teacher
-from mambapeft_vision.pretraining.config import TeacherConfig, load_config
+from mambapeft_vision.pretraining import run, teacher
+from mambapeft_vision.pretraining.config import TeacherConfig, config_of
 from mambapeft_vision.utils.errors import UserError
 
 PREPROCESSING = Preprocessing((16, 16), "bicubic", (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
@@ -52,36 +53,34 @@ def test_the_loss_is_a_distance_of_directions():
     assert not any(p.requires_grad for p in found.parameters())
 
 
-def test_a_student_learns_its_teachers_features(config, monkeypatch):  # noqa: F811
+def test_a_student_learns_its_teachers_features(config, monkeypatch):
     made = []
     monkeypatch.setattr(run, "load_teacher", lambda settings, _: made.append(stand_in()) or made[0])
-    seen = []
-    draw = loop.Pretraining._draw
+    distances = []
 
-    def watched(self):
-        images, labels = draw(self)
+    def look(trained):
+        images = (torch.cat([source.images for source in trained.sources.values()]).float() / 255 - 0.5) / 0.25
         with torch.no_grad():
-            predicted = self.model.projection(self.model.backbone.forward_features(images))
-            seen.append(float(made[0].loss(predicted, images)))
-        return images, labels
+            distances.append(float(made[0].loss(trained.model.project(trained.model.features(images)), images)))
 
-    monkeypatch.setattr(loop.Pretraining, "_draw", watched)
     before = [tensor.clone() for tensor in stand_in().state_dict().values()]
-    record = run.pretrain(replace(config, teacher=TeacherConfig(weight=2.0, size=16)))
-    assert sum(seen[-5:]) < 0.5 * sum(seen[:5])
+    looks = [faults.AfterStep(number, look) for number in (1, 30)]
+    record = run.pretrain(replace(config, teacher=TeacherConfig(weight=2.0, size=16)), looks)
+    assert distances[1] < 0.5 * distances[0]
     assert all(map(torch.equal, before, made[0].state_dict().values()))
     assert record["config"]["teacher"] == {"weight": 2.0, "size": 16}
     assert all(source["held_out_accuracy"] == 1.0 for source in record["data"].values())
 
 
 def test_the_config_takes_a_teacher_or_none():
-    file = CONFIGS / "folder.yaml"
-    some = load_config(file, ["sources.mine.path=x", "teacher.weight=0.5"])
-    assert some.teacher == TeacherConfig(weight=0.5)
-    assert load_config(file, ["sources.mine.path=x", "teacher={}"]).teacher == TeacherConfig()
-    assert load_config(file, ["sources.mine.path=x"]).teacher is None
-    with pytest.raises(UserError, match=r"teacher has unknown keys \['weigth'\]"):
-        load_config(file, ["sources.mine.path=x", "teacher.weigth=0.5"])
+    def teacher_of(*overrides: str) -> TeacherConfig:
+        cfg = runs.compose_train(["pretrain=folder", "pretrain.sources.mine.path=x", *overrides])
+        return config_of(cfg).teacher
+
+    assert teacher_of("pretrain.teacher.weight=0.5") == TeacherConfig(weight=0.5)
+    assert teacher_of().weight == 0
+    with pytest.raises(HydraException, match="weigth"):
+        teacher_of("pretrain.teacher.weigth=0.5")
 
 
 def test_a_teacher_that_is_not_installed_is_named(monkeypatch):

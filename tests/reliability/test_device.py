@@ -6,12 +6,12 @@ import signal
 
 import pytest
 import torch
-from helpers import crashes, runs
+from helpers import crashes, faults, runs
 
 from mambapeft_vision.data import loaders, module
 from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE
 from mambapeft_vision.engine.step import TrainStep
-from mambapeft_vision.run import assemble as setup
+from mambapeft_vision.run import finish
 from mambapeft_vision.run.failure_record import FAILURE_FILE
 from mambapeft_vision.utils.errors import UserError
 
@@ -21,25 +21,6 @@ OUT_OF_MEMORY = (
 )
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    return runs.lay_out_task(tmp_path_factory.mktemp("device") / "task")
-
-
-def raise_in_step(monkeypatch, number, error):
-    """In the training step with this number, from 1."""
-    original, calls = TrainStep.__call__, 0
-
-    def step(self, *arguments):
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            raise error
-        original(self, *arguments)
-
-    monkeypatch.setattr(TrainStep, "__call__", step)
-
-
 def goes_on(command, folder):
     """The same command continues from the checkpoint, which is there."""
     assert (folder / CHECKPOINT_FILE).is_file()
@@ -47,12 +28,10 @@ def goes_on(command, folder):
     assert (folder / "train.log").read_text().count("continues from") == 1
 
 
-def test_out_of_memory_says_how_much_and_what_to_lower(task, tmp_path, monkeypatch):
+def test_out_of_memory_says_how_much_and_what_to_lower(task, tmp_path):
     command = runs.overrides(task, tmp_path, "trainer.max_epochs=2")
-    with monkeypatch.context() as patch:
-        raise_in_step(patch, 5, torch.OutOfMemoryError(OUT_OF_MEMORY))
-        with pytest.raises(UserError) as caught:
-            runs.run(command)
+    with pytest.raises(UserError) as caught:
+        runs.run(command, faults.raises(torch.OutOfMemoryError(OUT_OF_MEMORY), 5))
     message = str(caught.value)
     assert "lora_p_x on custom/tiny needs more memory than the GPU has" in message
     assert "Tried to allocate 9.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which 3.25 GiB is free" in message
@@ -83,7 +62,7 @@ def test_out_of_memory_in_the_test(task, tmp_path, monkeypatch):
 
     command = runs.overrides(task, tmp_path, "trainer.max_epochs=2")
     with monkeypatch.context() as patch:
-        patch.setattr(setup, "predict", predict)
+        patch.setattr(finish, "predict", predict)
         with pytest.raises(UserError, match=r"if it was testing, dataset\.test_batch_size \(now 256\)"):
             runs.run(command)
     goes_on(command, runs.only_run_folder(tmp_path))
@@ -94,15 +73,14 @@ def test_a_gpu_that_fails_ends_the_run_with_its_cause(task, tmp_path, monkeypatc
     command = runs.overrides(task, tmp_path, "trainer.max_epochs=2")
     lost = RuntimeError("CUDA error: unspecified launch failure")
     with monkeypatch.context() as patch:
-        raise_in_step(patch, 5, lost)
         patch.setattr(TrainStep, "release", lambda self: torch.tensor([1]).view(3))
         with pytest.raises(RuntimeError, match="CUDA error: unspecified launch failure") as caught:
-            runs.run(command)
+            runs.run(command, faults.raises(lost, 5))
     assert caught.value is lost
     folder = runs.only_run_folder(tmp_path)
     failure = json.loads((folder / FAILURE_FILE).read_text())
     assert failure["error"] == "RuntimeError: CUDA error: unspecified launch failure"
-    assert "in step" in failure["traceback"] and failure["overrides"] == command
+    assert "in act" in failure["traceback"] and failure["overrides"] == command
     goes_on(command, folder)
 
 
@@ -165,5 +143,5 @@ def test_a_decoding_worker_that_dies_ends_the_run_with_its_cause(task, tmp_path,
             runs.run(command)
     folder = runs.only_run_folder(tmp_path)
     assert "DataLoader worker" in json.loads((folder / FAILURE_FILE).read_text())["error"]
-    monkeypatch.setattr(TrainStep, "__call__", lambda *_: pytest.fail("it was trained again"))
-    assert runs.run(command).epochs == 2
+    again = faults.InStep(1, lambda: pytest.fail("it was trained again"))
+    assert runs.run(command, again).epochs == 2

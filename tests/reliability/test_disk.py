@@ -25,11 +25,6 @@ FAILURES = 6
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    return runs.lay_out_task(tmp_path_factory.mktemp("disk") / "task")
-
-
-@pytest.fixture(scope="module")
 def whole(task, tmp_path_factory):
     outputs = tmp_path_factory.mktemp("disk") / "out"
     runs.run(runs.overrides(task, outputs, *MORE))

@@ -6,15 +6,15 @@ import re
 
 import pytest
 import torch
-from helpers import crashes, runs
+from helpers import crashes, faults, runs
 from safetensors.torch import load_file, save_file
 
 from mambapeft_vision.adapter.model import read_adapter
 from mambapeft_vision.backbones.weights import export_official
 from mambapeft_vision.data import Preprocessing
 from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE
-from mambapeft_vision.engine.step import TrainStep
-from mambapeft_vision.run import assemble as setup
+from mambapeft_vision.engine.module import Normalise
+from mambapeft_vision.run import finish
 from mambapeft_vision.run.build import build_backbone
 from mambapeft_vision.run.failure_record import FAILURE_FILE
 from mambapeft_vision.run.run_config import make_plan
@@ -24,44 +24,23 @@ EPOCHS = "trainer.max_epochs=3"  # of three steps each
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    return runs.lay_out_task(tmp_path_factory.mktemp("numbers") / "task")
-
-
-@pytest.fixture(scope="module")
 def whole(task, tmp_path_factory):
     outputs = tmp_path_factory.mktemp("whole")
     runs.run(runs.overrides(task, outputs, EPOCHS))
     return runs.only_run_folder(outputs)
 
 
-def poison(monkeypatch, step, change):
-    """Calls `change(train_step)` after the gradients of every step from that number (from 0) on."""
-    original, calls = TrainStep._backward, 0
-
-    def backward(self, *arguments):
-        nonlocal calls
-        sums = original(self, *arguments)
-        if calls >= step:
-            change(self)
-        calls += 1
-        return sums
-
-    monkeypatch.setattr(TrainStep, "_backward", backward)
-
-
-def test_a_gradient(task, tmp_path, monkeypatch, whole):
+def test_a_gradient_that_is_not_finite_ends_the_run(task, tmp_path, whole):
     """Step, task, method, module; the last good checkpoint, from which the same command goes on to the same weights."""
 
-    def change(step):
-        step._model.head_parameters()["head.weight"].grad[0, 0] = float("inf")
+    def poison(module):
+        module.model.head_parameters()["head.weight"].grad[0, 0] = float("inf")
 
     command = runs.overrides(task, tmp_path, EPOCHS)
-    with monkeypatch.context() as patch:
-        poison(patch, 4, change)
-        with pytest.raises(NotFiniteError) as caught:
-            runs.run(command)
+    with pytest.raises(NotFiniteError) as caught:
+        runs.run(command, faults.Gradients(5, poison))
     message = str(caught.value)
+    assert "the gradient is not finite" in message
     assert "in step 4 (epoch 2) of lora_p_x on custom/tiny; largest gradient norm: inf in head" in message
     folder = runs.only_run_folder(tmp_path)
     assert f"{folder / CHECKPOINT_FILE} is the last good state" in message
@@ -73,54 +52,44 @@ def test_a_gradient(task, tmp_path, monkeypatch, whole):
     assert not (folder / FAILURE_FILE).exists()
 
 
-@pytest.mark.parametrize(("step", "epoch", "rows"), [(4, 2, 1), (5, 2, 1)])
-def test_weights(task, tmp_path, monkeypatch, whole, step, epoch, rows):
-    """Thrown out of range by an update: seen in the next step or, after an epoch's last, before it is saved."""
-    original, calls = TrainStep._run, 0
+@pytest.mark.parametrize("step", [5, 6])
+def test_weights_that_an_update_throws_out_of_range_are_never_saved(task, tmp_path, whole, step):
+    """They are seen in the next step (5) or, after an epoch's last one (6), before the epoch is counted and saved."""
 
-    def run(self, *arguments):
-        nonlocal calls
-        original(self, *arguments)
-        if calls == step:
-            next(iter(self._model.methods["lora_p_x"].owned().values())).data.view(-1)[0] = float("inf")
-        calls += 1
+    def overflow(module):
+        next(iter(module.model.methods["lora_p_x"].owned().values())).data.view(-1)[0] = float("inf")
 
     command = runs.overrides(task, tmp_path, EPOCHS)
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainStep, "_run", run)
-        with pytest.raises(
-            NotFiniteError, match=rf"weights are not finite \(lora_p_x\.layers.* in step 5 \(epoch {epoch}"
-        ):
-            runs.run(command)
+    with pytest.raises(NotFiniteError, match=r"weights are not finite \(lora_p_x\.layers.* in step 5 \(epoch 2"):
+        runs.run(command, faults.AfterStep(step, overflow))
     folder = runs.only_run_folder(tmp_path)
-    assert len(runs.read_metrics(folder)) == rows
+    assert len(runs.read_metrics(folder)) == 1
     assert all(t.isfinite().all() for t in torch.load(folder / CHECKPOINT_FILE)["state_dict"].values())
     runs.run(command)
     one, two = runs.read_adapter_tensors(folder), runs.read_adapter_tensors(whole)
     assert all(torch.equal(one[name], two[name]) for name in two)
 
 
-def test_the_input(task, tmp_path, monkeypatch):
-    original = setup.Normalise.forward
-    monkeypatch.setattr(setup.Normalise, "forward", lambda self, images: original(self, images) / 0)
+def test_an_input_that_is_not_finite_is_named(task, tmp_path, monkeypatch):
+    original = Normalise.forward
+    monkeypatch.setattr(Normalise, "forward", lambda self, images: original(self, images) / 0)
     with pytest.raises(NotFiniteError, match=r"the input is not finite, and so the loss is nan in step 0 \(epoch 1\)"):
         runs.run(runs.overrides(task, tmp_path, EPOCHS))
 
 
-def test_the_test(task, tmp_path, monkeypatch):
-    """A loss of the test that is not finite is no result."""
-    original = setup.predict
+def test_a_test_loss_that_is_not_finite_is_no_result(task, tmp_path, monkeypatch):
+    original = finish.predict
 
     def predict(*arguments, **options):
         return dataclasses.replace(original(*arguments, **options), loss=float("nan"))
 
-    monkeypatch.setattr(setup, "predict", predict)
+    monkeypatch.setattr(finish, "predict", predict)
     with pytest.raises(NotFiniteError, match="the test loss of lora_p_x on custom/tiny is nan"):
         runs.run(runs.overrides(task, tmp_path, "trainer.max_epochs=1"))
     assert not (runs.only_run_folder(tmp_path) / "result.json").exists()
 
 
-def test_pretrained_weights(task, tmp_path):
+def test_pretrained_weights_with_nan_are_refused(task, tmp_path):
     file = tmp_path / "weights.safetensors"
     export_official(build_backbone(make_plan(runs.compose_train(runs.overrides(task, tmp_path)))), file)
     state = load_file(file)
@@ -132,7 +101,7 @@ def test_pretrained_weights(task, tmp_path):
         runs.run(runs.overrides(task, tmp_path, f"backbone.weights={file}"))
 
 
-def test_an_adapter(whole, tmp_path):
+def test_an_adapter_with_infinity_is_refused(whole, tmp_path):
     for file in ("adapter_config.json", "adapter.safetensors"):
         (tmp_path / file).write_bytes((whole / file).read_bytes())
     state = load_file(tmp_path / "adapter.safetensors")
@@ -142,7 +111,7 @@ def test_an_adapter(whole, tmp_path):
         read_adapter(tmp_path)
 
 
-def test_the_preprocessing():
+def test_a_preprocessing_with_nan_is_refused():
     with pytest.raises(UserError, match="std"):
         Preprocessing((8, 8), "bicubic", (0.5,) * 3, (0.5, float("nan"), 0.5))
 

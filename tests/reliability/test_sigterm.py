@@ -7,37 +7,21 @@ import sys
 
 import pytest
 import torch
-from helpers import runs
+from helpers import faults, runs
 
 from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE
-from mambapeft_vision.engine.step import TrainStep
 from mambapeft_vision.run.exit import PREEMPTED
 from mambapeft_vision.utils.errors import Preempted
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    return runs.lay_out_task(tmp_path_factory.mktemp("sigterm") / "task")
-
-
-def test_the_epoch_under_way_is_the_last_and_is_saved(task, tmp_path, monkeypatch):
+def test_the_epoch_under_way_is_the_last_and_is_saved(task, tmp_path):
     rare = "trainer.checkpoint_every_s=1000"  # no checkpoint but the one that SIGTERM makes
     runs.run(runs.overrides(task, tmp_path / "whole", rare))
     command = runs.overrides(task, tmp_path / "parts", rare)
-    original, calls = TrainStep.__call__, 0
-
-    def told(self, *arguments):
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        original(self, *arguments)
-
     before = signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainStep, "__call__", told)
-        with pytest.raises(Preempted, match="terminated after epoch 2 of 5, which is saved"):
-            runs.run(command)
+    told = faults.InStep(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Preempted, match="terminated after epoch 2 of 5, which is saved"):
+        runs.run(command, told)
     assert signal.getsignal(signal.SIGTERM) is before
     folder = runs.only_run_folder(tmp_path / "parts")
     assert (folder / CHECKPOINT_FILE).is_file() and len(runs.read_metrics(folder)) == 2
@@ -47,22 +31,11 @@ def test_the_epoch_under_way_is_the_last_and_is_saved(task, tmp_path, monkeypatc
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_a_requeue_in_the_middle_of_training_passes_with_its_code(task, tmp_path, monkeypatch):
+def test_a_requeue_in_the_middle_of_training_passes_with_its_code(task, tmp_path):
     """Submitit answers a cluster's signal so, from its signal handler; the requeued job is the same command."""
     command = runs.overrides(task, tmp_path)
-    original, calls = TrainStep.__call__, 0
-
-    def told(self, *arguments):
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            sys.exit(144)
-        original(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainStep, "__call__", told)
-        with pytest.raises(SystemExit) as end:
-            runs.run(command)
+    with pytest.raises(SystemExit) as end:
+        runs.run(command, faults.InStep(5, lambda: sys.exit(144)))
     assert end.value.code == 144
     assert len(runs.read_metrics(runs.only_run_folder(tmp_path))) == 1
     assert runs.run(command).epochs == 5

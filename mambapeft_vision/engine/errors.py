@@ -1,0 +1,34 @@
+"""From what ends training to what its user can act on: the one translator of errors that the machine raises."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from mambapeft_vision.utils.errors import UserError, disk_errors_of
+
+_KEPT = "What was written before is whole, and the same command goes on from there"
+
+
+@contextmanager
+def readable_errors(work: str, *, place: str, other_place: str, memory_remedy: str) -> Iterator[None]:
+    """Translates disk errors, a GPU out of memory, and Lightning's answer to Ctrl-C.
+
+    Args:
+        work: what is done, for messages.
+        place: what is written, where the system does not name a file.
+        other_place: how to choose another place, such as paths.outputs=DIR.
+        memory_remedy: a sentence with what to lower.
+
+    Raises: DiskError, UserError, KeyboardInterrupt; everything else passes.
+    """
+    with disk_errors_of(place, other_place, _KEPT):
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            reason = str(error).split(". If")[0]  # what follows is advice on PyTorch's allocator
+            raise UserError(f"{work} needs more memory than the GPU has: {reason}. {memory_remedy}") from error
+        except SystemExit as end:
+            if end.code != 1:  # a cluster's, such as Submitit's when it has the job requeued
+                raise
+            raise KeyboardInterrupt from end  # Lightning turns Ctrl-C into this exit

@@ -1,0 +1,160 @@
+"""The end of a run: save, merge, test, draw, record."""
+
+import math
+import time
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from mambapeft_vision.engine.callbacks import History
+from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE
+from mambapeft_vision.engine.config import STOP
+from mambapeft_vision.engine.predict import Predictions, predict
+from mambapeft_vision.results.environment import device_name, git_state, library_versions, peak_memory_bytes
+from mambapeft_vision.results.pictures import PAGE_FILE, draw_from_files, page_of_predictions
+from mambapeft_vision.results.record import RunRecord, read_record, write_record
+from mambapeft_vision.run.assemble import Setup
+from mambapeft_vision.run.failure_record import forget_failure
+from mambapeft_vision.run.report_lines import summarise
+from mambapeft_vision.run.run_config import RunPlan
+from mambapeft_vision.utils.console import Console
+from mambapeft_vision.utils.errors import NotFiniteError
+
+
+def finish(
+    plan: RunPlan, setup: Setup, history: History, console: Console, *, pictures: bool, started: float
+) -> RunRecord:
+    """Saves the adapter, merges it, tests the merged model, and returns the result, which is not written yet.
+
+    Args:
+        pictures: whether to draw them.
+        started: `time.monotonic()` at the beginning of this attempt.
+
+    Raises: NotFiniteError for a test loss that is no result.
+    """
+    setup.model.save(plan.folder, _adapter_metadata(plan))
+    counts = setup.model.counts()
+    unmerged = setup.model.merge()
+    predictions = test(setup, console)
+    _check_finite(plan, predictions)
+    predictions.save(plan.folder)
+    if pictures:
+        _draw(plan, setup, predictions)
+    wall_seconds = time.monotonic() - started + history.seconds_before
+    return _make_record(plan, setup, counts, unmerged, history, predictions, wall_seconds)
+
+
+def test(setup: Setup, console: Console) -> Predictions:
+    """Tests the model as it is now on the task's test split."""
+    return predict(
+        setup.model,
+        setup.normalise,
+        setup.task.test_dataloader(),
+        precision=setup.precision,
+        device=setup.device,
+        console=console,
+        cuda_graph=setup.cuda_graph,
+    )
+
+
+def keep(folder: Path, record: RunRecord) -> None:
+    """Writes result.json, which makes the run a finished one, and removes what only an unfinished one needs."""
+    write_record(folder, record)
+    _remove_leftovers(folder)
+
+
+def finished_before(plan: RunPlan) -> RunRecord:
+    """The result of a run that is finished; says that it is not repeated."""
+    record = read_record(plan.folder)
+    with suppress(OSError):  # the folder may be read-only
+        _remove_leftovers(plan.folder)  # there if the run was killed right after its end
+    print(f"{summarise(record, plan.folder)}\nThis run was finished before; resume=false runs it again.")
+    return record
+
+
+def _remove_leftovers(folder: Path) -> None:
+    (folder / CHECKPOINT_FILE).unlink(missing_ok=True)  # the adapter holds what it held
+    forget_failure(folder)
+
+
+def _adapter_metadata(plan: RunPlan) -> dict[str, Any]:
+    commit, dirty = git_state()
+    return {
+        "task": plan.task,
+        "seed": plan.seed,
+        "fingerprint": plan.fingerprint,
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "versions": library_versions(),
+    }
+
+
+def _draw(plan: RunPlan, setup: Setup, predictions: Predictions) -> None:
+    images, _ = next(iter(setup.task.test_dataloader()))
+    what = f"{plan.method_names} on {plan.task}, seed {plan.seed}"
+    page_of_predictions(
+        images[:32].numpy(),
+        predictions.predicted[:32].tolist(),
+        predictions.labels[:32].tolist(),
+        plan.folder / PAGE_FILE,
+        title=f"{what}: {predictions.accuracy:.1%} right",
+    )
+    draw_from_files(plan.folder, title=what, num_classes=setup.task.num_classes)
+
+
+def _check_finite(plan: RunPlan, predictions: Predictions) -> None:
+    if not math.isfinite(predictions.loss):
+        raise NotFiniteError(
+            f"the test loss of {plan.method_names} on {plan.task} is {predictions.loss}, though those of the training "
+            f"were finite; set trainer.precision=fp32, or lower trainer.learning_rate",
+            plan.recipe.on_nonfinite == STOP,
+        )
+
+
+def _make_record(
+    plan: RunPlan,
+    setup: Setup,
+    counts: dict[str, Any],
+    unmerged: dict[str, str],
+    history: History,
+    predictions: Predictions,
+    wall_seconds: float,
+) -> RunRecord:
+    commit, dirty = git_state()
+    last = history.rows[-1]
+    return RunRecord(
+        task=plan.task,
+        group=setup.task.group,
+        methods=plan.methods,
+        seed=plan.seed,
+        accuracy=predictions.accuracy,
+        loss=predictions.loss,
+        num_test=len(predictions.labels),
+        epochs=len(history.rows),
+        train_loss=last["loss"],
+        train_accuracy=last["accuracy"],
+        trainable=counts["trainable"],
+        trainable_by_method=counts["by_method"],
+        head=counts["head"],
+        frozen=counts["frozen"],
+        unmerged=unmerged,
+        train_images_per_second=history.images_per_second,
+        test_images_per_second=predictions.images_per_second,
+        train_seconds=history.seconds,
+        wall_seconds=wall_seconds,
+        peak_memory_bytes=peak_memory_bytes(setup.device),
+        device=str(setup.device),
+        device_name=device_name(setup.device),
+        kernel=setup.kernel,
+        precision=setup.precision,
+        backbone=setup.model.backbone.default_cfg["name"],
+        backbone_sha256=setup.model.backbone_sha256,
+        data_manifest=setup.task.manifest_hash,
+        fingerprint=plan.fingerprint,
+        git_commit=commit,
+        git_dirty=dirty,
+        versions=library_versions(),
+        finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        config=plan.config,
+    )

@@ -1,0 +1,56 @@
+"""The order of a run's callbacks."""
+
+import io
+from pathlib import Path
+
+from mambapeft_vision.engine.callbacks import (
+    Checkpoints,
+    History,
+    ProgressLine,
+    StopAtNonFinite,
+    StopAtSigterm,
+    WarmupPhases,
+    callbacks_of_a_run,
+)
+from mambapeft_vision.engine.device import resolve_device
+from mambapeft_vision.engine.loop import make_trainer
+from mambapeft_vision.pretraining.callbacks import Length, Report, Validation, callbacks_of_pretraining
+from mambapeft_vision.utils.console import Console
+
+# What must come before what; `callbacks_of_a_run` says why.
+BEFORE = [
+    (StopAtNonFinite, History),
+    (StopAtNonFinite, Checkpoints),
+    (History, ProgressLine),
+    (WarmupPhases, Checkpoints),
+    (Checkpoints, StopAtSigterm),
+]
+BEFORE_IN_PRETRAINING = [(Length, Report), (Report, Validation), (Report, Checkpoints), (Checkpoints, StopAtSigterm)]
+
+
+def kinds_in_trainer(callbacks) -> list[type]:
+    """Lightning moves callbacks of some kinds to the end."""
+    trainer = make_trainer(resolve_device("cpu"), callbacks, max_epochs=1)
+    return [type(callback) for callback in trainer.callbacks]
+
+
+def test_callbacks_of_a_run_are_called_in_the_stated_order():
+    kinds = kinds_in_trainer(
+        callbacks_of_a_run(
+            task="a task",
+            methods="a method",
+            checkpoint=Path("checkpoint.ckpt"),
+            checkpoint_every_s=0,
+            ends_sweep=True,
+            history=History(Path("metrics.csv"), print),
+            console=Console(stream=io.StringIO()),
+        )
+    )
+    assert all(kinds.index(first) < kinds.index(second) for first, second in BEFORE)
+    assert set(kinds) == {kind for pair in BEFORE for kind in pair}
+
+
+def test_callbacks_of_pretraining_are_called_in_the_stated_order():
+    kinds = kinds_in_trainer(callbacks_of_pretraining(Path("checkpoint"), 0, print))
+    assert all(kinds.index(first) < kinds.index(second) for first, second in BEFORE_IN_PRETRAINING)
+    assert set(kinds) == {kind for pair in BEFORE_IN_PRETRAINING for kind in pair}

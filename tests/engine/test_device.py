@@ -1,0 +1,39 @@
+"""The choice of a device from its name."""
+
+import pytest
+import torch
+
+from mambapeft_vision.engine.device import resolve_device
+from mambapeft_vision.utils.errors import UserError
+
+
+def with_gpus(monkeypatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+def test_cuda_and_auto_are_one_device(monkeypatch):
+    with_gpus(monkeypatch, 2)
+    assert resolve_device("auto") == resolve_device("cuda") == resolve_device("cuda:0") == torch.device("cuda", 0)
+    assert resolve_device("cuda:1") == torch.device("cuda", 1) and resolve_device("cpu") == torch.device("cpu")
+
+
+def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch):
+    with_gpus(monkeypatch, 0)
+    assert resolve_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["cuda", "auto"])
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch, name):
+    with_gpus(monkeypatch, 2)
+    assert [resolve_device(name, rank) for rank in (0, 1)] == [torch.device("cuda", 0), torch.device("cuda", 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("cuda", "PyTorch sees 0 GPUs"), ("cuda:3", "PyTorch sees 0 GPUs"), ("tpu", "expected auto, cpu, cuda or cuda:N")],
+)
+def test_a_device_that_is_not_there_is_refused(monkeypatch, name, message):
+    with_gpus(monkeypatch, 0)
+    with pytest.raises(UserError, match=message):
+        resolve_device(name)
