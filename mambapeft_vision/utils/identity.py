@@ -71,9 +71,9 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         config: plain containers, as a run records them.
-    Returns: the config without `UNDECIDING` keys. Paths below paths.data are relative to it, other paths relative to the
-        working directory where they are below it, so that `task`, `./task` and its absolute path are one task; `cuda`
-        and `cuda:N` are `auto`; classes have their first names.
+    Returns: the config without `UNDECIDING` keys. Paths below paths.data are relative to it, other paths relative to
+        the working directory where they are below it: `task`, `./task` and its absolute path are one task. The devices
+        `cuda` and `cuda:N` are `auto`. Classes have their first names.
     """
     data = str(config["paths"]["data"])
     kept = _without(config, UNDECIDING)
