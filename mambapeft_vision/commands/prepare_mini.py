@@ -91,7 +91,7 @@ def _summary(report: TaskReport) -> str:
 
 
 def _parser() -> ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
+    common = ArgumentParser(add_help=False)
     common.add_argument(
         "--out", type=Path, default=Path("data/mini"), help="folder of the task folders (default: %(default)s)"
     )

@@ -19,6 +19,7 @@ class ArgumentParser(argparse.ArgumentParser):
         prog: what --help calls the command, such as `mambapeft sweep`.
         description: text for --help, whose line breaks are kept.
         usage: the command line for --help; argparse writes one if it is None.
+        parents, add_help: as argparse takes them.
 
     Example:
         >>> parser = ArgumentParser("mambapeft sweep", "Many runs.")
@@ -28,12 +29,22 @@ class ArgumentParser(argparse.ArgumentParser):
         (2, ['method=a,d', 'seed=0'])
     """
 
-    def __init__(self, prog: str | None = None, description: str | None = None, usage: str | None = None) -> None:
+    def __init__(
+        self,
+        prog: str | None = None,
+        description: str | None = None,
+        usage: str | None = None,
+        *,
+        parents: Sequence[argparse.ArgumentParser] = (),
+        add_help: bool = True,
+    ) -> None:
         super().__init__(
             prog,
             usage,
             description,
+            parents=parents,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            add_help=add_help,
             allow_abbrev=False,
         )
 

@@ -4,10 +4,10 @@ Light to import: `--help`, tab completion and config errors do not wait for PyTo
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from mambapeft_vision.engine.config import TrainerConfig
 from mambapeft_vision.pretraining.config import PretrainConfig
@@ -53,6 +53,12 @@ class EvaluateConfig:
     dataset_folder: str | None = MISSING
     backbone_weights: str | None = MISSING
     paths: MethodPathsConfig = MISSING
+
+
+def to_dict(cfg: DictConfig) -> dict[str, Any]:
+    """A composed config in plain containers, interpolations resolved. Raises OmegaConf's error for missing values."""
+    container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    return cast(dict[str, Any], container)  # a DictConfig becomes a dict whose keys are the schema's names
 
 
 def register_schemas() -> None:

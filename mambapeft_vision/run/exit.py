@@ -147,7 +147,7 @@ def _message(error: Exception) -> str:
             return (file[0] if file else "") + _config_error(cause)
     if isinstance(error, OmegaConfBaseException):
         return _config_error(error)
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno in DISK_REMEDIES:
         return f"{error.filename}: {error.strerror}; {DISK_REMEDIES[error.errno]}"
     return str(error)
 

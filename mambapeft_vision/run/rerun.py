@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 
 from mambapeft_vision.results.record import RunRecord, read_record
 from mambapeft_vision.run.config import TrainConfig
@@ -109,7 +109,7 @@ def _root_config(record: RunRecord, arguments: Sequence[str], configs: Path) -> 
     unknown = [key for key in record.config if key not in known]
     if unknown:
         raise UserError(f"the record's config has {', '.join(unknown)}, which this release does not know")
-    root = OmegaConf.to_container(OmegaConf.load(configs / "train.yaml"), resolve=False)
+    root = yaml.safe_load((configs / "train.yaml").read_text(encoding="utf-8"))
     groups = [{group: None} for group in _GROUPS]
     values = {key: value for key, value in record.config.items() if key not in chosen}
     defaults = ["train_schema", "_self_", *groups]

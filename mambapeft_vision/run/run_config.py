@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from mambapeft_vision.engine.config import TrainerConfig
-from mambapeft_vision.run.config import METHOD_SIZES, PathsConfig, TrainConfig
+from mambapeft_vision.run.config import METHOD_SIZES, PathsConfig, TrainConfig, to_dict
 from mambapeft_vision.run.exit import nearest
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.identity import fingerprint, identity
@@ -135,7 +135,7 @@ def _checked(cfg: DictConfig) -> dict[str, Any]:
         raise UserError("method=[] names no method; for the head alone choose method=linear_probe")
     if cfg.get("pretrain") is not None:
         raise UserError("pretrain=... is no fine-tuning run; start it with train.py, and alone")
-    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    config = to_dict(cfg)
     config.pop("pretrain", None)
     if config["method_sizes"] not in METHOD_SIZES:
         raise UserError(f"method_sizes={config['method_sizes']!r}; expected one of {', '.join(METHOD_SIZES)}")
@@ -214,4 +214,4 @@ def _check_keys(cfg: DictConfig, schema: type, prefix: str) -> None:
     known = [field.name for field in dataclasses.fields(schema)]
     for key in cfg:
         if key not in known:
-            raise UserError(f"{prefix}{key} is no key of the config; {nearest(str(key), known)}")
+            raise UserError(f"{prefix}{key!s} is no key of the config; {nearest(str(key), known)}")

@@ -46,7 +46,7 @@ def parse(
     if options.seeds is not None:
         overrides.append(f"seed={options.seeds}")
     # The protocol is part of every name, so that no output of a search on test images can be mistaken.
-    name = options.name or "_".join([options.space, *([preset] if tuned else []), options.protocol])
+    name = options.name or "_".join([options.space, *([str(preset)] if tuned else []), options.protocol])
     return Search(
         name=name,
         space=read_space(configs / "search" / f"{options.space}.yaml", presets, preset),
