@@ -31,7 +31,7 @@ demo: $(INSTALLED) ## fine-tune a small pretrained Vim three ways on real images
 	$(BIN)/mambapeft demo
 
 check-science: $(INSTALLED) ## is the order scratch < linear_probe < lora_p_x still there? (CPU; nightly-sized)
-	$(BIN)/mambapeft check_science
+	$(BIN)/mambapeft check-science
 
 test: $(INSTALLED) ## all tests (GPU tests skip themselves where there is no GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --ignore=tests/kernels tests

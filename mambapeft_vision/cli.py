@@ -13,7 +13,7 @@ from mambapeft_vision.run.arguments import ArgumentParser
 from mambapeft_vision.run.exit import run_cli
 from mambapeft_vision.utils.typed import nearest
 
-# Command → what it does; mambapeft_vision/commands/<command>.py does it.
+# Command → what it does; the module of its name in mambapeft_vision/commands does it.
 COMMANDS = {
     "train": "fine-tune a backbone on a task, or on many (-m); takes what train.py takes",
     "evaluate": "test the adapter of a finished run again, merged",
@@ -30,6 +30,7 @@ COMMANDS = {
     "count": "trained parameters of every preset beside the published table",
     "methods": "list the methods, or describe some",
     "demo": "fine-tune a small pretrained Vim three ways on a CPU",
+    "check-science": "does pretraining help, and LoRA_p(X) add to it? 24 runs on a CPU",
     "sync": "upload finished runs to Weights & Biases",
     "cache": "list or clean the cache of decoded images",
 }
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str]) -> int | None:
     command, *rest = arguments
     if command not in COMMANDS:
         _parser().error(f"{command} is no command; {nearest(command, COMMANDS)}")
-    code: int | None = import_module(f"mambapeft_vision.commands.{command}").main(rest)
+    code: int | None = import_module(f"mambapeft_vision.commands.{command.replace('-', '_')}").main(rest)
     return code
 
 

@@ -1,6 +1,6 @@
-"""`mambapeft check_science` under its older name."""
+"""`mambapeft check-science` under its older name."""
 
 from mambapeft_vision.cli import run
 
 if __name__ == "__main__":
-    run("check_science")
+    run("check-science")

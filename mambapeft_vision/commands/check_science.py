@@ -25,7 +25,7 @@ EXPECTED = ("scratch", "linear_probe", "lora_p_x")  # of full fine-tuning nothin
 
 def main(arguments: Sequence[str]) -> int:
     configs = configs_folder()
-    records = records_of(fixed_sweep(sweep_parser("mambapeft check_science", __doc__), RUNS, arguments, configs))
+    records = records_of(fixed_sweep(sweep_parser("mambapeft check-science", __doc__), RUNS, arguments, configs))
     (collection,) = collect(records, read_standard(configs))
     for table in tables_of(collection):
         print(f"\n{to_markdown(table)}")
