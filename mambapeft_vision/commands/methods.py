@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from mambapeft_vision.adapter.presets import Preset, read_presets
 from mambapeft_vision.run.arguments import ArgumentParser
-from mambapeft_vision.utils.typed import nearest
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.paths import configs_folder
+from mambapeft_vision.utils.typed import nearest
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -8,8 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mambapeft_vision.utils.typed import nearest
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.typed import nearest
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -7,8 +7,8 @@ from mambapeft_vision.adapter.presets import read_presets
 from mambapeft_vision.run.arguments import ArgumentParser, positive
 from mambapeft_vision.search.search import PROTOCOLS, Search
 from mambapeft_vision.search.space import read_space
-from mambapeft_vision.utils.typed import nearest
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.typed import nearest
 
 FOLDER = Path("searches")
 

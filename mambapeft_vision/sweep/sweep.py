@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mambapeft_vision.adapter.presets import read_presets
-from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.results.record import RunRecord, read_record
 from mambapeft_vision.results.tables import find_records
 from mambapeft_vision.run.arguments import ArgumentParser, positive
@@ -22,6 +21,7 @@ from mambapeft_vision.sweep.jobs import Job, State, plan_jobs
 from mambapeft_vision.sweep.pool import Pool, visible_gpus
 from mambapeft_vision.utils.errors import disk_errors_of
 from mambapeft_vision.utils.paths import configs_folder
+from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.utils.progress import format_duration
 
 LOGS = ".sweep"  # below paths.outputs
