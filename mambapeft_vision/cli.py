@@ -28,6 +28,7 @@ COMMANDS = {
     "reproduce": "the whole table of MambaPEFT: sweep, collect, report",
     "convert": "adapters of the published code in, plain checkpoints and hub folders out",
     "count": "trained parameters of every preset beside the published table",
+    "keys": "list the keys of a config with type, default and meaning",
     "methods": "list the methods, or describe some",
     "demo": "fine-tune a small pretrained Vim three ways on a CPU",
     "check-science": "does pretraining help, and LoRA_p(X) add to it? 24 runs on a CPU",

@@ -25,11 +25,11 @@ ALLOWED: dict[str, set[str]] = {
     "results": {"adapter", "data", "utils"},
 }
 ALLOWED["loggers"] = {"results", "utils"}
+ALLOWED["pretraining"] = {"engine", "data", "backbones", "backbones.contract", "kernels", "utils"}
 ALLOWED["run"] = {*ALLOWED, "loggers"}
 ALLOWED["sweep"] = {*ALLOWED, "run"}
 ALLOWED["search"] = {*ALLOWED, "sweep"}
-ALLOWED["pretraining"] = {"engine", "data", "backbones", "backbones.contract", "kernels", "utils"}
-ALLOWED["integrations"] = {*ALLOWED} - {"pretraining"}
+ALLOWED["integrations"] = {*ALLOWED}
 ALLOWED["benchmarks"] = {*ALLOWED}
 ALLOWED["package"] = {*ALLOWED} - {"benchmarks"}  # the public names in mambapeft_vision/__init__.py
 ALLOWED["commands"] = {*ALLOWED}

@@ -3,8 +3,8 @@
   mambapeft pretrain folder sources.mine.path=/path/to/images steps=2000
   mambapeft pretrain vim_nano minutes=5
 
-NAME is a file of configs/pretrain; every other word is one of its keys. `mambapeft pretrain vim_nano minutes=5` is short
-for `mambapeft train pretrain=vim_nano pretrain.minutes=5`.
+NAME is a file of configs/pretrain; every other word is one of its keys. The second line is short for
+`mambapeft train pretrain=vim_nano pretrain.minutes=5`.
 """
 
 from collections.abc import Sequence

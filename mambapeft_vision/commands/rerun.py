@@ -7,7 +7,7 @@ from mambapeft_vision.run.arguments import ArgumentParser
 from mambapeft_vision.run.rerun import FLAG
 
 
-def main(arguments: Sequence[str]) -> int | None:
+def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(
         "mambapeft rerun",
         "A recorded run again, on the images and weights that it had; the outcome is compared with the recorded one.\n"
@@ -16,4 +16,4 @@ def main(arguments: Sequence[str]) -> int | None:
     )
     parser.add_argument("result", help="result.json, or the folder of a finished run")
     options, rest = parser.parse_known_args(arguments)
-    return train.main([f"{FLAG}={options.result}", *rest])
+    train.main([f"{FLAG}={options.result}", *rest])
