@@ -12,7 +12,7 @@ OLDEST ?= .venv-oldest
 NEWEST ?= .venv-newest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check-science test test-gpu test-oldest test-newest audit lint format bench report clean
+.PHONY: help install demo check-science test test-gpu test-oldest test-newest audit lint format wheel bench report clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -28,10 +28,10 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 demo: $(INSTALLED) ## fine-tune a small pretrained Vim three ways on real images, on the CPU: a table and a picture
-	$(BIN)/python scripts/demo.py
+	$(BIN)/mambapeft demo
 
 check-science: $(INSTALLED) ## is the order scratch < linear_probe < lora_p_x still there? (CPU; nightly-sized)
-	$(BIN)/python scripts/check_science.py
+	$(BIN)/mambapeft check-science
 
 test: $(INSTALLED) ## all tests (GPU tests skip themselves where there is no GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --ignore=tests/kernels tests
@@ -55,17 +55,22 @@ audit: $(INSTALLED) ## known vulnerabilities of the versions in constraints.txt,
 	$(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install --quiet pip-audit
 	.venv-audit/bin/pip-audit --requirement constraints.txt --disable-pip --no-deps --strict
 
-lint: $(INSTALLED) ## check style and formatting
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: $(INSTALLED) ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(INSTALLED) ## apply style and formatting
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+wheel: $(INSTALLED) ## build the package that pip installs, into dist/
+	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
 
 bench: $(INSTALLED) ## kernel benchmarks (needs a GPU)
 	$(BIN)/python scripts/bench_kernels.py
 
 report: $(INSTALLED) ## every table and picture of the published runs (results/), into results/report/
-	$(BIN)/python scripts/collect_results.py results --all results/report
+	$(BIN)/mambapeft report results --out results/report
 
 clean: ## remove the environment and everything that was built; runs and data stay
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) .venv-audit build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) .venv-audit build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

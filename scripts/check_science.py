@@ -1,41 +1,6 @@
-"""Checks on a CPU that pretraining helps and that LoRA_p(X) adds to it: scratch < linear_probe < lora_p_x.
+"""`mambapeft check-science` under its older name."""
 
-python scripts/check_science.py [workers=N] [--dry-run] [any Hydra override]
-
-Four methods (the fourth is full fine-tuning), three tasks that need no download, two seeds, on the embedded vim_nano,
-through the sweep: finished runs are not repeated. Ends with tables and the verdict on the mean over tasks and seeds;
-exit code 1 where the order is lost. Not a part of `make test`: it trains for a while.
-"""
-
-import sys
-from pathlib import Path
-
-from mambapeft_vision.results.ordering import ordering
-from mambapeft_vision.results.tables import collect, read_standard, tables_of, to_markdown
-from mambapeft_vision.run.exit import CRASH, run_cli
-from mambapeft_vision.sweep.sweep import fixed_sweep, records_of
-
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-RUNS = [
-    "experiment=demo",
-    "dataset=mini/digits,mini/sprites_loc,mini/solids_count",
-    "method=scratch,linear_probe,lora_p_x,full",
-    "seed=0,1",
-    "trainer.device=cpu",
-]
-EXPECTED = ("scratch", "linear_probe", "lora_p_x")  # of full fine-tuning nothing is expected
-
-
-def main() -> None:
-    records = records_of(fixed_sweep(__doc__, RUNS, sys.argv[1:], CONFIGS))
-    (collection,) = collect(records, read_standard(CONFIGS))
-    for table in tables_of(collection):
-        print(f"\n{to_markdown(table)}")
-    verdict = ordering(records, EXPECTED)
-    print(verdict)
-    if verdict.broken:
-        sys.exit(CRASH)
-
+from mambapeft_vision.cli import run
 
 if __name__ == "__main__":
-    run_cli(main)
+    run("check-science")

@@ -1,66 +1,6 @@
-"""Convert between formats.
+"""`mambapeft convert` under its older name."""
 
-from-reference   an adapter trained with the published MambaPEFT code  →  adapter folder of ours
-merge            adapter folder + backbone weights  →  official Vim checkpoint (.pth or .safetensors)
-to-hub           adapter folder  →  Hugging Face hub folder; with --push it is uploaded
-"""
-
-import argparse
-import json
-import sys
-from pathlib import Path
-
-from mambapeft_vision.integrations.convert import from_reference, merge_to_official, push_to_hub, to_hub_folder
-from mambapeft_vision.utils.errors import UserError
-
-
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = top.add_subparsers(dest="command", required=True)
-
-    reference = commands.add_parser("from-reference", help="reference adapter → ours")
-    reference.add_argument("config", help="its config: the .py file (parsed, never run) or JSON")
-    reference.add_argument("checkpoint", help="the .pth its trainer saved")
-    reference.add_argument("--weights", required=True, help="the backbone's official checkpoint")
-    reference.add_argument("--out", required=True, help="folder to write")
-
-    merge = commands.add_parser("merge", help="ours → merged official checkpoint")
-    merge.add_argument("adapter", help="folder of a run or adapter")
-    merge.add_argument("--weights", default="official", help="of the backbone: official, random or a file")
-    merge.add_argument("--out", required=True, help=".pth or .safetensors to write")
-
-    hub = commands.add_parser("to-hub", help="ours → Hugging Face hub folder")
-    hub.add_argument("adapter", help="folder of a run or adapter")
-    hub.add_argument("--out", required=True, help="folder to write")
-    hub.add_argument("--push", metavar="USER/NAME", help="also upload it to this repository (needs a token)")
-    return top
-
-
-def run(args: argparse.Namespace) -> None:
-    if args.command == "from-reference":
-        model = from_reference(args.config, args.checkpoint, args.weights, args.out)
-        print(
-            f"wrote {args.out}: {', '.join(model.methods) or 'linear probe'}, {model.counts()['trainable']:,} trained"
-        )
-    elif args.command == "merge":
-        merge_to_official(args.adapter, args.weights, args.out)
-        print(f"wrote {args.out}")
-    else:
-        record = Path(args.adapter) / "result.json"
-        folder = to_hub_folder(args.adapter, args.out, json.loads(record.read_text()) if record.is_file() else None)
-        print(f"wrote {folder}")
-        if args.push:
-            print(push_to_hub(folder, args.push))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    try:
-        run(parser().parse_args(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
+from mambapeft_vision.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run("convert")

@@ -1,9 +1,6 @@
-#!/usr/bin/env python
-"""Fetch, lay out and check VTAB-1K. `python scripts/prepare_vtab1k.py --help` says how."""
+"""`mambapeft prepare vtab1k` under its older name."""
 
-import sys
-
-from mambapeft_vision.data.prepare.vtab1k import main
+from mambapeft_vision.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run("prepare", "vtab1k")

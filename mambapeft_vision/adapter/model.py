@@ -19,10 +19,10 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from mambapeft_vision.methods.method import Method, backbone_parameters, bake_weights
-from mambapeft_vision.utils.typed import check_arguments
 from mambapeft_vision.utils.atomic import atomic_path, write_json
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.state_dict_checks import check_finite, check_state
+from mambapeft_vision.utils.typed import check_arguments
 
 ADAPTER_FILE = "adapter.safetensors"
 CONFIG_FILE = "adapter_config.json"

@@ -16,7 +16,29 @@ STOP, SKIP_RUN = ON_NONFINITE = ("stop", "skip_run")
 
 @dataclass
 class TrainerConfig:
-    """The recipe and how it is run. Documented key by key in configs/trainer/default.yaml."""
+    """The recipe and how it is run.
+
+    Args:
+        max_epochs: passes over the training images.
+        learning_rate: AdamW's, at the end of the warm-up.
+        min_lr: where the cosine ends; absolute, for every parameter group.
+        weight_decay: AdamW's, decoupled.
+        betas: AdamW's two decay rates of moments.
+        eps: AdamW's term in the denominator.
+        warmup_epochs: epochs of linear warm-up, a little each step; a cosine that falls once an epoch follows.
+        start_factor: share of the learning rate in the very first step.
+        clip_norm: largest global norm of the gradient; null clips nothing.
+        head_lr_mult: multiplies the head's learning rate.
+        head_decay_mult: multiplies the head's weight decay.
+        precision: auto (bf16 on a GPU, fp32 on a CPU), bf16 (mixed), tf32 or fp32.
+        micro_batch: images in a pass, whose gradients add up to the batch's; null takes the batch in one pass.
+        cuda_graph: capture the training step on a GPU and replay it; false launches kernel by kernel.
+        device: auto, cpu, cuda or cuda:N.
+        devices: GPUs of one run, which share each batch.
+        checkpoint_every_s: seconds between checkpoints, at ends of epochs; 0 writes one after every epoch.
+        picture: draw learning curves, a confusion matrix and some test images.
+        on_nonfinite: stop or skip_run: whether a run that meets NaN or infinity ends its sweep too.
+    """
 
     max_epochs: int = MISSING
     learning_rate: float = MISSING

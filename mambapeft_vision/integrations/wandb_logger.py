@@ -4,12 +4,14 @@ import re
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mambapeft_vision.results.record import RunRecord
-from mambapeft_vision.run.run_config import RunPlan
 from mambapeft_vision.utils.atomic import write_text
 from mambapeft_vision.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from mambapeft_vision.run.run_config import RunPlan
 
 WANDB_ID_FILE = "wandb_id.txt"
 
@@ -17,7 +19,7 @@ WANDB_ID_FILE = "wandb_id.txt"
 class RunLogger(Protocol):
     pictures: bool  # whether it wants the run's pictures
 
-    def start(self, plan: RunPlan) -> None:
+    def start(self, plan: "RunPlan") -> None:
         """Called once, before training."""
 
     def log_epoch(self, row: dict[str, float]) -> None:
@@ -32,7 +34,7 @@ class NoLogger:
 
     pictures = False
 
-    def start(self, plan: RunPlan) -> None:
+    def start(self, plan: "RunPlan") -> None:
         """Nothing to start."""
 
     def log_epoch(self, row: dict[str, float]) -> None:
@@ -59,7 +61,7 @@ class WandbLogger:
         self.pictures = pictures
         self._run: Any = None
 
-    def start(self, plan: RunPlan) -> None:
+    def start(self, plan: "RunPlan") -> None:
         self._run = self._begin(
             id=run_id(plan.folder),
             name=f"{plan.task} {plan.method_names} seed {plan.seed}",

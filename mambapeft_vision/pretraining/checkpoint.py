@@ -12,9 +12,7 @@ from mambapeft_vision.pretraining.config import PretrainConfig, to_dict
 from mambapeft_vision.pretraining.module import STATE
 from mambapeft_vision.pretraining.sources import Source
 from mambapeft_vision.utils.errors import UserError
-
-# Where things lie and how they are watched decides nothing; of a source its content counts, not its path.
-_NEUTRAL = ("out", "device", "workers", "evaluations", "checkpoint_every_s")
+from mambapeft_vision.utils.identity import UNDECIDING_IN_PRETRAINING
 
 
 def checkpoint_file(config: PretrainConfig) -> Path:
@@ -24,7 +22,7 @@ def checkpoint_file(config: PretrainConfig) -> Path:
 
 def identity(config: PretrainConfig, sources: Iterable[Source], device: torch.device) -> str:
     """sha256 of all that decides the weights: settings, images, kind of device."""
-    settings = {key: value for key, value in to_dict(config).items() if key not in _NEUTRAL}
+    settings = {key: value for key, value in to_dict(config).items() if key not in UNDECIDING_IN_PRETRAINING}
     settings["sources"] = {
         source.name: {**settings["sources"][source.name], "path": source.sha256} for source in sources
     }

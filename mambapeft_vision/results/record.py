@@ -8,6 +8,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from mambapeft_vision.results.migrations import migrated_result
 from mambapeft_vision.utils.atomic import write_json
 from mambapeft_vision.utils.errors import UserError
 
@@ -86,6 +87,7 @@ def read_record(path: str | Path) -> RunRecord:
 
 def record_of(content: Any, where: str) -> RunRecord:
     """The record that was written as `content`. Raises: UserError naming `where` and every wrong field."""
+    content = migrated_result(content)
     problems = _problems(content)
     if problems:
         raise UserError(f"{where} is no result of schema {SCHEMA_VERSION}: {'; '.join(problems)}")

@@ -24,6 +24,7 @@ from mambapeft_vision.results.bundle import SUFFIX, read_bundle
 from mambapeft_vision.results.paper import PAPER, PaperRow, paper_row
 from mambapeft_vision.results.record import RESULT_FILE, RunRecord, read_record
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.identity import SAME_EXPERIMENT
 
 GROUPS = {
     group.capitalize(): tuple(task.name for task in TASKS.values() if task.group == group)
@@ -101,13 +102,10 @@ class Standard:
         if config.get("method_sizes", "given") != "given":
             given["method_sizes"] = config["method_sizes"]
         expected, given = _flat(expected), _flat(given)
-        neutral = {"trainer.checkpoint_every_s", "trainer.picture", "trainer.device", "trainer.cuda_graph"}
-        neutral |= {"trainer.on_nonfinite"}
-        neutral |= {key for key in expected if key.startswith("trainer.") and key not in given}  # newer than the record
         return {
             key.removeprefix("method.").removeprefix("trainer."): given.get(key, "default")
             for key in sorted(given.keys() | expected.keys())
-            if key not in neutral and (key not in given or key not in expected or given[key] != expected[key])
+            if key not in SAME_EXPERIMENT and (key not in given or key not in expected or given[key] != expected[key])
         }
 
 

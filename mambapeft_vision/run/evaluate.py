@@ -14,6 +14,7 @@ from mambapeft_vision.adapter.model import AdaptedModel, Adapter, read_adapter
 from mambapeft_vision.engine.predict import Predictions
 from mambapeft_vision.methods import add_methods_folder
 from mambapeft_vision.results.environment import device_name, git_state, library_versions
+from mambapeft_vision.results.migrations import migrated_config
 from mambapeft_vision.results.record import RESULT_FILE, RunRecord, read_record
 from mambapeft_vision.run.assemble import Setup, assemble
 from mambapeft_vision.run.config import TrainConfig
@@ -65,7 +66,8 @@ def _read_config(path: Path) -> DictConfig:
         text = path.read_text(encoding="utf-8")
         if "${" in text:  # OmegaConf would look up what it names, such as variables of the environment
             raise UserError(f"{path} holds references (${{...}}); expected resolved values, as a run writes them")
-        return OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.create(text))
+        config = migrated_config(OmegaConf.to_container(OmegaConf.create(text)))
+        return OmegaConf.merge(OmegaConf.structured(TrainConfig), config)
     except UserError:
         raise
     except OSError as error:

@@ -87,14 +87,15 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
     return wrapped
 
 
-def run_cli(main: Callable[[], None]) -> None:
-    """Calls a `@hydra.main` function and leaves with exit code 0, 1 (crash), 2 (mistake) or 130."""
+def run_cli(main: Callable[[], int | None]) -> None:
+    """Calls a command and leaves with its exit code, or with 1 (crash), 2 (mistake), 130 or 143 (told to end)."""
     # Where other programs want the cores too, PyTorch's spinning threads would make a step 30 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises what happened; it is described here
     failures: list[Failure] = []
+    code = None
     try:
-        main()
+        code = main()
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -113,6 +114,8 @@ def run_cli(main: Callable[[], None]) -> None:
         lines = [f"  {failure.overrides}: {failure.error}" for failure in failures]
         print(f"\n{len(failures)} of the runs failed:\n" + "\n".join(lines), file=sys.stderr)
         sys.exit(USER_MISTAKE if all(failure.mistake for failure in failures) else CRASH)
+    if code:
+        sys.exit(code)
 
 
 def is_mistake(error: Exception) -> bool:
@@ -144,7 +147,7 @@ def _message(error: Exception) -> str:
             return (file[0] if file else "") + _config_error(cause)
     if isinstance(error, OmegaConfBaseException):
         return _config_error(error)
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno in DISK_REMEDIES:
         return f"{error.filename}: {error.strerror}; {DISK_REMEDIES[error.errno]}"
     return str(error)
 

@@ -44,9 +44,11 @@ def glob_options(override: Override, folders: Sequence[Path]) -> tuple[str, ...]
     Hydra's own glob() does not see options in subfolders, such as those of dataset/vtab.
     Raises: UserError where there are none.
     """
+    pattern = override.value()
+    assert isinstance(pattern, Glob)  # callers have asked
     groups = [folder / override.key_or_group for folder in folders]
     known = {str(file.relative_to(group).with_suffix("")) for group in groups for file in group.rglob("*.yaml")}
-    names = tuple(override.value().filter(sorted(known)))
+    names = tuple(pattern.filter(sorted(known)))
     if not names:
         raise UserError(
             f"{override.input_line} matches nothing in {' or '.join(map(str, groups))}; "

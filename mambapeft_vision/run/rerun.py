@@ -1,50 +1,68 @@
 """`train.py --from-result PATH`: a recorded run again, from what its result.json says.
 
-The record becomes a root config of Hydra's, so that further overrides work as ever: keys are changed, and a group that
+The result becomes a root config of Hydra's, so that further overrides work as ever: keys are changed, and a group that
 is chosen anew (logger=wandb, method=[a,d]) takes the place of what was recorded. Light to import, as config.py is.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
+from hydra.core.config_store import ConfigStore
 
 from mambapeft_vision.results.record import RunRecord, read_record
 from mambapeft_vision.run.config import TrainConfig
-from mambapeft_vision.run.run_config import NO_PART_OF_IDENTITY
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.identity import undeciding
 
 FLAG = "--from-result"
-_NAME = "from_result"  # of the root config
+ROOT_CONFIG = "from_result"  # its name in Hydra's store
 _GROUPS = ("backbone", "dataset", "trainer", "logger", "method", "experiment")
 _NOT_BESIDE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp")
 # What may differ between the sections of a run and of the record that it is compared with.
-_WHERE = ("folder", "num_workers", "test_batch_size", "seed", "batch_size")
+_WHERE = {"folder", "seed", "batch_size", *undeciding("dataset")}
 
 
-@contextmanager
-def recorded(arguments: Sequence[str], configs: Path) -> Iterator[tuple[list[str], RunRecord | None]]:
-    """A command line of train.py as Hydra takes it, for the time of the context, and the record that it names.
+def split_flag(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of `--from-result` in a command line, None without it, and the other words.
+
+    Raises: UserError where it is given twice, names nothing, or stands beside a choice of Hydra's root config.
+    """
+    path, rest, words = None, [], iter(arguments)
+    for word in words:
+        flag, _, value = word.partition("=")
+        if flag != FLAG:
+            rest.append(word)
+            continue
+        if path is not None:
+            raise UserError(f"{FLAG} is given twice; expected one result.json or run folder")
+        path = value or next(words, "")
+    if path == "":
+        raise UserError(f"{FLAG} names no file; expected a result.json or the folder of a finished run")
+    if path is not None:
+        beside = [word for word in rest if word.partition("=")[0] in _NOT_BESIDE]
+        if beside:
+            raise UserError(f"{FLAG} brings a config of its own; leave {beside[0]} out")
+    return path, rest
+
+
+def store_root_config(path: str | Path, arguments: Sequence[str], configs: Path) -> RunRecord:
+    """Puts a recorded run's config into Hydra's store as `ROOT_CONFIG`, from where it is composed as train.yaml is.
 
     Args:
+        path: a result.json, or the folder of a finished run.
+        arguments: the overrides that it will be composed with; a group chosen there is not taken from the result.
         configs: folder with train.yaml.
-    Raises: UserError for a record that cannot be read or used.
+    Returns: the result, which the new run is compared with.
+    Raises: UserError for a result that cannot be read or used.
     """
-    path, rest = _split(arguments)
-    if path is None:
-        yield list(arguments), None
-        return
     record = read_record(path)
-    with tempfile.TemporaryDirectory(prefix="from-result-") as folder:
-        root = _root_config(record, rest, configs)
-        (Path(folder) / f"{_NAME}.yaml").write_text(OmegaConf.to_yaml(root), encoding="utf-8")
-        yield ["--config-dir", folder, "--config-name", _NAME, *rest], record
+    ConfigStore.instance().store(name=ROOT_CONFIG, node=_root_config(record, arguments, configs))
+    return record
 
 
 def differences(record: RunRecord, versions: Mapping[str, str], commit: str | None, device: str) -> list[str]:
@@ -83,25 +101,6 @@ def compare(then: RunRecord, now: RunRecord) -> str:
     return f"recorded: accuracy {then.accuracy:.2%}, test loss {then.loss:.6g}; now {now.accuracy:.2%}, {now.loss:.6g}"
 
 
-def _split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    path, rest, words = None, [], iter(arguments)
-    for word in words:
-        flag, _, value = word.partition("=")
-        if flag != FLAG:
-            rest.append(word)
-            continue
-        if path is not None:
-            raise UserError(f"{FLAG} is given twice; expected one result.json or run folder")
-        path = value or next(words, "")
-    if path == "":
-        raise UserError(f"{FLAG} names no file; expected a result.json or the folder of a finished run")
-    if path is not None:
-        beside = [word for word in rest if word.partition("=")[0] in _NOT_BESIDE]
-        if beside:
-            raise UserError(f"{FLAG} brings a config of its own; leave {beside[0]} out")
-    return path, rest
-
-
 def _root_config(record: RunRecord, arguments: Sequence[str], configs: Path) -> Any:
     """train.yaml with the record's values, without the sections whose group is chosen on the command line."""
     overrides = {word.partition("=")[0] for word in arguments if "=" in word}
@@ -110,11 +109,10 @@ def _root_config(record: RunRecord, arguments: Sequence[str], configs: Path) -> 
     unknown = [key for key in record.config if key not in known]
     if unknown:
         raise UserError(f"the record's config has {', '.join(unknown)}, which this release does not know")
-    root = OmegaConf.to_container(OmegaConf.load(configs / "train.yaml"), resolve=False)
-    groups = [{group: None} for group in _GROUPS if group != "trainer" or group in chosen]
+    root = yaml.safe_load((configs / "train.yaml").read_text(encoding="utf-8"))
+    groups = [{group: None} for group in _GROUPS]
     values = {key: value for key, value in record.config.items() if key not in chosen}
-    # The trainer's defaults first: they hold what is newer than the record.
-    defaults = ["train_schema", *([] if "trainer" in chosen else [{"trainer": "default"}]), "_self_", *groups]
+    defaults = ["train_schema", "_self_", *groups]
     overriding = [entry for entry in root["defaults"] if isinstance(entry, dict) and next(iter(entry)).startswith("ov")]
     kept = {key: root[key] for key in root if key not in ("defaults", "paths")}
     paths = _paths(record, overrides, root["paths"])
@@ -159,8 +157,8 @@ def _plain(text: Any) -> str:
 def _same_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether all that was recorded and can change a result is as it was; newer keys have their defaults."""
     for group in ("backbone", "dataset", "trainer", "method"):
-        neutral = {*NO_PART_OF_IDENTITY.get(group, ()), "folder", "weights"}  # their content has been compared
-        if any(now[group].get(key) != value for key, value in then[group].items() if key not in neutral):
+        ignored = {*undeciding(group), "folder", "weights"}  # the content of those two has been compared
+        if any(now[group].get(key) != value for key, value in then[group].items() if key not in ignored):
             return False
     return then["method"].keys() == now["method"].keys() and then["seed"] == now["seed"]
 

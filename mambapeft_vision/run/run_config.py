@@ -1,12 +1,10 @@
 """From a composed config to what is to be done: the resolved settings, the run's identity and its folder."""
 
-import copy
 import dataclasses
 import hashlib
-import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +12,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from mambapeft_vision.engine.config import TrainerConfig
-from mambapeft_vision.run.config import GIVEN, METHOD_SIZES, PathsConfig, TrainConfig
+from mambapeft_vision.run.config import METHOD_SIZES, PathsConfig, TrainConfig, to_dict
 from mambapeft_vision.run.exit import nearest
 from mambapeft_vision.utils.errors import UserError
-
-# Keys that cannot change a result, so they are no part of a run's identity.
-NO_PART_OF_IDENTITY = {
-    "": ("paths", "logger", "resume", "dry_run", "sweep", "pretrain"),
-    "trainer": ("checkpoint_every_s", "picture", "cuda_graph", "on_nonfinite"),
-    "dataset": ("num_workers", "test_batch_size"),
-}
+from mambapeft_vision.utils.identity import fingerprint, identity
 
 # Of a folder with methods' names; file systems allow 255 bytes.
 LONGEST_NAME = 120
@@ -102,7 +94,8 @@ class RunPlan:
 
 def make_plan(cfg: DictConfig) -> RunPlan:
     """Checks and resolves a composed config. Raises UserError naming the key that is wrong."""
-    return _plan(_checked(cfg), _identity_of(cfg))
+    config = _checked(cfg)
+    return _plan(config, identity(config))
 
 
 class Resolved:
@@ -112,7 +105,8 @@ class Resolved:
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        self._config, self._identity = _checked(cfg), _identity_of(cfg)
+        self._config = _checked(cfg)
+        self._identity = identity(self._config)
         leaves = list(_leaves(OmegaConf.to_container(cfg, resolve=False)))
         for path, value in leaves:
             if "${seed" in str(value) and value != "${seed}":
@@ -121,15 +115,15 @@ class Resolved:
 
     def plan(self, seed: int, dataset: "Resolved") -> RunPlan:
         """As `make_plan` of this config with the data set of another one and a seed."""
-        config, identity = (
+        config, deciding = (
             {**own, "dataset": other["dataset"]}
             for own, other in ((self._config, dataset._config), (self._identity, dataset._identity))
         )
         places = [p for p in self._seeds if p[0] != "dataset"] + [p for p in dataset._seeds if p[0] == "dataset"]
         for path in places:
             config = _with(config, path, seed)
-            identity = _with(identity, path, seed) if path[0] in identity else identity
-        return _plan(config, identity)
+            deciding = _with(deciding, path, seed) if path[0] in deciding else deciding
+        return _plan(config, deciding)
 
 
 def _checked(cfg: DictConfig) -> dict[str, Any]:
@@ -141,7 +135,7 @@ def _checked(cfg: DictConfig) -> dict[str, Any]:
         raise UserError("method=[] names no method; for the head alone choose method=linear_probe")
     if cfg.get("pretrain") is not None:
         raise UserError("pretrain=... is no fine-tuning run; start it with train.py, and alone")
-    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    config = to_dict(cfg)
     config.pop("pretrain", None)
     if config["method_sizes"] not in METHOD_SIZES:
         raise UserError(f"method_sizes={config['method_sizes']!r}; expected one of {', '.join(METHOD_SIZES)}")
@@ -153,38 +147,15 @@ def _checked(cfg: DictConfig) -> dict[str, Any]:
     return config
 
 
-def _plan(config: dict[str, Any], identity: dict[str, Any]) -> RunPlan:
-    fingerprint, outputs = _hash(identity), Path(config["paths"]["outputs"]).expanduser()
-    folder = run_folder(outputs, config["dataset"]["name"], list(config["method"]), config["seed"], fingerprint)
-    return RunPlan(config, TrainerConfig(**config["trainer"]), fingerprint, folder)
+def _plan(config: dict[str, Any], deciding: Mapping[str, Any]) -> RunPlan:
+    digest, outputs = fingerprint(deciding), Path(config["paths"]["outputs"]).expanduser()
+    folder = run_folder(outputs, config["dataset"]["name"], list(config["method"]), config["seed"], digest)
+    return RunPlan(config, TrainerConfig(**config["trainer"]), digest, folder)
 
 
 def run_folder(outputs: Path, task: str, methods: Sequence[str], seed: int, fingerprint: str) -> Path:
     """Where a run has its files."""
     return outputs / task / _folder_name(sorted(methods)) / f"seed{seed}-{fingerprint[:8]}"
-
-
-def fingerprint(cfg: DictConfig) -> str:
-    """sha256 of the resolved config, without what cannot change the result (where things are, logging, …)."""
-    return _hash(_identity_of(cfg))
-
-
-def _identity_of(cfg: DictConfig) -> dict[str, Any]:
-    # With fixed paths the values derived from them, such as dataset.folder, do not depend on the machine.
-    neutral = copy.deepcopy(cfg)
-    neutral.paths = PathsConfig(data="data", outputs="outputs", cache=None, methods=None)
-    config = OmegaConf.to_container(neutral, resolve=True, throw_on_missing=True)
-    for group, keys in NO_PART_OF_IDENTITY.items():
-        section = config[group] if group else config
-        for key in keys:
-            section.pop(key, None)
-    if config["method_sizes"] == GIVEN:  # as before there was this key
-        del config["method_sizes"]
-    return config
-
-
-def _hash(identity: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -243,4 +214,4 @@ def _check_keys(cfg: DictConfig, schema: type, prefix: str) -> None:
     known = [field.name for field in dataclasses.fields(schema)]
     for key in cfg:
         if key not in known:
-            raise UserError(f"{prefix}{key} is no key of the config; {nearest(str(key), known)}")
+            raise UserError(f"{prefix}{key!s} is no key of the config; {nearest(str(key), known)}")

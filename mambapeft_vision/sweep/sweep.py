@@ -1,5 +1,6 @@
 """A sweep: many runs from one command, each done once, whatever happens in between."""
 
+import argparse
 import dataclasses
 import signal
 import sys
@@ -10,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mambapeft_vision.adapter.presets import read_presets
-from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.results.record import RunRecord, read_record
 from mambapeft_vision.results.tables import find_records
+from mambapeft_vision.run.arguments import ArgumentParser, positive
 from mambapeft_vision.run.exit import CRASH
 from mambapeft_vision.sweep.display import Display
 from mambapeft_vision.sweep.estimates import Rate, Speeds, read_rates
 from mambapeft_vision.sweep.jobs import Job, State, plan_jobs
 from mambapeft_vision.sweep.pool import Pool, visible_gpus
-from mambapeft_vision.utils.errors import UserError, disk_errors_of
+from mambapeft_vision.utils.errors import disk_errors_of
+from mambapeft_vision.utils.paths import configs_folder
+from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.utils.progress import format_duration
 
 LOGS = ".sweep"  # below paths.outputs
@@ -34,36 +37,38 @@ class Command:
     rates: Sequence[Rate] = ()
 
 
-def parse(arguments: Sequence[str], configs: Path | None = None) -> Command:
-    """`seeds=0,1,2`, `workers=N`, `rates=FILE` and `--dry-run`; all else is a Hydra override.
+def sweep_parser(prog: str = "mambapeft sweep", description: str | None = None) -> ArgumentParser:
+    """The options that every sweep takes, for `command_of`."""
+    parser = ArgumentParser(prog, description, usage="%(prog)s [options] [key=value ...]")
+    parser.add_argument("--seeds", metavar="0,1,2", help="short for seed=0,1,2")
+    parser.add_argument("--workers", type=positive, metavar="N", help="runs at a time (default: one a GPU)")
+    parser.add_argument("--rates", metavar="FILE", help="measured images/s, as docs/rates.csv, to estimate times from")
+    parser.add_argument("--dry-run", action="store_true", help="only list what would run")
+    return parser
+
+
+def command_of(options: argparse.Namespace, overrides: Sequence[str], configs: Path) -> Command:
+    """A sweep's command from parsed options. Raises UserError for rates that cannot be read.
 
     Args:
-        configs: folder with the presets that a file of rates names; without it `rates` is an override like any other.
-    Raises: UserError.
+        configs: folder with the presets that a file of rates names.
     """
-    overrides, workers, dry_run, rates = [], None, False, []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if argument == "--dry-run":
-            dry_run = True
-        elif key == "workers":
-            workers = _positive(value)
-        elif key == "rates" and configs is not None:
-            rates = read_rates(value, read_presets(configs / "method"))
-        elif key == "seeds":
-            overrides.append(f"seed={value}")
-        elif argument.startswith("-"):
-            raise UserError(
-                f"{argument} is unknown; expected --dry-run, seeds=0,1,2, workers=N, rates=FILE or Hydra overrides"
-            )
-        else:
-            overrides.append(argument)
-    return Command(overrides, workers, dry_run, rates)
+    seeds = [] if options.seeds is None else [f"seed={options.seeds}"]
+    rates = [] if options.rates is None else read_rates(options.rates, read_presets(configs / "method"))
+    return Command([*overrides, *seeds], options.workers, options.dry_run, rates)
+
+
+def parse(arguments: Sequence[str], configs: Path | None = None) -> Command:
+    """`command_of` a command line. Raises UserError."""
+    options, overrides = sweep_parser().parse_with_overrides(arguments)
+    return command_of(options, overrides, configs_folder() if configs is None else configs)
 
 
 def with_defaults(defaults: Sequence[str], arguments: Sequence[str]) -> list[str]:
     """A command line that begins with those defaults whose key it does not give itself; seeds= is seed=."""
-    given = {"seed" if key == "seeds" else key for key in (argument.partition("=")[0] for argument in arguments)}
+    given = {argument.partition("=")[0].removeprefix("--") for argument in arguments}
+    if "seeds" in given:
+        given.add("seed")
     return [*(default for default in defaults if default.partition("=")[0] not in given), *arguments]
 
 
@@ -74,20 +79,18 @@ def on_every_core(command: Command, jobs: Sequence[Job]) -> Command:
     return dataclasses.replace(command, workers=min(available_cpus(), len(jobs)))
 
 
-def fixed_sweep(doc: str, runs: Sequence[str], arguments: Sequence[str], configs: Path) -> list[Job]:
-    """The runs of a script that is one sweep on a CPU, all of them finished by the time this returns.
+def fixed_sweep(parser: ArgumentParser, runs: Sequence[str], arguments: Sequence[str], configs: Path) -> list[Job]:
+    """The runs of a command that is one sweep on a CPU, all of them finished by the time this returns.
 
     Ends the process after --help and --dry-run, and with exit code 1 where runs failed.
 
     Args:
-        doc: printed for --help.
+        parser: made by `sweep_parser`.
         runs: the sweep's overrides, which `arguments` can replace one by one.
         configs: folder with train.yaml.
     """
-    if {"-h", "--help"} & set(arguments):
-        print(doc)
-        sys.exit()
-    command = parse(with_defaults(runs, arguments))
+    options, overrides = parser.parse_with_overrides(with_defaults(runs, arguments))
+    command = command_of(options, overrides, configs)
     jobs = plan_jobs(command.overrides, configs)
     failed = sweep(jobs, on_every_core(command, jobs))
     if command.dry_run or failed:
@@ -179,9 +182,3 @@ def _closing(display: Display, outputs: Path) -> str:
 
 def _duration(seconds: float | None) -> str:
     return "?" if seconds is None else format_duration(seconds)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"workers={text}; expected a whole number of at least 1")
-    return int(text)

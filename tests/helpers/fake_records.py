@@ -25,7 +25,9 @@ def fake_record(task: str, preset: str, seed: int, accuracy: float, **changes) -
         | changes.pop("dataset", {}),
         "trainer": trainer | found.overrides.get("trainer", {}) | changes.pop("trainer", {}),
         "method": changes.pop("method", found.methods),
+        "method_sizes": "given",
         "seed": seed,
+        "sweep": None,
     }
     values = {
         "task": task,

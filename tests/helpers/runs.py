@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback
 from omegaconf import DictConfig
 from PIL import Image
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mambapeft_vision.results.record import RunRecord
-from mambapeft_vision.run.config import register_schemas
+from mambapeft_vision.run.compose import compose
 from mambapeft_vision.run.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,13 +60,11 @@ def overrides(task: Path, outputs: Path, *more: str) -> list[str]:
 
 
 def compose_train(command: Sequence[str]) -> DictConfig:
-    return compose_root("train", command)
+    return compose("train", command)
 
 
 def compose_root(name: str, command: Sequence[str]) -> DictConfig:
-    register_schemas()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose(name, list(command))
+    return compose(name, command)
 
 
 def run(command: Sequence[str], *callbacks: Callback) -> RunRecord | None:

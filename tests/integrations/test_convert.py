@@ -1,6 +1,5 @@
 """scripts/convert_checkpoint.py: the reference's files in, official checkpoints and hub folders out."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -11,10 +10,10 @@ from helpers.golden_values import load_golden
 
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.weights import load_weights
+from mambapeft_vision.commands import convert
 from mambapeft_vision.integrations.convert import load_adapter, merge_to_official, push_to_hub, read_reference_config
+from mambapeft_vision.run.exit import run_cli
 from mambapeft_vision.utils.errors import UserError
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_checkpoint.py"
 
 CONFIG = """
 _base_ = ["../base.py"]
@@ -48,22 +47,19 @@ def reference_files(folder: Path, name: str) -> tuple[dict, list[str]]:
     return golden, [str(folder / f) for f in ("config.py", "adapter.pth", "vim.pth")]
 
 
-def command(*args) -> int:
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script.main([str(a) for a in args])
+def command(*args) -> None:
+    convert.main([str(a) for a in args])
 
 
 @pytest.mark.parametrize("name", ["lora_X", "addscan_prefix_copy", "lora_in_proj_dora"])
 def test_reference_adapter_to_ours_to_a_plain_checkpoint(tmp_path, name):
     golden, (config, adapter, weights) = reference_files(tmp_path, name)
-    assert command("from-reference", config, adapter, "--weights", weights, "--out", tmp_path / "ours") == 0
+    command("from-reference", config, adapter, "--weights", weights, "--out", tmp_path / "ours")
     images = torch.from_numpy(golden["input"]).float()
     model = load_adapter(tmp_path / "ours", weights).eval()
     assert np.abs(model(images).detach().numpy() - golden["logits"]).max() < 2e-5
 
-    assert command("merge", tmp_path / "ours", "--weights", weights, "--out", tmp_path / "merged.pth") == 0
+    command("merge", tmp_path / "ours", "--weights", weights, "--out", tmp_path / "merged.pth")
     module = golden["config"]["module_kwargs"]
     states = torch.load(tmp_path / "merged.pth", weights_only=True)["model"]["layers.0.mixer.A_log"].shape[1]
     sizes = {k: module[k] for k in ("img_size", "patch_size", "embed_dim", "depth")}
@@ -77,7 +73,7 @@ def test_hub_folder_has_a_card_with_the_results(tmp_path):
     _, (config, adapter, weights) = reference_files(tmp_path, "lora_X")
     command("from-reference", config, adapter, "--weights", weights, "--out", tmp_path / "ours")
     (tmp_path / "ours" / "result.json").write_text(json.dumps({"task": "vtab/cifar", "accuracy": 0.625}))
-    assert command("to-hub", tmp_path / "ours", "--out", tmp_path / "hub") == 0
+    command("to-hub", tmp_path / "ours", "--out", tmp_path / "hub")
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "# lora_p_x on vtab/cifar" in card
     assert "62.50 %" in card
@@ -140,5 +136,6 @@ def test_configs_are_parsed_not_run(tmp_path):
 
 
 def test_errors_leave_with_code_2(tmp_path, capsys):
-    assert command("merge", tmp_path, "--out", tmp_path / "x.pth") == 2
-    assert capsys.readouterr().err.startswith("error: ")
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda: command("merge", tmp_path, "--out", tmp_path / "x.pth"))
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")

@@ -1,6 +1,5 @@
 """The table of counts and the generated documentation follow from the presets."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 from helpers.method_cases import PRESETS
 
+from mambapeft_vision.commands import count
 from mambapeft_vision.results.paper import PAPER, paper_row
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,14 +17,6 @@ def script(name: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(ROOT / "scripts" / name), *arguments], capture_output=True, text=True, check=False
     )
-
-
-def count_params():
-    """scripts/count_params.py as a module."""
-    spec = importlib.util.spec_from_file_location("count_params", ROOT / "scripts" / "count_params.py")
-    module = sys.modules["count_params"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_methods_document_is_up_to_date():
@@ -43,7 +35,7 @@ def test_counts_script():
 @pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.backbone == "vim_s"])
 def test_every_difference_from_the_table_has_a_reason(name):
     """On the headers' counts, which the behaviour matrix compares with built models."""
-    reason = count_params().why(name, PRESETS[name].count, paper_row(name), head=38_500)
+    reason = count.why(name, PRESETS[name].count, paper_row(name), head=38_500)
     assert "unexplained" not in reason
     expected = {
         "parallel_adapter": "rank 24",
@@ -57,17 +49,16 @@ def test_every_difference_from_the_table_has_a_reason(name):
 
 
 def test_vim_b_has_its_own_forms():
-    names = {preset.name for preset in count_params().presets_for("vim_b", PRESETS)}
+    names = {preset.name for preset in count.presets_for("vim_b", PRESETS)}
     assert {"lora_in_proj_base", "affix_base", "d"} <= names
     assert not {"lora_in_proj", "affix"} & names
 
 
 def test_formats():
-    module = count_params()
-    line = module.Count("a_b", 1000, 9, "why")
-    assert module.render([line], "csv").splitlines()[1] == '"a_b",1000,9,8.0,"why"'
-    assert r"a\_b & 1,000 & 9 & 8.0 & why \\" in module.render([line], "latex").splitlines()
-    assert module.render([line], "md").splitlines()[2].split("|")[1:3] == [" a_b    ", "      1,000 "]
+    line = count.Count("a_b", 1000, 9, "why")
+    assert count.render([line], "csv").splitlines()[1] == '"a_b",1000,9,8.0,"why"'
+    assert r"a\_b & 1,000 & 9 & 8.0 & why \\" in count.render([line], "latex").splitlines()
+    assert count.render([line], "md").splitlines()[2].split("|")[1:3] == [" a_b    ", "      1,000 "]
 
 
 def test_the_papers_rows_name_presets_that_exist():

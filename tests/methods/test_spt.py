@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.method_cases import CLASSES, IMAGES, LABELS, PRESETS, methods_of, move
-from test_warmup import BUDGETS, WARMUP, new_backbone, new_model, optimiser_of, train
+from helpers.two_phases import BUDGETS, WARMUP, new_backbone, new_model, optimiser_of, train
 
 from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.methods.method import backbone_parameters

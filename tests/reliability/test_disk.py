@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import crashes, runs
-from test_kill import check_files, check_same
+from helpers.run_files import check_files, check_same
 
 from mambapeft_vision.data import cache
 from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE

@@ -1,7 +1,6 @@
 """SIGKILL at any moment: the same command goes on, to the same bits; no half file is read, nothing is done twice."""
 
 import dataclasses
-import json
 import multiprocessing
 import os
 import random
@@ -13,15 +12,14 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers import crashes, runs
-from safetensors.torch import load_file
+from helpers.run_files import check_files, check_same
 
 from mambapeft_vision.data import cache
 from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE
-from mambapeft_vision.results.record import RESULT_FILE, read_record
+from mambapeft_vision.results.record import RESULT_FILE
 from mambapeft_vision.run.run import train
 from mambapeft_vision.sweep.input_hashes import Inputs
 from mambapeft_vision.sweep.jobs import State, plan_jobs, state_of
@@ -30,14 +28,6 @@ from mambapeft_vision.sweep.sweep import Command, sweep
 pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="NOT RUN: needs Linux's process clocks")
 
 KILLS = 20
-MEASURED = {  # the fields of result.json that are measured, and so differ between any two runs
-    "train_images_per_second",
-    "test_images_per_second",
-    "train_seconds",
-    "wall_seconds",
-    "peak_memory_bytes",
-    "finished_at",
-}
 
 
 def do_run(cfg, command, root, kill=None, cut=False):
@@ -98,36 +88,6 @@ class Whole:
         assert {f.name for f in (self.root / "cache").iterdir()} == {f.name for f in (self.kept / "cache").iterdir()}
         for file in (self.root / "cache").iterdir():
             assert file.read_bytes() == (self.kept / "cache" / file.name).read_bytes()
-
-
-def check_same(one: Path, other: Path) -> None:
-    """Two finished runs are equal but for what was measured; neither folder holds a file that the other lacks."""
-    assert {file.name for file in one.iterdir()} == {file.name for file in other.iterdir()}
-    for name in ("adapter.safetensors", "adapter_config.json", "predictions.npz", "config.yaml", "overrides.yaml"):
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    records = [json.loads((folder / RESULT_FILE).read_text()) for folder in (one, other)]
-    for record in records:
-        assert all(record.pop(field) is not None for field in MEASURED)
-    assert records[0] == records[1]
-    rows = [[(row["epoch"], row["step"], row["loss"], row["lr"]) for row in runs.read_metrics(f)] for f in (one, other)]
-    assert rows[0] == rows[1]
-
-
-def check_files(root: Path) -> None:
-    """Whatever has its final name is whole."""
-    readers = {
-        RESULT_FILE: read_record,
-        "adapter.safetensors": load_file,
-        "adapter_config.json": lambda file: json.loads(file.read_text()),
-        CHECKPOINT_FILE: lambda file: torch.load(file, weights_only=True),
-        "predictions.npz": lambda file: dict(np.load(file)),
-        "metrics.csv": lambda file: runs.read_metrics(file.parent)[-1]["loss"],
-    }
-    for file in root.rglob("*"):
-        if file.name in readers:
-            readers[file.name](file)
-        if file.suffix == ".npy":
-            np.load(file)
 
 
 @pytest.fixture(scope="module")

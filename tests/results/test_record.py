@@ -42,7 +42,7 @@ RECORD = RunRecord(
     git_dirty=None,
     versions={"torch": "2.6.0"},
     finished_at="2026-01-01T00:00:00+00:00",
-    config={"seed": 0, "trainer": {"clip_norm": None}},
+    config={"seed": 0, "method_sizes": "given", "sweep": None, "method": {"lora_p_x": {"rank": 64}}},
 )
 
 

@@ -1,13 +1,11 @@
 """make check-science: what it runs, and how it ends. Nothing is trained here."""
 
-import sys
-
-import check_science
 import pytest
 from helpers import runs
 from helpers.fake_records import fake_record
 
 import mambapeft_vision.sweep.sweep as sweeping
+from mambapeft_vision.commands import check_science
 from mambapeft_vision.data.generated.mini import GENERATED
 from mambapeft_vision.sweep.jobs import plan_jobs
 
@@ -33,7 +31,6 @@ def outcome(planned, monkeypatch):
         monkeypatch.setattr(check_science, "records_of", fake)
         monkeypatch.setattr(sweeping, "plan_jobs", lambda overrides, configs: planned)
         monkeypatch.setattr(sweeping, "sweep", lambda jobs, command: failed)
-        monkeypatch.setattr(sys, "argv", ["check_science.py"])
 
     return results
 
@@ -50,7 +47,7 @@ def test_it_is_four_methods_on_three_tasks_that_need_no_download_with_two_seeds(
 
 def test_the_order_that_holds_ends_well(outcome, capsys):
     outcome(ACCURACY)
-    check_science.main()
+    assert check_science.main([]) == 0
     out = capsys.readouterr().out
     assert "The order scratch < linear_probe < lora_p_x holds: scratch 30.00 %" in out and "| scratch " in out
 
@@ -58,13 +55,12 @@ def test_the_order_that_holds_ends_well(outcome, capsys):
 @pytest.mark.parametrize("lost", [{"lora_p_x": 0.4}, {"scratch": 0.55}])
 def test_a_lost_order_is_a_failure(outcome, capsys, lost):
     outcome(ACCURACY | lost)
-    with pytest.raises(SystemExit) as stop:
-        check_science.main()
-    assert stop.value.code == 1 and "LOST" in capsys.readouterr().out
+    assert check_science.main([]) == 1
+    assert "LOST" in capsys.readouterr().out
 
 
 def test_failed_runs_give_no_verdict(outcome, capsys):
     outcome(ACCURACY, failed=1)
     with pytest.raises(SystemExit) as stop:
-        check_science.main()
+        check_science.main([])
     assert stop.value.code == 1 and "order" not in capsys.readouterr().out

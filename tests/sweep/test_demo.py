@@ -1,11 +1,9 @@
 """The demo: shown again without training again; a failed run is no result."""
 
-import sys
-
-import demo
 import pytest
 from helpers import runs
 
+from mambapeft_vision.commands import demo
 from mambapeft_vision.sweep.jobs import plan_jobs
 from mambapeft_vision.sweep.sweep import with_defaults
 
@@ -17,7 +15,6 @@ def tiny(tmp_path, monkeypatch) -> list[str]:
     methods = [argument for argument in demo.RUNS if argument.startswith("method=")]
     few = [o for o in runs.overrides(task, tmp_path / "out") if not o.startswith("method.")]
     monkeypatch.setattr(demo, "RUNS", [*methods, *few, "trainer.max_epochs=1"])
-    monkeypatch.setattr(sys, "argv", ["demo.py"])
     return demo.RUNS
 
 
@@ -28,7 +25,7 @@ def test_finished_runs_are_shown_and_not_repeated(tiny, tmp_path, capsys):
     assert len(before) == 3
     for _ in range(2):
         capsys.readouterr()
-        demo.main()
+        demo.main([])
         out = capsys.readouterr().out
         assert "3 runs, 3 of them finished before" in out
         assert all(f"| {name} " in out for name in ("linear_probe", "lora_p_x", "full"))
@@ -44,9 +41,8 @@ def test_a_choice_takes_the_place_of_the_default():
     assert line == ["dataset=c", "seeds=2", "method=d"]
 
 
-def test_a_dry_run_only_lists(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--dry-run"])
+def test_a_dry_run_only_lists(tiny, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
-        demo.main()
+        demo.main(["--dry-run"])
     assert not end.value.code
     assert "3 runs: 3 new" in capsys.readouterr().out and not (tmp_path / "out").exists()

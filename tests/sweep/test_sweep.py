@@ -148,10 +148,25 @@ def test_the_default_is_all_tasks_of_vtab(tmp_path):
     assert len({job.plan.task for job in jobs}) == len(jobs) == 19
 
 
-@pytest.mark.parametrize("wrong", ["workers=0", "workers=two", "--dry"])
-def test_mistakes_in_the_command_are_named(wrong):
-    with pytest.raises(UserError, match=wrong):
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ("workers=0", "workers: '0'; expected a whole number of at least 1"),
+        ("--workers=two", "workers: 'two'; expected a whole number"),
+        ("--dry", "--dry is unknown; did you mean --dry-run"),
+        ("lora_p_x", "lora_p_x is unknown; expected key=value"),
+    ],
+)
+def test_mistakes_in_the_command_are_named(wrong, message):
+    with pytest.raises(UserError, match=message):
         parse([wrong])
+
+
+def test_options_have_two_spellings():
+    spelled = [
+        parse(["method=a", *options]) for options in (["workers=2", "seeds=0,1"], ["--workers", "2", "--seeds=0,1"])
+    ]
+    assert spelled[0] == spelled[1] and spelled[0].workers == 2 and spelled[0].overrides == ["method=a", "seed=0,1"]
 
 
 def test_a_mistake_in_one_run_stops_before_any_runs(data, tmp_path):

@@ -4,11 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import prepare_mini
 import pytest
 import torchvision.datasets
 from PIL import Image
 
+from mambapeft_vision.commands import prepare_mini
 from mambapeft_vision.data.image_list import read_list
 from mambapeft_vision.data.manifest import read_entry
 from mambapeft_vision.data.prepare import torchvision_tasks as fetched_module
@@ -104,14 +104,16 @@ def test_offline_the_command_says_so_and_the_rest_is_laid_out(tmp_path, monkeypa
     monkeypatch.setattr(torchvision.datasets, "FashionMNIST", Offline)
     monkeypatch.setattr(torchvision.datasets, "USPS", StandIn)
     command = ["fetch", "fashion", "usps", "--out", str(tmp_path / "mini"), "--downloads", str(tmp_path / "downloads")]
-    assert prepare_mini.main(command) == 2
-    out, err = capsys.readouterr()
-    assert "mini/usps: natural, 10 classes, 800 + 200 to train, 50 to test" in out
-    assert "mini/fashion" in err and "connection to the internet" in err and "import PATH --name fashion" in err
-    assert prepare_mini.main(command) == 2
+    with pytest.raises(UserError) as offline:
+        prepare_mini.main(command)
+    assert "mini/usps: natural, 10 classes, 800 + 200 to train, 50 to test" in capsys.readouterr().out
+    for words in ("mini/fashion", "connection to the internet", "import PATH --name fashion"):
+        assert words in str(offline.value)
+    with pytest.raises(UserError):
+        prepare_mini.main(command)
     assert "mini/usps: laid out before" in capsys.readouterr().out
-    assert prepare_mini.main(["fetch", "mnist", "--out", str(tmp_path)]) == 2
-    assert "Unknown tasks ['mnist']" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"Unknown tasks \['mnist'\]"):
+        prepare_mini.main(["fetch", "mnist", "--out", str(tmp_path)])
 
 
 def test_labels_that_do_not_fit_the_table_are_refused(tmp_path, monkeypatch):

@@ -1,0 +1,73 @@
+"""The command `mambapeft`: one subcommand for each thing that the project does. `mambapeft --help` lists them.
+
+Light to import: a command's own module, and PyTorch with it, is imported when the command is called.
+"""
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
+
+from mambapeft_vision import __version__
+from mambapeft_vision.run.arguments import ArgumentParser
+from mambapeft_vision.run.exit import run_cli
+from mambapeft_vision.utils.typed import nearest
+
+# Command → what it does; the module of its name in mambapeft_vision/commands does it.
+COMMANDS = {
+    "train": "fine-tune a backbone on a task, or on many (-m); takes what train.py takes",
+    "evaluate": "test the adapter of a finished run again, merged",
+    "rerun": "a recorded run again, from its result.json",
+    "sweep": "many runs on all GPUs: tasks x methods x seeds",
+    "search": "search for a hybrid of methods",
+    "tune": "tune the settings of one method",
+    "pretrain": "pretrain a backbone on labelled images",
+    "prepare": "fetch, lay out and check data: vtab1k, mini",
+    "tables": "tables of finished runs beside the published numbers",
+    "report": "every table and picture of finished runs in one folder",
+    "reproduce": "the whole table of MambaPEFT: sweep, collect, report",
+    "convert": "adapters of the published code in, plain checkpoints and hub folders out",
+    "count": "trained parameters of every preset beside the published table",
+    "keys": "list the keys of a config with type, default and meaning",
+    "methods": "list the methods, or describe some",
+    "demo": "fine-tune a small pretrained Vim three ways on a CPU",
+    "check-science": "does pretraining help, and LoRA_p(X) add to it? 24 runs on a CPU",
+    "sync": "upload finished runs to Weights & Biases",
+    "cache": "list or clean the cache of decoded images",
+}
+
+
+def main(arguments: Sequence[str]) -> int | None:
+    """Calls a command with the rest of the command line. Returns its exit code; None is success.
+
+    Example: `main(["train", "method=lora_p_x", "dry_run=true"])`.
+    Raises: UserError.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        parser = _parser()
+        parser.parse_args(arguments)
+        parser.print_help()
+        return None
+    command, *rest = arguments
+    if command not in COMMANDS:
+        _parser().error(f"{command} is no command; {nearest(command, COMMANDS)}")
+    code: int | None = import_module(f"mambapeft_vision.commands.{command.replace('-', '_')}").main(rest)
+    return code
+
+
+def run(*command: str) -> None:
+    """The whole of a program: `main` with this process's command line behind `command`, then the exit code."""
+    run_cli(partial(main, [*command, *sys.argv[1:]]))
+
+
+def _parser() -> ArgumentParser:
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
+    parser = ArgumentParser(
+        "mambapeft",
+        f"Parameter-efficient fine-tuning of vision state-space models.\n\ncommands:\n{listed}\n\n"
+        "`mambapeft COMMAND --help` says more.",
+        usage="mambapeft COMMAND ...",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    return parser

@@ -1,0 +1,20 @@
+"""Pretrains a small backbone on labelled images (docs/pretraining.md).
+
+  mambapeft pretrain folder sources.mine.path=/path/to/images steps=2000
+  mambapeft pretrain vim_nano minutes=5
+
+NAME is a file of configs/pretrain; every other word is one of its keys. The second line is short for
+`mambapeft train pretrain=vim_nano pretrain.minutes=5`.
+"""
+
+from collections.abc import Sequence
+
+from mambapeft_vision.commands import train
+from mambapeft_vision.run.arguments import ArgumentParser
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = ArgumentParser("mambapeft pretrain", __doc__, usage="%(prog)s NAME [key=value ...]")
+    parser.add_argument("name", help="a file of configs/pretrain, such as folder or vim_nano")
+    options, overrides = parser.parse_with_overrides(arguments)
+    train.main([f"pretrain={options.name}", *(f"pretrain.{override}" for override in overrides)])

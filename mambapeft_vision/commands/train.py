@@ -1,0 +1,32 @@
+"""Fine-tunes a backbone: mambapeft train method=lora_p_x dataset=vtab/cifar (mambapeft train --help)."""
+
+from collections.abc import Sequence
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from mambapeft_vision.commands.hydra_app import run_app
+from mambapeft_vision.run.overrides import prepare_multirun
+from mambapeft_vision.run.rerun import ROOT_CONFIG, split_flag, store_root_config
+from mambapeft_vision.utils.paths import configs_folder
+from mambapeft_vision.utils.startup import imports_kept
+
+
+def main(arguments: Sequence[str]) -> None:
+    configs = configs_folder()
+    result, rest = split_flag(arguments)
+    expected = None if result is None else store_root_config(result, rest, configs)
+
+    def train_one(cfg: DictConfig) -> None:
+        overrides = HydraConfig.get().overrides.task
+        with imports_kept():  # PyTorch's, for which --help need not wait
+            from mambapeft_vision.run.run import train
+
+        if cfg.pretrain is None:
+            train(cfg, overrides, expected=expected)
+        else:
+            from mambapeft_vision.pretraining.run import run_pretraining
+
+            run_pretraining(cfg, overrides)
+
+    run_app("train" if expected is None else ROOT_CONFIG, train_one, prepare_multirun(rest, configs))

@@ -1,0 +1,49 @@
+"""Results of earlier releases in today's form. The one place that knows what those releases wrote.
+
+Files on the disk stay as they are; whoever reads one passes its content through here. A result keeps its fingerprint,
+because that names the run's folder.
+
+Today there is one schema of results (schema_version 1). Its config section has grown and its classes have moved:
+
+* `MOVED_TARGETS` in utils/identity.py: classes that have another name now;
+* `LATER_KEYS` here: keys that came after the first published results, with what those runs did.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mambapeft_vision.utils.identity import MOVED_TARGETS
+
+LATER_KEYS: Mapping[str, Mapping[str, Any]] = {
+    "": {"method_sizes": "given", "sweep": None},
+    "paths": {"cache": None},
+    "trainer": {"micro_batch": None, "cuda_graph": True, "devices": 1, "on_nonfinite": "stop"},
+}
+
+
+def migrated_config(config: Any) -> Any:
+    """A run's resolved config with the names of today's classes, and with the keys that it is too old for.
+
+    What is no config of a run comes back as it is: the checks of whoever reads it have the better message.
+    """
+    if not isinstance(config, Mapping):
+        return config
+    sections = {
+        key: _renamed({**LATER_KEYS.get(key, {}), **value}) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+    }
+    return {**LATER_KEYS[""], **sections}
+
+
+def migrated_result(content: Any) -> Any:
+    """The content of a result.json with its config migrated."""
+    if not isinstance(content, Mapping) or "config" not in content:
+        return content
+    return {**content, "config": migrated_config(content["config"])}
+
+
+def _renamed(section: Mapping[str, Any]) -> dict[str, Any]:
+    target = section.get("_target_")
+    if not isinstance(target, str) or target not in MOVED_TARGETS:
+        return dict(section)
+    return {**section, "_target_": MOVED_TARGETS[target]}

@@ -1,0 +1,98 @@
+"""A run is found again by its fingerprint: those of earlier releases stay, and one experiment has one."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from helpers import runs
+
+from mambapeft_vision.results.bundle import read_bundle
+from mambapeft_vision.run.run_config import make_plan
+from mambapeft_vision.utils.identity import (
+    SAME_EXPERIMENT,
+    UNDECIDING,
+    UNDECIDING_IN_PRETRAINING,
+    fingerprint,
+    identity,
+    undeciding,
+)
+
+# Command → fingerprint at commit 6f29c08, before classes moved.
+PINNED = json.loads((Path(__file__).parent / "fingerprints.json").read_text())
+RESULTS = runs.ROOT / "results"
+
+
+def fingerprint_of(*overrides: str) -> str:
+    return make_plan(runs.compose_train(overrides)).fingerprint
+
+
+@pytest.mark.parametrize("command", PINNED)
+def test_runs_of_earlier_releases_are_found_again(command):
+    assert fingerprint_of(*command.split()) == PINNED[command]
+
+
+def test_every_published_result_has_the_fingerprint_of_its_config():
+    """Of the configs as they were written, and of the migrated ones where no key came later."""
+    files = sorted(RESULTS.glob("demo/**/result.json"))
+    assert len(files) == 12
+    for file in files:
+        content = json.loads(file.read_text())
+        assert fingerprint(identity(content["config"])) == content["fingerprint"], file
+    records = read_bundle(RESULTS / "mini" / "mini.runs.json")
+    assert len(records) == 4042
+    wrong = [record.fingerprint for record in records if fingerprint(identity(record.config)) != record.fingerprint]
+    assert not wrong
+
+
+FOLDER = ("dataset=folder", "dataset.name=custom/tiny", "dataset.num_classes=3")
+
+
+@pytest.mark.parametrize(
+    "path", ["./tiny", "tiny/", "{here}/tiny", "{here}/other/../tiny", "../{name}/tiny"], ids=lambda path: path
+)
+def test_a_task_is_one_task_however_its_path_is_written(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written = path.format(here=tmp_path, name=tmp_path.name)
+    one = fingerprint_of(*FOLDER, "dataset.folder=tiny")
+    assert fingerprint_of(*FOLDER, f"dataset.folder={written}") == one
+    assert fingerprint_of(*FOLDER, "dataset.folder=tiny2") != one
+
+
+def test_data_that_moved_are_the_same_data(tmp_path):
+    interpolated = fingerprint_of(*FOLDER, "dataset.folder=${paths.data}/tiny")
+    spelled = fingerprint_of(*FOLDER, f"dataset.folder={tmp_path}/tiny", f"paths.data={tmp_path}")
+    relative = fingerprint_of(*FOLDER, f"dataset.folder={os.path.relpath(tmp_path)}/tiny", f"paths.data={tmp_path}/")
+    assert interpolated == spelled == relative
+    assert fingerprint_of(*FOLDER, f"dataset.folder={tmp_path}/tiny") != interpolated
+
+
+def test_weights_with_a_name_are_no_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert fingerprint_of("paths.data=.") == fingerprint_of()
+    file = fingerprint_of("backbone.weights=vim.pth")
+    assert fingerprint_of(f"backbone.weights={tmp_path}/vim.pth") == file != fingerprint_of()
+
+
+def test_auto_finds_what_cuda_did():
+    """On a machine with GPUs they are the same; the CPU computes with other roundings and stays apart."""
+    assert len({fingerprint_of(f"trainer.device={name}") for name in ("auto", "cuda", "cuda:1")}) == 1
+    assert fingerprint_of("trainer.device=cpu") != fingerprint_of()
+
+
+def test_every_listed_key_exists_and_has_its_reason():
+    config = make_plan(runs.compose_train([])).config
+    for key, reason in SAME_EXPERIMENT.items():
+        section, _, name = key.partition(".")
+        assert section in config and (not name or name in config[section]), key
+        assert len(reason) > 10
+    assert UNDECIDING.items() <= SAME_EXPERIMENT.items()
+    assert undeciding("dataset") == {"num_workers", "test_batch_size"}
+
+
+def test_every_listed_key_of_pretraining_exists():
+    from dataclasses import fields
+
+    from mambapeft_vision.pretraining.config import PretrainConfig
+
+    assert UNDECIDING_IN_PRETRAINING.keys() <= {field.name for field in fields(PretrainConfig)}
