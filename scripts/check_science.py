@@ -10,7 +10,7 @@ exit code 1 where the order is lost. Not a part of `make test`: it trains for a 
 import sys
 from pathlib import Path
 
-from mambapeft_vision.results.ordering import ordering
+from mambapeft_vision.results.compare import ordering
 from mambapeft_vision.results.tables import collect, read_standard, tables_of, to_markdown
 from mambapeft_vision.run.exit import CRASH, run_cli
 from mambapeft_vision.sweep.sweep import fixed_sweep, records_of

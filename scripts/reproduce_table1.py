@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from mambapeft_vision.integrations.wandb_summary import publish_sweep
-from mambapeft_vision.results.paper import PAPER
+from mambapeft_vision.results.layout import PREDICTIONS_FILE
+from mambapeft_vision.results.paper import PUBLISHED, VIM_S
 from mambapeft_vision.results.report import report
 from mambapeft_vision.results.tables import collect, read_standard, tables_of, to_markdown
 from mambapeft_vision.run.exit import CRASH, run_cli
@@ -29,7 +30,7 @@ def main() -> None:
         return
     arguments, page = _take_report(sys.argv[1:])
     if not any(argument.startswith("method=") for argument in arguments):
-        arguments.append("method=" + ",".join(row.presets[0] for row in PAPER if row.backbone == "vim_s"))
+        arguments.append("method=" + ",".join(row.presets[0] for row in PUBLISHED[VIM_S]))
     command = parse(arguments, CONFIGS)
     jobs = plan_jobs(command.overrides, CONFIGS)
     failed = sweep(jobs, command)
@@ -43,7 +44,7 @@ def main() -> None:
     collections = collect(records, standard)
     for collection in collections:
         print(f"\n{to_markdown(tables_of(collection)[0])}")
-    examples = [job.folder for job in jobs if (job.folder / "predictions.npz").is_file()][:EXAMPLES]
+    examples = [job.folder for job in jobs if (job.folder / PREDICTIONS_FILE).is_file()][:EXAMPLES]
     on_vtab = all(collection.is_vtab for collection in collections)
     title = "MambaPEFT on VTAB-1K, reproduced" if on_vtab else "MambaPEFT's methods on other tasks"
     write_text(page, report(collections, examples, title=title))

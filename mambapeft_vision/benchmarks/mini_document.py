@@ -7,7 +7,7 @@ from pathlib import Path
 from scipy.stats import spearmanr
 
 from mambapeft_vision.benchmarks.mini import RECIPE_RATE, Choice, choices
-from mambapeft_vision.results.paired import Paired, holm, paired
+from mambapeft_vision.results.compare import Paired, holm, paired
 from mambapeft_vision.results.paper import paper_row
 from mambapeft_vision.results.plots import accuracy_against_parameters, differences, group_bars, save
 from mambapeft_vision.results.record import RunRecord
@@ -121,7 +121,7 @@ def paired_table(collection: Collection, base: Row, compared: Sequence[tuple[Row
         )
     notes = [
         f"Average accuracy minus that of {collection.label(base)}, in percent points, paired by task and seed; the "
-        "interval is for the seeds' noise on these tasks (mambapeft_vision/results/paired.py says how).",
+        "interval is for the seeds' noise on these tasks (mambapeft_vision/results/compare.py says how).",
         "Beyond noise: `yes` holds for all comparisons of the table together (Holm, 95 %); `alone`: zero is outside "
         "this interval, but so it would be now and then in a table this long; `no`: seeds explain it.",
     ]
