@@ -70,7 +70,7 @@ def _part(title: str, pictures: str, records: Sequence[RunRecord], standard: Sta
         yield to_markdown(summary_table(collection))
         scatter = accuracy_against_parameters(collection)
         if scatter is not None:
-            yield _picture(scatter, f"{pictures}-parameters.png", "average accuracy against trained numbers")
+            yield _picture(scatter, f"{pictures}-parameters.png", "average accuracy against trained parameters")
             yield _picture(group_bars(collection), f"{pictures}-groups.png", "group means of every method")
         yield from _compared(collection, pictures)
         yield from _ordered_as_published(collection)
@@ -122,8 +122,8 @@ def paired_table(collection: Collection, base: Row, compared: Sequence[tuple[Row
     notes = [
         f"Average accuracy minus that of {collection.label(base)}, in percent points, paired by task and seed; the "
         "interval is for the seeds' noise on these tasks (mambapeft_vision/results/compare.py says how).",
-        "Beyond noise: `yes` holds for all comparisons of the table together (Holm, 95 %); `alone`: zero is outside "
-        "this interval, but so it would be now and then in a table this long; `no`: seeds explain it.",
+        "Beyond noise: yes holds for all comparisons of the table together (Holm, 95 %); alone: zero is outside "
+        "this interval, but so it would be now and then in a table this long; no: seeds explain it.",
     ]
     header = ["Method", "difference", "95 % interval", "std over seeds", "tasks won", "beyond noise"]
     return Table(f"Compared with {collection.label(base)}", header, rows, notes)

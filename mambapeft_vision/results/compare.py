@@ -1,11 +1,12 @@
 """Comparisons of methods: which differences exceed the noise of seeds, and whether means come in an expected order.
 
-Paired comparison, on the same tasks and seeds. For two methods, d[t, s] is the difference of their accuracies on task t with seed s (both draw the same order of
-images). The difference is the mean over tasks of the mean over seeds of d. The tasks are taken as given, so what is
-uncertain is the seeds': the squared standard error is Σ_t s_t² / n_t / T², s_t² the sample variance of d[t, ·] over the
-n_t seeds, with Welch and Satterthwaite's degrees of freedom (26 for 13 tasks of equal variance with 3 seeds each), and
-the interval is Student's t. A bootstrap over three seeds within a task would be too narrow (its variance is 2/3 of
-s_t²), and the deviation of three per-seed averages, given beside it, has only two degrees of freedom.
+Paired comparison, on the same tasks and seeds: for two methods, d[t, s] is the difference of their accuracies on task t
+with seed s (both draw the same order of images). The difference is the mean over tasks of the mean over seeds of d. The
+tasks are taken as given, so what is uncertain is the seeds': the squared standard error is Σ_t s_t² / n_t / T², where
+s_t² is the sample variance of d[t, ·] over the n_t seeds, with Welch and Satterthwaite's degrees of freedom (26 for 13
+tasks of equal variance with 3 seeds each), and the interval is Student's t. A bootstrap over three seeds within a task
+would be too narrow (its variance is 2/3 of s_t²), and the deviation of three per-seed averages, given beside it, has
+only two degrees of freedom.
 
 How a difference would carry over to other tasks is another question: the number of tasks won speaks to it.
 """
