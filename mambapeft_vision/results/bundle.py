@@ -16,9 +16,11 @@ from mambapeft_vision.results.record import SCHEMA_VERSION, RunRecord, record_of
 from mambapeft_vision.utils.atomic import write_text
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain
+from mambapeft_vision.utils.untrusted import parse_json
 
 FORMAT = 1
 MOST_RUNS = 200_000
+MOST_VALUES = 10_000_000
 ABSENT = {"absent": True}  # of a config's section that a run does not have
 
 
@@ -54,7 +56,7 @@ def read_bundle(path: Path) -> list[RunRecord]:
     """The results, each checked as strictly as a result.json. Raises UserError."""
     text = read_text(path, "a bundle of runs")
     try:
-        content = json.loads(text)
+        content = parse_json(text, str(path), max_values=MOST_VALUES)
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}, expected {FORMAT}")
         columns, values, common, lines = (content[key] for key in ("columns", "values", "common", "runs"))

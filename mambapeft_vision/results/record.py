@@ -1,6 +1,5 @@
 """result.json: one record a run, written last; a run folder with one is a finished run."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -13,12 +12,12 @@ from mambapeft_vision.utils.atomic import write_json
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.typed import build
+from mambapeft_vision.utils.untrusted import parse_json
 
 SCHEMA_VERSION = 1
 REMEDY = "Run again with resume=false"
 
 # What every reader of a result can rely on; a file may have come from anybody.
-_MOST_DEPTH = 32  # of its config
 _LONGEST_TEXT = 10_000  # characters
 _MOST_ITEMS = 1_000  # of a list or mapping beside the config
 _LARGEST = 2**63
@@ -89,15 +88,8 @@ def read_record(path: str | Path) -> RunRecord:
     """
     path = Path(path)
     path = path / RESULT_FILE if path.is_dir() else path
-    try:
-        content = json.loads(read_text(path, "the folder of a finished run"))
-    except RecursionError:
-        raise UserError(f"{path} is nested too deeply; expected a result. {REMEDY}") from None
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{path} is no valid JSON ({plain(error)}); run again with resume=false") from error
-    return record_of(content, str(path))
+    text = read_text(path, "the folder of a finished run")
+    return record_of(parse_json(text, str(path)), str(path))
 
 
 def record_of(content: Any, where: str) -> RunRecord:
@@ -165,8 +157,8 @@ def _wrong_sections(config: Mapping[str, Any]) -> list[str]:
         for name in _SECTIONS
         if not isinstance(config.get(name), dict)
     ]
-    if problems or _depth_exceeds(config, _MOST_DEPTH):
-        return problems or [f"config is nested in more than {_MOST_DEPTH} levels"]
+    if problems:
+        return problems
     dataset, sweep = config["dataset"], config.get("sweep")
     problems += [
         f"config.dataset.{name}={shown(dataset.get(name))}; expected the name of a split"
@@ -186,14 +178,3 @@ def _wrong_sections(config: Mapping[str, Any]) -> list[str]:
     if sweep is not None and not (isinstance(sweep, str) and _SWEEP.fullmatch(sweep)):
         problems.append(f"config.sweep={shown(sweep)}; expected a name of letters, digits, '_', '-', '.' and '+'")
     return problems
-
-
-def _depth_exceeds(value: Any, levels: int) -> bool:
-    level = [value]
-    for _ in range(levels):
-        level = [
-            item for v in level for item in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())
-        ]
-        if not level:
-            return False
-    return True

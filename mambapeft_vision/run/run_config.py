@@ -68,9 +68,9 @@ class Resolved:
     def __init__(self, cfg: DictConfig) -> None:
         self._config, self._identity = _checked(cfg), _identity_of(cfg)
         leaves = list(_leaves(OmegaConf.to_container(cfg, resolve=False)))
-        for path, value in leaves:
-            if "${seed" in str(value) and value != "${seed}":
-                raise UserError(f"{'.'.join(path)}={value!r}; expected no seed in it, or nothing but ${{seed}}")
+        within = seed_is_within(cfg)
+        if within:
+            raise UserError(f"{within}; expected no seed in it, or nothing but ${{seed}}")
         self._seeds = [("seed",), *(path for path, value in leaves if value == "${seed}")]
 
     def plan(self, seed: int, dataset: "Resolved") -> RunPlan:
@@ -84,6 +84,14 @@ class Resolved:
             config = _with(config, path, seed)
             identity = _with(identity, path, seed) if path[0] in identity else identity
         return _plan(config, identity)
+
+
+def seed_is_within(cfg: DictConfig) -> str:
+    """`key='value'` of a longer value that holds the seed, or ""."""
+    for path, value in _leaves(OmegaConf.to_container(cfg, resolve=False)):
+        if "${seed" in str(value) and value != "${seed}":
+            return f"{'.'.join(path)}={value!r}"
+    return ""
 
 
 def _checked(cfg: DictConfig) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """A worker process of a sweep: takes runs from the parent one by one, and answers how each one ended."""
 
 import gc
+import io
 import os
 import sys
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,6 +22,7 @@ from mambapeft_vision.sweep.worker_cache import Kept
 from mambapeft_vision.utils.errors import NotFiniteError
 from mambapeft_vision.utils.lock import InUseError
 from mambapeft_vision.utils.processes import end_with_parent
+from mambapeft_vision.utils.progress import CANNOT_WRITE
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def work(connection: Connection, environment: Mapping[str, str], threads: int, l
         connection.send(outcome)
         if outcome.last:
             return
-        if first:  # all is imported now: what every run's collection of garbage need not look through
+        if first:  # everything is imported by now; freeze it, so that later collections skip it
             gc.collect()
             gc.freeze()
             first = False
@@ -102,9 +105,33 @@ def _train(assignment: Assignment, kept: Kept) -> RunRecord:
     return train(cfg, assignment.overrides, kept.sources)
 
 
+class _Forgiving(io.TextIOWrapper):
+    """A stream for what people read: a disk that is full takes no line, and ends no run."""
+
+    def write(self, text: str) -> int:
+        with suppress(*CANNOT_WRITE):
+            super().write(text)
+            self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(*CANNOT_WRITE):
+            super().flush()
+
+
 def _print_to(log: Path) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a", encoding="utf-8") as file:
-        for stream in (sys.stdout, sys.stderr):
+    """Sends what this process prints, and what libraries below Python print, to a file."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError:
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(*CANNOT_WRITE):
             stream.flush()
-            os.dup2(file.fileno(), stream.fileno())
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+    sys.stdout, sys.stderr = (
+        _Forgiving(open(number, "wb", closefd=False), "utf-8", "backslashreplace")  # noqa: SIM115
+        for number in (1, 2)
+    )
