@@ -49,7 +49,11 @@ def run_title(record: RunRecord) -> str:
 def pictures_of(folder: Path) -> dict[str, Path]:
     """The pictures that there are in a run's folder, by name."""
     files = {"predictions": PAGE_FILE, "curves": CURVES_FILE, "confusion": CONFUSION_FILE}
-    return {name: folder / file for name, file in files.items() if (folder / file).is_file()}
+    return {
+        name: folder / file
+        for name, file in files.items()
+        if (folder / file).is_file() and not (folder / file).is_symlink()
+    }
 
 
 def page_of_predictions(

@@ -8,6 +8,7 @@ from mambapeft_vision.run.exit import nearest
 from mambapeft_vision.search.search import PROTOCOLS, Search
 from mambapeft_vision.search.space import read_space
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.names import check_name
 
 FOLDER = Path("searches")
 OWN = ("space", "trials", "protocol", "storage", "name", "seeds")
@@ -43,6 +44,7 @@ def parse(arguments: Sequence[str], configs: Path, defaults: Mapping[str, str], 
         overrides.append(f"seed={own['seeds']}")
     # The protocol is part of every name, so that no output of a search on test images can be mistaken.
     name = own.get("name") or "_".join([own["space"], *([own["method"]] if tuned else []), own["protocol"]])
+    check_name(name, "name")  # of a folder, a file and a study
     return Search(
         name=name,
         space=read_space(configs / "search" / f"{own['space']}.yaml", presets, own.get("method")),

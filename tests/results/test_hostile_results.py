@@ -109,7 +109,7 @@ RECORDS = {
     "a long task": (lambda f: written(f, task="x" * 300), "task="),
     "a path as method": (lambda f: written(f, methods=["../x"]), "methods:"),
     "a path in the config": (lambda f: written(f, config=config(method={"/tmp/x": {}})), "config.method."),
-    "a path as sweep": (lambda f: written(f, config=config(sweep="/tmp/elsewhere")), "config.sweep="),
+    "a sweep that is no text": (lambda f: written(f, config=config(sweep=["x"])), "config.sweep="),
     "escapes in a key": (lambda f: written(f, **{"\x1b[2J": 1}), "\\x1b[2J is unknown"),
     "a rate that is no number": (lambda f: written(f, config=config(trainer={"learning_rate": []})), "learning_rate"),
     "infinite": (lambda f: (f / "result.json").write_text('{"schema_version": 1e999}'), "schema_version is inf"),
