@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from mambapeft_vision.benchmarks.mini import RECIPE_RATE, Choice, choices
@@ -80,7 +81,7 @@ def _part(title: str, pictures: str, records: Sequence[RunRecord], standard: Sta
 def _compared(collection: Collection, pictures: str) -> Iterable[str]:
     base = next((row for row in collection.rows if row.preset == AGAINST), None)
     compared = compare_with(base, collection) if base is not None else []
-    if compared:
+    if base is not None and compared:
         yield to_markdown(paired_table(collection, base, compared))
         drawn = [(collection.label(row), pair.mean, pair.half, holds) for row, pair, holds in compared]
         figure = differences(drawn, collection.label(base))
@@ -104,8 +105,8 @@ def _ordered_as_published(collection: Collection) -> Iterable[str]:
 
 def compare_with(base: Row, collection: Collection) -> list[tuple[Row, Paired, bool]]:
     """Every other row that has runs in common with `base` on every task, and whether the difference holds (Holm)."""
-    pairs = [(row, paired(row, base, collection.tasks)) for row in collection.rows if row is not base]
-    pairs = [(row, pair) for row, pair in pairs if pair is not None]
+    rows = [row for row in collection.rows if row is not base]
+    pairs = [(row, pair) for row in rows if (pair := paired(row, base, collection.tasks)) is not None]
     return [(row, pair, holds) for (row, pair), holds in zip(pairs, holm([pair.p for _, pair in pairs]))]
 
 
@@ -163,7 +164,7 @@ def _provenance(records: Sequence[RunRecord]) -> str:
     return f"{len(records):,} runs on {devices}, {hours:.1f} hours if they were made one after another; {told}.\n"
 
 
-def _picture(figure, path: str, text: str) -> str:
+def _picture(figure: Figure, path: str, text: str) -> str:
     save(figure, path)
     return f"![{text}]({Path(path).name})\n"
 

@@ -27,7 +27,8 @@ class PaperRow:
 
 def _row(presets: str, label: str, count_k: int | None, *averages: float, note: str = "") -> PaperRow:
     """averages: over all tasks, and over the natural, specialized and structured ones where they are published."""
-    average, natural, specialized, structured = (*averages, None, None, None)[:4]
+    average, *groups = averages
+    natural, specialized, structured = groups or (None, None, None)
     return PaperRow(label, tuple(presets.split()), count_k, average, natural, specialized, structured, note)
 
 

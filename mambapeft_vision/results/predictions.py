@@ -21,8 +21,8 @@ def read_labels(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         arrays = read_arrays(file, kinds="iuf")  # the file may hold more than classes
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}); expected the folder of a finished run") from error
-    found = [arrays.get(name) for name in ("predicted", "labels")]
-    if not all(values is not None and _are_classes(values) for values in found) or len({len(v) for v in found}) > 1:
+    found = [arrays[name] for name in ("predicted", "labels") if name in arrays]
+    if len(found) != 2 or not all(map(_are_classes, found)) or len(found[0]) != len(found[1]):
         raise UserError(
             f"{file}: expected `predicted` and `labels`, a class number for each test image. Test the run again with "
             f"evaluate.py"

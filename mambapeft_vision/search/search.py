@@ -126,7 +126,8 @@ def check_inputs(study: optuna.Study, jobs: Sequence[Job]) -> None:
 
     Raises: UserError where they have changed: values of trials on other data cannot be compared.
     """
-    inputs, now = Inputs(), {}
+    inputs = Inputs()
+    now: dict[str, str | None] = {}
     for job in jobs:
         images, weights = inputs.of(job.plan)
         now |= {f"images of {job.plan.task}": images, "weights of the backbone": weights}
@@ -273,7 +274,8 @@ def _objective(settings: Search, jobs: Sequence[Job], kept: Kept) -> Callable[[o
         point = settings.space.suggest(trial)
         trial.set_user_attr("point", {"methods": point.methods, "trainer": point.trainer})
         try:
-            records = [train(_config(job, point, settings.name), job.overrides, kept.sources) for job in jobs]
+            ran = [train(_config(job, point, settings.name), job.overrides, kept.sources) for job in jobs]
+            records = [record for record in ran if record is not None]  # only a dry run has none
         except Exception as error:
             trial.set_user_attr("error", summary(error))
             raise

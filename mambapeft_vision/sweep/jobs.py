@@ -200,7 +200,9 @@ class _Composed:
         """Whether a change of `dataset` changes no other section, nor other sections it."""
         if self.resolved is None:
             return False
-        for name, section in OmegaConf.to_container(self.cfg, resolve=False).items():
+        sections = OmegaConf.to_container(self.cfg, resolve=False)
+        assert isinstance(sections, dict)
+        for name, section in sections.items():
             references = re.findall(r"\$\{\s*([\w.:]*)", json.dumps(section, default=str))
             roots = {reference.partition(".")[0] for reference in references}
             if name == "dataset" and not roots <= {"dataset", "paths", "seed"}:

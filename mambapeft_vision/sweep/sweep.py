@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mambapeft_vision.adapter.presets import read_presets
-from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.results.record import RunRecord, read_record
 from mambapeft_vision.results.tables import find_records
 from mambapeft_vision.run.exit import CRASH
@@ -19,6 +18,7 @@ from mambapeft_vision.sweep.estimates import Rate, Speeds, read_rates
 from mambapeft_vision.sweep.jobs import Job, State, plan_jobs
 from mambapeft_vision.sweep.pool import Pool, visible_gpus
 from mambapeft_vision.utils.errors import UserError, disk_errors_of
+from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.utils.progress import format_duration
 
 LOGS = ".sweep"  # below paths.outputs

@@ -102,7 +102,9 @@ def _train(assignment: Assignment, kept: Kept) -> RunRecord:
     if assignment.outdated is not None and is_finished(folder):
         # Otherwise another process has done it again since the sweep was planned.
         cfg.resume = read_record(folder).finished_at != assignment.outdated
-    return train(cfg, assignment.overrides, kept.sources)
+    record = train(cfg, assignment.overrides, kept.sources)
+    assert record is not None  # only a dry run has none
+    return record
 
 
 class _Forgiving(io.TextIOWrapper):

@@ -12,13 +12,12 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from mambapeft_vision.adapter.presets import Preset, read_presets
 from mambapeft_vision.data.tasks import TASKS
 from mambapeft_vision.results.paper import PAPER, PUBLISHED, PaperRow, paper_row
 from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.untrusted import read_yaml
 
 GROUPS = {
     group.capitalize(): tuple(task.name for task in TASKS.values() if task.group == group)
@@ -69,9 +68,9 @@ class Standard:
 
 def read_standard(configs: Path) -> Standard:
     """The standard settings, from the folder `configs`."""
-    dataset = OmegaConf.load(configs / "dataset" / "folder.yaml")
+    dataset = read_yaml(configs / "dataset" / "folder.yaml", references=True)
     return Standard(
-        trainer=OmegaConf.to_container(OmegaConf.load(configs / "trainer" / "default.yaml")),
+        trainer=read_yaml(configs / "trainer" / "default.yaml"),
         protocol={key: dataset[key] for key in PROTOCOL_KEYS},
         presets=read_presets(configs / "method"),
     )
@@ -153,8 +152,11 @@ class Row:
         if len({tuple(of) for of in done}) > 1:
             return Score(mean, None, ())
         seeds = tuple(done[0])
-        by_seed = [_mean_of_means(groups, lambda task, seed=seed: self.percents[task][seed]) for seed in seeds]
+        by_seed = [_mean_of_means(groups, partial(self._percent, seed=seed)) for seed in seeds]
         return Score(mean, statistics.stdev(by_seed) if len(seeds) > 1 else None, seeds)
+
+    def _percent(self, task: str, seed: int) -> float:
+        return self.percents[task][seed]
 
 
 def _mean_of_means(groups: Sequence[Sequence[str]], value: Callable[[str], float]) -> float:
