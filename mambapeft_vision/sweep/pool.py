@@ -18,10 +18,14 @@ from mambapeft_vision.run.failure_record import write_failure
 from mambapeft_vision.sweep.jobs import Job
 from mambapeft_vision.sweep.worker import Assignment, Outcome, work
 from mambapeft_vision.sweep.worker_cache import task_key
-from mambapeft_vision.utils.errors import NotFiniteError
+from mambapeft_vision.utils.errors import UserError
 
 REFRESH_S = 0.5
 PATIENCE_S = 10.0  # for a process to end by itself
+
+
+class SweepError(UserError):
+    """A run ended in a way with which the sweep ends too."""
 
 
 class Watcher(Protocol):
@@ -96,7 +100,7 @@ class Pool:
 
         Args:
             enough: once it says so, no further job begins, and it returns when those under way have ended.
-        Raises: NotFiniteError after a run with which the sweep is to end.
+        Raises: SweepError after a run with which the sweep is to end.
         """
         queue = Queue(jobs)
         with self._ended_at_exit():
@@ -160,9 +164,9 @@ class Pool:
             del self._workers[number]
         watcher.ended(job, outcome)
         if outcome.ends_sweep:
-            raise NotFiniteError(
+            raise SweepError(
                 f"{job.label}: {outcome.error}\nThe sweep ends with it, and the same command goes on. "
-                f"With trainer.on_nonfinite=skip_run it goes on with its other runs"
+                f"With trainer.on_nonfinite=skip_run, NaN or infinity in a run does not end it"
             )
 
     @contextmanager

@@ -1,5 +1,6 @@
 """A worker process of a sweep: takes runs from the parent one by one, and answers how each one ended."""
 
+import errno
 import gc
 import io
 import os
@@ -43,7 +44,7 @@ class Outcome:
     """How a run ended: with a record, or with an error in one line.
 
     last: the worker ends with it, as after a crash nothing in its process is to be trusted.
-    ends_sweep: no other run is to be begun (trainer.on_nonfinite=stop).
+    ends_sweep: no other run is to be begun (trainer.on_nonfinite=stop, or the disk of all runs is full).
     elsewhere: another process, of this machine or another, is at the run; no failure.
     """
 
@@ -92,9 +93,15 @@ def run(assignment: Assignment, kept: Kept) -> Outcome:
     except Exception as error:
         traceback.print_exc()
         note_failure(assignment.folder, error, assignment.overrides)
-        ends_sweep = isinstance(error, NotFiniteError) and error.ends_sweep
+        ends_sweep = _is_full(error) or (isinstance(error, NotFiniteError) and error.ends_sweep)
         return Outcome(None, summary(error), last=not is_mistake(error), ends_sweep=ends_sweep)
     return Outcome(record)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether every other run would fail for the same reason: the disk or quota is full, or nothing can be written."""
+    system = error if isinstance(error, OSError) else error.__cause__
+    return isinstance(system, OSError) and system.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def _train(assignment: Assignment, kept: Kept) -> RunRecord:
