@@ -15,6 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from mambapeft_vision.results.claims import computed
 from mambapeft_vision.results.record import RunRecord, read_record
 from mambapeft_vision.run.config import TrainConfig
 from mambapeft_vision.run.run_config import NO_PART_OF_IDENTITY
@@ -111,8 +112,9 @@ def _root_config(record: RunRecord, arguments: Sequence[str], configs: Path) -> 
     if unknown:
         raise UserError(f"the record's config has {', '.join(unknown)}, which this release does not know")
     root = OmegaConf.to_container(OmegaConf.load(configs / "train.yaml"), resolve=False)
-    groups = [{group: None} for group in _GROUPS if group != "trainer" or group in chosen]
-    values = {key: value for key, value in record.config.items() if key not in chosen}
+    groups = [{group: None} for group in _GROUPS if group != "logger" and (group != "trainer" or group in chosen)]
+    groups.append({"logger": "none"})  # whom a run tells is the command's decision, and never the record's
+    values = {key: value for key, value in computed(record.config).items() if key not in chosen}
     # The trainer's defaults first: they hold what is newer than the record.
     defaults = ["train_schema", *([] if "trainer" in chosen else [{"trainer": "default"}]), "_self_", *groups]
     overriding = [entry for entry in root["defaults"] if isinstance(entry, dict) and next(iter(entry)).startswith("ov")]
