@@ -16,6 +16,8 @@ Names are imported when they are used: `import mambapeft_vision` does not import
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mambapeft_vision.utils.startup import drop_unusable_backend
+
 if TYPE_CHECKING:
     from mambapeft_vision.adapter.model import adapt
     from mambapeft_vision.backbones import create_backbone
@@ -36,6 +38,8 @@ __all__ = [
     "load_reference",
     "train",
 ]
+
+drop_unusable_backend()  # before anything imports matplotlib, as Lightning does
 
 _MODULES = {
     "Method": "methods.method",

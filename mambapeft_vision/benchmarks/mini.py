@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from mambapeft_vision.adapter.presets import fitting_presets
 from mambapeft_vision.data.generated.mini import IMPORTED
@@ -21,6 +21,7 @@ from mambapeft_vision.run.run_config import Resolved
 from mambapeft_vision.sweep.input_hashes import Inputs
 from mambapeft_vision.sweep.jobs import Job, state_of
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.untrusted import read_yaml
 
 STAGES = ("recipe", "search", "tuned")
 TASKS = tuple(task.name for task in IMPORTED.values())
@@ -62,7 +63,7 @@ def benchmark_methods(configs: Path, chosen: Sequence[str] | None = None) -> tup
         chosen: names of those wanted; None: all.
     Raises: UserError for a chosen one that does not fit.
     """
-    backbone = OmegaConf.load(configs / "backbone" / "vim_nano.yaml")["name"]
+    backbone = read_yaml(configs / "backbone" / "vim_nano.yaml", references=True)["name"]
     fitting, reasons = fitting_presets(configs / "method", backbone, of_vim_s=True)
     for name in chosen or ():
         if name not in fitting:

@@ -4,10 +4,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from mambapeft_vision.benchmarks.mini import RECIPE_RATE, Choice, choices
-from mambapeft_vision.results.paired import Paired, holm, paired
+from mambapeft_vision.results.compare import Paired, holm, paired
 from mambapeft_vision.results.paper import paper_row
 from mambapeft_vision.results.plots import accuracy_against_parameters, differences, group_bars, save
 from mambapeft_vision.results.record import RunRecord
@@ -70,7 +71,7 @@ def _part(title: str, pictures: str, records: Sequence[RunRecord], standard: Sta
         yield to_markdown(summary_table(collection))
         scatter = accuracy_against_parameters(collection)
         if scatter is not None:
-            yield _picture(scatter, f"{pictures}-parameters.png", "average accuracy against trained numbers")
+            yield _picture(scatter, f"{pictures}-parameters.png", "average accuracy against trained parameters")
             yield _picture(group_bars(collection), f"{pictures}-groups.png", "group means of every method")
         yield from _compared(collection, pictures)
         yield from _ordered_as_published(collection)
@@ -80,7 +81,7 @@ def _part(title: str, pictures: str, records: Sequence[RunRecord], standard: Sta
 def _compared(collection: Collection, pictures: str) -> Iterable[str]:
     base = next((row for row in collection.rows if row.preset == AGAINST), None)
     compared = compare_with(base, collection) if base is not None else []
-    if compared:
+    if base is not None and compared:
         yield to_markdown(paired_table(collection, base, compared))
         drawn = [(collection.label(row), pair.mean, pair.half, holds) for row, pair, holds in compared]
         figure = differences(drawn, collection.label(base))
@@ -104,8 +105,8 @@ def _ordered_as_published(collection: Collection) -> Iterable[str]:
 
 def compare_with(base: Row, collection: Collection) -> list[tuple[Row, Paired, bool]]:
     """Every other row that has runs in common with `base` on every task, and whether the difference holds (Holm)."""
-    pairs = [(row, paired(row, base, collection.tasks)) for row in collection.rows if row is not base]
-    pairs = [(row, pair) for row, pair in pairs if pair is not None]
+    rows = [row for row in collection.rows if row is not base]
+    pairs = [(row, pair) for row in rows if (pair := paired(row, base, collection.tasks)) is not None]
     return [(row, pair, holds) for (row, pair), holds in zip(pairs, holm([pair.p for _, pair in pairs]))]
 
 
@@ -121,9 +122,9 @@ def paired_table(collection: Collection, base: Row, compared: Sequence[tuple[Row
         )
     notes = [
         f"Average accuracy minus that of {collection.label(base)}, in percent points, paired by task and seed; the "
-        "interval is for the seeds' noise on these tasks (mambapeft_vision/results/paired.py says how).",
-        "Beyond noise: `yes` holds for all comparisons of the table together (Holm, 95 %); `alone`: zero is outside "
-        "this interval, but so it would be now and then in a table this long; `no`: seeds explain it.",
+        "interval is for the seeds' noise on these tasks (mambapeft_vision/results/compare.py says how).",
+        "Beyond noise: yes holds for all comparisons of the table together (Holm, 95 %); alone: zero is outside "
+        "this interval, but so it would be now and then in a table this long; no: seeds explain it.",
     ]
     header = ["Method", "difference", "95 % interval", "std over seeds", "tasks won", "beyond noise"]
     return Table(f"Compared with {collection.label(base)}", header, rows, notes)
@@ -163,7 +164,7 @@ def _provenance(records: Sequence[RunRecord]) -> str:
     return f"{len(records):,} runs on {devices}, {hours:.1f} hours if they were made one after another; {told}.\n"
 
 
-def _picture(figure, path: str, text: str) -> str:
+def _picture(figure: Figure, path: str, text: str) -> str:
     save(figure, path)
     return f"![{text}]({Path(path).name})\n"
 

@@ -7,7 +7,7 @@ exit code 1 where the order is lost. Not a part of `make test`: it trains for a 
 
 from collections.abc import Sequence
 
-from mambapeft_vision.results.ordering import ordering
+from mambapeft_vision.results.compare import ordering
 from mambapeft_vision.results.tables import collect, read_standard, tables_of, to_markdown
 from mambapeft_vision.run.exit import CRASH
 from mambapeft_vision.sweep.sweep import fixed_sweep, records_of, sweep_parser

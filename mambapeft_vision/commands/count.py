@@ -14,6 +14,7 @@ from mambapeft_vision.adapter.model import adapt, build_method
 from mambapeft_vision.adapter.presets import Preset, read_presets
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.results.paper import PaperRow, paper_row
+from mambapeft_vision.results.tables.render import Table, to_latex, to_markdown
 from mambapeft_vision.run.arguments import ArgumentParser
 from mambapeft_vision.utils.paths import configs_folder
 
@@ -91,10 +92,11 @@ def presets_for(backbone: str, presets: dict[str, Preset]) -> list[Preset]:
 def counts(backbone: str) -> tuple[list[Count], list[str]]:
     """All lines for a backbone, and complaints about headers that do not state what was counted."""
     lines, wrong = [], []
+    name = registered_name(backbone)
     with torch.device("meta"):
-        head = (create_backbone(registered_name(backbone), "random").embed_dim + 1) * CLASSES
+        head = (create_backbone(name, "random").embed_dim + 1) * CLASSES
     for preset in presets_for(backbone, read_presets(configs_folder() / "method")):
-        ours, row = count(preset, backbone), paper_row(preset.name, backbone)
+        ours, row = count(preset, backbone), paper_row(preset.name, name)
         lines.append(Count(preset.name, ours, row.count_k if row else None, why(preset.name, ours, row, head)))
         if preset.backbone == backbone and ours != preset.count:
             wrong.append(f"configs/method/{preset.name}.yaml says count: {preset.count:,}, built: {ours:,}")
@@ -107,18 +109,8 @@ def render(lines: list[Count], style: str) -> str:
     if style == "csv":
         plain = [[c.replace(",", "") if i in (1, 2, 3) else f'"{c}"' for i, c in enumerate(row)] for row in rows]
         return "\n".join(",".join(row) for row in [COLUMNS, *plain])
-    if style == "latex":
-        body = [" & ".join(cell.replace("_", r"\_") for cell in row) + r" \\" for row in [COLUMNS, *rows]]
-        return "\n".join([r"\begin{tabular}{lrrrl}", body[0], r"\hline", *body[1:], r"\end{tabular}"])
-    widths = [max(len(row[i]) for row in [COLUMNS, *rows]) for i in range(len(COLUMNS))]
-    right = {1, 2, 3}
-
-    def line(row: tuple[str, ...]) -> str:
-        cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))]
-        return "| " + " | ".join(cells) + " |"
-
-    rule = "| " + " | ".join("-" * (w - 1) + (":" if i in right else "-") for i, w in enumerate(widths)) + " |"
-    return "\n".join([line(COLUMNS), rule, *map(line, rows)])
+    table = Table("", COLUMNS, rows, left=(0, 4))
+    return (to_latex if style == "latex" else to_markdown)(table).rstrip()
 
 
 def main(arguments: Sequence[str]) -> int:

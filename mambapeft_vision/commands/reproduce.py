@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mambapeft_vision.integrations.wandb_summary import publish_sweep
-from mambapeft_vision.results.paper import PAPER
+from mambapeft_vision.results.layout import PREDICTIONS_FILE
+from mambapeft_vision.results.paper import PUBLISHED, VIM_S
 from mambapeft_vision.results.report import report
 from mambapeft_vision.results.tables import collect, read_standard, tables_of, to_markdown
 from mambapeft_vision.run.exit import CRASH
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--report", type=Path, default=Path("report.html"), metavar="FILE", help="page to write")
     options, overrides = parser.parse_with_overrides(arguments)
     if not any(override.startswith("method=") for override in overrides):
-        overrides.append("method=" + ",".join(row.presets[0] for row in PAPER if row.backbone == "vim_s"))
+        overrides.append("method=" + ",".join(row.presets[0] for row in PUBLISHED[VIM_S]))
     command = command_of(options, overrides, configs)
     jobs = plan_jobs(command.overrides, configs)
     failed = sweep(jobs, command)
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     collections = collect(records, standard)
     for collection in collections:
         print(f"\n{to_markdown(tables_of(collection)[0])}")
-    examples = [job.folder for job in jobs if (job.folder / "predictions.npz").is_file()][:EXAMPLES]
+    examples = [job.folder for job in jobs if (job.folder / PREDICTIONS_FILE).is_file()][:EXAMPLES]
     on_vtab = all(collection.is_vtab for collection in collections)
     title = "MambaPEFT on VTAB-1K, reproduced" if on_vtab else "MambaPEFT's methods on other tasks"
     write_text(options.report, report(collections, examples, title=title))

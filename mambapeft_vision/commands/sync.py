@@ -6,19 +6,16 @@ also makes, or brings up to date, the W&B run of each sweep that runs here are p
 """
 
 import argparse
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from mambapeft_vision.engine.callbacks import METRICS_FILE
-from mambapeft_vision.engine.config import TrainerConfig
-from mambapeft_vision.integrations.wandb_logger import WANDB_ID_FILE, WandbLogger
+from mambapeft_vision.integrations.wandb_logger import WandbLogger
 from mambapeft_vision.integrations.wandb_summary import publish
-from mambapeft_vision.results.pictures import draw_from_files, pictures_of, run_title
-from mambapeft_vision.results.record import RESULT_FILE, RunRecord, read_record
+from mambapeft_vision.integrations.wandb_upload import upload
+from mambapeft_vision.results.layout import RESULT_FILE, SET_ASIDE, WANDB_ID_FILE
+from mambapeft_vision.results.record import RunRecord, read_record
 from mambapeft_vision.results.tables import read_standard
 from mambapeft_vision.run.arguments import ArgumentParser
-from mambapeft_vision.run.run_config import RunPlan
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.paths import configs_folder
 
@@ -35,13 +32,13 @@ def main(arguments: Sequence[str]) -> None:
     finished = [file.parent for place in options.places for file in sorted(place.rglob(RESULT_FILE))]
     if not finished:
         raise UserError(f"no finished run below {', '.join(map(str, options.places))}; expected folders with runs")
-    new = [folder for folder in finished if not (folder / WANDB_ID_FILE).exists() and ".replaced-" not in folder.name]
+    new = [folder for folder in finished if not (folder / WANDB_ID_FILE).exists() and SET_ASIDE not in folder.name]
     for folder in new:
         upload(folder, make_logger(options))
         print(f"uploaded {folder}", flush=True)
     print(f"{len(new)} runs uploaded, {len(finished) - len(new)} left alone")
     if options.sweeps:
-        publish_sweeps([folder for folder in finished if ".replaced-" not in folder.name], options)
+        publish_sweeps([folder for folder in finished if SET_ASIDE not in folder.name], options)
 
 
 def publish_sweeps(folders: list[Path], options: argparse.Namespace) -> None:
@@ -63,26 +60,3 @@ def make_logger(options: argparse.Namespace) -> WandbLogger:
         tags=[tag for tag in options.tags.split(",") if tag],
         pictures=True,
     )
-
-
-def upload(folder: Path, logger: WandbLogger) -> None:
-    """Repeats to the logger what the run would have told it."""
-    record = read_record(folder)
-    plan = RunPlan(record.config, TrainerConfig(**record.config["trainer"]), record.fingerprint, folder)
-    try:
-        logger.start(plan)
-        for row in _metrics(folder / METRICS_FILE):
-            logger.log_epoch(row)
-        draw_from_files(folder, title=run_title(record), num_classes=record.config["dataset"]["num_classes"])
-        logger.finish(record, pictures_of(folder))
-    except BaseException:
-        (folder / WANDB_ID_FILE).unlink(missing_ok=True)  # an upload that broke off is made anew
-        raise
-
-
-def _metrics(file: Path) -> list[dict[str, float]]:
-    """Rows of metrics.csv; none for a record that is kept alone, as in results/."""
-    if not file.is_file():
-        return []
-    with open(file, newline="", encoding="utf-8") as stream:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(stream)]

@@ -1,19 +1,27 @@
 """Where a run reports to, beside its own folder: the targets of configs/logger/*.yaml."""
 
 import re
+import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mambapeft_vision.results.claims import computed
+from mambapeft_vision.results.files import read_text
+from mambapeft_vision.results.layout import WANDB_ID_FILE
 from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.utils.atomic import write_text
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.text import plain, shown
 
 if TYPE_CHECKING:
     from mambapeft_vision.run.run_config import RunPlan
 
-WANDB_ID_FILE = "wandb_id.txt"
+LONGEST_TAG = 64  # characters, by W&B's rule; so are the names
+_PROJECT = re.compile(r"[^/\\#?%:\x00-\x1f]{1,128}")
+_ENTITY = re.compile(r"[\w-]{1,128}")
 
 
 class RunLogger(Protocol):
@@ -55,36 +63,65 @@ class WandbLogger:
 
     def __init__(self, *, project: str, entity: str | None, mode: str, tags: list[str], pictures: bool) -> None:
         if mode not in ("online", "offline"):
-            raise UserError(f"logger.mode={mode!r}; expected online or offline (logger=none reports nowhere)")
-        self._settings = {"project": project, "entity": entity, "mode": mode}
+            raise UserError(f"logger.mode={shown(mode)}; expected online or offline (logger=none reports nowhere)")
+        if not _PROJECT.fullmatch(project):
+            raise UserError(f"logger.project={shown(project)}; expected 1 to 128 characters, none of / \\ # ? % :")
+        if entity is not None and not _ENTITY.fullmatch(entity):
+            raise UserError(f"logger.entity={shown(entity)}; expected letters, digits, '_' and '-', or null")
+        for tag in tags:
+            if not 1 <= len(tag) <= LONGEST_TAG:
+                raise UserError(f"logger.tags: {shown(tag)}; expected tags of 1 to {LONGEST_TAG} characters")
+        self._settings: dict[str, Any] = {"project": project, "entity": entity, "mode": mode}
         self._tags = tags
         self.pictures = pictures
         self._run: Any = None
+        self.has_failed = False
 
     def start(self, plan: "RunPlan") -> None:
+        self._start(plan.folder, plan.task, plan.methods, plan.seed, plan.config)
+
+    def start_recorded(self, folder: Path, record: RunRecord) -> None:
+        """As `start`, for a run that is finished. Of its config only what was computed is told."""
+        self._start(folder, record.task, record.methods, record.seed, computed(record.config))
+
+    def _start(self, folder: Path, task: str, methods: Sequence[str], seed: int, config: Mapping[str, Any]) -> None:
+        names = "+".join(methods)
         self._run = self._begin(
-            id=run_id(plan.folder),
-            name=f"{plan.task} {plan.method_names} seed {plan.seed}",
-            group=plan.task,
+            id=run_id(folder),
+            name=plain(f"{task} {names} seed {seed}"),
+            group=task,
             job_type="run",
-            tags=[*self._tags, *plan.methods],
+            tags=[*self._tags, *(name[:LONGEST_TAG] for name in methods)],
             # What dashboards group by, beside `seed` and `sweep`; the sections of the config follow.
-            config={"task": plan.task, "methods": plan.method_names, **plan.config},
-            dir=str(plan.folder),
+            config={"task": task, "methods": names, **config},
+            dir=str(folder),
         )
-        self._run.define_metric("epoch")
-        self._run.define_metric("train/*", step_metric="epoch")
+        with self._never_fatal():
+            self._run.define_metric("epoch")
+            self._run.define_metric("train/*", step_metric="epoch")
 
     def log_epoch(self, row: dict[str, float]) -> None:
         metrics = {f"train/{name}": value for name, value in row.items() if name != "epoch"}
-        self._run.log({"epoch": row["epoch"], **metrics})
+        with self._never_fatal():
+            self._run.log({"epoch": row["epoch"], **metrics})
 
     def finish(self, record: RunRecord | None, pictures: Mapping[str, Path]) -> None:
-        if record is not None:
-            self._log_pictures(pictures)
-            # All of result.json; its config is the run's config.
-            self._run.summary.update({name: value for name, value in vars(record).items() if name != "config"})
-        self._run.finish(exit_code=0 if record is not None else 1)
+        with self._never_fatal():
+            if record is not None:
+                self._log_pictures(pictures)
+                # All of result.json; its config is the run's config.
+                self._run.summary.update({name: value for name, value in vars(record).items() if name != "config"})
+            self._run.finish(exit_code=0 if record is not None else 1)
+
+    @contextmanager
+    def _never_fatal(self) -> Iterator[None]:
+        """What W&B raises once a run is under way is a line on stderr: a report is never worth a result."""
+        try:
+            yield
+        except Exception as error:
+            if not self.has_failed:
+                print(f"warning: W&B: {_translated(error)}. Nothing else depends on it", file=sys.stderr, flush=True)
+            self.has_failed = True
 
     def log_parent(
         self,
@@ -109,12 +146,13 @@ class WandbLogger:
         run = self._begin(
             id=parent_id(name), name=name, job_type=job_type, tags=self._tags, config=dict(config), dir=str(folder)
         )
-        run.log({f"pictures/{key}": wandb.Image(str(file)) for key, file in pictures.items()})
-        run.log(
-            {f"tables/{key}": wandb.Table(list(header), [*map(list, rows)]) for key, (header, rows) in tables.items()}
-        )
-        run.summary.update(dict(summary))
-        run.finish()
+        with self._never_fatal():
+            run.log({f"pictures/{key}": wandb.Image(str(file)) for key, file in pictures.items()})
+            run.log(
+                {f"tables/{key}": wandb.Table(list(head), [*map(list, rows)]) for key, (head, rows) in tables.items()}
+            )
+            run.summary.update(dict(summary))
+            run.finish()
 
     def _log_pictures(self, pictures: Mapping[str, Path]) -> None:
         import wandb
@@ -127,18 +165,47 @@ class WandbLogger:
 
         try:
             return wandb.init(**self._settings, **settings, resume="allow", settings=wandb.Settings(silent=True))
-        except wandb.Error as error:
-            raise UserError(f"logger=wandb: {error}; log in with `wandb login`, or set logger.mode=offline") from error
+        except Exception as error:
+            raise UserError(f"logger=wandb: {_translated(error)}") from error
+
+
+def _translated(error: Exception) -> str:
+    """What W&B says in one line, with what to do about it. The only place where its errors are read."""
+    from wandb.errors import AuthenticationError, CommError, UsageError
+
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = plain(lines[0] if lines else type(error).__name__)
+    if isinstance(error, AuthenticationError) or (isinstance(error, UsageError) and "api_key" in str(error)):
+        return f"{said}; log in with `wandb login`, or set logger.mode=offline"
+    if isinstance(error, CommError):
+        return f"{said}; W&B cannot be reached or refuses: try again, or set logger.mode=offline"
+    if isinstance(error, OSError):
+        return f"{plain(error.filename or 'its files')}: {error.strerror}; free some space or make the folder writable"
+    if isinstance(error, UsageError):
+        return f"{said}; correct the logger's settings"
+    if isinstance(error, ValueError):  # pydantic's: the first line only counts the mistakes
+        return f"{plain(' '.join(lines[1:3]) or said)}; correct the logger's settings"
+    return f"{type(error).__name__}: {said}; set logger.mode=offline, or logger=none"
 
 
 def run_id(folder: Path) -> str:
     """The W&B id of the run in `folder`, made when first asked for."""
     file = folder / WANDB_ID_FILE
-    if not file.is_file():
+    known = known_id(folder)
+    if known is None:
         write_text(file, uuid.uuid4().hex[:8])
-    return file.read_text(encoding="utf-8")
+    return known or read_text(file, "the id of a run on W&B")
+
+
+def known_id(folder: Path) -> str | None:
+    """The W&B id of the run in `folder`; None where it has none."""
+    file = folder / WANDB_ID_FILE
+    if not file.is_file() or file.is_symlink():
+        return None
+    text = read_text(file, "the id of a run on W&B", most=1000)
+    return text if re.fullmatch(r"[\w-]{1,64}", text) else None
 
 
 def parent_id(name: str) -> str:
     """The W&B id of a sweep or search."""
-    return re.sub(r"[^\w-]", "-", name)
+    return re.sub(r"[^\w-]", "-", name)[:64]

@@ -3,27 +3,33 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-from mambapeft_vision.integrations.wandb_logger import WANDB_ID_FILE, WandbLogger
-from mambapeft_vision.results.plots import figures_of, save
+from mambapeft_vision.integrations.wandb_logger import WandbLogger, known_id
+from mambapeft_vision.results.layout import SWEEP_LOGS, file_name
+from mambapeft_vision.results.plots import named_apart, pictures_of_collection, save_png
 from mambapeft_vision.results.record import RunRecord, is_finished
 from mambapeft_vision.results.tables import Standard, collect, tables_of
 from mambapeft_vision.run.build import build_logger
+from mambapeft_vision.sweep.display import say
 from mambapeft_vision.sweep.jobs import Job
-from mambapeft_vision.sweep.sweep import LOGS, records_of
+from mambapeft_vision.sweep.sweep import records_of
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.text import plain
 
 
 def publish_sweep(jobs: Sequence[Job], standard: Standard) -> None:
     """Brings a sweep's W&B run up to date. Nothing where the runs have another logger, or none is finished."""
     plan = jobs[0].plan
     logger = build_logger(plan)
+    if not isinstance(logger, WandbLogger):
+        return
     done = [job for job in jobs if is_finished(job.folder)]
     finished = {job.folder: record for job, record in zip(done, records_of(done))}
-    if isinstance(logger, WandbLogger) and finished:
+    if finished:
         outputs = Path(plan.config["paths"]["outputs"]).expanduser()
-        publish(logger, plan.config["sweep"], finished, standard, outputs, planned=len(jobs))
+        try:
+            publish(logger, plan.config["sweep"], finished, standard, outputs, planned=len(jobs))
+        except (UserError, OSError) as error:  # the runs are done, and a later sync publishes them
+            say(f"warning: the sweep {plain(plan.config['sweep'])} is not published: {plain(error)}")
 
 
 def publish(
@@ -44,27 +50,25 @@ def publish(
     try:
         collections = collect(records.values(), standard)
     except UserError as error:  # runs that cannot be compared are on W&B all the same
-        print(f"the tables of {sweep} are not logged to W&B: {error}")
+        say(f"the tables of {plain(sweep)} are not logged to W&B: {plain(error)}")
         collections = []
-    folder = outputs / LOGS / sweep
+    folder = outputs / SWEEP_LOGS / file_name(sweep)
+    folder.mkdir(parents=True, exist_ok=True)
     tables = {table.title: (table.header, table.rows) for c in collections for table in tables_of(c)}
     logger.log_parent(
         sweep,
         folder,
         job_type="sweep",
-        config={"sweep": sweep, "runs": [id for path in records if (id := _wandb_id(path)) is not None]},
+        config={"sweep": sweep, "runs": [name for path in records if (name := known_id(path)) is not None]},
         summary={"planned": planned or len(records), "finished": len(records)},
-        pictures={name: _saved(figure, folder / f"{name}.png") for name, figure in figures_of(collections).items()},
+        pictures={
+            name: _saved(content, folder / f"{name}.png")
+            for name, content in named_apart(map(pictures_of_collection, collections)).items()
+        },
         tables=tables,
     )
 
 
-def _saved(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save(figure, path)
+def _saved(content: bytes, path: Path) -> Path:
+    save_png(content, path)
     return path
-
-
-def _wandb_id(folder: Path) -> str | None:
-    file = folder / WANDB_ID_FILE
-    return file.read_text(encoding="utf-8") if file.is_file() else None

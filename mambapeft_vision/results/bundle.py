@@ -1,28 +1,33 @@
-"""Many records in one small JSON file, `<name>.runs.json`: what all runs have in common once, then a line a run.
+"""Many results in one small JSON file, `<name>.runs.json`: what all runs have in common once, then a line a run.
 
 `columns` names what a line has: fields of `RunRecord`, and sections of its config as `config.<section>`. A column in
 `values` lists its distinct values there, and lines have their places in that list.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mambapeft_vision.results.files import read_text
+from mambapeft_vision.results.layout import BUNDLE_SUFFIX
 from mambapeft_vision.results.record import SCHEMA_VERSION, RunRecord, record_of
 from mambapeft_vision.utils.atomic import write_text
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.text import plain
+from mambapeft_vision.utils.untrusted import parse_json
 
-SUFFIX = ".runs.json"
 FORMAT = 1
+MOST_RUNS = 200_000
+MOST_VALUES = 10_000_000
 ABSENT = {"absent": True}  # of a config's section that a run does not have
 
 
 def write_bundle(path: Path, records: Iterable[RunRecord]) -> None:
     """Writes records, sorted; the same records always make the same bytes. Raises UserError for a wrong file name."""
-    if not path.name.endswith(SUFFIX):
-        raise UserError(f"{path}: expected a name that ends in {SUFFIX}")
+    if not path.name.endswith(BUNDLE_SUFFIX):
+        raise UserError(f"{path}: expected a name that ends in {BUNDLE_SUFFIX}")
     rows = sorted((_flat(record) for record in records), key=_order)
     names = list(dict.fromkeys(name for row in rows for name in row))
     texts = {name: [_text(row.get(name, ABSENT)) for row in rows] for name in names}
@@ -48,25 +53,34 @@ def write_bundle(path: Path, records: Iterable[RunRecord]) -> None:
 
 
 def read_bundle(path: Path) -> list[RunRecord]:
-    """The records, each checked as strictly as a result.json. Raises UserError."""
+    """The results, each checked as strictly as a result.json. Raises UserError."""
+    text = read_text(path, "a bundle of runs")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(text, str(path), max_values=MOST_VALUES)
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}, expected {FORMAT}")
-        columns, values, common = content["columns"], content["values"], content["common"]
-        rows = []
-        for number, line in enumerate(content["runs"], start=1):
-            if len(line) != len(columns):
-                raise ValueError(f"run {number} has {len(line)} values, expected {len(columns)}")
-            row = {name: values[name][value] if name in values else value for name, value in zip(columns, line)}
-            rows.append(common | row)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        columns, values, common, lines = (content[key] for key in ("columns", "values", "common", "runs"))
+        # Equal lines would be the same run twice; so few columns cannot tell so many runs apart.
+        if len(lines) > (MOST_RUNS if columns else 1):
+            raise ValueError(f"{len(lines):,} runs in {len(columns)} columns")
+        return [
+            record_of(_nested(_row(number, line, columns, values, common)), f"{path}, run {number}")
+            for number, line in enumerate(lines, start=1)
+        ]
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{path} is no bundle of runs ({type(error).__name__}: {error}); pack the runs again"
+            f"{path} is no bundle of runs ({type(error).__name__}: {plain(error)}); pack the runs again"
         ) from error
-    return [record_of(_nested(row), f"{path}, run {number}") for number, row in enumerate(rows, start=1)]
+
+
+def _row(
+    number: int, line: Sequence[Any], columns: Sequence[str], values: Mapping[str, Any], common: Mapping[str, Any]
+) -> dict[str, Any]:
+    if len(line) != len(columns):
+        raise ValueError(f"run {number} has {len(line)} values, expected {len(columns)}")
+    return {**common, **{name: values[name][v] if name in values else v for name, v in zip(columns, line)}}
 
 
 def _flat(record: RunRecord) -> dict[str, Any]:

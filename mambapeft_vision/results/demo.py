@@ -3,15 +3,19 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from mambapeft_vision.results.plots import accuracy_against_parameters, save
+from mambapeft_vision.results.plots import accuracy_against_parameters, drawn, save_png
 from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.results.tables import Collection, summary_table, to_markdown
 
 
 def show(collection: Collection, picture: Path) -> str:
     """The table as text; accuracy against trained parameters is drawn to `picture`, a PNG."""
-    save(accuracy_against_parameters(collection), picture)
-    return f"\n{to_markdown(summary_table(collection))}\npicture: {picture}"
+    table = to_markdown(summary_table(collection))
+    content = drawn(picture.name, lambda: accuracy_against_parameters(collection))
+    if content is None:
+        return f"\n{table}"
+    save_png(content, picture)
+    return f"\n{table}\npicture: {picture}"
 
 
 def compare(records: Mapping[str, RunRecord]) -> str:

@@ -1,90 +1,11 @@
-"""What a result was made with: library versions, the code's git state, the device, peak memory."""
+"""Moved to `mambapeft_vision.run.environment`; this name stays until every caller uses the new one."""
 
-import gc
-import importlib.metadata
-import platform
-import resource
-import subprocess
-import sys
-from functools import cache
-from pathlib import Path
-
-import torch
-
-LIBRARIES = (
-    "mambapeft-vision",
-    "torch",
-    "lightning",
-    "timm",
-    "hydra-core",
-    "omegaconf",
-    "numpy",
-    "pillow",
-    "safetensors",
-    "triton",
+from mambapeft_vision.run.environment import (
+    device_name,
+    git_state,
+    library_versions,
+    peak_memory_bytes,
+    reset_peak_memory,
 )
 
-
-def library_versions() -> dict[str, str]:
-    """Versions by distribution name, Python's and CUDA's included; what is not installed is left out."""
-    return dict(_library_versions())
-
-
-@cache
-def _library_versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if torch.version.cuda is not None:
-        versions["cuda"] = torch.version.cuda
-    return versions
-
-
-@cache
-def git_state() -> tuple[str | None, bool | None]:
-    """Commit of this package's source, and whether tracked files differ from it; (None, None) outside git.
-
-    As they are when a process first asks, close to when it loaded the code: a sweep's later runs use that code too.
-    """
-    package = Path(__file__).resolve().parent
-    try:
-        # Installed into an environment inside someone else's repository, the package is not tracked there.
-        _git(package, "ls-files", "--error-unmatch", Path(__file__).name)
-        return _git(package, "rev-parse", "HEAD"), bool(_git(package, "status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.CalledProcessError):
-        return None, None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    return subprocess.run(
-        ["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True
-    ).stdout.strip()
-
-
-def device_name(device: torch.device) -> str:
-    """`NVIDIA H200`, or the CPU's model where the system tells it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Starts the count of `peak_memory_bytes` again, where that can be done (on GPUs), and frees what nobody uses."""
-    gc.collect()  # an earlier run's model is in reference cycles with its trainer
-    if device.type == "cuda":
-        torch.cuda.init()  # before that there is nothing to count
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Of this process: allocated by PyTorch on a GPU, else resident in main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+__all__ = ["device_name", "git_state", "library_versions", "peak_memory_bytes", "reset_peak_memory"]

@@ -1,29 +1,45 @@
 """Pictures of one run: its training curves, its confusion matrix and a page of test images with predictions."""
 
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mambapeft_vision.results.plots import confusion_matrix, save, training_curves
+from mambapeft_vision.results.layout import CONFUSION_FILE, CURVES_FILE, METRICS_FILE, PAGE_FILE, PREDICTIONS_FILE
+from mambapeft_vision.results.plots import confusion_matrix, drawn, figure_text, save_png, training_curves
 from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.utils.atomic import atomic_path
-
-PAGE_FILE, CURVES_FILE, CONFUSION_FILE = "predictions.png", "curves.png", "confusion.png"
+from mambapeft_vision.utils.text import plain
 
 # Okabe and Ito's green and orange: told apart with any kind of colour blindness.
 RIGHT, WRONG = "#009E73", "#D55E00"
 COLUMNS, ROWS = 8, 4
 
 
-def draw_from_files(folder: Path, *, title: str, num_classes: int) -> None:
-    """Draws what metrics.csv and predictions.npz of a run's folder tell: curves.png and confusion.png."""
-    if (folder / "metrics.csv").is_file():
-        save(training_curves({title: folder}), folder / CURVES_FILE)
-    if (folder / "predictions.npz").is_file():
-        save(confusion_matrix(folder, title, num_classes), folder / CONFUSION_FILE)
+def draw_from_files(folder: Path, *, title: str, num_classes: int | None = None) -> None:
+    """Draws what metrics.csv and predictions.npz of a run's folder tell: curves.png and confusion.png.
+
+    A picture that cannot be drawn or written is left out, which a line on stderr says: it is never worth the run.
+    """
+    figures = {
+        METRICS_FILE: (CURVES_FILE, partial(training_curves, {title: folder})),
+        PREDICTIONS_FILE: (CONFUSION_FILE, partial(confusion_matrix, folder, title, num_classes)),
+    }
+    for source, (target, draw) in figures.items():
+        if (folder / source).is_file() and (content := drawn(target, draw)) is not None:
+            _write(content, folder / target)
+
+
+def _write(content: bytes, path: Path) -> None:
+    try:
+        save_png(content, path)
+    except OSError as error:
+        print(f"warning: {plain(path)} is not written ({error.strerror})", file=sys.stderr)
 
 
 def run_title(record: RunRecord) -> str:
@@ -33,7 +49,11 @@ def run_title(record: RunRecord) -> str:
 def pictures_of(folder: Path) -> dict[str, Path]:
     """The pictures that there are in a run's folder, by name."""
     files = {"predictions": PAGE_FILE, "curves": CURVES_FILE, "confusion": CONFUSION_FILE}
-    return {name: folder / file for name, file in files.items() if (folder / file).is_file()}
+    return {
+        name: folder / file
+        for name, file in files.items()
+        if (folder / file).is_file() and not (folder / file).is_symlink()
+    }
 
 
 def page_of_predictions(
@@ -52,7 +72,7 @@ def page_of_predictions(
         path: of the PNG, written atomically.
     """
     figure = Figure(figsize=(COLUMNS * 1.25, ROWS * 1.55 + 0.5), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(figure_text(title))
     for place, axes in enumerate(figure.subplots(ROWS, COLUMNS).flat):
         axes.set_axis_off()
         if place < len(images):
@@ -61,7 +81,7 @@ def page_of_predictions(
         FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=110)
 
 
-def _draw(axes, image: np.ndarray, predicted: int, label: int) -> None:
+def _draw(axes: Axes, image: np.ndarray, predicted: int, label: int) -> None:
     right = predicted == label
     axes.imshow(image.transpose(1, 2, 0), interpolation="nearest")
     # Signs as well as colours, for those who see no colours and for print.

@@ -1,10 +1,12 @@
 """Plots of many runs, and of one: readable in print and with any kind of colour blindness."""
 
-import csv
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,10 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from mambapeft_vision.results.paper import PAPER
+from mambapeft_vision.results.layout import file_name
+from mambapeft_vision.results.metrics import read_metrics
+from mambapeft_vision.results.predictions import read_labels
 from mambapeft_vision.results.tables import AVERAGE, GROUPS, MEAN_OF_GROUPS, Cell, Collection, Row, Score
 from mambapeft_vision.utils.atomic import atomic_path
-from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.text import plain
 
 # Okabe and Ito's colours without yellow, which print loses; markers and line styles tell more apart than colours.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -24,6 +28,10 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", ":", "-.")
 OURS, PUBLISHED = COLOURS[0], COLOURS[1]
 GROUP_COLOURS = dict(zip(GROUPS, COLOURS))
+# What a reader can still tell apart, and image formats can hold.
+MOST_ROWS = 100
+MOST_TASKS = 60
+MOST_CLASSES = 200
 MOST_NUMBERED_CLASSES = 20
 
 
@@ -35,8 +43,30 @@ def png(figure: Figure, dpi: int = 130) -> bytes:
 
 def save(figure: Figure, path: str | Path) -> None:
     """Writes a PNG atomically."""
+    save_png(png(figure), path)
+
+
+def save_png(content: bytes, path: str | Path) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_bytes(png(figure))
+        temporary.write_bytes(content)
+
+
+def drawn(what: str, draw: Callable[[], Figure | None]) -> bytes | None:
+    """A figure as PNG; None where there is nothing to draw, or where drawing fails, which a line on stderr says.
+
+    A picture is never worth a result or a table: this is how commands draw.
+    """
+    try:
+        figure = draw()
+        return None if figure is None else png(figure)
+    except Exception as error:
+        print(f"warning: {plain(what)} is not drawn ({type(error).__name__}: {plain(error)})", file=sys.stderr)
+        return None
+
+
+def figure_text(text: object, longest: int = 120) -> str:
+    """Text for a figure, where a dollar sign is no begin of a formula."""
+    return plain(text, longest).replace("$", r"\$")
 
 
 # Many runs
@@ -49,38 +79,47 @@ def accuracy_against_parameters(collection: Collection) -> Figure | None:
     None where no row is complete.
     """
     ours = [
-        (collection.label(row), _trained_with_head(row), average.mean)
+        (_label(collection, row), _trained_with_head(row), average.mean)
         for row in collection.rows
         if isinstance(average := row.average([collection.tasks]), Score)
     ]
     if not ours:
         return None
     published = [
-        (row.presets[0], 1000 * row.count_k, row.average)
-        for row in PAPER
-        if row.backbone == collection.published_backbone and row.count_k is not None
+        (row.presets[0], 1000.0 * row.count_k, row.average)
+        for row in collection.published_rows
+        if row.count_k is not None
     ]
-    numbers = {name: number for number, (name, *_) in enumerate(ours, start=1)}
-    figure = Figure(figsize=(9.5, max(6.5, 0.6 + 0.175 * len(ours))), layout="constrained")
+    best = sorted(ours, key=lambda point: -point[2])[:MOST_ROWS]
+    named_rows = [point for point in ours if len(ours) <= MOST_ROWS or point in best]
+    numbers = {name: number for number, (name, *_) in enumerate(named_rows, start=1)}
+    figure = Figure(figsize=(9.5, max(6.5, 0.6 + 0.175 * len(named_rows))), layout="constrained")
     axes = figure.subplots()
     for points, colour, marker, name in ((published, PUBLISHED, "s", "published"), (ours, OURS, "o", "ours")):
         if points:
-            _, x, y = zip(*points)
+            _, x, y = zip(*points, strict=True)
             filled = colour if name == "ours" else "none"
             axes.scatter(x, y, s=36, marker=marker, facecolors=filled, edgecolors=colour, linewidths=1.3, label=name)
     axes.set_xscale("log")
     axes.margins(x=0.1, y=0.06)
-    axes.set_xlabel("trained numbers, head included")
+    axes.set_xlabel("trained parameters, head included")
     over = f"{AVERAGE} over {len(collection.tasks)} tasks" if len(collection.tasks) > 1 else collection.tasks[0]
-    axes.set_ylabel(f"{over}, top-1 accuracy (%)")
-    axes.set_title(collection.title)
+    axes.set_ylabel(figure_text(f"{over}, top-1 accuracy (%)"))
+    axes.set_title(figure_text(collection.title))
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     key = [Line2D([], [], linestyle="none", label=f"{number}  {name}") for name, number in numbers.items()]
-    figure.legend(handles=key, loc="outside right upper", fontsize=8, handlelength=0, handletextpad=0, title="methods")
+    figure.legend(
+        handles=key,
+        loc="outside right upper",
+        fontsize=8,
+        handlelength=0,
+        handletextpad=0,
+        title=_title_of_key(len(ours)),
+    )
     if published:
         axes.legend(loc="lower left")
-    named = [(str(numbers[name]), x, y, OURS) for name, x, y in ours]
+    named = [(str(numbers[name]), x, y, OURS) for name, x, y in named_rows]
     named += [(str(numbers[preset]), x, y, PUBLISHED) for preset, x, y in published if preset in numbers]
     FigureCanvasAgg(figure).draw()  # fixes the layout, on which the places of the numbers depend
     _number_points(axes, named, [(x, y) for _, x, y in (*ours, *published)])
@@ -89,25 +128,25 @@ def accuracy_against_parameters(collection: Collection) -> Figure | None:
 
 def task_bars(collection: Collection) -> Figure:
     """A panel a task with a bar a row; a line at its end is ± the deviation over seeds; missing bars say so."""
-    columns = min(5, len(collection.tasks))
-    lines = -(-len(collection.tasks) // columns)
-    height = 0.9 + 0.24 * len(collection.rows)
-    figure = Figure(figsize=(2.6 + 2.3 * columns, lines * height + 0.5), layout="constrained")
+    rows, tasks = _shown_rows(collection), collection.tasks[:MOST_TASKS]
+    columns = min(5, len(tasks))
+    lines = -(-len(tasks) // columns)
+    height = 0.9 + 0.24 * len(rows)
+    figure = Figure(figsize=(2.6 + 2.3 * columns, min(300.0, lines * height + 0.5)), layout="constrained")
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-    for axes, task in itertools.zip_longest(panels.flat, collection.tasks):
+    for axes, task in itertools.zip_longest(panels.flat, tasks):
         if task is None:
             axes.set_axis_off()
         else:
-            _draw_task(axes, collection, task)
+            _draw_task(axes, collection, rows, task)
     figure.supxlabel("top-1 accuracy (%)")
-    figure.suptitle(collection.title)
+    figure.suptitle(figure_text(collection.title) + _left_out(collection, rows, tasks))
     return figure
 
 
 def group_bars(collection: Collection) -> Figure:
     """A panel a group mean and one for the average, a bar a complete row, the best average on top."""
-    rows = [(row, average.mean) for row in collection.rows if isinstance(average := _average(collection, row), Score)]
-    rows = [row for row, _ in sorted(rows, key=lambda pair: -pair[1])]
+    rows = [row for row, cell in _best_first(collection) if isinstance(cell, Score)][:MOST_ROWS]
     columns = {name: groups for name, groups in collection.columns().items() if name != MEAN_OF_GROUPS}
     figure = Figure(figsize=(2.6 + 2.2 * len(columns), 1.1 + 0.19 * len(rows)), layout="constrained")
     panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
@@ -115,11 +154,12 @@ def group_bars(collection: Collection) -> Figure:
         colour = GROUP_COLOURS.get(name, "0.35")
         for place, row in enumerate(rows):
             cell = row.average(groups)
+            assert isinstance(cell, Score)  # as the average over all tasks is
             axes.barh(place, cell.mean, xerr=cell.std, color=colour, height=0.78, error_kw={"linewidth": 0.8})
             x, text_colour = (1.5, "white") if cell.mean > 18 else (cell.mean + 3, "black")
             axes.text(x, place, f"{cell.mean:.1f}", va="center", fontsize=6, color=text_colour, fontweight="bold")
         axes.set_title(name.lower() if name in GROUPS else f"all {len(collection.tasks)} tasks", fontsize=9)
-        axes.set_yticks(range(len(rows)), [collection.label(row) for row in rows], fontsize=7)
+        axes.set_yticks(range(len(rows)), [_label(collection, row) for row in rows], fontsize=7)
         axes.tick_params(axis="x", labelsize=7)
         axes.set_xlim(0, 100)
         axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -135,7 +175,7 @@ def differences(labelled: Sequence[tuple[str, float, float | None, bool]], again
         labelled: label, mean difference, half of its interval (None: unknown), whether it holds.
         against: label of what is subtracted.
     """
-    ordered = sorted(labelled, key=lambda item: -item[1])
+    ordered = sorted(labelled, key=lambda item: -item[1])[:MOST_ROWS]
     figure = Figure(figsize=(6.5, 1.1 + 0.19 * len(ordered)), layout="constrained")
     axes = figure.subplots()
     axes.axvline(0, color="0.4", linewidth=1)
@@ -152,50 +192,88 @@ def differences(labelled: Sequence[tuple[str, float, float | None, bool]], again
             linewidth=1.2,
             capsize=2,
         )
-    axes.set_yticks(range(len(ordered)), [label for label, *_ in ordered], fontsize=7)
+    axes.set_yticks(range(len(ordered)), [figure_text(label) for label, *_ in ordered], fontsize=7)
     axes.set_ylim(len(ordered) - 0.4, -0.6)
     axes.grid(axis="x", alpha=0.3)
     axes.tick_params(axis="x", labelsize=8)
-    axes.set_xlabel(f"average accuracy minus that of {against},\npercent points with 95 % intervals", fontsize=9)
+    axes.set_xlabel(
+        f"average accuracy minus that of {figure_text(against)},\npercent points with 95 % intervals", fontsize=9
+    )
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def _average(collection: Collection, row: Row) -> Cell:
-    return row.average([collection.tasks])
+def named_apart(pictures: Iterable[Mapping[str, bytes]]) -> dict[str, bytes]:
+    """The pictures of several collections in one mapping; equal names (other splits or weights) get numbers."""
+    found: dict[str, bytes] = {}
+    seen: Counter[str] = Counter()
+    for name, content in (item for of_one in pictures for item in of_one.items()):
+        seen[name] += 1
+        found[f"{name}.{seen[name]}" if seen[name] > 1 else name] = content
+    return found
 
 
-def figures_of(collections: Sequence[Collection]) -> dict[str, Figure]:
-    """Every plot of many runs that can be drawn, by name: `accuracy-vtab-vim_small_patch16_224`, `tasks-…`.
+def pictures_of_collection(collection: Collection) -> dict[str, bytes]:
+    """The plots of one collection as PNG, by the name of their file without ending.
 
-    Collections of the same tasks and backbone (other splits or weights) get numbers.
+    `accuracy-vtab-vim_small_patch16_224` where a row is complete, and `tasks-…`.
     """
-    figures: dict[str, Figure] = {}
-    for collection in collections:
-        for kind, figure in (("accuracy", accuracy_against_parameters(collection)), ("tasks", task_bars(collection))):
-            if figure is not None:
-                name = f"{kind}-{collection.family}-{collection.backbone}"
-                number = sum(other.partition(".")[0] == name for other in figures)
-                figures[f"{name}.{number + 1}" if number else name] = figure
-    return figures
+    place = f"{file_name(collection.family)}-{file_name(collection.backbone)}"
+    draw: dict[str, Callable[[], Figure | None]] = {
+        f"accuracy-{place}": lambda: accuracy_against_parameters(collection),
+        f"tasks-{place}": lambda: task_bars(collection),
+    }
+    found = {name: drawn(name, function) for name, function in draw.items()}
+    return {name: content for name, content in found.items() if content is not None}
 
 
-def _draw_task(axes: Axes, collection: Collection, task: str) -> None:
+def _best_first(collection: Collection) -> list[tuple[Row, Cell]]:
+    """Complete rows, the best average first, then the others as they are."""
+    rows = [(row, row.average([collection.tasks])) for row in collection.rows]
+    return sorted(rows, key=lambda pair: -pair[1].mean if isinstance(pair[1], Score) else 1.0)
+
+
+def _shown_rows(collection: Collection) -> Sequence[Row]:
+    """All rows in their order, or the best where they are too many."""
+    if len(collection.rows) <= MOST_ROWS:
+        return collection.rows
+    return [row for row, _ in _best_first(collection)[:MOST_ROWS]]
+
+
+def _left_out(collection: Collection, rows: Sequence[Row], tasks: Sequence[str]) -> str:
+    parts = []
+    if len(rows) < len(collection.rows):
+        parts.append(f"the best {len(rows)} of {len(collection.rows):,} rows")
+    if len(tasks) < len(collection.tasks):
+        parts.append(f"{len(tasks)} of {len(collection.tasks):,} tasks")
+    return f"\n({', '.join(parts)})" if parts else ""
+
+
+def _title_of_key(rows: int) -> str:
+    return "methods" if rows <= MOST_ROWS else f"the best {MOST_ROWS} of {rows:,} methods"
+
+
+def _label(collection: Collection, row: Row) -> str:
+    return figure_text(collection.label(row), 80)
+
+
+def _draw_task(axes: Axes, collection: Collection, rows: Sequence[Row], task: str) -> None:
     group = next((group for group, tasks in collection.groups.items() if task in tasks), None)
-    for place, row in enumerate(collection.rows):
+    for place, row in enumerate(rows):
         cell = row.score(task)
         if isinstance(cell, Score):
-            colour = GROUP_COLOURS.get(group, COLOURS[0])
+            colour = GROUP_COLOURS.get(group or "", COLOURS[0])
             axes.barh(place, cell.mean, xerr=cell.std, color=colour, height=0.75, error_kw={"linewidth": 1})
             inside = cell.mean > 20
             x, text_colour = (2, "white") if inside else (cell.mean + 4, "black")
             axes.text(x, place, f"{cell.mean:.1f}", va="center", fontsize=7, color=text_colour, fontweight="bold")
         else:
             axes.text(2, place, "missing", va="center", fontsize=7, color="0.4", style="italic")
-    axes.set_title(task.partition("/")[2] + (f" ({group.lower()})" if group else ""), fontsize=9)
-    axes.set_yticks(range(len(collection.rows)), [collection.label(row) for row in collection.rows], fontsize=8)
+    name = task.partition("/")[2] or task
+    axes.set_title(figure_text(name, 40) + (f" ({group.lower()})" if group else ""), fontsize=9)
+    axes.set_yticks(range(len(rows)), [_label(collection, row) for row in rows], fontsize=8)
     axes.set_xlim(0, 100)
-    axes.set_ylim(len(collection.rows) - 0.5, -0.5)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -211,27 +289,51 @@ def _number_points(
 
     named: text, x, y and colour; points: x and y of everything drawn.
     """
-    taken = [axes.transData.transform(point) for point in points]
-    radius = axes.figure.dpi / 72 * 9  # of a text or point and some air, in pixels
+    taken = _Neighbours(axes.figure.dpi / 72 * 9)  # radius of a text or point and some air, in pixels
+    for point in points:
+        taken.add(axes.transData.transform(point))
+    turns = np.linspace(0, 2 * np.pi, 12, endpoint=False)
     for text, x, y, colour in named:
         own = axes.transData.transform((x, y))
-        turns = np.linspace(0, 2 * np.pi, 12, endpoint=False)
-        places = [own + far * radius * np.array((np.cos(t), np.sin(t))) for far in (1, 1.6, 2.4, 3.2) for t in turns]
+        places = [
+            own + far * taken.radius * np.array((np.cos(t), np.sin(t))) for far in (1, 1.6, 2.4, 3.2) for t in turns
+        ]
         # How far a place is from all else; points may be a little nearer than texts, which the radius allows for.
-        room = [min(np.hypot(*(np.array(taken) - place).T)) for place in places]
-        best = next((i for i, free in enumerate(room) if free >= 0.95 * radius), int(np.argmax(room)))
-        taken.append(places[best])
-        far = np.hypot(*(places[best] - own)) > 1.3 * radius
+        room = [taken.distance(place) for place in places]
+        best = next((i for i, free in enumerate(room) if free >= 0.95 * taken.radius), int(np.argmax(room)))
+        taken.add(places[best])
+        far = np.hypot(*(places[best] - own)) > 1.3 * taken.radius
+        left, low = axes.transData.inverted().transform(places[best])
         axes.annotate(
             text,
             (x, y),
-            xytext=axes.transData.inverted().transform(places[best]),
+            xytext=(left, low),
             ha="center",
             va="center",
             fontsize=7,
             color=colour,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5} if far else None,
         )
+
+
+class _Neighbours:
+    """Places in squares as wide as a radius, so that one's surroundings are found without looking at all of them."""
+
+    def __init__(self, radius: float) -> None:
+        self.radius = radius
+        self._squares: dict[tuple[int, int], list[np.ndarray]] = defaultdict(list)
+
+    def add(self, place: np.ndarray) -> None:
+        self._squares[self._square(place)].append(place)
+
+    def distance(self, place: np.ndarray) -> float:
+        """To the nearest place, or the radius where none is that near."""
+        left, low = self._square(place)
+        near = [p for i in (-1, 0, 1) for j in (-1, 0, 1) for p in self._squares.get((left + i, low + j), ())]
+        return min((float(np.hypot(*(p - place))) for p in near), default=self.radius)
+
+    def _square(self, place: np.ndarray) -> tuple[int, int]:
+        return int(place[0] // self.radius), int(place[1] // self.radius)
 
 
 # One run, or a few
@@ -248,18 +350,18 @@ def training_curves(runs: Mapping[str, Path]) -> Figure:
     loss, accuracy = figure.subplots(1, 2)
     longest = 0
     for number, (name, folder) in enumerate(runs.items()):
-        metrics = _read_metrics(folder / "metrics.csv")
+        metrics = [row for row in read_metrics(folder) if {"loss", "accuracy"} <= row.keys()]
         epochs = [int(row["epoch"]) + 1 for row in metrics]
-        longest = max(longest, *epochs)
-        style = {
+        longest = max(longest, *epochs, 0)
+        style: dict[str, Any] = {
             "color": COLOURS[number % len(COLOURS)],
             "marker": MARKERS[number % len(MARKERS)],
             "linestyle": LINES[number % len(LINES)],
             "markevery": max(1, len(epochs) // 8),
             "markersize": 5,
         }
-        loss.plot(epochs, [float(row["loss"]) for row in metrics], label=name, **style)
-        accuracy.plot(epochs, [100 * float(row["accuracy"]) for row in metrics], label=name, **style)
+        loss.plot(epochs, [row["loss"] for row in metrics], label=figure_text(name), **style)
+        accuracy.plot(epochs, [100 * row["accuracy"] for row in metrics], label=figure_text(name), **style)
     for axes, text in ((loss, "training loss"), (accuracy, "training accuracy (%)")):
         axes.set_xlabel("epoch")
         axes.set_ylabel(text)
@@ -274,27 +376,40 @@ def training_curves(runs: Mapping[str, Path]) -> Figure:
 def confusion_matrix(run: Path, title: str, classes: int | None = None) -> Figure:
     """Shares of each true class (rows) by predicted class; with numbers where the classes are few.
 
+    With more classes than can be read, those with the most test images are shown.
+
     Args:
         run: folder with predictions.npz.
         classes: number of classes; default: the largest label or prediction and one.
     """
-    with np.load(run / "predictions.npz") as file:
-        predicted, labels = file["predicted"], file["labels"]
-    count = classes or int(max(predicted.max(), labels.max())) + 1
-    counts = np.zeros((count, count), dtype=np.int64)
+    predicted, labels = read_labels(run)
+    count = max(classes or 0, int(max(predicted.max(), labels.max())) + 1)
+    shown = np.arange(count)
+    if count > MOST_CLASSES:
+        names, images = np.unique(labels, return_counts=True)
+        shown = np.sort(names[np.argsort(-images, kind="stable")][:MOST_CLASSES])
+        title = f"{title}\n({len(shown)} of {count:,} classes)"
+        inside = np.isin(labels, shown) & np.isin(predicted, shown)
+        sizes = np.maximum(np.bincount(np.searchsorted(shown, labels[np.isin(labels, shown)]), minlength=len(shown)), 1)
+        predicted, labels = np.searchsorted(shown, predicted[inside]), np.searchsorted(shown, labels[inside])
+    else:
+        sizes = np.maximum(np.bincount(labels, minlength=count), 1)
+    counts = np.zeros((len(shown), len(shown)), dtype=np.int64)
     np.add.at(counts, (labels, predicted), 1)
-    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    side = min(9.0, 3.5 + 0.3 * count)
+    shares = 100 * counts / sizes[:, None]
+    side = min(9.0, 3.5 + 0.3 * len(shown))
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=100)
     figure.colorbar(image, label="% of the true class", shrink=0.8)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    axes.set_title(title)
+    axes.set_title("\n".join(map(figure_text, title.split("\n"))))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True, nbins=20, steps=[1, 2, 5, 10]))
-    if count <= MOST_NUMBERED_CLASSES:
+        if count > MOST_CLASSES:
+            axis.set_major_formatter(lambda place, _: str(shown[int(place)]) if 0 <= place < len(shown) else "")
+    if len(shown) <= MOST_NUMBERED_CLASSES:
         _write_shares(axes, shares)
     return figure
 
@@ -304,11 +419,3 @@ def _write_shares(axes: Axes, shares: np.ndarray) -> None:
         if share >= 0.5:
             colour = "black" if share > 55 else "white"
             axes.text(predicted, true, f"{share:.0f}", ha="center", va="center", fontsize=8, color=colour)
-
-
-def _read_metrics(file: Path) -> list[dict[str, str]]:
-    try:
-        with open(file, newline="", encoding="utf-8") as stream:
-            return list(csv.DictReader(stream))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); expected the folder of a run") from error

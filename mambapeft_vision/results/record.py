@@ -1,19 +1,31 @@
 """result.json: one record a run, written last; a run folder with one is a finished run."""
 
-import json
-import math
-from dataclasses import asdict, dataclass, fields
-from functools import cache
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
+from mambapeft_vision.results.files import read_text
+from mambapeft_vision.results.layout import RESULT_FILE
 from mambapeft_vision.results.migrations import migrated_result
 from mambapeft_vision.utils.atomic import write_json
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.text import plain, shown
+from mambapeft_vision.utils.typed import build
+from mambapeft_vision.utils.untrusted import parse_json
 
-RESULT_FILE = "result.json"
 SCHEMA_VERSION = 1
+REMEDY = "Run again with resume=false"
+
+# What every reader of a result can rely on; a file may have come from anybody.
+_LONGEST_TEXT = 10_000  # characters
+_MOST_ITEMS = 1_000  # of a list or mapping beside the config
+_LARGEST = 2**63
+_TASK = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
+_METHOD = re.compile(r"\w+")
+_SECTIONS = ("backbone", "dataset", "trainer", "method")
+_SPLITS = ("train_split", "test_split")
 
 
 @dataclass(frozen=True)
@@ -34,10 +46,10 @@ class RunRecord:
     epochs: int
     train_loss: float  # mean over the last epoch, as trained (dropout and drop path on)
     train_accuracy: float
-    trainable: int  # trained numbers without the head
+    trainable: int  # trained parameters without the head
     trainable_by_method: dict[str, int]
-    head: int  # trained numbers of the classification head
-    frozen: int  # numbers of the backbone that stay as they are
+    head: int  # trained parameters of the classification head
+    frozen: int  # parameters of the backbone that stay as they are
     unmerged: dict[str, str]  # methods that could not be merged for the test, with the reason
     train_images_per_second: float
     test_images_per_second: float  # decoding included
@@ -76,59 +88,94 @@ def read_record(path: str | Path) -> RunRecord:
     """
     path = Path(path)
     path = path / RESULT_FILE if path.is_dir() else path
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); expected the folder of a finished run") from error
-    except ValueError as error:
-        raise UserError(f"{path} is no valid JSON ({error}); run again with resume=false") from error
-    return record_of(content, str(path))
+    text = read_text(path, "the folder of a finished run")
+    return record_of(parse_json(text, str(path)), str(path))
 
 
 def record_of(content: Any, where: str) -> RunRecord:
-    """The record that was written as `content`. Raises: UserError naming `where` and every wrong field."""
+    """The result that was written as `content`.
+
+    What the record holds is data: names are names (no paths), sizes are bounded, and the sections of the config that
+    tables and reports read are there. Text is only bounded in length: who shows it calls `utils.text`.
+
+    Raises: UserError naming `where` and what is wrong.
+    """
     content = migrated_result(content)
-    problems = _problems(content)
-    if problems:
-        raise UserError(f"{where} is no result of schema {SCHEMA_VERSION}: {'; '.join(problems)}")
-    return RunRecord(**content)
-
-
-@cache
-def _types() -> dict[str, Any]:
-    return get_type_hints(RunRecord)
-
-
-def _problems(content: Any) -> list[str]:
     if not isinstance(content, dict):
-        return ["expected an object"]
+        raise UserError(f"{where} is no result of schema {SCHEMA_VERSION}: expected an object. {REMEDY}")
     if content.get("schema_version") != SCHEMA_VERSION:
-        return [f"schema_version is {content.get('schema_version')!r}"]
-    types = _types()
-    names = [field.name for field in fields(RunRecord)]
-    problems = [f"{name} is missing" for name in names if name not in content]
-    problems += [f"{name} is unknown" for name in content if name not in types]
-    problems += [
-        f"{name} is {content[name]!r}, expected {types[name]}"
-        for name in names
-        if name in content and not _fits(content[name], types[name])
-    ]
+        version = shown(content.get("schema_version"))
+        raise UserError(
+            f"{where} is no result of schema {SCHEMA_VERSION}: schema_version is {version}. It was made by another "
+            f"release: use that one"
+        )
+    where = f"{where} is no result of schema {SCHEMA_VERSION}"
+    config = content.get("config")
+    if not isinstance(config, dict):
+        raise UserError(f"{where}: config={shown(config)}; expected keys and values. {REMEDY}")
+    _check_sizes(content, where)
+    # The config is checked apart: it is the largest part, and results of a bundle share it.
+    record = replace(build(RunRecord, {**content, "config": {}}, where, remedy=REMEDY), config=config)
+    for problem in (*_wrong_values(record), *_wrong_sections(config)):
+        raise UserError(f"{where}: {problem}. {REMEDY}")
+    return record
+
+
+def _check_sizes(content: Mapping[str, Any], where: str) -> None:
+    for name, value in content.items():
+        if name == "config":
+            continue
+        items = value if isinstance(value, list) else [*value, *value.values()] if isinstance(value, dict) else [value]
+        if len(items) > 2 * _MOST_ITEMS:
+            raise UserError(
+                f"{where}: {plain(name)} has {len(items):,} items; expected at most {_MOST_ITEMS}. {REMEDY}"
+            )
+        if any(isinstance(item, str) and len(item) > _LONGEST_TEXT for item in items):
+            raise UserError(f"{where}: {plain(name)} has a text of more than {_LONGEST_TEXT:,} characters. {REMEDY}")
+
+
+def _wrong_values(record: RunRecord) -> list[str]:
+    problems = []
+    if not _TASK.fullmatch(record.task) or len(record.task) > 200:
+        problems.append(f"task={shown(record.task)}; expected names in parts split by '/'")
+    for name in record.methods:
+        if not _METHOD.fullmatch(name) or len(name) > 100:
+            problems.append(f"methods: {shown(name)}; expected letters, digits and underscores")
+    for name in ("accuracy", "train_accuracy"):
+        if not 0 <= getattr(record, name) <= 1:
+            problems.append(f"{name}={getattr(record, name)}; expected 0 to 1")
+    numbers = {name: value for name, value in vars(record).items() if isinstance(value, (int, float))}
+    numbers |= {f"trainable_by_method.{name}": value for name, value in record.trainable_by_method.items()}
+    for name, value in numbers.items():
+        if not -_LARGEST < value < _LARGEST or (value < 0 and name not in ("seed", "loss", "train_loss")):
+            problems.append(f"{plain(name)}={shown(value)}; expected a number of at least 0 and below 2^63")
     return problems
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value read from JSON has the annotated type."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return True
-    if origin is UnionType:
-        return any(_fits(value, option) for option in arguments)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(item, arguments[1]) for item in value.values())
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind)
+def _wrong_sections(config: Mapping[str, Any]) -> list[str]:
+    problems = [
+        f"config.{name}={shown(config.get(name))}; expected keys and values"
+        for name in _SECTIONS
+        if not isinstance(config.get(name), dict)
+    ]
+    if problems:
+        return problems
+    dataset, sweep = config["dataset"], config.get("sweep")
+    problems += [
+        f"config.dataset.{name}={shown(dataset.get(name))}; expected the name of a split"
+        for name in _SPLITS
+        if not isinstance(dataset.get(name), str)
+    ]
+    problems += [
+        f"config.{section}.{key}={shown(config[section].get(key))}; expected a number"
+        for section, key in (("dataset", "batch_size"), ("trainer", "learning_rate"))
+        if isinstance(config[section].get(key, 0), bool) or not isinstance(config[section].get(key, 0), (int, float))
+    ]
+    problems += [
+        f"config.method.{shown(name)}={shown(spec)}; expected letters, digits and underscores, with settings"
+        for name, spec in config["method"].items()
+        if not _METHOD.fullmatch(name) or not isinstance(spec, dict)
+    ]
+    if sweep is not None and not isinstance(sweep, str):
+        problems.append(f"config.sweep={shown(sweep)}; expected text")
+    return problems

@@ -1,109 +1,109 @@
 """report.html: tables and plots of many runs in one self-contained file."""
 
 import base64
-import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
-from matplotlib.figure import Figure
+import jinja2
 
-from mambapeft_vision.results.pictures import PAGE_FILE, run_title
-from mambapeft_vision.results.plots import (
-    accuracy_against_parameters,
-    confusion_matrix,
-    png,
-    task_bars,
-    training_curves,
-)
+from mambapeft_vision.results.files import read_bytes
+from mambapeft_vision.results.layout import PAGE_FILE
+from mambapeft_vision.results.pictures import run_title
+from mambapeft_vision.results.plots import confusion_matrix, drawn, pictures_of_collection, training_curves
 from mambapeft_vision.results.record import read_record
 from mambapeft_vision.results.tables import MISSING, Collection, Table, tables_of
+from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.text import plain
 
 MOST_CURVES = 7  # that colours and markers tell apart
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 110rem; padding: 0 1rem; color: #111; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-.wide { overflow-x: auto; }
-th, td { padding: .2rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
-thead th { border-bottom: 2px solid #111; }
-td.missing { color: #767676; }
-figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; }
-p.note { color: #444; margin: .3rem 0; }
-""".strip()
+MOST_PICTURE_BYTES = 20_000_000
+LONGEST_TEXT = 2_000  # characters of a cell, title or note
+_PNG = b"\x89PNG\r\n\x1a\n"
+_CAPTIONS = {"accuracy": "Accuracy against trained parameters", "tasks": "Every task and method"}
 
 
-def report(collections: Sequence[Collection], examples: Sequence[Path] = (), *, title: str) -> str:
-    """The page.
+@dataclass(frozen=True)
+class Picture:
+    """A PNG with the text below it."""
+
+    content: bytes
+    caption: str
+
+    @property
+    def base64(self) -> str:
+        return base64.b64encode(self.content).decode()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: its heading, tables, pictures, and a sentence at its end."""
+
+    title: str
+    tables: Sequence[Table]
+    pictures: Sequence[Picture]
+    note: str = ""
+
+
+def report(
+    collections: Sequence[Collection],
+    examples: Sequence[Path] = (),
+    *,
+    title: str,
+    pictures: Sequence[Mapping[str, bytes]] | None = None,
+) -> str:
+    """The page. A picture that cannot be drawn is left out, which a line on stderr says.
 
     Args:
         collections: what it shows, in this order.
         examples: folders of finished runs whose curves, confusion matrix and page of test images are shown.
+        pictures: `pictures_of_collection` of each collection, where they are drawn already.
     """
-    sections = [_section(collection) for collection in collections]
+    pictures = [pictures_of_collection(collection) for collection in collections] if pictures is None else pictures
+    sections = [_section(collection, drawn) for collection, drawn in zip(collections, pictures, strict=True)]
     if examples:
-        sections.append(_examples(examples))
+        sections.append(Section("Single runs", [], list(_examples(examples))))
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mambapeft_vision.results"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["plain"] = partial(plain, longest=LONGEST_TEXT)
     made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    return "\n".join(
-        [
-            "<!DOCTYPE html>",
-            f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
-            f"<style>{STYLE}</style></head><body>",
-            f"<h1>{html.escape(title)}</h1>",
-            f'<p class="note">Made {made} from result.json files.</p>',
-            *sections,
-            "</body></html>",
-            "",
-        ]
+    page = environment.get_template("report.html").render(
+        title=plain(title), made=made, sections=sections, missing=MISSING
     )
+    return f"{page}\n"
 
 
-def _section(collection: Collection) -> str:
-    parts = [_table(table) for table in tables_of(collection)]
-    scatter = accuracy_against_parameters(collection)
-    if scatter is not None:
-        parts.append(_figure(scatter, "Accuracy against trained numbers"))
-    parts.append(_figure(task_bars(collection), "Every task and method"))
+def _section(collection: Collection, drawn: Mapping[str, bytes]) -> Section:
+    pictures = [Picture(content, _CAPTIONS[name.partition("-")[0]]) for name, content in drawn.items()]
     records = [record for row in collection.rows for record in row.records.values()]
-    parts.append(_note(f"{len(records)} runs on {', '.join(sorted({record.device_name for record in records}))}."))
-    return "\n".join(["<section>", *parts, "</section>"])
+    devices = ", ".join(sorted({plain(record.device_name) for record in records}))
+    return Section("", tables_of(collection), pictures, f"{len(records)} runs on {plain(devices, LONGEST_TEXT)}.")
 
 
-def _examples(folders: Sequence[Path]) -> str:
-    named = {run_title(read_record(folder)): folder for folder in folders}
-    shown = dict(list(named.items())[:MOST_CURVES])
-    parts = ["<section><h2>Single runs</h2>", _figure(training_curves(shown), "Training curves")]
-    for name, folder in shown.items():
-        classes = read_record(folder).config["dataset"]["num_classes"]
-        parts.append(_figure(confusion_matrix(folder, name, classes), f"Confusion matrix of {name}"))
-        picture = folder / PAGE_FILE
-        if picture.is_file():
-            parts.append(_image(picture.read_bytes(), f"Test images of {name}"))
-    return "\n".join([*parts, "</section>"])
+def _examples(folders: Sequence[Path]) -> Iterator[Picture]:
+    records = {folder: read_record(folder) for folder in folders[:MOST_CURVES]}
+    names = {folder: run_title(record) for folder, record in records.items()}
+    figures = {"Training curves": partial(training_curves, {names[folder]: folder for folder in records})}
+    for folder, record in records.items():
+        classes = record.config["dataset"].get("num_classes")
+        figures[f"Confusion matrix of {names[folder]}"] = partial(confusion_matrix, folder, names[folder], classes)
+    for caption, draw in figures.items():
+        content = drawn(caption, draw)
+        if content is not None:
+            yield Picture(content, plain(caption))
+    for folder, name in names.items():
+        page = _page_of(folder)
+        if page is not None:
+            yield Picture(page, plain(f"Test images of {name}"))
 
 
-def _table(table: Table) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
-    rows = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in table.rows)
-    notes = "\n".join(map(_note, table.notes))
-    return (
-        f'<h2>{html.escape(table.title)}</h2>\n<div class="wide"><table><thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{rows}\n</tbody></table></div>\n{notes}"
-    )
-
-
-def _cell(text: str) -> str:
-    return f'<td class="missing">{text}</td>' if text == MISSING else f"<td>{html.escape(text)}</td>"
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{html.escape(text)}</p>'
-
-
-def _figure(figure: Figure, caption: str) -> str:
-    return _image(png(figure), caption)
-
-
-def _image(content: bytes, caption: str) -> str:
-    data, text = base64.b64encode(content).decode(), html.escape(caption)
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+def _page_of(folder: Path) -> bytes | None:
+    """The page of test images of a run, where it is there; never another file that a link names."""
+    try:
+        content = read_bytes(folder / PAGE_FILE, "a PNG", most=MOST_PICTURE_BYTES)
+    except UserError:
+        return None
+    return content if content.startswith(_PNG) else None

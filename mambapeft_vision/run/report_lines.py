@@ -13,6 +13,7 @@ from mambapeft_vision.adapter.scaling import SIZES
 from mambapeft_vision.engine.config import TrainerConfig
 from mambapeft_vision.engine.device import resolve_device
 from mambapeft_vision.results.record import RunRecord
+from mambapeft_vision.results.tables.render import Table, to_text
 from mambapeft_vision.run.build import (
     build_backbone_offline,
     build_dataset,
@@ -114,18 +115,5 @@ def _sites_table(model: AdaptedModel, recipe: TrainerConfig) -> str:
         (method, site, f"{sites}", "x".join(map(str, shape)), f"{sites * math.prod(shape):,}", f"{lr:g}", f"{decay:g}")
         for (method, site, shape, lr, decay), sites in groups.items()
     ]
-    return format_table(("method", "site", "sites", "shape", "numbers", "lr x", "decay x"), lines, left_columns=2)
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left_columns: int) -> str:
-    """Aligned columns: the first `left_columns` to the left, the others to the right."""
-    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        aligned = [
-            cell.ljust(width) if i < left_columns else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths))
-        ]
-        return "  ".join(aligned).rstrip()
-
-    return "\n".join([line(header), "  ".join("─" * width for width in widths), *map(line, rows)])
+    header = ("method", "site", "sites", "shape", "numbers", "lr x", "decay x")
+    return to_text(Table("", header, lines, left=(0, 1)))

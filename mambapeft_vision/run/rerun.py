@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from hydra.core.config_store import ConfigStore
 
+from mambapeft_vision.results.claims import computed
 from mambapeft_vision.results.record import RunRecord, read_record
 from mambapeft_vision.run.config import TrainConfig
 from mambapeft_vision.utils.errors import UserError
@@ -110,8 +111,9 @@ def _root_config(record: RunRecord, arguments: Sequence[str], configs: Path) -> 
     if unknown:
         raise UserError(f"the record's config has {', '.join(unknown)}, which this release does not know")
     root = yaml.safe_load((configs / "train.yaml").read_text(encoding="utf-8"))
-    groups = [{group: None} for group in _GROUPS]
-    values = {key: value for key, value in record.config.items() if key not in chosen}
+    groups = [{group: None} for group in _GROUPS if group != "logger"]
+    groups.append({"logger": "none"})  # whom a run tells is the command's decision, and never the record's
+    values = {key: value for key, value in computed(record.config).items() if key not in chosen}
     defaults = ["train_schema", "_self_", *groups]
     overriding = [entry for entry in root["defaults"] if isinstance(entry, dict) and next(iter(entry)).startswith("ov")]
     kept = {key: root[key] for key in root if key not in ("defaults", "paths")}

@@ -108,9 +108,9 @@ class Resolved:
         self._config = _checked(cfg)
         self._identity = identity(self._config)
         leaves = list(_leaves(OmegaConf.to_container(cfg, resolve=False)))
-        for path, value in leaves:
-            if "${seed" in str(value) and value != "${seed}":
-                raise UserError(f"{'.'.join(path)}={value!r}; expected no seed in it, or nothing but ${{seed}}")
+        within = seed_is_within(cfg)
+        if within:
+            raise UserError(f"{within}; expected no seed in it, or nothing but ${{seed}}")
         self._seeds = [("seed",), *(path for path, value in leaves if value == "${seed}")]
 
     def plan(self, seed: int, dataset: "Resolved") -> RunPlan:
@@ -124,6 +124,14 @@ class Resolved:
             config = _with(config, path, seed)
             deciding = _with(deciding, path, seed) if path[0] in deciding else deciding
         return _plan(config, deciding)
+
+
+def seed_is_within(cfg: DictConfig) -> str:
+    """`key='value'` of a longer value that holds the seed, or ""."""
+    for path, value in _leaves(OmegaConf.to_container(cfg, resolve=False)):
+        if "${seed" in str(value) and value != "${seed}":
+            return f"{'.'.join(path)}={value!r}"
+    return ""
 
 
 def _checked(cfg: DictConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from mambapeft_vision.run.arguments import ArgumentParser, positive
 from mambapeft_vision.search.search import PROTOCOLS, Search
 from mambapeft_vision.search.space import read_space
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.names import check_name
 from mambapeft_vision.utils.typed import nearest
 
 FOLDER = Path("searches")
@@ -47,6 +48,7 @@ def parse(
         overrides.append(f"seed={options.seeds}")
     # The protocol is part of every name, so that no output of a search on test images can be mistaken.
     name = options.name or "_".join([options.space, *([str(preset)] if tuned else []), options.protocol])
+    check_name(name, "name")  # of a folder, a file and a study
     return Search(
         name=name,
         space=read_space(configs / "search" / f"{options.space}.yaml", presets, preset),

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from optuna.trial import TrialState
 
-from mambapeft_vision.results.plots import COLOURS
+from mambapeft_vision.results.plots import COLOURS, figure_text
 
 FEWEST_TRIALS = 5  # that importances are estimated from
 MOST_SETTINGS = 20
@@ -17,18 +17,18 @@ def history(study: optuna.Study, label: str) -> Figure:
     """Value of every trial and the best until then; failed trials as crosses at the bottom."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-    numbers, values = [t.number for t in complete], [t.value for t in complete]
+    numbers, values = [t.number for t in complete], [t.value or 0.0 for t in complete]
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.plot(numbers, values, "o", color=COLOURS[0], markersize=5, label="trial")
-    best = list(itertools.accumulate(values, max))
+    best = list(itertools.accumulate(values, lambda a, b: max(a, b)))
     axes.step(numbers, best, where="post", color=COLOURS[1], label="best so far")
     if failed:
         bottom = [min(values)] * len(failed)
         axes.plot([t.number for t in failed], bottom, "x", color=COLOURS[6], label="failed")
     axes.set_xlabel("trial")
     axes.set_ylabel("mean accuracy (%)")
-    axes.set_title(label)
+    axes.set_title(figure_text(label))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
@@ -45,11 +45,11 @@ def importances(study: optuna.Study, label: str) -> Figure | None:
     found = list(optuna.importance.get_param_importances(study, evaluator=evaluator).items())[:MOST_SETTINGS]
     figure = Figure(figsize=(7, 1.2 + 0.28 * len(found)), layout="constrained")
     axes = figure.subplots()
-    bars = axes.barh([name for name, _ in found], [share for _, share in found], color=COLOURS[0])
+    bars = axes.barh([figure_text(name) for name, _ in found], [share for _, share in found], color=COLOURS[0])
     axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("importance")
-    axes.set_title(label)
+    axes.set_title(figure_text(label))
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12)
     return figure

@@ -3,7 +3,6 @@
 Workers share a study through its storage: start the same command again, on any machine that sees the storage.
 """
 
-import copy
 import hashlib
 import json
 import os
@@ -14,7 +13,9 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,23 @@ from omegaconf import OmegaConf
 from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
 from mambapeft_vision.integrations.wandb_logger import RunLogger, WandbLogger
-from mambapeft_vision.results.plots import save
+from mambapeft_vision.results.plots import drawn, save_png
 from mambapeft_vision.run.build import build_logger
 from mambapeft_vision.run.exit import summary
 from mambapeft_vision.run.run import train
 from mambapeft_vision.search.plots import history, importances
 from mambapeft_vision.search.space import Point, Space
+from mambapeft_vision.sweep.display import say
+from mambapeft_vision.sweep.input_hashes import Inputs
 from mambapeft_vision.sweep.jobs import Job, plan_jobs
 from mambapeft_vision.sweep.worker_cache import Kept
 from mambapeft_vision.utils.atomic import write_text
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.text import command, plain
 
 PROTOCOLS = {
     "validation": ("dataset.train_split=train800", "dataset.test_split=val200"),
@@ -77,14 +82,18 @@ def search(settings: Search, configs: Path) -> Path:
     """
     jobs = plan_jobs(_overrides(settings), configs)
     study = open_study(settings)
-    release_dead_trials(study)
-    print(f"{settings.name}: {WARNINGS[settings.protocol]}; {len(jobs)} runs a trial", flush=True)
+    check_inputs(study, jobs)
+    release_dead_trials(study, settings.space)
+    say(f"{settings.name}: {WARNINGS[settings.protocol]}; {len(jobs)} runs a trial")
     kept = Kept(tasks=len(jobs))
     stop = optuna.study.MaxTrialsCallback(settings.trials, states=(TrialState.COMPLETE, TrialState.FAIL))
     if _ended(study) < settings.trials:
         study.optimize(_objective(settings, jobs, kept), catch=(Exception,), callbacks=[_report, _give_up, stop])
     winner = export(settings, study)
-    publish(settings, build_logger(jobs[0].plan), study)
+    try:
+        publish(settings, build_logger(jobs[0].plan), study)
+    except (UserError, OSError) as error:  # the winner is written
+        say(f"warning: the search {settings.name} is not published: {plain(error)}")
     return winner
 
 
@@ -93,7 +102,7 @@ def open_study(settings: Search) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     settings.folder.mkdir(parents=True, exist_ok=True)
     if settings.storage is None:
-        storage = JournalStorage(JournalFileBackend(str(settings.folder / JOURNAL)))
+        storage: JournalStorage | RDBStorage = JournalStorage(JournalFileBackend(str(settings.folder / JOURNAL)))
     else:
         storage = _database(settings.storage)
     sampler = optuna.samplers.TPESampler(multivariate=True)
@@ -112,6 +121,29 @@ def open_study(settings: Search) -> optuna.Study:
     return study
 
 
+def check_inputs(study: optuna.Study, jobs: Sequence[Job]) -> None:
+    """Compares the images and weights that there are with those that the study was begun with.
+
+    Raises: UserError where they have changed: values of trials on other data cannot be compared.
+    """
+    inputs = Inputs()
+    now: dict[str, str | None] = {}
+    for job in jobs:
+        images, weights = inputs.of(job.plan)
+        now |= {f"images of {job.plan.task}": images, "weights of the backbone": weights}
+    recorded = study.user_attrs.get("inputs")
+    then = recorded if isinstance(recorded, dict) else {}
+    changed = [name for name, value in now.items() if None not in (value, then.get(name)) and then[name] != value]
+    if changed:
+        raise UserError(
+            f"the {', the '.join(changed)} are not those that the study {study.study_name} was begun with, so its "
+            f"trials cannot be compared with new ones; give this search another name with name=..."
+        )
+    known = {name: value for name, value in now.items() if value is not None}
+    if known.keys() - then.keys():
+        study.set_user_attr("inputs", {**known, **then})
+
+
 def _database(url: str) -> RDBStorage:
     """Workers that begin at once on a new database all make its tables; those that come second find them made."""
     if url.startswith("postgresql://"):  # which SQLAlchemy takes for psycopg2, the driver before this one
@@ -124,30 +156,46 @@ def _database(url: str) -> RDBStorage:
                 time.sleep(wait * (1 + random.random()))
         return RDBStorage(url)
     except ImportError as error:
-        raise UserError(f'storage={_shown(url)}: {error}; for PostgreSQL pip install -e ".[cluster]"') from error
+        raise UserError(f'storage={masked(url)}: {error}; for PostgreSQL pip install -e ".[cluster]"') from None
     except (SQLAlchemyError, ValueError) as error:
-        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+        # Not chained: the text of the original error may hold the URL.
         raise UserError(
-            f"storage={_shown(url)}: {reason}; expected the URL of a database that is there, such as "
+            f"storage={masked(url)}: {_reason(error, url)}; expected the URL of a database that is there, such as "
             f"sqlite:///study.db or postgresql://USER:PASSWORD@HOST/NAME"
-        ) from error
+        ) from None
 
 
-def _shown(url: str) -> str:
-    """Without the password."""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", url)
+def masked(url: str) -> str:
+    """The URL of a database without passwords: SQLAlchemy's masking, and what it takes for other parts."""
+    with suppress(ArgumentError, ValueError):
+        url = make_url(url).render_as_string(hide_password=True)
+    url = re.sub(r"^([^:@/]*://)?([^:@/]*):(?!//).*@", r"\1\2:***@", url, flags=re.DOTALL)  # up to the last @
+    return plain(re.sub(r"(password=)[^&]*", r"\1***", url))
 
 
-def release_dead_trials(study: optuna.Study) -> None:
+def _reason(error: Exception, url: str) -> str:
+    if isinstance(error, ArgumentError):
+        return "it is no URL of a database"
+    text = (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0]
+    with suppress(ArgumentError, ValueError):
+        password = make_url(url).password
+        if password:
+            text = text.replace(str(password), "***")
+    return plain(text.replace(url, masked(url)))
+
+
+def release_dead_trials(study: optuna.Study, space: Space) -> None:
     """Fails trials whose worker, on this machine, is no more, and has their settings tried again.
 
-    Their runs continue where they stopped.
+    Their runs continue where they stopped. Settings that are no point of the space are not tried again.
     """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        worker = trial.user_attrs.get("worker")
-        if worker is not None and worker[0] == socket.gethostname() and not _is_alive(worker[1]):
-            study.tell(trial.number, state=TrialState.FAIL)
-            study.enqueue_trial(trial.params)
+        match trial.user_attrs.get("worker"):
+            case [str(host), int(pid)] if host == socket.gethostname() and not _is_alive(pid):
+                study.tell(trial.number, state=TrialState.FAIL)
+                with suppress(UserError):
+                    space.point_of(trial.params)
+                    study.enqueue_trial(trial.params)
 
 
 def export(settings: Search, study: optuna.Study) -> Path:
@@ -159,23 +207,32 @@ def export(settings: Search, study: optuna.Study) -> Path:
     name = f"{settings.name}_best"
     path = settings.folder / "method" / f"{name}.yaml"
     path.parent.mkdir(exist_ok=True)
-    point = best.user_attrs["point"]
+    point = settings.space.point_of(best.params)  # a study may come from elsewhere: what it notes is not written out
+    trainable = best.user_attrs.get("trainable")
     header = [
         "@package _global_",
         f"Winner of the search {settings.name}: trial {best.number} of {len(complete)} that succeeded.",
-        f"mean accuracy {best.value:.2f}; {WARNINGS[settings.protocol]}",
-        f"count: {best.user_attrs['trainable']:,}",
+        f"mean accuracy {study.best_value:.2f}; {WARNINGS[settings.protocol]}",
+        f"count: {trainable if isinstance(trainable, int) else 0:,}",
         "paper: not in any",
-        f"run: python train.py --config-dir {settings.folder} method={name}",
+        f"run: {command('python', 'train.py', '--config-dir', settings.folder, f'method={name}')}",
     ]
-    body = OmegaConf.to_yaml(OmegaConf.create({"method": point["methods"], "trainer": point["trainer"]}))
+    body = OmegaConf.to_yaml(OmegaConf.create({"method": point.methods, "trainer": point.trainer}))
     write_text(path, "\n".join(f"# {line}" for line in header) + f"\n{body}")
-    label = f"{settings.name} ({'on the TEST images' if settings.protocol == 'reference' else 'on val200'})"
-    save(history(study, label), settings.folder / "history.png")
-    figure = importances(study, label)
-    if figure is not None:
-        save(figure, settings.folder / "importances.png")
+    draw_plots(settings, study)
     return path
+
+
+def draw_plots(settings: Search, study: optuna.Study) -> None:
+    """history.png and importances.png. What cannot be drawn or written costs no search."""
+    label = f"{settings.name} ({'on the TEST images' if settings.protocol == 'reference' else 'on val200'})"
+    for file, draw in (("history.png", history), ("importances.png", importances)):
+        content = drawn(file, partial(draw, study, label))
+        if content is not None:
+            try:
+                save_png(content, settings.folder / file)
+            except OSError as error:
+                say(f"warning: {settings.folder / file} is not written ({error.strerror})")
 
 
 def publish(settings: Search, logger: RunLogger, study: optuna.Study) -> None:
@@ -217,7 +274,8 @@ def _objective(settings: Search, jobs: Sequence[Job], kept: Kept) -> Callable[[o
         point = settings.space.suggest(trial)
         trial.set_user_attr("point", {"methods": point.methods, "trainer": point.trainer})
         try:
-            records = [train(_config(job, point, settings.name), job.overrides, kept.sources) for job in jobs]
+            ran = [train(_config(job, point, settings.name), job.overrides, kept.sources) for job in jobs]
+            records = [record for record in ran if record is not None]  # only a dry run has none
         except Exception as error:
             trial.set_user_attr("error", summary(error))
             raise
@@ -229,7 +287,7 @@ def _objective(settings: Search, jobs: Sequence[Job], kept: Kept) -> Callable[[o
 
 
 def _config(job: Job, point: Point, study: str) -> Any:
-    cfg = copy.deepcopy(job.cfg)
+    cfg = job.config()
     cfg.method, cfg.sweep = point.methods, study
     for key, value in point.trainer.items():
         cfg.trainer[key] = value
@@ -240,15 +298,15 @@ def _report(study: optuna.Study, trial: FrozenTrial) -> None:
     if trial.state is TrialState.COMPLETE:
         text = f"{trial.value:.2f} (best {study.best_value:.2f})"
     else:
-        text = f"failed: {trial.user_attrs.get('error', 'no error noted')}"
-    print(f"━━ trial {trial.number}: {text}", flush=True)
+        text = f"failed: {plain(trial.user_attrs.get('error', 'no error noted'))}"
+    say(f"━━ trial {trial.number}: {text}")
 
 
 def _give_up(study: optuna.Study, trial: FrozenTrial) -> None:
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL))
     errors = [ended.user_attrs["error"] for ended in trials if "error" in ended.user_attrs]
     if len(errors) >= HOPELESS and not any(ended.state is TrialState.COMPLETE for ended in trials):
-        raise UserError(f"the first {len(errors)} trials all failed, the last with: {errors[-1]}")
+        raise UserError(f"the first {len(errors)} trials all failed, the last with: {plain(errors[-1])}")
 
 
 def _ended(study: optuna.Study) -> int:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from omegaconf import OmegaConf
-
 from mambapeft_vision.adapter.presets import Preset
 from mambapeft_vision.run.exit import nearest
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.text import plain, shown
+from mambapeft_vision.utils.typed import build
+from mambapeft_vision.utils.untrusted import read_yaml
 
 CHOICES = ("all", "subset", "drop_one")
 NONE = "none"
@@ -32,8 +33,8 @@ class Trial(Protocol):
 class Range:
     """Of one setting; whole numbers where both ends are."""
 
-    low: float
-    high: float
+    low: int | float
+    high: int | float
     step: int = 1
     log: bool = False
 
@@ -61,7 +62,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Space:
-    """choose: all, subset (each part on or off) or drop_one (one part or none is left out)."""
+    """What is searched.
+
+    choose: all, subset (each part on or off) or drop_one (one part or none is left out)."""
 
     choose: str
     tasks: tuple[str, ...]
@@ -80,12 +83,52 @@ class Space:
         kept = {name: spec for name, spec in methods.items() if name in chosen}
         return Point(kept or NOTHING_CHOSEN, {**self.trainer_fixed, **trainer})
 
+    def point_of(self, params: Mapping[str, Any]) -> Point:
+        """The point of recorded parameters, e.g. of the best trial of a study that came from elsewhere.
+
+        Raises: UserError for parameters that are no point of this space.
+        """
+        return self.suggest(_Recorded(params))
+
     def _chosen(self, trial: Trial) -> set[str]:
         if self.choose == "subset":
             return {name for name in self.parts if trial.suggest_categorical(f"use.{name}", [True, False])}
         if self.choose == "drop_one":
             return set(self.parts) - {trial.suggest_categorical("drop", [NONE, *self.parts])}
         return set(self.parts)
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A trial whose parameters are known: gives them out where they lie within what is asked for."""
+
+    params: Mapping[str, Any]
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        value = self.params.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise _outside(name, value, f"a number from {low:g} to {high:g}")
+        return float(value)
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
+        value = self.params.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise _outside(name, value, f"a whole number from {low} to {high}")
+        return value
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        value = self.params.get(name)
+        for choice in choices:
+            if choice == value and type(choice) is type(value):
+                return choice
+        raise _outside(name, value, f"one of {', '.join(map(str, choices))}")
+
+
+def _outside(name: str, value: Any, expected: str) -> UserError:
+    return UserError(
+        f"the study has {name}={shown(value)}; expected {expected}. It does not fit this space: give the search "
+        f"another name"
+    )
 
 
 def read_space(path: Path, presets: Mapping[str, Preset], preset: str | None = None) -> Space:
@@ -99,23 +142,28 @@ def read_space(path: Path, presets: Mapping[str, Preset], preset: str | None = N
     if not path.is_file():
         known = [file.stem for file in path.parent.glob("*.yaml")]
         raise UserError(f"search space {path.stem} does not exist; {nearest(path.stem, known)}")
-    content = OmegaConf.to_container(OmegaConf.load(path))
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no keys; expected choose, tasks, parts, every_part or trainer")
     _check(path, content, ("choose", "tasks", "parts", "every_part", "trainer"))
     if content.get("choose") not in CHOICES:
-        raise UserError(f"{path}: choose: {content.get('choose')!r}; expected one of {', '.join(CHOICES)}")
-    trainer = content.get("trainer", {})
+        raise UserError(f"{path}: choose: {shown(content.get('choose'))}; expected one of {', '.join(CHOICES)}")
+    tasks = build(list[str], content.get("tasks"), f"{path}: tasks")
+    trainer = _section(path, content, "trainer")
     _check(path, trainer, ("fixed", "tune"))
-    shared = _ranges(path, content.get("every_part", {}).get("tune", {}))
+    every_part = _section(path, content, "every_part")
+    _check(path, every_part, ("tune",))
+    shared = _ranges(path, _section(path, every_part, "tune"))
     base = presets[preset] if preset else None
-    changes = content.get("parts") or {name: {} for name in (base.methods if base else ())}
+    changes = _section(path, content, "parts") or {name: {} for name in (base.methods if base else ())}
     if not changes:
         raise UserError(f"{path} lists no parts; expected `parts:`, or give it to scripts/tune.py with method=...")
     return Space(
         choose=content["choose"],
-        tasks=tuple(content["tasks"]),
+        tasks=tuple(tasks),
         parts={name: _part(path, name, change, presets, base, shared) for name, change in changes.items()},
-        trainer_fixed={**(base.overrides.get("trainer", {}) if base else {}), **trainer.get("fixed", {})},
-        trainer_tune=_ranges(path, trainer.get("tune", {})),
+        trainer_fixed={**(base.overrides.get("trainer", {}) if base else {}), **_section(path, trainer, "fixed")},
+        trainer_tune=_ranges(path, _section(path, trainer, "tune")),
     )
 
 
@@ -127,13 +175,16 @@ def _part(
     base: Preset | None,
     shared: Mapping[str, Range],
 ) -> Part:
+    if not isinstance(change, dict):
+        raise UserError(f"{path}: {name}: {shown(change)}; expected fixed and tune, or {{}}")
     _check(path, change, ("fixed", "tune"))
+    fixed = _section(path, change, "fixed")
     if base is None and (name not in presets or name not in presets[name].methods):
         raise UserError(f"{path}: part {name} is no preset of one method; {nearest(name, presets)}")
-    spec = {**(base or presets[name]).methods[name], **change.get("fixed", {})}
+    spec = {**(base or presets[name]).methods[name], **fixed}
     known = _settings_of(spec["_target_"])
-    tune = {**{k: r for k, r in shared.items() if k in known}, **_ranges(path, change.get("tune", {}))}
-    for key in (*change.get("fixed", {}), *tune):
+    tune = {**{k: r for k, r in shared.items() if k in known}, **_ranges(path, _section(path, change, "tune"))}
+    for key in (*fixed, *tune):
         if key not in known:
             raise UserError(f"{path}: {name} has no setting {key}; {nearest(key, known)}")
     return Part(spec, tune)
@@ -145,17 +196,27 @@ def _settings_of(target: str) -> set[str]:
     return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
 
-def _ranges(path: Path, content: Mapping[str, Mapping[str, Any]]) -> dict[str, Range]:
+def _ranges(path: Path, content: Mapping[str, Any]) -> dict[str, Range]:
     ranges = {}
     for key, given in content.items():
-        _check(path, given, ("low", "high", "step", "log"))
-        if not {"low", "high"} <= given.keys() or not given["low"] < given["high"]:
-            raise UserError(f"{path}: {key}: {dict(given)}; expected low and high, and low below high")
-        ranges[key] = Range(**given)
+        found = build(Range, given, f"{path}: {key}", remedy="Give low and high, and step or log where they matter")
+        if not found.low < found.high:
+            raise UserError(f"{path}: {key}: {shown(given)}; expected low and high, and low below high")
+        ranges[key] = found
     return ranges
+
+
+def _section(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A mapping, empty where it is not given."""
+    section = content.get(key)
+    if section is None:
+        return {}
+    if not isinstance(section, dict):
+        raise UserError(f"{path}: {key}: {shown(section)}; expected keys and values")
+    return section
 
 
 def _check(path: Path, content: Mapping[str, Any], known: Sequence[str]) -> None:
     for key in content:
         if key not in known:
-            raise UserError(f"{path}: {key} is unknown; {nearest(key, known)}")
+            raise UserError(f"{path}: {plain(key)} is unknown; {nearest(str(key), known)}")

@@ -1,22 +1,25 @@
 """What a sweep shows: a live table on a terminal, a line for each run that begins or ends elsewhere."""
 
-import csv
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from mambapeft_vision.results.metrics import read_metrics
 from mambapeft_vision.sweep.estimates import Speeds
 from mambapeft_vision.sweep.jobs import Job
 from mambapeft_vision.sweep.worker import Outcome
-from mambapeft_vision.utils.progress import format_duration
+from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.progress import CANNOT_WRITE, format_duration
 
 FAILURES_SHOWN = 5
 LINE_EVERY_S = 60.0
+ESTIMATING_SHARE = 0.02  # of the time, that estimating may take
 
 
 class Display:
@@ -30,7 +33,9 @@ class Display:
     """
 
     def __init__(self, jobs: Sequence[Job], finished: int, speeds: Speeds, workers: int) -> None:
-        self._waiting = list(jobs)
+        self._waiting = {job.folder: job for job in jobs}
+        self._waiting_seconds: float | None = None  # estimate for all that wait
+        self._estimate_again_at = 0.0
         self._finished_before = finished
         self._speeds = speeds
         self._workers = workers
@@ -49,11 +54,15 @@ class Display:
 
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
-            self._live.update(self.table(), refresh=True)
-            self._live.stop()
+            with suppress(*CANNOT_WRITE):
+                self._live.update(self.table(), refresh=True)
+                self._live.stop()
 
     def started(self, job: Job) -> None:
-        self._waiting.remove(job)
+        del self._waiting[job.folder]
+        seconds = self._speeds.seconds(job.plan)
+        if self._waiting_seconds is not None and seconds is not None:
+            self._waiting_seconds = max(0.0, self._waiting_seconds - seconds)
         self._running[str(job.folder)] = job, time.monotonic()
         self._say(f"begins  {job.label}")
 
@@ -73,7 +82,8 @@ class Display:
 
     def refresh(self) -> None:
         if self._live is not None:
-            self._live.update(self.table(), refresh=True)
+            with suppress(*CANNOT_WRITE):
+                self._live.update(self.table(), refresh=True)
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + LINE_EVERY_S
             self._say(f"        {self.state()}")
@@ -93,15 +103,24 @@ class Display:
         return f"{counts}, {rate:,.0f} images/s, {self._time_left()}" if rate else f"{counts}, {self._time_left()}"
 
     def _time_left(self) -> str:
-        seconds = self._speeds.total(job.plan for job in self._waiting)
+        seconds = self._estimate_of_waiting()
         for job, since in self._running.values():
             estimate = self._speeds.seconds(job.plan)
             seconds = None if seconds is None or estimate is None else seconds + max(0.0, estimate - _age(since))
         return "time left unknown" if seconds is None else f"about {format_duration(seconds / self._workers)} left"
 
+    def _estimate_of_waiting(self) -> float | None:
+        """Made again now and then only: it looks at every run that waits, and thousands may."""
+        begun = time.monotonic()
+        if begun >= self._estimate_again_at:
+            self._waiting_seconds = self._speeds.total(job.plan for job in self._waiting.values())
+            took = time.monotonic() - begun
+            self._estimate_again_at = begun + took / ESTIMATING_SHARE
+        return self._waiting_seconds
+
     def _say(self, text: str) -> None:
         if self._live is None:
-            print(text, flush=True)
+            say(text)
 
     def table(self) -> Group:
         """The live table."""
@@ -120,11 +139,16 @@ def _age(since: float) -> float:
     return time.monotonic() - since
 
 
+def say(text: str) -> None:
+    """Prints a line; an output that cannot be written (a full disk, a closed pipe) ends no sweep."""
+    with suppress(*CANNOT_WRITE):
+        print(text, flush=True)
+
+
 def _progress(job: Job) -> tuple[int, float]:
     """Epochs done and images/s in the latest, from the run's metrics.csv; (0, 0.0) before the first."""
     try:
-        with open(job.folder / "metrics.csv", newline="", encoding="utf-8") as file:
-            row = list(csv.DictReader(file))[-1]
-    except (OSError, IndexError):
+        row = read_metrics(job.folder)[-1]
+    except (UserError, IndexError):
         return 0, 0.0
-    return int(row["epoch"]) + 1, float(row["images_per_second"])
+    return int(row["epoch"]) + 1, row.get("images_per_second", 0.0)

@@ -1,7 +1,9 @@
 """How long runs will take: from runs that are recorded, or from a file of measured rates."""
 
 import csv
+import math
 import statistics
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from mambapeft_vision.utils.errors import UserError
 
 COLUMNS = ["backbone", "preset", "train_images_per_second", "test_images_per_second"]
 ANY_OTHER = "*"
+RECENT = 25  # results that an estimate is made from, the latest of those most alike
 NUM_TRAIN = {"train800val200": 1000, "train800": 800}  # images of a split, as VTAB-1K has them
 NUM_TEST = {"val200": 200}
 
@@ -29,7 +32,7 @@ class Rate:
 
 
 class Speeds:
-    """Estimates.
+    """Estimates, each from at most `RECENT` results: an estimate costs the same however many runs there were.
 
     Args:
         records: known runs; they count more than rates, as they are of this machine.
@@ -37,16 +40,25 @@ class Speeds:
     """
 
     def __init__(self, records: Iterable[RunRecord] = (), rates: Sequence[Rate] = ()) -> None:
-        self._records = list(records)
-        self._rates = rates
+        self._alike: dict[tuple[object, ...], deque[RunRecord]] = defaultdict(lambda: deque(maxlen=RECENT))
+        self._rates = {(rate.backbone, rate.methods): rate for rate in reversed(rates)}
+        for record in sorted(records, key=lambda record: record.finished_at):
+            self.add(record)
 
     def add(self, record: RunRecord) -> None:
-        self._records.append(record)
+        """Adds the result of a run that has just ended."""
+        for key in _likeness(str(record.config["backbone"].get("name")), record.methods, record.task):
+            self._alike[key].append(record)
 
     def total(self, plans: Iterable[RunPlan]) -> float | None:
         """Seconds of all runs one after another; None where one's time cannot be told."""
-        estimates = [self.seconds(plan) for plan in plans]
-        return None if None in estimates else sum(estimates)
+        total = 0.0
+        for plan in plans:
+            seconds = self.seconds(plan)
+            if seconds is None:
+                return None
+            total += seconds
+        return total
 
     def seconds(self, plan: RunPlan) -> float | None:
         """From the runs most like it: same methods and task, same methods, a rate of its preset, any on its backbone.
@@ -54,25 +66,33 @@ class Speeds:
         A run's training time is scaled to the number of epochs and its test to the number of test images. None where
         nothing is known of the backbone.
         """
-        alike = [record for record in self._records if record.config["backbone"]["name"] == _backbone(plan)]
-        same_methods = [record for record in alike if record.methods == plan.methods]
-        same_task = [record for record in same_methods if record.task == plan.task]
-        chosen = same_task or same_methods
-        if not chosen and (rated := self._by_rate(plan)) is not None:
-            return rated
-        chosen = chosen or alike
-        return statistics.median(_scaled(record, plan) for record in chosen) if chosen else None
+        same_task, same_methods, same_backbone = _likeness(_backbone(plan), plan.methods, plan.task)
+        for key in (same_task, same_methods):
+            if key in self._alike:
+                return self._median(key, plan)
+        rated = self._by_rate(plan)
+        if rated is None and same_backbone in self._alike:
+            return self._median(same_backbone, plan)
+        return rated
+
+    def _median(self, key: tuple[object, ...], plan: RunPlan) -> float:
+        return statistics.median(_scaled(record, plan) for record in self._alike[key])
 
     def _by_rate(self, plan: RunPlan) -> float | None:
         """Training and test alone: no start of a process, decoding or saving."""
-        rates = {rate.methods: rate for rate in self._rates if rate.backbone == _backbone(plan)}
-        rate = rates.get(tuple(plan.methods), rates.get(()))
+        backbone = _backbone(plan)
+        rate = self._rates.get((backbone, tuple(plan.methods)), self._rates.get((backbone, ())))
         dataset = plan.config["dataset"]
         num_train = NUM_TRAIN.get(dataset["train_split"])
         num_test = NUM_TEST.get(dataset["test_split"], dataset.get("num_test"))
         if rate is None or num_train is None or num_test is None:
             return None
         return num_train * plan.recipe.max_epochs / rate.train + num_test / rate.test
+
+
+def _likeness(backbone: str, methods: Sequence[str], task: str) -> tuple[tuple[object, ...], ...]:
+    """Classes of runs, the most alike first."""
+    return (backbone, tuple(methods), task), (backbone, tuple(methods)), (backbone,)
 
 
 def read_rates(path: str | Path, presets: Mapping[str, Preset]) -> list[Rate]:
@@ -111,10 +131,10 @@ def _backbone(plan: RunPlan) -> str:
 
 
 def _scaled(record: RunRecord, plan: RunPlan) -> float:
-    test_seconds = record.num_test / record.test_images_per_second
-    other_seconds = max(0.0, record.wall_seconds - record.train_seconds - test_seconds)  # loading, saving, merging
-    train_seconds = record.train_seconds / record.epochs * plan.recipe.max_epochs
+    rate = record.test_images_per_second or math.inf
+    other_seconds = max(0.0, record.wall_seconds - record.train_seconds - record.num_test / rate)  # loading, saving, …
+    train_seconds = record.train_seconds / max(1, record.epochs) * plan.recipe.max_epochs
     num_test = record.num_test
     if plan.config["dataset"].get("test_split") == "test":
         num_test = plan.config["dataset"].get("num_test") or num_test
-    return train_seconds + num_test / record.test_images_per_second + other_seconds
+    return train_seconds + num_test / rate + other_seconds

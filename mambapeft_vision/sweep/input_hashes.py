@@ -19,8 +19,12 @@ class Inputs:
 
     def made(self, record: RunRecord, plan: RunPlan) -> bool:
         """Whether `record` was made from what there is now. What is not there to compare with counts as the same."""
-        images, weights = self._images(plan), self._weights(plan)
+        images, weights = self.of(plan)
         return images in (None, record.data_manifest) and weights in (None, record.backbone_sha256)
+
+    def of(self, plan: RunPlan) -> tuple[str | None, str | None]:
+        """Hashes of the images and of the backbone's weights; None for what is not there."""
+        return self._images(plan), self._weights(plan)
 
     def _images(self, plan: RunPlan) -> str | None:
         key = _key(plan.config["dataset"], without="seed")

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,10 +18,14 @@ from mambapeft_vision.run.failure_record import write_failure
 from mambapeft_vision.sweep.jobs import Job
 from mambapeft_vision.sweep.worker import Assignment, Outcome, work
 from mambapeft_vision.sweep.worker_cache import task_key
-from mambapeft_vision.utils.errors import NotFiniteError
+from mambapeft_vision.utils.errors import UserError
 
 REFRESH_S = 0.5
 PATIENCE_S = 10.0  # for a process to end by itself
+
+
+class SweepError(UserError):
+    """A run ended in a way with which the sweep ends too."""
 
 
 class Watcher(Protocol):
@@ -35,30 +40,34 @@ class Watcher(Protocol):
 
 
 class Queue:
-    """The runs that wait. Of those whose turn it is, a worker gets one of the task whose images it has, or of one that
-    no other worker has.
+    """Pending runs. Among the runs with the lowest turn, a worker is given one whose task it has already loaded,
+    otherwise one whose task no other worker has loaded. Taking one costs the same however many are pending.
     """
 
     def __init__(self, jobs: Sequence[Job]) -> None:
-        self._jobs = list(jobs)
-        self._keys = [task_key(job.plan) for job in self._jobs]
+        self._by_turn: dict[int, dict[str, deque[Job]]] = {}
+        self._size = len(jobs)
+        for job in sorted(jobs, key=lambda job: job.turn):
+            self._by_turn.setdefault(job.turn, {}).setdefault(task_key(job.plan), deque()).append(job)
 
     def __len__(self) -> int:
-        return len(self._jobs)
+        return self._size
 
     def take(self, held: str | None, held_by_others: set[str]) -> Job:
         """Args: held, held_by_others: `task_key` of the tasks that are loaded."""
-
-        def preference(place: int) -> tuple[int, int]:
-            key = self._keys[place]
-            return self._jobs[place].turn, 0 if key == held else 1 if key not in held_by_others else 2
-
-        place = min(range(len(self._jobs)), key=preference)
-        del self._keys[place]
-        return self._jobs.pop(place)
+        turn, tasks = next(iter(self._by_turn.items()))
+        free = (key for key in tasks if key not in held_by_others)
+        key = held if held in tasks else next(free, next(iter(tasks)))
+        job = tasks[key].popleft()
+        if not tasks[key]:
+            del tasks[key]
+        if not tasks:
+            del self._by_turn[turn]
+        self._size -= 1
+        return job
 
     def clear(self) -> None:
-        self._jobs, self._keys = [], []
+        self._by_turn, self._size = {}, 0
 
 
 @dataclass
@@ -91,7 +100,7 @@ class Pool:
 
         Args:
             enough: once it says so, no further job begins, and it returns when those under way have ended.
-        Raises: NotFiniteError after a run with which the sweep is to end.
+        Raises: SweepError after a run with which the sweep is to end.
         """
         queue = Queue(jobs)
         with self._ended_at_exit():
@@ -138,6 +147,7 @@ class Pool:
     def _collect(self, number: int, worker: _Worker, watcher: Watcher) -> None:
         """Takes the outcome of a run that has ended; that of a worker that died is its death."""
         job = worker.job
+        assert job is not None  # only workers that are at one are asked
         try:
             dead = not worker.process.is_alive()  # asked first: its last words may come until then
             if not dead and not worker.connection.poll():
@@ -154,9 +164,9 @@ class Pool:
             del self._workers[number]
         watcher.ended(job, outcome)
         if outcome.ends_sweep:
-            raise NotFiniteError(
+            raise SweepError(
                 f"{job.label}: {outcome.error}\nThe sweep ends with it, and the same command goes on. "
-                f"With trainer.on_nonfinite=skip_run it goes on with its other runs"
+                f"With trainer.on_nonfinite=skip_run, NaN or infinity in a run does not end it"
             )
 
     @contextmanager
@@ -194,10 +204,7 @@ def _interrupts_ignored() -> Iterator[None]:
 
 
 def assignment_of(job: Job) -> Assignment:
-    cfg = job.cfg.copy()
-    for name, section in job.sections.items():
-        cfg[name] = section
-    cfg.seed = job.plan.seed
+    cfg = job.config()
     cfg.resume = True
     return Assignment(cfg, job.overrides, job.folder, job.outdated)
 

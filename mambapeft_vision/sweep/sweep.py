@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mambapeft_vision.adapter.presets import read_presets
-from mambapeft_vision.results.record import RunRecord, read_record
+from mambapeft_vision.results.layout import FAILURE_FILE, SWEEP_LOGS
+from mambapeft_vision.results.record import RunRecord, is_finished, read_record
 from mambapeft_vision.results.tables import find_records
 from mambapeft_vision.run.arguments import ArgumentParser, positive
 from mambapeft_vision.run.exit import CRASH
-from mambapeft_vision.sweep.display import Display
+from mambapeft_vision.sweep.display import Display, say
 from mambapeft_vision.sweep.estimates import Rate, Speeds, read_rates
 from mambapeft_vision.sweep.jobs import Job, State, plan_jobs
 from mambapeft_vision.sweep.pool import Pool, visible_gpus
@@ -23,8 +24,9 @@ from mambapeft_vision.utils.errors import disk_errors_of
 from mambapeft_vision.utils.paths import configs_folder
 from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.utils.progress import format_duration
+from mambapeft_vision.utils.text import plain
 
-LOGS = ".sweep"  # below paths.outputs
+LOGS = SWEEP_LOGS
 
 
 @dataclass(frozen=True)
@@ -107,20 +109,29 @@ def sweep(jobs: Sequence[Job], command: Command) -> int:
     todo = [job for job in jobs if job.state is not State.FINISHED]
     finished = [job for job in jobs if job.state is State.FINISHED]
     outputs = Path(jobs[0].plan.config["paths"]["outputs"]).expanduser()
-    speeds = Speeds(find_records([outputs]) if outputs.exists() else [], command.rates)
+    speeds = Speeds(_known_runs(outputs), command.rates)
     gpus = gpus_of(jobs)
     workers = command.workers or max(1, len(gpus))
     if command.dry_run:
         print(describe(jobs, speeds, workers))
         return 0
-    print(f"{len(jobs)} runs, {len(finished)} of them finished before; {workers} at a time", flush=True)
+    say(f"{len(jobs)} runs, {len(finished)} of them finished before; {workers} at a time")
     if not todo:
         return 0
     with disk_errors_of(str(outputs), "paths.outputs=DIR", "Nothing was begun"):
         (outputs / LOGS).mkdir(parents=True, exist_ok=True)
     display = _run(todo, len(finished), speeds, workers, Pool(workers, gpus, outputs / LOGS))
-    print(_closing(display, outputs), flush=True)
+    say(_closing(display, outputs))
     return len(display.failures)
+
+
+def _known_runs(outputs: Path) -> list[RunRecord]:
+    """What estimates are made from. A file that cannot be read costs an estimate, not the sweep."""
+
+    def leave_out(error: UserError) -> None:
+        say(f"warning: left out of the estimates of time: {plain(error)}")
+
+    return find_records([outputs], unreadable=leave_out) if outputs.exists() else []
 
 
 def describe(jobs: Sequence[Job], speeds: Speeds, workers: int) -> str:
@@ -144,7 +155,7 @@ def describe(jobs: Sequence[Job], speeds: Speeds, workers: int) -> str:
 
 def records_of(jobs: Sequence[Job]) -> list[RunRecord]:
     """The records of those that are finished by now."""
-    return [read_record(job.folder) for job in jobs if (job.folder / "result.json").is_file()]
+    return [read_record(job.folder) for job in jobs if is_finished(job.folder)]
 
 
 def _run(todo: Sequence[Job], finished: int, speeds: Speeds, workers: int, pool: Pool) -> Display:
@@ -174,7 +185,11 @@ def gpus_of(jobs: Sequence[Job]) -> list[str]:
 
 
 def _closing(display: Display, outputs: Path) -> str:
-    lines = [f"  {job.label}: {error}\n    {job.folder / 'failure.json'}" for job, error in display.failures]
+    files = {job.folder: job.folder / FAILURE_FILE for job, _ in display.failures}
+    lines = [
+        f"  {job.label}: {error}" + (f"\n    {files[job.folder]}" if files[job.folder].is_file() else "")
+        for job, error in display.failures
+    ]
     if lines:
         lines = [f"{len(lines)} of the runs failed; the same command tries them again:", *lines]
     return "\n".join([display.state(), *lines, f"tables: python scripts/collect_results.py {outputs}"])

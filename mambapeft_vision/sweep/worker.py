@@ -1,10 +1,13 @@
 """A worker process of a sweep: takes runs from the parent one by one, and answers how each one ended."""
 
+import errno
 import gc
+import io
 import os
 import sys
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,6 +23,7 @@ from mambapeft_vision.sweep.worker_cache import Kept
 from mambapeft_vision.utils.errors import NotFiniteError
 from mambapeft_vision.utils.lock import InUseError
 from mambapeft_vision.utils.processes import end_with_parent
+from mambapeft_vision.utils.progress import CANNOT_WRITE
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Outcome:
     """How a run ended: with a record, or with an error in one line.
 
     last: the worker ends with it, as after a crash nothing in its process is to be trusted.
-    ends_sweep: no other run is to be begun (trainer.on_nonfinite=stop).
+    ends_sweep: no other run is to be begun (trainer.on_nonfinite=stop, or the disk of all runs is full).
     elsewhere: another process, of this machine or another, is at the run; no failure.
     """
 
@@ -74,7 +78,7 @@ def work(connection: Connection, environment: Mapping[str, str], threads: int, l
         connection.send(outcome)
         if outcome.last:
             return
-        if first:  # all is imported now: what every run's collection of garbage need not look through
+        if first:  # everything is imported by now; freeze it, so that later collections skip it
             gc.collect()
             gc.freeze()
             first = False
@@ -89,9 +93,15 @@ def run(assignment: Assignment, kept: Kept) -> Outcome:
     except Exception as error:
         traceback.print_exc()
         note_failure(assignment.folder, error, assignment.overrides)
-        ends_sweep = isinstance(error, NotFiniteError) and error.ends_sweep
+        ends_sweep = _is_full(error) or (isinstance(error, NotFiniteError) and error.ends_sweep)
         return Outcome(None, summary(error), last=not is_mistake(error), ends_sweep=ends_sweep)
     return Outcome(record)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether every other run would fail for the same reason: the disk or quota is full, or nothing can be written."""
+    system = error if isinstance(error, OSError) else error.__cause__
+    return isinstance(system, OSError) and system.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def _train(assignment: Assignment, kept: Kept) -> RunRecord:
@@ -99,12 +109,38 @@ def _train(assignment: Assignment, kept: Kept) -> RunRecord:
     if assignment.outdated is not None and is_finished(folder):
         # Otherwise another process has done it again since the sweep was planned.
         cfg.resume = read_record(folder).finished_at != assignment.outdated
-    return train(cfg, assignment.overrides, kept.sources)
+    record = train(cfg, assignment.overrides, kept.sources)
+    assert record is not None  # only a dry run has none
+    return record
+
+
+class _Forgiving(io.TextIOWrapper):
+    """A stream for what people read: a disk that is full takes no line, and ends no run."""
+
+    def write(self, text: str) -> int:
+        with suppress(*CANNOT_WRITE):
+            super().write(text)
+            self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(*CANNOT_WRITE):
+            super().flush()
 
 
 def _print_to(log: Path) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a", encoding="utf-8") as file:
-        for stream in (sys.stdout, sys.stderr):
+    """Sends what this process prints, and what libraries below Python print, to a file."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError:
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(*CANNOT_WRITE):
             stream.flush()
-            os.dup2(file.fileno(), stream.fileno())
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+    sys.stdout, sys.stderr = (
+        _Forgiving(open(number, "wb", closefd=False), "utf-8", "backslashreplace")  # noqa: SIM115
+        for number in (1, 2)
+    )

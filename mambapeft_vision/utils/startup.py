@@ -1,6 +1,8 @@
 """How the commands import PyTorch, timm and Lightning."""
 
 import gc
+import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,3 +24,20 @@ def imports_kept() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def drop_unusable_backend() -> None:
+    """Forgets a choice of matplotlib's backend that this environment has not.
+
+    Notebooks (Jupyter, Colab, Kaggle) export MPLBACKEND=module://matplotlib_inline.backend_inline to the commands that
+    are started from them. Without that module, importing matplotlib fails, and with it Lightning. Files are drawn with
+    Agg whatever the variable says.
+    """
+    kind, _, module = os.environ.get("MPLBACKEND", "").partition("://")
+    if kind == "module":
+        try:
+            found = importlib.util.find_spec(module) is not None
+        except (ImportError, ValueError):
+            found = False
+        if not found:
+            del os.environ["MPLBACKEND"]

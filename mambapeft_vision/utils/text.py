@@ -14,7 +14,8 @@ LONGEST = 200  # characters of one shown value
 
 # Control characters, and those that change the direction or the visibility of the text around them.
 _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+!|~$])")
+# What can begin a column, code, a link or an image; names such as lora_p_x (rank=8) stay as people read them.
+_MARKDOWN = re.compile(r"([\\`\[\]<>|])")
 _LATEX = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -56,14 +57,14 @@ def shown(value: Any, longest: int = LONGEST) -> str:
         return f"a {type(value).__name__}"
 
 
-def markdown(text: object) -> str:
-    """For a cell or a line of Markdown: no table, link, HTML or emphasis begins in it."""
-    return _MARKDOWN.sub(r"\\\1", plain(text)).replace("\\<", "&lt;").replace("\\>", "&gt;")
+def markdown(text: object, longest: int = LONGEST) -> str:
+    """For a cell or a line of Markdown: no column, code, link or HTML begins in it."""
+    return _MARKDOWN.sub(r"\\\1", plain(text, longest)).replace("\\<", "&lt;").replace("\\>", "&gt;")
 
 
-def latex(text: object) -> str:
+def latex(text: object, longest: int = LONGEST) -> str:
     """For a cell or a comment of LaTeX: every character stands for itself."""
-    return "".join(_LATEX.get(character, character) for character in plain(text))
+    return "".join(_LATEX.get(character, character) for character in plain(text, longest))
 
 
 def html_text(text: object) -> str:

@@ -1,6 +1,5 @@
 """The arithmetic of scripts/bench_kernels.py: floors, and a refusal without a GPU. The timing itself needs a GPU."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -8,27 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from mambapeft_vision.benchmarks import kernels as bench
+
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_kernels.py"
 
 
-@pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("bench_kernels", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-
-
-def test_floor_of_the_scan_is_its_exponentials(bench):
-    """BASELINES.md: 37 µs for both directions of one block of Vim-S at batch 32."""
+def test_floor_of_the_scan_is_its_exponentials():
+    """37 µs for both directions of one block of Vim-S at batch 32."""
     time, unit = bench.work(bench.CASES[0])["scan_forward"].floor(bench.Chip())
     assert unit == "exponentials"
     assert time == pytest.approx(37.0, abs=0.1)
 
 
-def test_floors_grow_with_the_batch(bench):
+def test_floors_grow_with_the_batch():
     small, large = (bench.work(bench.Case("", batch)) for batch in (32, 64))
     for kernel in small:
         chip = bench.Chip()

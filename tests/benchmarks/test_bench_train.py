@@ -1,9 +1,12 @@
 """The training benchmark's own parts, on the CPU in miniature."""
 
-import bench_train
 import pytest
 from helpers import runs
+from PIL import Image
 
+from mambapeft_vision.benchmarks import training as bench_train
+from mambapeft_vision.results.metrics import read_metrics
+from mambapeft_vision.results.tables import find_records
 from mambapeft_vision.sweep.worker_cache import Kept
 
 
@@ -15,10 +18,19 @@ def test_a_row_of_the_table(tmp_path, monkeypatch):
     small = [*runs.SMALL_BACKBONE, "trainer.device=cpu"]
     row = bench_train.measure(task, tmp_path / "runs", "lora_p_x", 4, "fp32", Kept(), small)
     assert row["method"] == "lora_p_x" and row["batch"] == 4 and row["trainable"] > 0
-    assert row["train_images_per_s"] > 0 and row["peak_gib"] > 0
-    assert bench_train.table([row]).count("\n") == 2
+    (record,) = find_records([tmp_path / "runs"])
+    rates = sorted(
+        epoch["images_per_second"] for epoch in read_metrics(next((tmp_path / "runs").rglob("metrics.csv")).parent)[2:]
+    )
+    assert rates[0] - 1 <= row["train_images_per_s"] <= rates[-1] + 1
+    assert row["peak_gib"] == round(record.peak_memory_bytes / 2**30, 2) and row["trainable"] == record.trainable
+    header, rule, cells = (line.strip("| ").split("|") for line in bench_train.table([row]).splitlines())
+    assert [name.strip() for name in header] == list(row) and len(rule) == len(cells) == len(row)
+    assert cells[0].strip() == "lora_p_x" and cells[5].strip() == f"{row['trainable']:,}"
     bench_train.plot([row, {**row, "batch": 8}], tmp_path / "speed.png")
-    assert (tmp_path / "speed.png").stat().st_size > 1000
+    with Image.open(tmp_path / "speed.png") as image:
+        image.load()
+        assert image.format == "PNG" and image.width > 500
 
 
 def test_presets_that_do_not_fit_are_left_out(capsys):

@@ -3,8 +3,8 @@
 import pytest
 from helpers.fake_records import fake_record
 
+from mambapeft_vision.results.compare import ordering
 from mambapeft_vision.results.demo import compare
-from mambapeft_vision.results.ordering import ordering
 from mambapeft_vision.utils.errors import UserError
 
 EXPECTED = ("scratch", "linear_probe", "lora_p_x")

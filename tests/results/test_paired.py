@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from helpers.fake_records import CONFIGS, fake_record
 
-from mambapeft_vision.results.paired import holm, paired
+from mambapeft_vision.results.compare import holm, paired
 from mambapeft_vision.results.tables import Row, collect, read_standard
 
 TASKS = ("mini/one", "mini/two")

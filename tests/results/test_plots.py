@@ -1,6 +1,9 @@
 """Plots show the numbers they are given. That they are readable was judged by eye, not here."""
 
 import io
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -74,3 +77,12 @@ def test_files_are_images(tmp_path, collection):
         image.load()
         assert image.width > 1000
     assert Image.open(io.BytesIO(plots.png(plots.task_bars(collection)))).format == "PNG"
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline_of_a_notebook.backend_inline", "module://", "svg"])
+def test_a_backend_that_a_notebook_chose_is_no_matter(backend):
+    program = (
+        "from mambapeft_vision.results import plots; from matplotlib.figure import Figure\n"
+        "assert plots.png(Figure(figsize=(1, 1)))[:4] == b'\\x89PNG'"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "MPLBACKEND": backend})

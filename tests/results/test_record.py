@@ -42,7 +42,13 @@ RECORD = RunRecord(
     git_dirty=None,
     versions={"torch": "2.6.0"},
     finished_at="2026-01-01T00:00:00+00:00",
-    config={"seed": 0, "method_sizes": "given", "sweep": None, "method": {"lora_p_x": {"rank": 64}}},
+    config={
+        "seed": 0,
+        "backbone": {"name": "vim_small_patch16_224"},
+        "dataset": {"train_split": "train800val200", "test_split": "test", "batch_size": 32},
+        "trainer": {"clip_norm": None, "learning_rate": 1e-3},
+        "method": {"lora_p_x": {"rank": 64}},
+    },
 )
 
 
@@ -82,14 +88,20 @@ def test_every_field_is_needed(tmp_path, name):
     "changes, message",
     [
         ({"acuracy": 0.5}, "acuracy is unknown"),
-        ({"accuracy": "0.5"}, "accuracy is '0.5', expected"),
-        ({"accuracy": True}, "accuracy is True"),
-        ({"seed": 1.5}, "seed is 1.5"),
-        ({"methods": "lora_p_x"}, "methods is 'lora_p_x'"),
-        ({"methods": [1]}, r"methods is \[1\]"),
-        ({"trainable_by_method": {"a": "1"}}, "trainable_by_method"),
-        ({"git_commit": 3}, "git_commit is 3"),
-        ({"git_dirty": "no"}, "git_dirty is 'no'"),
+        ({"accuracy": "0.5"}, "accuracy='0.5'; expected a number"),
+        ({"accuracy": True}, "accuracy=True"),
+        ({"accuracy": 1.5}, "accuracy=1.5; expected 0 to 1"),
+        ({"seed": 1.5}, "seed=1.5"),
+        ({"seed": 2**70}, "seed=1180591620717411303424"),
+        ({"num_test": -1}, "num_test=-1"),
+        ({"methods": "lora_p_x"}, "methods='lora_p_x'"),
+        ({"methods": [1]}, "methods.0=1"),
+        ({"trainable_by_method": {"a": "1"}}, "trainable_by_method.a='1'"),
+        ({"git_commit": 3}, "git_commit=3"),
+        ({"git_dirty": "no"}, "git_dirty='no'"),
+        ({"config": {}}, "config.backbone=None; expected keys and values"),
+        ({"config": None}, "config=None"),
+        ({"config": RECORD.config | {"dataset": {}}}, "config.dataset.train_split=None"),
         ({"schema_version": 2}, "schema_version is 2"),
     ],
 )

@@ -11,9 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import timm
 from helpers.fake_records import CONFIGS, fake_record
 
+import mambapeft_vision.backbones  # noqa: F401 (registers the backbones)
 from mambapeft_vision.data.tasks import TASKS
+from mambapeft_vision.results.paper import PUBLISHED, VIT_S
 from mambapeft_vision.results.tables import (
     AVERAGE,
     GROUPS,
@@ -129,6 +132,31 @@ def test_the_published_numbers_stand_beside_ours(standard):
     assert unrun[1] == unrun[3] == unrun[5] == "–" and unrun[-2] == "72.40"
 
 
+def test_every_backbone_has_its_own_published_rows(standard):
+    """Results of ViT-S, under the name that runs are recorded with, stand beside ViT-S's rows and no others."""
+    vit = {"backbone": {"name": VIT_S}, "backbone_sha256": "c" * 64}
+    records = full_set("lora_qv", seeds=[0], **vit) + full_set("full", seeds=[0], **vit) + full_set("full", seeds=[0])
+    of_vim, of_vit = sorted(collect(records, standard), key=lambda c: c.backbone == VIT_S)
+    assert [row.label for row in of_vit.published_rows][:2] == ["Scratch", "Full"]
+    assert {of_vim.published(row).average for row in of_vim.rows} == {47.08}
+    assert {row.preset: of_vit.published(row).average for row in of_vit.rows} == {"full": 53.47, "lora_qv": 68.68}
+    table = comparison_table(of_vit)
+    assert cells(table, "lora_qv")["Trained (K)"] and [row[0] for row in table.rows if row[1] == "–"] == [
+        "Scratch", "Linear probing", "FacT-TK", "AdaptFormer", "SPT-LoRA", "Adapter+",
+    ]  # fmt: skip
+    (row,) = (row for row in table.rows if row[0] == "lora_qv")
+    assert row[-3:] == ["58.95", "68.68", "-9.73"]
+    lines = csv.DictReader(io.StringIO(to_csv([of_vim, of_vit])))
+    by_line = {(line["backbone"], line["preset"]): line for line in lines if line["column"] == AVERAGE}
+    assert by_line[VIT_S, "full"]["published"] == "53.47"
+    assert by_line["vim_small_patch16_224", "full"]["published"] == "47.08"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_rows_belong_to_backbones_that_exist(name):
+    assert timm.is_model(name)
+
+
 def test_another_recipe_is_named_and_not_compared(standard):
     changed = fake_record("vtab/cifar", "lora_p_x", 0, 0.5, trainer={"max_epochs": 3})
     (collection,) = collect([changed, *full_set("lora_p_x", [0])], standard)
@@ -141,8 +169,8 @@ def test_runs_on_other_splits_are_apart(standard):
     splits = {"train_split": "train800", "test_split": "val200"}
     validated = [fake_record(task, "lora_p_x", 0, 0.5, dataset=splits, data_manifest="other lists") for task in ALL]
     found = collect([*full_set("lora_p_x", [0]), *validated], standard)
-    assert sorted(c.published_backbone or "" for c in found) == ["", "vim_s"]
-    (other,) = (c for c in found if c.published_backbone is None)
+    assert sorted(bool(c.published_rows) for c in found) == [False, True]
+    (other,) = (c for c in found if not c.published_rows)
     assert "percent on val200" in to_markdown(summary_table(other))
     assert "(official weights), on val200: summary" in to_markdown(summary_table(other))
 
@@ -156,7 +184,7 @@ def test_settings_of_a_method_are_named(standard):
     (alone,) = collect(changed, standard)
     assert [alone.label(row) for row in alone.rows] == ["lora_p_x"]  # what all rows share stands below the table
     assert "lora_p_x.rank=8" in to_markdown(summary_table(alone))
-    assert alone.published_backbone is None
+    assert not alone.published_rows
 
 
 def test_every_preset_is_recognised_as_itself(standard):

@@ -150,3 +150,21 @@ def test_the_fingerprint_is_found_again_wherever_the_data_is(done, tmp_path):
     code, out, err = again(tmp_path, done.alone, "dry_run=true", "paths.data=elsewhere", f"paths.outputs={tmp_path}")
     assert code == 0 and f"seed3-{done.record.fingerprint[:8]}" in out, err
     assert make_plan(runs.compose_train(runs.overrides(done.task, tmp_path))).fingerprint != done.record.fingerprint
+
+
+def test_a_record_does_not_choose_who_is_told(done, tmp_path):
+    """The sender's W&B account would have been used without a word."""
+    content = json.loads(done.alone.read_text())
+    content["config"]["logger"] = {
+        "_target_": "mambapeft_vision.integrations.wandb_logger.WandbLogger",
+        "project": "attackers",
+        "entity": "attacker",
+        "mode": "offline",
+        "tags": [],
+        "pictures": False,
+    }
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(content))
+    code, out, err = again(tmp_path, file, "--cfg", "job", f"paths.outputs={tmp_path / 'out'}")
+    assert code == 0, err
+    assert "attacker" not in out and "NoLogger" in out

@@ -1,8 +1,10 @@
 """Search spaces, and searches that are shared, interrupted, resumed, and whose trials fail."""
 
 import os
+import shutil
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from mambapeft_vision.run.run_config import make_plan
 from mambapeft_vision.search import search as search_module
 from mambapeft_vision.search.command import parse
 from mambapeft_vision.search.plots import history, importances
-from mambapeft_vision.search.search import Search, open_study, release_dead_trials, search
+from mambapeft_vision.search.search import Search, export, open_study, release_dead_trials, search
 from mambapeft_vision.search.space import read_space
 from mambapeft_vision.utils.errors import UserError
 
@@ -225,15 +227,92 @@ def test_a_search_in_which_nothing_succeeds_gives_up(data, here):
 def test_the_trial_of_a_dead_worker_is_tried_again(data, here):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    study = open_study(settings(data))
+    study, space = open_study(settings(data)), settings(data).space
     mine, lost = study.ask(), study.ask()
     mine.set_user_attr("worker", [search_module.socket.gethostname(), os.getpid()])
     lost.set_user_attr("worker", [search_module.socket.gethostname(), dead.pid])
-    lost.suggest_float("x", 0, 1)
-    release_dead_trials(study)
+    point = space.suggest(lost)
+    release_dead_trials(study, space)
     states = [trial.state for trial in study.trials]
     assert states == [TrialState.RUNNING, TrialState.FAIL, TrialState.WAITING]
-    assert study.ask().suggest_float("x", 0, 1) == lost.params["x"]
+    assert space.suggest(study.ask()) == point
+
+
+# Studies that do not fit, and studies of others
+
+
+@pytest.mark.parametrize("name", ["a/b", "../x", "/tmp/x", "con=fig", "a b", "x" * 300])
+def test_names_that_are_no_names_are_refused_before_anything_runs(data, here, name):
+    with pytest.raises(UserError, match="name="):
+        settings(data, f"name={name}")
+    assert not list(here.iterdir())
+
+
+def test_a_search_on_other_images_is_not_continued(data, here, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    search(settings(tmp_path / "data", "trials=1"), runs.CONFIGS)
+    search(settings(tmp_path / "data", "trials=1"), runs.CONFIGS)  # the same images
+    file = tmp_path / "data" / "custom" / "one" / "val200.txt"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(UserError, match=r"the images of custom/one are not those that the study .* was begun with"):
+        search(settings(tmp_path / "data", "trials=2"), runs.CONFIGS)
+    assert len(open_study(settings(tmp_path / "data")).trials) == 1
+
+
+def test_nothing_that_a_study_notes_is_written_out_or_run(data, here, monkeypatch, capsys):
+    """A journal of others: its notes hold references to the environment, escapes and another worker's shape."""
+    monkeypatch.setenv("RED_SECRET", "hunter2")
+    its = settings(data, "method=lora_p_x", tuned=True)
+    study = open_study(its)
+    trial = study.ask()
+    its.space.suggest(trial)
+    evil = {"lora_p_x": {"_target_": "os.system", "targets": "${oc.env:RED_SECRET}"}}
+    trial.set_user_attr("point", {"methods": evil, "trainer": {"device": "${oc.env:RED_SECRET}"}})
+    trial.set_user_attr("trainable", "\n${oc.env:RED_SECRET}")
+    study.tell(trial, 99.0)
+    study.ask().set_user_attr("worker", ["\x1b", {}])
+    release_dead_trials(study, its.space)
+    text = export(its, study).read_text()
+    assert "RED_SECRET" not in text and "os.system" not in text and "count: 0" in text
+    failed = study.ask()
+    failed.set_user_attr("error", "\x1b[2J")
+    study.tell(failed, state=TrialState.FAIL)
+    search_module._report(study, study.trials[-1])
+    assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("params", [{}, {"lora_p_x.scale": 1e9}, {"lora_p_x.scale": "${oc.env:HOME}"}])
+def test_parameters_outside_of_the_space_are_refused(data, here, params):
+    its = settings(data, "method=lora_p_x", tuned=True)
+    trial = open_study(its).ask()
+    its.space.suggest(trial)
+    assert its.space.point_of(trial.params).methods
+    with pytest.raises(UserError, match="the study has"):
+        its.space.point_of({**trial.params, **params} if params else {})
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:sec/ret@h/db", "postgresql://u:secret@h:port/db", "nonsense://u:secret@h/db", "u:secret@h",
+        "postgresql://u:sec@ret@h/db", "postgresql://h/db?user=u&password=secret", "sqlite://u:secret@h/no/such.db", "mysql+nothing://u:secret@h/db?x=1",
+    ],
+)  # fmt: skip
+def test_no_message_has_the_password_of_a_database(data, here, monkeypatch, url):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with pytest.raises(UserError, match="storage=") as caught:
+        open_study(settings(data, f"storage={url}"))
+    text = "".join(traceback.format_exception(caught.value)).partition("UserError:")[2]
+    assert "sec" not in str(caught.value) and "ret@" not in str(caught.value) and "sec" not in text
+
+
+def test_plots_that_cannot_be_drawn_cost_no_search(data, here, monkeypatch, capsys):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(search_module, "history", fail)
+    assert search(settings(data, "trials=1"), runs.CONFIGS).is_file()
+    assert "warning: history.png is not drawn" in capsys.readouterr().err
 
 
 def test_plots_show_the_best_so_far_and_what_matters():

@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from rich.console import Console
 
 from mambapeft_vision.adapter.presets import read_presets
-from mambapeft_vision.results.paper import PAPER
+from mambapeft_vision.results.paper import PUBLISHED, VIM_S
 from mambapeft_vision.results.record import read_record, write_record
 from mambapeft_vision.run.run_config import make_plan
 from mambapeft_vision.sweep import worker
@@ -245,7 +245,7 @@ def test_time_is_estimated_from_measured_rates_before_anything_has_run(tmp_path,
 
 def test_the_committed_rates_tell_of_the_whole_table():
     rates = read_rates(runs.ROOT / "docs" / "rates.csv", read_presets(runs.CONFIGS / "method"))
-    methods = ",".join(row.presets[0] for row in PAPER if row.backbone == "vim_s")
+    methods = ",".join(row.presets[0] for row in PUBLISHED[VIM_S])
     jobs = plan_jobs([f"method={methods}", "dataset=vtab/cifar"], runs.CONFIGS)
     assert len(jobs) == 30 and Speeds(rates=rates).total(job.plan for job in jobs) > 0
 

@@ -1,23 +1,26 @@
-"""Paired comparison of methods on the same tasks and seeds: which differences exceed the noise of seeds.
+"""Comparisons of methods: which differences exceed the noise of seeds, and whether means come in an expected order.
 
-For two methods, d[t, s] is the difference of their accuracies on task t with seed s (both draw the same order of
-images). The difference is the mean over tasks of the mean over seeds of d. The tasks are taken as given, so what is
-uncertain is the seeds': the squared standard error is Σ_t s_t² / n_t / T², s_t² the sample variance of d[t, ·] over the
-n_t seeds, with Welch and Satterthwaite's degrees of freedom (26 for 13 tasks of equal variance with 3 seeds each), and
-the interval is Student's t. A bootstrap over three seeds within a task would be too narrow (its variance is 2/3 of
-s_t²), and the deviation of three per-seed averages, given beside it, has only two degrees of freedom.
+Paired comparison, on the same tasks and seeds: for two methods, d[t, s] is the difference of their accuracies on task t
+with seed s (both draw the same order of images). The difference is the mean over tasks of the mean over seeds of d. The
+tasks are taken as given, so what is uncertain is the seeds': the squared standard error is Σ_t s_t² / n_t / T², where
+s_t² is the sample variance of d[t, ·] over the n_t seeds, with Welch and Satterthwaite's degrees of freedom (26 for 13
+tasks of equal variance with 3 seeds each), and the interval is Student's t. A bootstrap over three seeds within a task
+would be too narrow (its variance is 2/3 of s_t²), and the deviation of three per-seed averages, given beside it, has
+only two degrees of freedom.
 
 How a difference would carry over to other tasks is another question: the number of tasks won speaks to it.
 """
 
+import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from scipy.stats import t as student
-
+from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.results.tables import Row
+from mambapeft_vision.utils.errors import UserError
 
 LEVEL = 0.95
 
@@ -83,6 +86,8 @@ def _common(a: Row, b: Row, task: str) -> list[int]:
 
 def _uncertainty(mean: float, by_task: Sequence[Sequence[float]]) -> tuple[float | None, float | None]:
     """Half of the interval, and p. Tasks with one seed take the mean variance of the others."""
+    from scipy.stats import t as student  # slow to import, and not needed for an order of means
+
     several = [values for values in by_task if len(values) > 1]
     if not several:
         return None, None
@@ -102,3 +107,49 @@ def _seed_deviation(by_task: Sequence[dict[int, float]]) -> float | None:
     if len(seeds) < 2 or any(set(of) != seeds for of in by_task):
         return None
     return statistics.stdev(statistics.fmean(of[seed] for of in by_task) for seed in sorted(seeds))
+
+
+# The order of means
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """means: percent by method, worst expected first; broken: neighbours that are not in this order."""
+
+    means: dict[str, float]
+    broken: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        found = ", ".join(f"{name} {mean:.2f} %" for name, mean in self.means.items())
+        expected = " < ".join(self.means)
+        if not self.broken:
+            return f"The order {expected} holds: {found}."
+        lost = "; ".join(f"{low} is not below {high}" for low, high in self.broken)
+        return f"The order {expected} is LOST: {lost} ({found})."
+
+
+def ordering(records: Iterable[RunRecord], expected: Sequence[str]) -> Ordering:
+    """The mean over tasks and seeds of each method, and where they are not strictly in the expected order.
+
+    Args:
+        records: of other methods too; those are left out.
+        expected: methods, worst first.
+    Raises: UserError where methods were not all run on the same tasks and seeds, once each.
+    """
+    runs: dict[str, Counter[tuple[str, int]]] = {name: Counter() for name in expected}
+    accuracies: dict[str, list[float]] = {name: [] for name in expected}
+    for record in records:
+        name = "+".join(record.methods)
+        if name in runs:
+            runs[name][record.task, record.seed] += 1
+            accuracies[name].append(100 * record.accuracy)
+    every = Counter(set().union(*runs.values()))
+    unequal = [f"{name} has {sum(found.values())} runs" for name, found in runs.items() if found != every]
+    if unequal or not every:
+        raise UserError(
+            f"{'; '.join(unequal) or 'there are no runs'}: expected one of each method ({', '.join(expected)}) on each "
+            f"of {len(every)} pairs of task and seed. Run the whole comparison again"
+        )
+    means = {name: statistics.fmean(values) for name, values in accuracies.items()}
+    neighbours = itertools.pairwise(expected)
+    return Ordering(means, tuple((low, high) for low, high in neighbours if not means[low] < means[high]))

@@ -1,0 +1,31 @@
+"""Finished runs, told to W&B afterwards as they would have been told while they ran."""
+
+from pathlib import Path
+
+from mambapeft_vision.integrations.wandb_logger import WandbLogger
+from mambapeft_vision.results.layout import METRICS_FILE, WANDB_ID_FILE
+from mambapeft_vision.results.metrics import read_metrics
+from mambapeft_vision.results.pictures import draw_from_files, pictures_of, run_title
+from mambapeft_vision.results.record import read_record
+
+
+def upload(folder: Path, logger: WandbLogger) -> None:
+    """Repeats to the logger what the run in `folder` would have told it.
+
+    The account, the project and the mode are the logger's, whatever the result's own config says.
+
+    Raises: UserError where the folder's files are no results, or W&B refuses the run.
+    """
+    record = read_record(folder)
+    rows = read_metrics(folder) if (folder / METRICS_FILE).is_file() else []  # results/ holds records alone
+    draw_from_files(folder, title=run_title(record), num_classes=record.config["dataset"].get("num_classes"))
+    try:
+        logger.start_recorded(folder, record)
+        for row in rows:
+            logger.log_epoch(row)
+        logger.finish(record, pictures_of(folder))
+        if logger.has_failed:
+            (folder / WANDB_ID_FILE).unlink(missing_ok=True)
+    except BaseException:
+        (folder / WANDB_ID_FILE).unlink(missing_ok=True)  # an upload that broke off is made anew
+        raise

@@ -1,0 +1,27 @@
+"""metrics.csv: what a run measured in each epoch."""
+
+import csv
+import io
+import math
+from pathlib import Path
+
+from mambapeft_vision.results.files import read_text
+from mambapeft_vision.results.layout import METRICS_FILE
+from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.text import plain
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The rows of metrics.csv in a run's folder, one an epoch: `epoch` (from 0), `loss`, `accuracy` (0 to 1), ….
+
+    Raises: UserError where the file is missing or is no table of finite numbers with an epoch in each line.
+    """
+    file = folder / METRICS_FILE
+    reader = csv.DictReader(io.StringIO(read_text(file, "the folder of a run")))
+    try:
+        rows = [{str(name): float(value) for name, value in row.items()} for row in reader]
+    except (csv.Error, TypeError, ValueError) as error:
+        raise UserError(f"{file}: {plain(error)}; expected a table of numbers. Run again with resume=false") from error
+    if any("epoch" not in row or not all(map(math.isfinite, row.values())) for row in rows):
+        raise UserError(f"{file}: expected finite numbers and an epoch in every line. Run again with resume=false")
+    return rows

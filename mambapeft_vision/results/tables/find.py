@@ -1,0 +1,65 @@
+"""Finished runs below folders."""
+
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+from mambapeft_vision.results.bundle import read_bundle
+from mambapeft_vision.results.layout import BUNDLE_SUFFIX, RESULT_FILE, SET_ASIDE
+from mambapeft_vision.results.record import RunRecord, read_record
+from mambapeft_vision.utils.errors import UserError
+
+
+def find_records(
+    places: Iterable[str | Path], unreadable: Callable[[UserError], None] | None = None
+) -> list[RunRecord]:
+    """Every finished run below `places`, and all runs of bundles (`*.runs.json`); runs set aside do not count.
+
+    Args:
+        unreadable: called for each damaged file, which is then left out; default: it is raised.
+
+    Raises: UserError for a place that does not exist, or a damaged file.
+    """
+    files: list[Path] = []
+    bundles: list[Path] = []
+    for place in map(Path, places):
+        if not place.exists():
+            raise UserError(f"{place} does not exist; expected a folder with finished runs, such as outputs")
+        if place.is_file():
+            (bundles if place.name.endswith(BUNDLE_SUFFIX) else files).append(place)
+        else:
+            found = _files_below(place)
+            files += [file for file in found if file.name == RESULT_FILE]
+            bundles += [file for file in found if file.name.endswith(BUNDLE_SUFFIX)]
+    records: list[RunRecord] = []
+    for file in files:
+        if SET_ASIDE not in file.parent.name:
+            records += _read(partial(_unless_gone, file), unreadable)
+    for bundle in bundles:
+        records += _read(partial(read_bundle, bundle), unreadable)
+    return records
+
+
+def _read(read: Callable[[], list[RunRecord]], unreadable: Callable[[UserError], None] | None) -> list[RunRecord]:
+    try:
+        return read()
+    except UserError as error:
+        if unreadable is None:
+            raise
+        unreadable(error)
+        return []
+
+
+def _files_below(place: Path) -> list[Path]:
+    """Sorted. A folder that a sweep sets aside meanwhile is no error, as it is one to Path.rglob."""
+    return sorted(Path(folder, name) for folder, _, names in os.walk(place) for name in names)
+
+
+def _unless_gone(file: Path) -> list[RunRecord]:
+    try:
+        return [read_record(file)]
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError):  # set aside since it was found
+            return []
+        raise
