@@ -20,7 +20,7 @@ from mambapeft_vision.sweep.display import Display, say
 from mambapeft_vision.sweep.estimates import Rate, Speeds, read_rates
 from mambapeft_vision.sweep.jobs import Job, State, plan_jobs
 from mambapeft_vision.sweep.pool import Pool, visible_gpus
-from mambapeft_vision.utils.errors import disk_errors_of
+from mambapeft_vision.utils.errors import UserError, disk_errors_of
 from mambapeft_vision.utils.paths import configs_folder
 from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.utils.progress import format_duration
