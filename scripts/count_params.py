@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from mambapeft_vision.adapter.model import adapt, build_method
+from mambapeft_vision.adapter.build import build_method
+from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.adapter.presets import Preset, read_presets
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.results.paper import PaperRow, paper_row

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import yaml
 
-from mambapeft_vision.adapter.model import adapt, build_method
+from mambapeft_vision.adapter.build import build_method
+from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.adapter.scaling import scaled
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.utils.errors import UserError

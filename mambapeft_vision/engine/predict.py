@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambapeft_vision.backbones.contract import frozen_casts
 from mambapeft_vision.utils.atomic import atomic_path
 from mambapeft_vision.utils.console import Console
 from mambapeft_vision.utils.progress import Progress, format_duration
@@ -73,6 +74,11 @@ def apply_precision(precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = tf32
 
 
+def compute_dtype(precision: str) -> torch.dtype | None:
+    """The dtype that `autocast` computes in; None: that of the weights."""
+    return torch.bfloat16 if precision == "bf16" else None
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
@@ -99,15 +105,16 @@ def predict(
     predicted, labels, losses = [], [], []
     total, done = len(batches), 0
     started = time.monotonic()
-    for number, (images, targets) in enumerate(batches, start=1):
-        logits = forward(_to(images, device))
-        losses.append(F.cross_entropy(logits, _to(targets, device), reduction="sum").double())
-        predicted.append(logits.argmax(dim=1))
-        labels.append(targets)
-        done += len(targets)
-        if number > 1:
-            predicted[-2] = predicted[-2].cpu()  # waits for the batch before, so that the host is one batch ahead
-        console.live(_live_line(number, total, done, time.monotonic() - started))
+    with frozen_casts(model, compute_dtype(precision)):
+        for number, (images, targets) in enumerate(batches, start=1):
+            logits = forward(_to(images, device))
+            losses.append(F.cross_entropy(logits, _to(targets, device), reduction="sum").double())
+            predicted.append(logits.argmax(dim=1))
+            labels.append(targets)
+            done += len(targets)
+            if number > 1:
+                predicted[-2] = predicted[-2].cpu()  # waits for the batch before, so that the host is one batch ahead
+            console.live(_live_line(number, total, done, time.monotonic() - started))
     console.clear()
     return Predictions(
         predicted=torch.cat([p.cpu() for p in predicted]),

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mambapeft_vision.adapter.model import AdaptedModel
-from mambapeft_vision.engine.predict import after_failed_recording, autocast, no_garbage_collection
+from mambapeft_vision.backbones.contract import frozen_casts
+from mambapeft_vision.engine.predict import after_failed_recording, autocast, compute_dtype, no_garbage_collection
 
 # Steps launched one by one before one is recorded: kernels compile, libraries load, the optimiser makes its state.
 WARM_UP = 3
@@ -149,7 +150,8 @@ class TrainStep:
     # One step
 
     def _run(self, images: Tensor, labels: Tensor, whole: int) -> None:
-        sums = self._backward(images, labels, whole)
+        with frozen_casts(self._model, compute_dtype(self._settings.precision)):
+            sums = self._backward(images, labels, whole)
         if self._settings.reduce is not None:
             self._settings.reduce([sums, *(p.grad for p in self._trained if p.grad is not None)])
         loss, correct = sums

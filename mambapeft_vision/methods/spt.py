@@ -5,16 +5,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from mambapeft_vision.backbones.contract import Backbone
+from mambapeft_vision.methods.checks import require_positive
 from mambapeft_vision.methods.lora import low_rank_pair
-from mambapeft_vision.methods.method import (
-    Method,
-    add_weight_delta,
+from mambapeft_vision.methods.method import Method, plain_name, site_key
+from mambapeft_vision.methods.targets import (
     frozen_weight,
+    group_count,
     match_parameters,
     owner_module,
-    plain_name,
-    require_positive,
-    site_key,
+    rows_of,
+    weight_port,
 )
 
 
@@ -26,12 +27,12 @@ class SPT(Method):
 
     Entries beyond the number that a matrix' LoRA trains cost nothing, so they are not counted, and exactly `budget`
     numbers train (fewer only if the targets have no more to offer). A weight whose rows the backbone names in blocks
-    (q, k, v; x, z; d, b, c) is one matrix for each block.
+    (q, k, v; x, z; d, b, c) is one matrix for each block, and a grouped weight one for each group too.
 
     The head starts at zero, where no gradient reaches the backbone: it has to train while sensitivities are measured.
 
     Args:
-        targets: patterns of parameter names.
+        targets: roles or patterns of parameter names.
         budget: how many numbers train in phase 2, without the head.
         warmup_steps: optimiser steps of phase 1. Gradients are those of single backward passes.
         rank, scale: r and s of the LoRA.
@@ -54,16 +55,25 @@ class SPT(Method):
         self.rank, self.scale = rank, scale
         self.sites = nn.ModuleDict()
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: Backbone) -> None:
         for parameter in match_parameters(model, self.targets, self.name):
-            weight = frozen_weight(model, parameter)
+            weight, groups = frozen_weight(model, parameter), group_count(model, parameter)
             is_matrix = weight.ndim == 2 and owner_module(model, parameter)[1] == "weight"
-            blocks = model.row_blocks(parameter) if is_matrix else {}
+            blocks = model.row_blocks(parameter) if is_matrix or groups is not None else {}
             for block, rows in (blocks or {None: None}).items():
-                part = weight if rows is None else weight[rows]
-                site = Sensitive(part, self.rank if is_matrix else None, self.scale)
-                self.sites[site_key(parameter if block is None else f"{parameter}.{block}")] = site
-                add_weight_delta(model, parameter, self.name, site.delta, rows)
+                name, part = parameter if block is None else f"{parameter}.{block}", rows_of(weight, rows)
+                port = weight_port(model, parameter)
+                if groups is None:
+                    site = self._sensitive(name, part, is_matrix)
+                    port.add(self.name, site.delta, rows)
+                else:
+                    sites = [self._sensitive(f"{name}.{i}", matrix, True) for i, matrix in enumerate(part)]
+                    port.add(self.name, GroupedDelta(sites), rows)
+
+    def _sensitive(self, name: str, weight: Tensor, is_matrix: bool) -> "Sensitive":
+        site = Sensitive(weight, self.rank if is_matrix else None, self.scale)
+        self.sites[site_key(name)] = site
+        return site
 
     @property
     def warming_up(self) -> bool:
@@ -170,3 +180,13 @@ class Sensitive(nn.Module):
             self.places = torch.zeros(count, dtype=torch.int64, device=self.sensitivity.device)
             self.entries = nn.Parameter(self.sensitivity.new_zeros(count))
         self.sensitivity = None
+
+
+class GroupedDelta:
+    """ΔW of a grouped weight [K, rows, columns], matrix by matrix."""
+
+    def __init__(self, sites: list[Sensitive]) -> None:
+        self.sites = sites
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        return torch.stack([site.delta(matrix) for site, matrix in zip(self.sites, weight)])

@@ -171,7 +171,7 @@ class Pretraining:
         self._optimizer.zero_grad(set_to_none=True)
         images, labels = self._draw()
         with self._autocast():
-            features = self.model.backbone.forward_features(images)
+            features = self.model.backbone(images)
             logits = self.model.classify(features, self.sizes)
             distance = self._teacher.loss(self.model.projection(features), images) if self._teacher else 0.0
         loss = sum(

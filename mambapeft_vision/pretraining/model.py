@@ -32,7 +32,7 @@ class SharedBackbone(nn.Module):
 
     def forward(self, images: Tensor, sizes: dict[str, int]) -> dict[str, Tensor]:
         """sizes: images of each source, in the order in which they stand in the batch."""
-        return self.classify(self.backbone.forward_features(images), sizes)
+        return self.classify(self.backbone(images), sizes)
 
     def classify(self, features: Tensor, sizes: dict[str, int]) -> dict[str, Tensor]:
         """From the backbone's features [b, c], as `forward` does."""
@@ -92,7 +92,7 @@ def _features_and_gradients(backbone: nn.Module, kernel: str, device: torch.devi
     backbone.set_kernel(kernel, device)
     training = backbone.training
     backbone.eval()  # no drop path
-    features = backbone.forward_features(images)
+    features = backbone(images)  # it has no classes
     loss = F.mse_loss(features, torch.linspace(-1, 1, features.shape[-1], device=device).expand_as(features))
     parameters = [p for n, p in backbone.named_parameters() if not n.startswith("head.")]
     gradients = torch.autograd.grad(loss, parameters)

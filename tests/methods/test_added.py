@@ -18,7 +18,9 @@ CODE = '''
 import torch
 from torch import nn
 
-from mambapeft_vision.methods.method import Method, add_weight_delta, frozen_weight, match_parameters, site_key
+from mambapeft_vision.backbones.contract import Backbone
+from mambapeft_vision.methods.method import Method, site_key
+from mambapeft_vision.methods.targets import frozen_weight, match_parameters, weight_port
 
 
 class RowScale(Method):
@@ -29,17 +31,17 @@ class RowScale(Method):
         self.targets = targets
         self.sites = nn.ModuleDict()
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: Backbone) -> None:
         for parameter in match_parameters(model, self.targets, self.name):
-            site = Rows(frozen_weight(model, parameter).shape[0], model.cls_token)
+            site = Rows(frozen_weight(model, parameter))
             self.sites[site_key(parameter)] = site
-            add_weight_delta(model, parameter, self.name, site)
+            weight_port(model, parameter).add(self.name, site)
 
 
 class Rows(nn.Module):
-    def __init__(self, rows: int, like: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
-        self.scale = nn.Parameter(like.new_zeros(rows))
+        self.scale = nn.Parameter(weight.new_zeros(weight.shape[0]))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return self.scale[:, None] * weight
@@ -52,7 +54,7 @@ YAML = """\
 # run: python train.py method=row_scale dataset=vtab/cifar paths.methods=... --config-dir ...
 row_scale:
   _target_: mambapeft_vision.methods.row_scale.RowScale
-  targets: layers.*.mixer.out_proj.weight
+  targets: out_proj
   lr_mult: 2.0
 """
 

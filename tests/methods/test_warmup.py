@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from helpers.method_cases import CLASSES, IMAGES, LABELS, ON_VIT, PRESETS, tiny_backbone
 
-from mambapeft_vision.adapter.model import adapt, read_adapter
+from mambapeft_vision.adapter.files import read_adapter
+from mambapeft_vision.adapter.load import apply_adapter
+from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.methods.linear_probe import LinearProbe
 from mambapeft_vision.methods.sdt import SDT
 from mambapeft_vision.methods.spt import SPT
@@ -110,7 +112,7 @@ def test_adapter_of_either_phase_loads(steps, kind, tmp_path):
     model = new_model(kind)
     train(model, 0, steps)
     model.save(tmp_path, {})
-    loaded = read_adapter(tmp_path).apply(new_backbone(kind))
+    loaded = apply_adapter(read_adapter(tmp_path), new_backbone(kind))
     assert torch.equal(model.eval()(IMAGES), loaded.eval()(IMAGES))
 
 

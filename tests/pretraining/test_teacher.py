@@ -61,7 +61,7 @@ def test_a_student_learns_its_teachers_features(config, monkeypatch):  # noqa: F
     def watched(self):
         images, labels = draw(self)
         with torch.no_grad():
-            predicted = self.model.projection(self.model.backbone.forward_features(images))
+            predicted = self.model.projection(self.model.backbone(images))
             seen.append(float(made[0].loss(predicted, images)))
         return images, labels
 
