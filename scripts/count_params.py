@@ -54,7 +54,7 @@ def count(preset: Preset, backbone: str) -> int:
     """Trained numbers of a preset on a backbone (a file of configs/backbone), without the head."""
     name = yaml.safe_load((CONFIGS / "backbone" / f"{backbone}.yaml").read_text())["name"]
     with torch.device("meta"):
-        methods = {key: build_method(key, spec, preset.name) for key, spec in preset.methods.items()}
+        methods = {key: build_method(key, spec, preset.name) for key, spec in preset.methods_on(name).items()}
         model = adapt(create_backbone(name, "random"), methods, CLASSES)
         for method in model.methods.values():
             if method.warming_up:
@@ -77,12 +77,11 @@ def why(preset: str, ours: int, row: PaperRow | None, head: int) -> str:
 
 
 def presets_for(backbone: str, presets: dict[str, Preset]) -> list[Preset]:
-    """The presets made for a backbone, and those of Vim-S that fit it and have no form of its own (`<name>_base`)."""
+    """The presets made for a backbone, and for a Vim those of Vim-S."""
     if backbone.startswith("vit"):
         shared = ("full", "scratch", "linear_probe", "bitfit")
         return [p for p in presets.values() if p.backbone == backbone or p.name in shared]
-    own = {p.name.removesuffix("_base") for p in presets.values() if p.backbone == backbone and p.backbone != "vim_s"}
-    return [p for p in presets.values() if p.backbone == backbone or (p.backbone == "vim_s" and p.name not in own)]
+    return [p for p in presets.values() if p.backbone in (backbone, "vim_s")]
 
 
 def counts(backbone: str) -> tuple[list[Count], list[str]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mambapeft_vision.methods.method import Method
-from mambapeft_vision.utils.argument_checks import check_arguments
+from mambapeft_vision.utils.typed import check_arguments
 from mambapeft_vision.utils.errors import UserError
 
 _METHOD_TARGET = re.compile(r"mambapeft_vision\.methods\.[a-z][a-z0-9_]*\.[A-Z][A-Za-z0-9]*")

@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from mambapeft_vision.adapter.specs import for_backbone, in_old_words
 from mambapeft_vision.run.config import GIVEN, METHOD_SIZES, PathsConfig, TrainConfig, TrainerConfig
 from mambapeft_vision.run.exit import nearest
 from mambapeft_vision.utils.errors import UserError
@@ -96,12 +97,19 @@ def _checked(cfg: DictConfig) -> dict[str, Any]:
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     if config["method_sizes"] not in METHOD_SIZES:
         raise UserError(f"method_sizes={config['method_sizes']!r}; expected one of {', '.join(METHOD_SIZES)}")
+    config["method"] = _sized_methods(config)
     _check_values(config, "")
     TrainerConfig(**config["trainer"]).check()
     task = config["dataset"].get("name")
     if not isinstance(task, str) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", task):
         raise UserError(f"dataset.name={task!r}; expected letters, digits, '_', '-', '.', in parts split by '/'")
     return config
+
+
+def _sized_methods(config: dict[str, Any]) -> dict[str, Any]:
+    """The methods with the published sizes for the backbone; with those of Vim-S where they are to be scaled."""
+    backbone = config["backbone"].get("name") if config["method_sizes"] == GIVEN else None
+    return for_backbone(config["method"], backbone if isinstance(backbone, str) else None)
 
 
 def _plan(config: dict[str, Any], identity: dict[str, Any]) -> RunPlan:
@@ -129,6 +137,7 @@ def _identity_of(cfg: DictConfig) -> dict[str, Any]:
         section = config[group] if group else config
         for key in keys:
             section.pop(key, None)
+    config["method"] = in_old_words(_sized_methods(config))
     if config["method_sizes"] == GIVEN:  # as before there was this key
         del config["method_sizes"]
     return config

@@ -26,7 +26,7 @@ def test_joining_moves_everything_along(name, n, kind):
             layout.places(kind, n)
         return
     places = layout.places(kind, n)
-    assert len(places) == n and places == sorted(places) and 0 <= places[0] and places[-1] <= layout.length
+    assert len(places) == n and places == sorted(places) and places[0] >= 0 and places[-1] <= layout.length
     sequence: list[str] = []
     for position in range(layout.length + 1):
         sequence += ["prompt"] * places.count(position)
