@@ -30,7 +30,7 @@ def scaled(methods: Mapping[str, Mapping[str, Any]], backbone: Backbone) -> dict
     mixer = backbone.mixers[0]
     shares = dict.fromkeys(BY_CHANNELS, mixer.d_inner / CHANNELS)
     shares |= dict.fromkeys(BY_STATES, mixer.d_state / STATES)
-    found = dict(methods)
+    found: dict[str, Any] = dict(methods)
     for name, spec in methods.items():
         if not isinstance(spec, Mapping):  # for build_method to refuse
             continue

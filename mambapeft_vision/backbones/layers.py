@@ -101,6 +101,11 @@ def zero_head(num_features: int, num_classes: int, **like: Any) -> nn.Module:
     if not num_classes:
         return nn.Identity()
     head = nn.Linear(num_features, num_classes, **like)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
+    zero_init(head)
     return head
+
+
+def zero_init(head: nn.Module) -> None:
+    """Sets all parameters of a head to zero."""
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)

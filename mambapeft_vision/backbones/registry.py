@@ -41,7 +41,7 @@ def create_backbone(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # `architecture` holds sizes alone by now: timm has arguments that read files and fetch weights.
-        model = timm.create_model(name, num_classes=0, **architecture)
+        model: Any = timm.create_model(name, num_classes=0, **architecture)
     model.default_cfg["name"] = name
     if weights == "official":
         load_official(model, weights_sha256)

@@ -24,6 +24,7 @@ from mambapeft_vision.backbones.layers import (
     PortedLinear,
     both_sides,
     zero_head,
+    zero_init,
 )
 from mambapeft_vision.backbones.layout import TokenLayout
 from mambapeft_vision.backbones.ports import AffixPort, InputPort, Joined, Port, Ported, TapPort
@@ -278,6 +279,8 @@ class Vim(Ported):
     ) -> None:
         super().__init__()
         self.patch_embed = PatchEmbed(both_sides(img_size), patch_size, stride or patch_size, in_chans, embed_dim)
+        self.default_cfg: dict[str, Any] = {}  # set where the model is registered
+        self.pretrained_cfg = self.default_cfg
         self.embed_dim = self.num_features = embed_dim
         self.num_classes = num_classes
         self.layout = self.layout_of(self.patch_embed.grid_size)
@@ -413,15 +416,14 @@ class Vim(Ported):
     def init_weights(self) -> None:
         """Vim's own initialisation of everything; the head is zero."""
         lecun_normal_(self.patch_embed.proj.weight)
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.zeros_(self.patch_embed.proj.get_parameter("bias"))
         trunc_normal_(self.pos_embed, std=0.02)
         trunc_normal_(self.cls_token, std=0.02)
         for block in self.blocks:
             block.mixer.init_weights(len(self.layers))
             nn.init.ones_(block.norm.weight)
         nn.init.ones_(self.norm_f.weight)
-        for parameter in self.head.parameters():
-            nn.init.zeros_(parameter)
+        zero_init(self.head)
 
 
 # ---------------------------------------------------------------------------------------------------------------

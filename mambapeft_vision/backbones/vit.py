@@ -13,7 +13,14 @@ from timm.layers import lecun_normal_, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 
-from mambapeft_vision.backbones.layers import PatchEmbed, PortedLayerNorm, PortedLinear, both_sides, zero_head
+from mambapeft_vision.backbones.layers import (
+    PatchEmbed,
+    PortedLayerNorm,
+    PortedLinear,
+    both_sides,
+    zero_head,
+    zero_init,
+)
 from mambapeft_vision.backbones.layout import TokenLayout
 from mambapeft_vision.backbones.ports import InputPort, Ported, SidePort, TapPort
 from mambapeft_vision.utils.errors import UserError
@@ -110,6 +117,8 @@ class Vit(Ported):
         if embed_dim % num_heads:
             raise UserError(f"embed_dim={embed_dim} does not divide into num_heads={num_heads}; change one of them")
         self.patch_embed = PatchEmbed(both_sides(img_size), patch_size, patch_size, in_chans, embed_dim)
+        self.default_cfg: dict[str, Any] = {}  # set where the model is registered
+        self.pretrained_cfg = self.default_cfg
         self.embed_dim = self.num_features = embed_dim
         self.num_classes = num_classes
         self.layout = self.layout_of(self.patch_embed.grid_size)
@@ -212,7 +221,7 @@ class Vit(Ported):
     def init_weights(self) -> None:
         """timm's initialisation of vision transformers; the head is zero."""
         lecun_normal_(self.patch_embed.proj.weight)
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.zeros_(self.patch_embed.proj.get_parameter("bias"))
         trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
         for module in self.modules():
@@ -221,8 +230,7 @@ class Vit(Ported):
             elif isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        for parameter in self.head.parameters():
-            nn.init.zeros_(parameter)
+        zero_init(self.head)
 
 
 @register_model

@@ -21,7 +21,7 @@ from mambapeft_vision.utils.state_dict_checks import check_finite, check_state
 EMBEDDED_WEIGHTS = Path(__file__).parent / "weights"  # of our own, shipped with the package
 
 
-def load_official(model: nn.Module, sha256: str | None = None) -> None:
+def load_official(model: Any, sha256: str | None = None) -> None:
     """Loads the official weights of `model`'s variant: from the package, or from the hub (or its cache).
 
     sha256: of the file. Raises: UserError when the variant has no published weights or the hub cannot be reached.
@@ -46,7 +46,7 @@ def load_official(model: nn.Module, sha256: str | None = None) -> None:
     load_weights(model, path, sha256)
 
 
-def load_weights(model: nn.Module, path: str | Path, sha256: str | None = None) -> None:
+def load_weights(model: Any, path: str | Path, sha256: str | None = None) -> None:
     """Loads a Vim checkpoint (official .pth, or safetensors) into `model`, strictly, except for the head.
 
     The position embedding is resized when the image size differs. Nothing is loaded when anything does not fit.

@@ -65,9 +65,9 @@ def load_reference(
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in state.values()) else torch.float32
     _load_backbone(backbone.to(dtype), state, prefix)
 
-    targets: dict[str, Tensor] = {prefix + name: p for name, p in backbone.named_parameters()}
+    targets: dict[str, nn.Parameter] = {prefix + name: p for name, p in backbone.named_parameters()}
     model = adapt(backbone, {part.name: part.method for part in parts}, num_classes)
-    own = {part.reference_name(prefix, key): t for part in parts for key, t in part.method.saved().items()}
+    own = {part.reference_name(prefix, key): p for part in parts for key, p in part.method.owned().items()}
     targets |= own | model.head_parameters()
     check_state(targets, state, "the reference's state dict")
     with torch.no_grad():

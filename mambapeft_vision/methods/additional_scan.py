@@ -87,6 +87,7 @@ class AdditionalScan(Method):
         if self.init == "arange":
             numbers = torch.arange(old + 1, old + self.states + 1, device=A_log.device, dtype=A_log.dtype)
             return numbers.log().repeat(channels, 1)
+        assert self.constant is not None
         return A_log.new_full((channels, self.states), math.log(self.constant))
 
     def _new_rows(self, x_proj: Tensor) -> Tensor:

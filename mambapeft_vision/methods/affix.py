@@ -95,6 +95,7 @@ class Affix(Method):
         """[n, per layer, width] of one layer. All layers' are generated at once, at layer 0."""
         if layer == 0:
             self._table = self.sites().unflatten(1, (self._layers, self._per_layer, -1)).unbind(1)
+        assert self._table is not None
         tokens = self._table[layer]
         if layer == self._layers - 1:
             self._table = None  # holds the graph of this forward

@@ -59,7 +59,7 @@ class LoRA(Method):
             raise UserError(f"LoRA: dropout={dropout} needs space: activation; in weight space set dropout: 0")
         self.targets, self.rank, self.scale, self.dropout = targets, rank, scale, dropout
         self.rows, self.space = rows, space
-        self.sites = nn.ModuleDict()
+        self.sites: Any = nn.ModuleDict()
         self._places: dict[str, slice | None] = {}  # parameter → rows
 
     def attach(self, model: Backbone) -> None:

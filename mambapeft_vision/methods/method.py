@@ -111,7 +111,7 @@ class Method(nn.Module):
         for cls in type(self).__mro__:
             if "__init__" not in vars(cls):
                 continue
-            parameters = inspect.signature(cls.__init__).parameters.values()
+            parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
             names |= {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
             if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
                 break  # takes nothing that it does not name

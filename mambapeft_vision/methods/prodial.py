@@ -54,7 +54,7 @@ class ProDiaL(Method):
             raise UserError(f"ProDiaL: diagonal={diagonal!r}; expected 'free' or 'relu'")
         self.targets, self.n_blocks, self.rank, self.alpha = targets, n_blocks, rank, alpha
         self.dropout, self.diagonal = dropout, diagonal
-        self.sites = nn.ModuleDict()
+        self.sites: Any = nn.ModuleDict()
 
     def attach(self, model: Backbone) -> None:
         for parameter in match_parameters(model, self.targets, self.name):

@@ -110,7 +110,7 @@ class SDT(LoRA):
         )
 
     def index_limits(self) -> dict[str, int]:
-        limits = {}
+        limits: dict[str, int] = {}
         for key, site in self.sites.items():
             if isinstance(site, SparseStates) and site.selected:
                 channels, states = site.shape
@@ -133,10 +133,17 @@ class SparseStates(nn.Module):
         channels: c, how many to select. states: s, how many in each. off: o, channels to switch off.
     """
 
+    offset: nn.Parameter | None
+    channels: Tensor  # [c], these from here on once selected
+    states: Tensor  # [c, s]
+    off_channels: Tensor  # [o]
+    entries: nn.Parameter  # [c, s]
+    rows: nn.Parameter  # [2N, c]
+
     def __init__(self, A_log: Tensor, channels: int, states: int, off: int) -> None:
         super().__init__()
         self.kept, self.shape, self.off = (channels, states), tuple(A_log.shape), off
-        self.offset: nn.Parameter | None = nn.Parameter(torch.zeros_like(A_log))
+        self.offset = nn.Parameter(torch.zeros_like(A_log))
 
     @property
     def selected(self) -> bool:
@@ -145,6 +152,7 @@ class SparseStates(nn.Module):
     @torch.no_grad()
     def select(self) -> None:
         """Chooses channels and states by how far the warm-up moved A_log, and starts phase 2."""
+        assert self.offset is not None
         moved = self.offset.square()
         ranking = moved.sum(1).argsort(descending=True, stable=True)
         channels = ranking[: self.kept[0]].sort().values
@@ -157,6 +165,7 @@ class SparseStates(nn.Module):
 
     def enter_selection(self) -> None:
         """Replaces the full offset by those of a selection, which is still to be filled in."""
+        assert self.offset is not None
         like, (channels, states) = self.offset, self.kept
         self.offset = None
         self.register_buffer("channels", torch.zeros(channels, dtype=torch.int64, device=like.device))
@@ -168,7 +177,7 @@ class SparseStates(nn.Module):
 
     def state_delta(self, A_log: Tensor) -> Tensor:
         """Δ of A_log [E, N]."""
-        if not self.selected:
+        if self.offset is not None:
             return self.offset
         place = self.channels[:, None]
         delta = torch.zeros_like(A_log).index_put((place, self.states), self.entries.to(A_log.dtype))

@@ -1,6 +1,7 @@
 """SPT-LoRA: sensitivity-aware tuning (arXiv 2303.08566): the task says which weights train, and how."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,14 +54,15 @@ class SPT(Method):
         require_positive(self, budget=budget, warmup_steps=warmup_steps, rank=rank)
         self.targets, self.budget, self.warmup_steps = targets, budget, warmup_steps
         self.rank, self.scale = rank, scale
-        self.sites = nn.ModuleDict()
+        self.sites: Any = nn.ModuleDict()
 
     def attach(self, model: Backbone) -> None:
         for parameter in match_parameters(model, self.targets, self.name):
             weight, groups = frozen_weight(model, parameter), group_count(model, parameter)
             is_matrix = weight.ndim == 2 and owner_module(model, parameter)[1] == "weight"
             blocks = model.row_blocks(parameter) if is_matrix or groups is not None else {}
-            for block, rows in (blocks or {None: None}).items():
+            named: list[tuple[str | None, slice | None]] = [*blocks.items()] or [(None, None)]
+            for block, rows in named:
                 name, part = parameter if block is None else f"{parameter}.{block}", rows_of(weight, rows)
                 port = weight_port(model, parameter)
                 if groups is None:
@@ -121,13 +123,21 @@ class Sensitive(nn.Module):
         scale: of the LoRA.
     """
 
+    first_down: Tensor
+    first_up: Tensor
+    sensitivity: Tensor | None  # in W's shape, while it is measured
+    places: Tensor | None  # of the selected entries in the flat weight
+    entries: nn.Parameter | None
+    down: nn.Parameter | None
+    up: nn.Parameter | None
+
     def __init__(self, weight: Tensor, rank: int | None, scale: float) -> None:
         super().__init__()
         self.scale = scale
-        self.weights = self.limit = weight.numel()  # limit: the most numbers that can train
-        self.low_rank = rank is not None and rank * sum(weight.shape) < self.limit
-        if self.low_rank:
-            self.limit = rank * sum(weight.shape)
+        self.weights = self.limit = weight.numel()  # limit: the most entries or parameters that can train
+        self.low_rank = False
+        if rank is not None and rank * sum(weight.shape) < self.limit:
+            self.low_rank, self.limit = True, rank * sum(weight.shape)
             down, up = low_rank_pair(weight, rank)  # drawn now: the draw must not depend on what is selected
             self.register_buffer("first_down", down.detach(), persistent=False)
             self.register_buffer("first_up", up.detach(), persistent=False)
@@ -146,19 +156,22 @@ class Sensitive(nn.Module):
             probe = torch.zeros_like(weight, requires_grad=True)
             probe.register_hook(self._measure)
             return probe
-        if self.down is not None:
+        if self.down is not None and self.up is not None:
             return self.scale * self.up @ self.down
         change = torch.zeros_like(weight)
-        if self.entries is None:
+        if self.entries is None or self.places is None:
             return change
         return change.flatten().index_put((self.places,), self.entries.to(weight.dtype)).view_as(weight)
 
     def _measure(self, gradient: Tensor) -> None:
+        assert self.sensitivity is not None
         self.sensitivity += gradient.square()
 
     def ranking(self) -> tuple[Tensor, Tensor]:
         """The `limit` highest sensitivities, highest first, and their places in the flat weight."""
-        return self.sensitivity.flatten().topk(self.limit)
+        assert self.sensitivity is not None
+        scores, places = self.sensitivity.flatten().topk(self.limit)
+        return scores, places
 
     def select(self, places: Tensor) -> None:
         """Starts phase 2 with these places [count <= limit] of the flat weight selected."""
@@ -166,7 +179,7 @@ class Sensitive(nn.Module):
             self.enter_lora()
             return
         self.enter_entries(len(places))
-        if len(places):
+        if self.places is not None:
             self.places.copy_(places.sort().values)
 
     def enter_lora(self) -> None:
@@ -176,6 +189,7 @@ class Sensitive(nn.Module):
 
     def enter_entries(self, count: int) -> None:
         """Goes on with single entries, at places that are still to be filled in; 0: frozen."""
+        assert self.sensitivity is not None
         if count:
             self.places = torch.zeros(count, dtype=torch.int64, device=self.sensitivity.device)
             self.entries = nn.Parameter(self.sensitivity.new_zeros(count))

@@ -25,7 +25,7 @@ class TokenGenerator(nn.Module):
     def __init__(self, n: int, width: int, out: int, hidden: int | None, table: str, like: Tensor) -> None:
         super().__init__()
         self.table_name = table
-        kind = {"device": like.device, "dtype": like.dtype}
+        kind: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         if hidden is None:
             self.register_parameter(table, nn.Parameter(torch.randn(n, out, **kind)))
             return

@@ -55,7 +55,8 @@ class Unfreeze(Method):
             self._require_everything(names, parameters)
             model.init_weights()
         for name in names:
-            self._owned[name] = parameters[name].requires_grad_(True)
+            parameters[name].requires_grad_(True)
+            self._owned[name] = parameters[name]
         if self.no_decay:
             self._undecayed = set(match_parameters(model, self.no_decay, self.name, each=False))
 

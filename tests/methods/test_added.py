@@ -1,5 +1,6 @@
 """A method author's path: one file and one yaml in folders of one's own, and it passes the whole matrix."""
 
+import inspect
 import textwrap
 
 import pytest
@@ -74,18 +75,13 @@ def added(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("row", [("row_scale",), ("row_scale", "lora_out_proj", "affix")], ids=method_cases.row_name)
-def test_an_added_method_passes_the_matrix(added, row, tmp_path):
-    matrix.test_starts_as_the_base_model_or_says_not(row)
-    matrix.test_gradient_reaches_every_owned_tensor_and_no_other(row)
-    matrix.test_count_is_the_headers("row_scale")
-    matrix.test_saved_and_loaded_bit_equal(row, tmp_path / "adapter")
-    matrix.test_merged_output_equal_or_obstacle_stated(row, tmp_path)
-    for precision in ("fp32", "bf16"):
-        matrix.test_trains_a_step(row, precision)
-    matrix.test_order_of_a_hybrid_does_not_matter(row)
-    matrix.test_a_method_starts_the_same_whatever_stands_beside_it(row)
-    matrix.test_config_is_json_and_builds_the_method_again(row)
-    matrix.test_every_owned_tensor_is_in_one_optimiser_group(row)
+@pytest.mark.parametrize("test", [name for name in vars(matrix) if name.startswith("test_")])
+def test_an_added_method_passes_the_whole_matrix(added, test, row, tmp_path):
+    test = getattr(matrix, test)
+    parameters = inspect.signature(test).parameters
+    for precision in ("fp32", "bf16") if "precision" in parameters else (None,):
+        values = {"row": row, "name": "row_scale", "tmp_path": tmp_path, "precision": precision}
+        test(**{parameter: values[parameter] for parameter in parameters})
 
 
 def test_its_yaml_is_found_through_hydras_search_path(added):

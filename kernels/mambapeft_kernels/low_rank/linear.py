@@ -143,7 +143,7 @@ def _add_branches(out: Tensor, x: Tensor, settings: _Settings, factors: Sequence
 
     All branches go down in one product, side by side, and up in one each.
     """
-    downs, dtype = factors[::2], x.dtype
+    downs, dtype = list(factors[::2]), x.dtype
     ranks = [len(down) for down in downs]
     down = torch.cat(downs, out=x.new_empty(sum(ranks), x.shape[1])) if len(downs) > 1 else downs[0].to(dtype)
     low, mask = x @ down.T, None

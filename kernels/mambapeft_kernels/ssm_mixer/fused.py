@@ -105,14 +105,14 @@ def _check(directions: tuple[Direction, ...]) -> None:
 
 def _uniform(directions: tuple[Direction, ...]) -> tuple[Direction, ...]:
     """Contiguous weights, and each field in one dtype across directions: a kernel selects between their pointers."""
-    columns = []
+    columns: list[list[Any]] = []
     for field in _FIELDS:
         tensors = [getattr(d, field) for d in directions]
         dtypes = {t.dtype for t in tensors if t is not None}
         if len(dtypes) > 1:
             tensors = [t if t is None else t.to(torch.float32) for t in tensors]
         columns.append([t if t is None else t.contiguous() for t in tensors])
-    return tuple(Direction(*row, reverse=d.reverse) for row, d in zip(zip(*columns), directions))
+    return tuple(Direction._make((*row, d.reverse)) for row, d in zip(zip(*columns), directions))
 
 
 class Weights(NamedTuple):
