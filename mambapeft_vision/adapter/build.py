@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mambapeft_vision.methods.method import Method
-from mambapeft_vision.utils.typed import check_arguments
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.typed import check_arguments
 
 _METHOD_TARGET = re.compile(r"mambapeft_vision\.methods\.[a-z][a-z0-9_]*\.[A-Z][A-Za-z0-9]*")
 

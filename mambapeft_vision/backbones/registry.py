@@ -13,8 +13,8 @@ from torch import nn
 
 import mambapeft_vision.backbones as package
 from mambapeft_vision.backbones.weights import load_official, load_weights
-from mambapeft_vision.utils.typed import check_arguments
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.typed import check_arguments
 
 # Far beyond any model; an adapter's config is untrusted, and its sizes must not cost hours or all memory.
 LARGEST, DEEPEST = 16_384, 1_024

@@ -19,8 +19,8 @@ from mambapeft_vision.integrations.wandb_logger import NoLogger, RunLogger, Wand
 from mambapeft_vision.methods.method import Method
 from mambapeft_vision.run.config import OF_VIM_S
 from mambapeft_vision.run.run_config import RunPlan
-from mambapeft_vision.utils.typed import check_arguments
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.typed import check_arguments
 
 _TARGET = re.compile(r"mambapeft_vision(\.[a-z]\w*)*\.[A-Za-z]\w*")
 # What a section can name: a run's config is data, and there are functions that write files.

@@ -24,9 +24,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from mambapeft_vision.adapter.specs import RENAMED
-from mambapeft_vision.utils.typed import nearest
 from mambapeft_vision.utils.atomic import write_json
 from mambapeft_vision.utils.errors import DISK_REMEDIES, NotFiniteError, Preempted, SweepEnded, UserError
+from mambapeft_vision.utils.typed import nearest
 
 CRASH = 1
 USER_MISTAKE = 2
