@@ -120,7 +120,7 @@ def test_switched_off_channels_have_no_memory():
     model = new_model()
     train(model, 0, WARMUP + 1)
     off = model.methods["two_phases"].saved()["layers.0.mixer.A_log.off_channels"]
-    A_log = model.backbone.layers[0].mixer.A_log
+    A_log = model.backbone.layers[0].mixer.read("A_log")
     torch.testing.assert_close(A_log[off], torch.full_like(A_log[off], 10.0))
     assert (A_log > 9).sum() == 16 * 16
 
