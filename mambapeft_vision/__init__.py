@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from mambapeft_vision.utils.startup import drop_unusable_backend
 
 if TYPE_CHECKING:
+    from mambapeft_vision.adapter.load import load_adapter
     from mambapeft_vision.adapter.model import adapt
     from mambapeft_vision.backbones import create_backbone
-    from mambapeft_vision.integrations.convert import load_adapter
     from mambapeft_vision.integrations.reference import load_reference
     from mambapeft_vision.methods.method import Method
     from mambapeft_vision.run.api import train
@@ -46,7 +46,7 @@ _MODULES = {
     "UserError": "utils.errors",
     "adapt": "adapter.model",
     "create_backbone": "backbones",
-    "load_adapter": "integrations.convert",
+    "load_adapter": "adapter.load",
     "load_reference": "integrations.reference",
     "train": "run.api",
 }

@@ -19,8 +19,8 @@ from mambapeft_kernels.rms_norm import add_rms_norm
 from mambapeft_kernels.selective_scan.checkpoints import CHUNK, empty_checkpoints
 
 _BATCH, _LENGTH = 2, 2 * CHUNK  # of the zeros; kernels are not specialised on either
-# What the directions of a call read backwards: both together, and each by itself, as the last block runs them.
-_DIRECTIONS = (False, True), (False,), (True,)
+# Which directions of a block's call read backwards.
+_REVERSE = False, True
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def tasks(
     """Functions that launch all of it together, those that compile longest first."""
     block = _Block(sizes, scale, dtype, device, backend)
     return (
-        *(partial(block.mixer_backward, reverse) for reverse in _DIRECTIONS),
-        *(partial(block.mixer_forward, reverse) for reverse in _DIRECTIONS),
+        block.mixer_backward,
+        block.mixer_forward,
         partial(block.norm, branch=True),
         partial(block.norm, branch=True, is_second=True),
         partial(block.norm, branch=True, is_last=True),
@@ -88,22 +88,20 @@ class _Block:
         self._activations = partial(torch.zeros, dtype=dtype, device=device)
         self._wide = partial(torch.zeros, dtype=torch.float32, device=device)
 
-    def mixer_forward(self, reverse: tuple[bool, ...]) -> None:
+    def mixer_forward(self) -> None:
         for save in (True, False):
-            torch.ops.mambapeft.mixer_forward(
-                *self._halves(), *self._directions(reverse), self._scale, self._backend, save
-            )
+            torch.ops.mambapeft.mixer_forward(self._xz(), None, *self._directions(), self._scale, self._backend, save)
 
-    def mixer_backward(self, reverse: tuple[bool, ...]) -> None:
+    def mixer_backward(self) -> None:
         shape = _BATCH, _LENGTH, self._sizes.channels
         dout, total = self._activations(shape), self._activations(shape)
-        u, delta = self._activations(len(reverse), *shape), self._activations(len(reverse), *shape)
-        bc = self._wide(len(reverse), _BATCH, _LENGTH, 2 * self._sizes.states)
+        u, delta = self._activations(len(_REVERSE), *shape), self._activations(len(_REVERSE), *shape)
+        bc = self._wide(len(_REVERSE), _BATCH, _LENGTH, 2 * self._sizes.states)
         checkpoints = empty_checkpoints(u, self._sizes.states).zero_()
-        weights, present, reads_backwards = self._directions(reverse)
+        weights, present, reverse = self._directions()
         torch.ops.mambapeft.mixer_backward(
-            dout, *self._halves(), total, checkpoints, u, delta, bc, weights, present, reads_backwards, self._scale,
-            self._backend, True, True, [False] * len(weights),
+            dout, self._xz(), None, total, checkpoints, u, delta, bc, weights, present, reverse, self._scale,
+            self._backend, True, False, [False] * len(weights),
         )  # fmt: skip
 
     def norm(self, branch: bool, is_second: bool = False, is_last: bool = False) -> None:
@@ -136,11 +134,11 @@ class _Block:
         """Loads cuBLAS."""
         return self._activations(16, 16) @ self._activations(16, 16)
 
-    def _halves(self) -> tuple[Tensor, Tensor]:
-        """x and z, as in_proj's output has them."""
-        return self._activations(_BATCH, _LENGTH, 2 * self._sizes.channels).chunk(2, dim=-1)
+    def _xz(self) -> Tensor:
+        """x and z side by side, as in_proj makes them."""
+        return self._activations(_BATCH, _LENGTH, 2 * self._sizes.channels)
 
-    def _directions(self, reverse: tuple[bool, ...]) -> tuple[list[Tensor], list[bool], list[bool]]:
+    def _directions(self) -> tuple[list[Tensor], list[bool], list[bool]]:
         """The weights, one direction's after another's in the order of `Direction`; which of the fields there are: all
         but the two offsets; and which direction reads backwards.
         """
@@ -148,4 +146,4 @@ class _Block:
         x_proj = self._activations(s.rank + 2 * s.states, s.channels)  # which a model brings in their dtype
         shapes = (s.channels, s.rank), (s.channels,), (s.channels, s.states), (s.channels,)
         weights = [self._wide(s.channels, s.taps), self._wide(s.channels), x_proj, *map(self._wide, shapes)]
-        return weights * len(reverse), ([True] * 7 + [False] * 2) * len(reverse), list(reverse)
+        return weights * len(_REVERSE), ([True] * 7 + [False] * 2) * len(_REVERSE), list(_REVERSE)

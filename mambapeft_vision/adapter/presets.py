@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import yaml
 
-from mambapeft_vision.adapter.model import adapt, build_method
+from mambapeft_vision.adapter.build import build_method
+from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.adapter.scaling import scaled
+from mambapeft_vision.adapter.specs import for_backbone
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.utils.errors import UserError
 
@@ -31,8 +33,17 @@ class Preset:
     paper: str
     run: str
     backbone: str
-    methods: dict[str, dict[str, Any]]  # method's name → _target_ and arguments
+    specs: dict[str, dict[str, Any]]  # method's name → _target_ and arguments, with sizes by backbone
     overrides: dict[str, Any] = field(default_factory=dict)  # other config groups that it changes
+
+    @property
+    def methods(self) -> dict[str, dict[str, Any]]:
+        """The specs with the sizes of the backbone that the preset is written for."""
+        return self.methods_on(None)
+
+    def methods_on(self, backbone: str | None) -> dict[str, dict[str, Any]]:
+        """The specs with the published sizes for a backbone, by its registered name; see `specs.for_backbone`."""
+        return for_backbone(self.specs, backbone)
 
 
 def read_preset(path: str | Path) -> Preset:
@@ -60,7 +71,7 @@ def read_preset(path: str | Path) -> Preset:
         paper=header["paper"],
         run=header["run"],
         backbone=header.get("backbone", "vim_s"),
-        methods=content["method"] if is_global else content,
+        specs=content["method"] if is_global else content,
         overrides={k: v for k, v in content.items() if k != "method"} if is_global else {},
     )
 
@@ -75,17 +86,15 @@ def fitting_presets(folder: str | Path, backbone: str, *, of_vim_s: bool = False
 
     Args:
         backbone: name of the architecture, such as vim_nano_patch8_64.
-        of_vim_s: with sizes scaled from Vim-S; presets that state another Vim's own sizes (`_base`) then do not count.
+        of_vim_s: with sizes scaled from Vim-S, instead of those that the presets state for this backbone.
     Returns: names of those that do, and why the others do not, by name.
     """
     fitting, reasons = [], {}
     for name, preset in read_presets(folder).items():
         try:
-            if of_vim_s and preset.backbone.startswith("vim") and preset.backbone != "vim_s":
-                raise UserError(f"its sizes are for {preset.backbone}")
             with torch.device("meta"):
                 model = create_backbone(backbone, "random", depth=1)
-                specs = scaled(preset.methods, model) if of_vim_s else preset.methods
+                specs = scaled(preset.methods, model) if of_vim_s else preset.methods_on(backbone)
                 adapt(model, {key: build_method(key, spec, name) for key, spec in specs.items()}, 2)
         except UserError as error:
             reasons[name] = str(error).splitlines()[0]

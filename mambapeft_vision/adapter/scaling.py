@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
+from mambapeft_vision.backbones.contract import Backbone
 from mambapeft_vision.utils.errors import UserError
 
 CHANNELS, STATES = 768, 16  # of Vim-S
@@ -21,17 +20,17 @@ BY_STATES = ("states",)
 SIZES = (*BY_CHANNELS, *BY_STATES)
 
 
-def scaled(methods: Mapping[str, Mapping[str, Any]], backbone: nn.Module) -> dict[str, dict[str, Any]]:
+def scaled(methods: Mapping[str, Mapping[str, Any]], backbone: Backbone) -> dict[str, dict[str, Any]]:
     """The methods' specs with their sizes scaled from Vim-S to `backbone`. Raises UserError where it is no Vim."""
-    if not hasattr(backbone, "mixers"):
+    if not backbone.mixers:
         raise UserError(
             f"method_sizes=of_vim_s: {type(backbone).__name__} has no channels and states of a scan to compare with "
             "Vim-S's; expected a Vim backbone, or method_sizes=given"
         )
     mixer = backbone.mixers[0]
     shares = dict.fromkeys(BY_CHANNELS, mixer.d_inner / CHANNELS)
-    shares |= dict.fromkeys(BY_STATES, mixer.A_log.shape[1] / STATES)
-    found = dict(methods)
+    shares |= dict.fromkeys(BY_STATES, mixer.d_state / STATES)
+    found: dict[str, Any] = dict(methods)
     for name, spec in methods.items():
         if not isinstance(spec, Mapping):  # for build_method to refuse
             continue

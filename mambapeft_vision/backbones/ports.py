@@ -4,15 +4,17 @@ A port is empty by default and costs nothing then. The backbone defines where po
 them; it does not know who uses them. Every user of a port gives its name, so that conflicts can be reported.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from mambapeft_kernels.low_rank.linear import LowRankBranch, add_low_rank, compute_dtype, low_rank_linear
+from mambapeft_kernels.low_rank.linear import LowRankFactors, add_low_rank, low_rank_linear
 from torch import Tensor, nn
 
+from mambapeft_vision.backbones.layout import TokenLayout
 from mambapeft_vision.utils.errors import UserError
 
 
@@ -32,66 +34,129 @@ class Port:
             )
         self.owner, self.value = owner, value
 
-    def clear(self) -> None:
-        self.owner = self.value = None
+
+class InputPort(Port):
+    """Takes one function of the tokens that enter a block (or the first block) and their layout.
+
+    `value(tokens [B, L, D], layout) → (tokens [B, L', D], layout)`. It may run on no images at all ([0, L, D]), to find
+    the layout that it leaves.
+    """
+
+    def __call__(self, tokens: Tensor, layout: TokenLayout) -> tuple[Tensor, TokenLayout]:
+        return (tokens, layout) if self.value is None else self.value(tokens, layout)
 
 
-@dataclass(frozen=True)
-class Branch:
-    """One owner's function of the module's input, added to (some features of) its output."""
-
-    owner: str
-    fn: Callable[[Tensor], Tensor]
-    rows: slice | None  # output features it writes to; None: all
-
-
-class SidePort:
-    """A place for any number of branches that run beside a linear map; their outputs are added to its output."""
+class TapPort:
+    """Hands a block's output [B, L, D] and its layout to any number of readers; no gradient comes back from them."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.branches: list[Branch] = []
+        self.readers: list[tuple[str, Callable[[Tensor, TokenLayout], None]]] = []
 
-    def add(self, owner: str, fn: Callable[[Tensor], Tensor], rows: slice | None = None) -> None:
-        self.branches.append(Branch(owner, fn, rows))
+    def add(self, owner: str, reader: Callable[[Tensor, TokenLayout], None]) -> None:
+        self.readers.append((owner, reader))
 
     def remove(self, owner: str) -> None:
-        self.branches = [b for b in self.branches if b.owner != owner]
+        self.readers = [(name, reader) for name, reader in self.readers if name != owner]
 
-    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor, layout: TokenLayout) -> None:
+        for _, reader in self.readers:
+            reader(tokens.detach(), layout)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Beside a map
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankBranch:
+    """scale · up(down(x)) on the features `rows`, with dropout on the input or between down and up.
+
+    down: [r, in]; up: [features, r]; rows: output features it is added to, None: all.
+    """
+
+    owner: str
+    down: Tensor
+    up: Tensor
+    scale: float
+    dropout: float = 0.0
+    dropout_on: Literal["input", "middle"] = "middle"
+    rows: slice | None = None
+
+    def __call__(self, x: Tensor, training: bool) -> Tensor:
+        """The definition. Beside a linear map `SidePort.linear` computes the same by fused products."""
+        on_input, on_middle = (self.dropout if self.dropout_on == place else 0.0 for place in ("input", "middle"))
+        low = F.linear(F.dropout(x, on_input, training), self.down)
+        return F.linear(F.dropout(low, on_middle, training), self.scale * self.up)
+
+
+@dataclass(frozen=True, eq=False)
+class FunctionBranch:
+    """Any function of the module's input, added to the features `rows` of its output (None: all)."""
+
+    owner: str
+    function: Callable[[Tensor], Tensor]
+    rows: slice | None = None
+
+    def __call__(self, x: Tensor, training: bool) -> Tensor:
+        return self.function(x)
+
+
+class SidePort:
+    """A place for any number of branches that run beside a map; their outputs are added to its output."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.branches: list[LowRankBranch | FunctionBranch] = []
+
+    def add(self, branch: LowRankBranch | FunctionBranch) -> None:
+        self.branches.append(branch)
+
+    def remove(self, owner: str) -> None:
+        self.branches = [branch for branch in self.branches if branch.owner != owner]
+
+    @property
+    def only_low_rank(self) -> bool:
+        return all(isinstance(branch, LowRankBranch) for branch in self.branches)
+
+    def __call__(self, x: Tensor, out: Tensor, training: bool) -> Tensor:
+        """out + every branch(x): the definition for any kind of map."""
         for branch in self.branches:
-            out = _add_branch(branch, x, out)
+            out = _add(branch, x, out, training)
         return out
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, training: bool) -> Tensor:
         """F.linear(x, weight, bias) and all branches.
 
-        Functions with an attribute `low_rank` (down, up, scale, dropout) join products: those of one rate of dropout
-        each other, and the first such group this one. One with a function `before` of x joins by itself.
+        Low-rank branches with the same dropout between down and up share one product; the first such group is computed
+        together with the map itself. A branch with dropout on its input has a product of its own.
         """
-        groups: dict[float, list[LowRankBranch]] = {}
-        apart, others = [], []
+        groups: dict[float, list[LowRankFactors]] = {}
+        apart: list[tuple[Tensor, LowRankFactors]] = []
+        functions: list[FunctionBranch] = []
         for branch in self.branches:
-            factors = getattr(branch.fn, "low_rank", None)
-            if factors is None:
-                others.append(branch)
-                continue
-            low_rank = LowRankBranch(*factors, branch.rows)
-            if hasattr(branch.fn, "before"):
-                apart.append((branch.fn.before(x), low_rank))
+            if isinstance(branch, FunctionBranch):
+                functions.append(branch)
+            elif branch.dropout_on == "input":
+                dropped = F.dropout(x, branch.dropout, training)
+                apart.append((dropped, LowRankFactors(branch.down, branch.up, branch.scale, 0.0, branch.rows)))
             else:
-                groups.setdefault(low_rank.dropout, []).append(low_rank)
-        first, *more = groups.values() if groups else [None]
-        out = F.linear(x, weight, bias) if first is None else low_rank_linear(x, weight, bias, first)
-        for inputs, joined in [*((x, group) for group in more), *((inputs, [one]) for inputs, one in apart)]:
-            out = add_low_rank(out, inputs, joined)
-        for branch in others:
-            out = _add_branch(branch, x, out)
+                dropout = branch.dropout if training else 0.0
+                factors = LowRankFactors(branch.down, branch.up, branch.scale, dropout, branch.rows)
+                groups.setdefault(dropout, []).append(factors)
+        joined = list(groups.values())
+        out = low_rank_linear(x, weight, bias, joined[0]) if joined else F.linear(x, weight, bias)
+        for group in joined[1:]:
+            out = add_low_rank(out, x, group)
+        for dropped, factors in apart:
+            out = add_low_rank(out, dropped, [factors])
+        for function in functions:
+            out = _add(function, x, out, training)
         return out
 
 
-def _add_branch(branch: Branch, x: Tensor, out: Tensor) -> Tensor:
-    delta = branch.fn(x)
+def _add(branch: LowRankBranch | FunctionBranch, x: Tensor, out: Tensor, training: bool) -> Tensor:
+    delta = branch(x, training)
     return out + delta if branch.rows is None else _AddToFeatures.apply(out, delta, branch.rows)
 
 
@@ -110,66 +175,8 @@ class _AddToFeatures(torch.autograd.Function):
         return grad, grad[..., ctx.rows], None
 
 
-class PortedLinear(nn.Linear):
-    """`nn.Linear` with a side port. State-dict keys are those of `nn.Linear`.
-
-    Branches treat each token by itself: not every call brings all tokens of a sequence.
-    """
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, name: str) -> None:
-        super().__init__(in_features, out_features, bias)
-        self.side = SidePort(name)
-        self._narrow = NarrowCopy()
-
-    @property
-    def keeps_zeros(self) -> bool:
-        """Whether a token of zeros comes out as zeros, and gives no weight a gradient."""
-        return self.bias is None and all(getattr(b.fn, "low_rank", None) is not None for b in self.side.branches)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.side.linear(x, self._narrow.of(self.weight, compute_dtype(x)), self.bias)
-
-
-class NarrowCopy:
-    """A frozen weight in another dtype, cast once: autocast itself casts frozen weights again in every call."""
-
-    def __init__(self) -> None:
-        self._key: tuple | None = None
-        self._copy: Tensor | None = None
-
-    def of(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """`weight` in `dtype`; `weight` itself where it is trained, or no parameter but computed in every call."""
-        if dtype == weight.dtype or weight.requires_grad or not isinstance(weight, nn.Parameter):
-            return weight
-        key = weight.data_ptr(), weight._version, weight.device, weight.dtype, dtype
-        if key != self._key:
-            self._key, self._copy = key, weight.detach().to(dtype)
-        return self._copy
-
-    def __deepcopy__(self, memo: dict) -> "NarrowCopy":
-        return NarrowCopy()  # it belongs to one weight
-
-    def __getstate__(self) -> dict:
-        return {"_key": None, "_copy": None}
-
-
-class PortedPatches(nn.Conv2d):
-    """A patch embedding: `nn.Conv2d` without padding, and a side port on its input and output maps.
-
-    Computed as one matrix product over the patches: cuDNN's convolutions take seven times as long for so wide a stride.
-    """
-
-    def __init__(self, in_chans: int, embed_dim: int, patch_size: int, stride: int, *, name: str) -> None:
-        super().__init__(in_chans, embed_dim, patch_size, stride)
-        self.side = SidePort(name)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] → [B, D, rows, columns]."""
-        size, stride = self.kernel_size[0], self.stride[0]
-        patches = x.to(compute_dtype(x)).unfold(2, size, stride).unfold(3, size, stride)  # [B, C, rows, columns, p, p]
-        flat = patches.permute(0, 2, 3, 1, 4, 5).flatten(3)
-        out = F.linear(flat, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-        return self.side(x, out)
+# ------------------------------------------------------------------------------------------------------------
+# Inside a mixer
 
 
 @dataclass(frozen=True)
@@ -185,15 +192,14 @@ class Joined:
 
 
 class AffixPort(Port):
-    """Takes `value(tokens) -> Joined`. With `inner` it joins in_proj's output, else in_proj's input.
+    """Takes `value(tokens, layout) -> Joined`. With `inner` it joins in_proj's output, else in_proj's input.
 
     An inner one whose tokens all stand at the ends says how many in front and behind (`ends`). It can then be called as
-    `value(tokens, has_room=True)`, with zeros there to be overwritten.
+    `value(tokens, layout, has_room=True)`, with zeros there to be overwritten; `layout` is that without them.
     """
 
     inner: bool = True
     ends: tuple[int, int] | None = None
-    joined = Joined  # so that an owner can return one without knowing the backbone's files
 
     def set(
         self,
@@ -205,3 +211,138 @@ class AffixPort(Port):
     ) -> None:
         super().set(owner, value)
         self.inner, self.ends = inner, ends
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+class WeightPort:
+    """What becomes of a weight where the backbone reads it: W → reshape(W + Σ delta(W)).
+
+    Deltas are functions of the frozen weight (or of some of its rows, axis -2) and add up, so their order does not
+    matter. A reshape (extra states) comes last and has one owner.
+    """
+
+    def __init__(self, parameter: str) -> None:
+        self.parameter = parameter
+        self.deltas: list[tuple[str, Callable[[Tensor], Tensor], slice | None]] = []
+        self.reshape: tuple[str, Callable[[Tensor], Tensor]] | None = None
+
+    def add(self, owner: str, delta: Callable[[Tensor], Tensor], rows: slice | None = None) -> None:
+        """Adds delta(W) to the weight; with rows delta(W[..., rows, :]) to these."""
+        self.deltas.append((owner, delta, rows))
+
+    def set_reshape(self, owner: str, reshape: Callable[[Tensor], Tensor]) -> None:
+        """Lets `reshape` change the weight's shape, after all deltas. Raises UserError for a second owner."""
+        if self.reshape is not None:
+            raise UserError(
+                f"both {self.reshape[0]!r} and {owner!r} want to change the shape of {self.parameter}; "
+                f"remove one of them from method=[...]"
+            )
+        self.reshape = owner, reshape
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        total = weight
+        for _, delta, rows in self.deltas:
+            if rows is None:
+                total = total + delta(weight)
+            else:
+                middle = total[..., rows, :] + delta(weight[..., rows, :])
+                total = torch.cat((total[..., : rows.start, :], middle, total[..., rows.stop :, :]), dim=-2)
+        return total if self.reshape is None else self.reshape[1](total)
+
+
+class Ported(nn.Module):
+    """A module that reads its parameters through ports. Its state dict has the keys it has without them.
+
+    A subclass reads a parameter as `self.read("weight")`, wherever it computes with it.
+    """
+
+    #: Parameters that are read in the dtype of the activations, for `frozen_casts`.
+    cast_weights: tuple[str, ...] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._weight_ports: dict[str, WeightPort] = {}
+        self._casts: dict[str, Tensor] = {}
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The present value of a parameter: what its port makes of it, or the parameter itself.
+
+        dtype: in which it will be used; a cast is returned where `frozen_casts` holds one.
+        """
+        weight = getattr(self, name)  # of a parametrized or pruned module: the computed value
+        port = self._weight_ports.get(name)
+        if port is not None:
+            return port(weight)
+        cast = self._casts.get(name)
+        return weight if cast is None or cast.dtype != dtype else cast
+
+    def weight_port(self, name: str, parameter: str) -> WeightPort:
+        """The port of the parameter `name`, made on first use; `parameter` is its name in the whole model."""
+        return self._weight_ports.setdefault(name, WeightPort(parameter))
+
+    @property
+    def weight_ports(self) -> tuple[WeightPort, ...]:
+        return tuple(self._weight_ports.values())
+
+    @torch.no_grad()
+    def bake(self) -> None:
+        """Sets every parameter that has a port to its present value, and removes the ports."""
+        for name in list(self._weight_ports):
+            value = self.read(name).detach().clone()
+            del self._weight_ports[name]
+            setattr(self, name, nn.Parameter(value, requires_grad=False))
+
+
+def bake_weights(model: nn.Module) -> None:
+    """Replaces every weight that has a port by its present value, and removes the ports."""
+    for module in model.modules():
+        if isinstance(module, Ported):
+            module.bake()
+
+
+def taken_ports(model: nn.Module) -> list[str]:
+    """Names of the ports and weights that something is attached to."""
+    taken = []
+    for module in model.modules():
+        if isinstance(module, Ported):
+            taken += [port.parameter for port in module.weight_ports]
+        for port in vars(module).values():
+            in_use = (
+                (isinstance(port, Port) and port.owner is not None)
+                or (isinstance(port, SidePort) and port.branches)
+                or (isinstance(port, TapPort) and port.readers)
+            )
+            if in_use:
+                taken.append(port.name)
+    return taken
+
+
+@contextmanager
+def frozen_casts(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Within this context frozen weights of linear maps are cast to `dtype` once, instead of in every pass.
+
+    The context belongs to who owns the model for its time: a training step or an evaluation. Frozen weights must not be
+    written to within it, and nothing is kept beyond it. dtype: of autocast; None: there is nothing to cast.
+    """
+    held = [
+        (module, name, weight)
+        for module in model.modules()
+        if dtype is not None and isinstance(module, Ported)
+        for name in module.cast_weights
+        for weight in (getattr(module, name),)
+        if isinstance(weight, nn.Parameter) and not weight.requires_grad and weight.dtype != dtype
+    ]
+    with torch.no_grad():
+        casts = [torch.empty_like(weight, dtype=dtype) for *_, weight in held]
+        if casts:
+            torch._foreach_copy_(casts, [weight for *_, weight in held])  # a few launches for all of them
+    try:
+        for (module, name, _), cast in zip(held, casts):
+            module._casts[name] = cast
+        yield
+    finally:
+        for module, name, _ in held:
+            module._casts.pop(name, None)

@@ -3,7 +3,8 @@
 Parameter names and arithmetic are those of timm's `deit_small_patch16_224`, whose weights load as they are.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,16 @@ from timm.layers import lecun_normal_, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 
-from mambapeft_vision.backbones.ports import Port, PortedLinear, SidePort
-from mambapeft_vision.backbones.vim import PatchEmbed
+from mambapeft_vision.backbones.layers import (
+    PatchEmbed,
+    PortedLayerNorm,
+    PortedLinear,
+    both_sides,
+    zero_head,
+    zero_init,
+)
+from mambapeft_vision.backbones.layout import TokenLayout
+from mambapeft_vision.backbones.ports import InputPort, Ported, SidePort, TapPort
 from mambapeft_vision.utils.errors import UserError
 
 
@@ -25,12 +34,6 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.qkv = PortedLinear(embed_dim, 3 * embed_dim, name=f"{name}.qkv")
         self.proj = PortedLinear(embed_dim, embed_dim, name=f"{name}.proj")
-
-    @property
-    def row_blocks(self) -> dict[str, dict[str, slice]]:
-        """Named blocks of output rows of the weights, by submodule name."""
-        dim = self.proj.in_features
-        return {"qkv": {"q": slice(0, dim), "k": slice(dim, 2 * dim), "v": slice(2 * dim, 3 * dim)}}
 
     def forward(self, h: Tensor) -> Tensor:
         batch, length, dim = h.shape
@@ -49,25 +52,35 @@ class Mlp(nn.Module):
         self.side = SidePort(name)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.side(h, self.fc2(F.gelu(self.fc1(h))))
+        return self.side(h, self.fc2(F.gelu(self.fc1(h))), self.training)
 
 
 class Block(nn.Module):
-    """x += drop_path(attn(norm1(x))); x += drop_path(mlp(norm2(x))); and what the port `after` adds."""
+    """x += drop_path(attn(norm1(x))); x += drop_path(mlp(norm2(x))); and what the port `after` adds. [B, L, D]."""
 
     def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: int, drop_path: float, *, name: str) -> None:
         super().__init__()
+        self.name = name
         self.drop_path = drop_path
-        self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm1 = PortedLayerNorm(embed_dim, eps=1e-6)
         self.attn = Attention(embed_dim, num_heads, name=f"{name}.attn")
-        self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm2 = PortedLayerNorm(embed_dim, eps=1e-6)
         self.mlp = Mlp(embed_dim, mlp_ratio * embed_dim, name=f"{name}.mlp")
+        self.input = InputPort(f"{name}.input")
         self.after = SidePort(f"{name}.after")
+        self.tap = TapPort(f"{name}.tap")
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def mlp_side(self) -> SidePort:
+        return self.mlp.side
+
+    def forward(self, x: Tensor, layout: TokenLayout) -> tuple[Tensor, TokenLayout]:
+        x, layout = self.input(x, layout)
         x = x + self._dropped(self.attn(self.norm1(x)))
         x = x + self._dropped(self.mlp(self.norm2(x)))
-        return self.after(x, x)
+        x = self.after(x, x, self.training)
+        self.tap(x, layout)
+        return x, layout
 
     def _dropped(self, branch: Tensor) -> Tensor:
         """Drop path: the branch of each sample is left out with probability `drop_path` in training."""
@@ -77,7 +90,7 @@ class Block(nn.Module):
         return branch * (torch.rand(branch.shape[0], 1, 1, device=branch.device) < keep).to(branch.dtype) / keep
 
 
-class Vit(nn.Module):
+class Vit(Ported):
     """Vision transformer with the class token first.
 
     Args:
@@ -103,27 +116,62 @@ class Vit(nn.Module):
         num_heads = num_heads or max(1, embed_dim // 64)
         if embed_dim % num_heads:
             raise UserError(f"embed_dim={embed_dim} does not divide into num_heads={num_heads}; change one of them")
-        img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        self.patch_embed = PatchEmbed(img_size, patch_size, patch_size, in_chans, embed_dim)
+        self.patch_embed = PatchEmbed(both_sides(img_size), patch_size, patch_size, in_chans, embed_dim)
+        self.default_cfg: dict[str, Any] = {}  # set where the model is registered
+        self.pretrained_cfg = self.default_cfg
         self.embed_dim = self.num_features = embed_dim
         self.num_classes = num_classes
-        self.class_token_index = 0
+        self.layout = self.layout_of(self.patch_embed.grid_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.num_patches + 1, embed_dim))
-        self.blocks = nn.ModuleList(
+        self.pos_embed = nn.Parameter(torch.empty(1, self.layout.length, embed_dim))
+        blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, drop_path_rate * i / max(depth - 1, 1), name=f"blocks.{i}")
             for i in range(depth)
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-        self.prompt = Port("prompt")  # (tokens [B, L, D], class index) → (tokens [B, L', D], class index)
+        self.blocks = cast(Sequence[Block], blocks)
+        self.norm = PortedLayerNorm(embed_dim, eps=1e-6)
+        self.head = zero_head(embed_dim, num_classes)
+        self.prompt = InputPort("prompt")
         self.init_weights()
+
+    @property
+    def mixers(self) -> tuple[()]:
+        """There are no scans."""
+        return ()
+
+    @property
+    def roles(self) -> dict[str, tuple[str, ...]]:
+        """Role → names of parameters, block after block."""
+
+        def block(*names: str) -> tuple[str, ...]:
+            return tuple(f"blocks.{i}.{name}" for i in range(len(self.blocks)) for name in names)
+
+        norms = block("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias")
+        return {
+            "patch_embed": ("patch_embed.proj.weight",),
+            "pos_embed": ("pos_embed",),
+            "cls_token": ("cls_token",),
+            "norm": (*norms, "norm.weight", "norm.bias"),
+            "qkv": block("attn.qkv.weight"),
+            "attn_out": block("attn.proj.weight"),
+            "mlp_up": block("mlp.fc1.weight"),
+            "mlp_down": block("mlp.fc2.weight"),
+        }
 
     def row_blocks(self, parameter: str) -> dict[str, slice]:
         """Named blocks of output rows of a weight: q, k, v of "blocks.0.attn.qkv.weight"."""
-        path, _, module = parameter.rpartition(".")[0].rpartition(".")
-        owner = self.get_submodule(path)
-        return {} if owner is self else getattr(owner, "row_blocks", {}).get(module, {})
+        if not parameter.endswith(".qkv.weight"):
+            return {}
+        dim = self.embed_dim
+        return {"q": slice(0, dim), "k": slice(dim, 2 * dim), "v": slice(2 * dim, 3 * dim)}
+
+    def layout_of(self, grid: tuple[int, int]) -> TokenLayout:
+        """One class token in front of the patches."""
+        return TokenLayout(grid[0] * grid[1] + 1, grid, special=(0,), readout=(0,))
+
+    def output_layout(self) -> TokenLayout:
+        """The layout of what `forward_features` returns; it is static once methods are attached."""
+        return self.layout.through((self.prompt, *(block.input for block in self.blocks)), self.pos_embed)
 
     def set_kernel(self, kernel: str, device: torch.device | str) -> str:
         """There is no scan to choose a kernel for: attention is PyTorch's own. Returns "torch"."""
@@ -138,36 +186,42 @@ class Vit(nn.Module):
         return ()
 
     def reset_classifier(self, num_classes: int) -> None:
-        """A new zero head for `num_classes` classes (0: none), on the old one's device and dtype."""
+        """A new zero head for `num_classes` classes (0: none), on the backbone's device and dtype."""
         self.num_classes = num_classes
-        like = {"device": self.norm.weight.device, "dtype": self.norm.weight.dtype}
-        self.head = nn.Linear(self.embed_dim, num_classes, **like) if num_classes else nn.Identity()
-        self._init_head()
+        weight = self.norm.weight
+        self.head = zero_head(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
 
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] → [B, D]: the class token after the last block and the final norm."""
-        patches = self.patch_embed(images)
-        class_token = self.cls_token.to(patches.dtype).expand(patches.shape[0], -1, -1)
-        tokens, index = torch.cat((class_token, patches), dim=1) + self.pos_embed, self.class_token_index
-        if self.prompt.value is not None:
-            tokens, index = self.prompt.value(tokens, index)
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.norm(tokens[:, index])
+        """[B, 3, H, W] → [B, L, D]: all tokens after the last block and the final norm."""
+        return self.norm(self._through_blocks(images)[0])
 
-    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        return features if pre_logits else self.head(features)
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """[B, L, D] → [B, classes]; or with `pre_logits` the class token [B, D]."""
+        feature = self.output_layout().read(x).flatten(1)
+        return feature if pre_logits else self.head(feature)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(images))
+        """forward_head(forward_features(images)), where the final norm is left to the token that is read out."""
+        tokens, layout = self._through_blocks(images)
+        return self.head(self.norm(layout.read(tokens)).flatten(1))
+
+    def _through_blocks(self, images: Tensor) -> tuple[Tensor, TokenLayout]:
+        """All tokens after the last block, and their layout."""
+        patches = self.patch_embed(images)
+        class_token = self.read("cls_token").to(patches.dtype).expand(patches.shape[0], -1, -1)
+        tokens = torch.cat((class_token, patches), dim=1) + self.read("pos_embed")
+        tokens, layout = self.prompt(tokens, self.layout)
+        for block in self.blocks:
+            tokens, layout = block(tokens, layout)
+        return tokens, layout
 
     def init_weights(self) -> None:
         """timm's initialisation of vision transformers; the head is zero."""
         lecun_normal_(self.patch_embed.proj.weight)
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.zeros_(self.patch_embed.proj.get_parameter("bias"))
         trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
         for module in self.modules():
@@ -176,12 +230,7 @@ class Vit(nn.Module):
             elif isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        self._init_head()
-
-    def _init_head(self) -> None:
-        if isinstance(self.head, nn.Linear):
-            nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
+        zero_init(self.head)
 
 
 @register_model

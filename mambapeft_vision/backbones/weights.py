@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mambapeft_vision.backbones.layout import TokenLayout
+from mambapeft_vision.backbones.ports import taken_ports
 from mambapeft_vision.utils.atomic import atomic_path
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.hashing import sha256_file
@@ -18,7 +21,7 @@ from mambapeft_vision.utils.state_dict_checks import check_finite, check_state
 EMBEDDED_WEIGHTS = Path(__file__).parent / "weights"  # of our own, shipped with the package
 
 
-def load_official(model: nn.Module, sha256: str | None = None) -> None:
+def load_official(model: Any, sha256: str | None = None) -> None:
     """Loads the official weights of `model`'s variant: from the package, or from the hub (or its cache).
 
     sha256: of the file. Raises: UserError when the variant has no published weights or the hub cannot be reached.
@@ -43,7 +46,7 @@ def load_official(model: nn.Module, sha256: str | None = None) -> None:
     load_weights(model, path, sha256)
 
 
-def load_weights(model: nn.Module, path: str | Path, sha256: str | None = None) -> None:
+def load_weights(model: Any, path: str | Path, sha256: str | None = None) -> None:
     """Loads a Vim checkpoint (official .pth, or safetensors) into `model`, strictly, except for the head.
 
     The position embedding is resized when the image size differs. Nothing is loaded when anything does not fit.
@@ -57,7 +60,7 @@ def load_weights(model: nn.Module, path: str | Path, sha256: str | None = None) 
     given = {k: v for k, v in state.items() if not k.startswith("head.")}
     position = given.get("pos_embed")
     if position is not None and position.ndim == 3 and position.shape[1] != expected["pos_embed"].shape[1]:
-        given["pos_embed"] = resize_pos_embed(position, model.patch_embed.grid_size, model.class_token_index == 0)
+        given["pos_embed"] = resize_pos_embed(position, model.layout_of, model.layout.grid)
     check_state(expected, given, str(path))
     check_finite(given, str(path))
     model.load_state_dict(given, strict=False)
@@ -102,23 +105,26 @@ def _check_sha256(path: Path, expected: str) -> None:
         )
 
 
-def resize_pos_embed(position: Tensor, grid: tuple[int, int], class_first: bool = False) -> Tensor:
-    """[1, h·w + 1, D] for a square grid → [1, grid + 1, D], bicubic.
+def resize_pos_embed(
+    position: Tensor, layout_of: Callable[[tuple[int, int]], TokenLayout], grid: tuple[int, int]
+) -> Tensor:
+    """A position embedding [1, L, D] of a square grid → that of `grid`, bicubic. Special tokens keep their rows.
 
-    The class token, in the middle (or first, with `class_first`), is kept apart.
+    layout_of: the backbone's layout for a grid of patches.
     """
-    patches = position.shape[1] - 1
-    side = math.isqrt(patches)
-    if side * side != patches:
-        raise UserError(f"pos_embed has {patches} patch positions, which form no square grid; cannot resize it")
-    middle = 0 if class_first else patches // 2
-    class_token = position[:, middle : middle + 1]
-    spatial = torch.cat((position[:, :middle], position[:, middle + 1 :]), dim=1)
-    spatial = spatial.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
+    new, special = layout_of(grid), len(layout_of(grid).special)
+    side = math.isqrt(max(0, position.shape[1] - special))
+    old = layout_of((side, side))
+    if old.length != position.shape[1] or not side:
+        raise UserError(
+            f"pos_embed has {position.shape[1] - special} patch positions, which form no square grid; cannot resize it"
+        )
+    spatial = position[:, list(old.patches)].reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
     spatial = F.interpolate(spatial, size=grid, mode="bicubic", align_corners=False)
-    spatial = spatial.permute(0, 2, 3, 1).flatten(1, 2).to(position.dtype)
-    middle = 0 if class_first else spatial.shape[1] // 2
-    return torch.cat((spatial[:, :middle], class_token, spatial[:, middle:]), dim=1)
+    resized = position.new_empty(1, new.length, position.shape[2])
+    resized[:, list(new.patches)] = spatial.permute(0, 2, 3, 1).flatten(1, 2).to(position.dtype)
+    resized[:, list(new.special)] = position[:, list(old.special)]
+    return resized
 
 
 def export_official(model: nn.Module, path: str | Path) -> None:
@@ -127,7 +133,7 @@ def export_official(model: nn.Module, path: str | Path) -> None:
     Raises: UserError when methods are still attached to it.
     """
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    attached = [k for k in state if "parametrizations" in k]
+    attached = taken_ports(model)
     if attached:
         raise UserError(f"the backbone still has methods attached ({attached[0]}, …); call merge() first")
     path = Path(path)

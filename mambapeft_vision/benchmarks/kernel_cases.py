@@ -96,8 +96,10 @@ def results(
     """Output and every gradient (xz, each weight) for a fixed random output gradient; "plain" is `plain_mixer`."""
     xz = xz.detach().to(dtype).requires_grad_()
     directions = cast(directions, weight_dtype or dtype)
-    x, z = xz.chunk(2, dim=-1)
-    out = plain_mixer(x, z, directions) if backend == "plain" else ssm_mixer(x, z, directions, backend=backend)
+    if backend == "plain":
+        out = plain_mixer(*xz.chunk(2, dim=-1), directions)
+    else:
+        out = ssm_mixer(xz, directions, backend=backend)
     gen = torch.Generator().manual_seed(seed)
     dout = torch.randn(out.shape, generator=gen, dtype=torch.float64).to(out.device)
     leaves = {"xz": xz}

@@ -287,15 +287,15 @@ def mixers(case: Case, backend: str) -> Iterator[tuple[str, list[Callable[[], ob
     directions, sets = input_sets(case)
     if backend == "plain":
 
-        def mix(x, z):
-            return plain_mixer(x, z, directions)
+        def mix(xz):
+            return plain_mixer(*xz.chunk(2, -1), directions)
     else:
 
-        def mix(x, z):
-            return ssm_mixer(x, z, directions, backend=backend)
+        def mix(xz):
+            return ssm_mixer(xz, directions, backend=backend)
 
     def core(s):
-        return torch.autograd.grad(mix(*s["xz"].chunk(2, -1)), s["xz"], s["dout"])
+        return torch.autograd.grad(mix(s["xz"]), s["xz"], s["dout"])
 
     for s in sets:
         s["xz"].requires_grad_()
@@ -319,7 +319,7 @@ def mixers(case: Case, backend: str) -> Iterator[tuple[str, list[Callable[[], ob
         normed, residual = add_rms_norm(hidden, residual, weight, backend=norm_backend)
         branch = F.linear(F.linear(normed, down.bfloat16()), up.bfloat16())
         xz = _AddToFirstHalf.apply(F.linear(normed, into), branch)
-        return F.linear(mix(*xz.chunk(2, -1)), back), residual
+        return F.linear(mix(xz), back), residual
 
     def step(hidden, residual, dhidden, dresidual):
         leaves = [hidden, residual, down, up]

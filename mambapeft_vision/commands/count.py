@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 import yaml
 
-from mambapeft_vision.adapter.model import adapt, build_method
+from mambapeft_vision.adapter.build import build_method
+from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.adapter.presets import Preset, read_presets
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.results.paper import PaperRow, paper_row
@@ -56,9 +57,10 @@ def registered_name(backbone: str) -> str:
 
 def count(preset: Preset, backbone: str) -> int:
     """Trained parameters of a preset on a backbone (a file of configs/backbone), without the head."""
+    name = registered_name(backbone)
     with torch.device("meta"):
-        methods = {key: build_method(key, spec, preset.name) for key, spec in preset.methods.items()}
-        model = adapt(create_backbone(registered_name(backbone), "random"), methods, CLASSES)
+        methods = {key: build_method(key, spec, preset.name) for key, spec in preset.methods_on(name).items()}
+        model = adapt(create_backbone(name, "random"), methods, CLASSES)
         for method in model.methods.values():
             if method.warming_up:
                 method.finish_warmup()  # what counts is what the finished adapter holds
@@ -81,12 +83,11 @@ def why(preset: str, ours: int, row: PaperRow | None, head: int) -> str:
 
 
 def presets_for(backbone: str, presets: dict[str, Preset]) -> list[Preset]:
-    """The presets made for a backbone, and those of Vim-S that fit it and have no form of its own (`<name>_base`)."""
+    """The presets made for a backbone, and for a Vim those of Vim-S."""
     if backbone.startswith("vit"):
         shared = ("full", "scratch", "linear_probe", "bitfit")
         return [p for p in presets.values() if p.backbone == backbone or p.name in shared]
-    own = {p.name.removesuffix("_base") for p in presets.values() if p.backbone == backbone and p.backbone != "vim_s"}
-    return [p for p in presets.values() if p.backbone == backbone or (p.backbone == "vim_s" and p.name not in own)]
+    return [p for p in presets.values() if p.backbone in (backbone, "vim_s")]
 
 
 def counts(backbone: str) -> tuple[list[Count], list[str]]:

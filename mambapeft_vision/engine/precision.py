@@ -19,6 +19,11 @@ def apply_precision(precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = tf32
 
 
+def compute_dtype(precision: str) -> torch.dtype | None:
+    """The dtype that `autocast` computes in; None: that of the weights."""
+    return torch.bfloat16 if precision == "bf16" else None
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
     """Casts to bfloat16 where `precision` is bf16; nothing otherwise."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambapeft_vision.backbones.contract import frozen_casts
 from mambapeft_vision.engine.cuda_graph import CaptureError, Graph, capture
-from mambapeft_vision.engine.precision import autocast
+from mambapeft_vision.engine.precision import autocast, compute_dtype
 from mambapeft_vision.utils.atomic import atomic_path
 from mambapeft_vision.utils.console import Console
 from mambapeft_vision.utils.progress import Progress, format_duration
@@ -74,15 +75,16 @@ def predict(
     predicted, labels, losses = [], [], []
     total, done = len(batches), 0
     started = time.monotonic()
-    for number, (images, targets) in enumerate(batches, start=1):
-        logits = forward(_to(images, device))
-        losses.append(F.cross_entropy(logits, _to(targets, device), reduction="sum").double())
-        predicted.append(logits.argmax(dim=1))
-        labels.append(targets)
-        done += len(targets)
-        if number > 1:
-            predicted[-2] = predicted[-2].cpu()  # waits for the batch before, so that the host is one batch ahead
-        console.live(_live_line(number, total, done, time.monotonic() - started))
+    with frozen_casts(model, compute_dtype(precision)):
+        for number, (images, targets) in enumerate(batches, start=1):
+            logits = forward(_to(images, device))
+            losses.append(F.cross_entropy(logits, _to(targets, device), reduction="sum").double())
+            predicted.append(logits.argmax(dim=1))
+            labels.append(targets)
+            done += len(targets)
+            if number > 1:
+                predicted[-2] = predicted[-2].cpu()  # waits for the batch before, so that the host is one batch ahead
+            console.live(_live_line(number, total, done, time.monotonic() - started))
     console.clear()
     return Predictions(
         predicted=torch.cat([p.cpu() for p in predicted]),

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mambapeft_vision.adapter.model import AdaptedModel
+from mambapeft_vision.backbones.contract import frozen_casts
 from mambapeft_vision.engine import cuda_graph
-from mambapeft_vision.engine.precision import autocast
+from mambapeft_vision.engine.precision import autocast, compute_dtype
 
 # Steps launched one by one before one is captured: kernels compile, libraries load, the optimiser makes its state.
 WARM_UP = 3
@@ -142,7 +143,8 @@ class TrainStep:
         self._optimizer.zero_grad(set_to_none=True)  # they lie in the captured steps' memory
 
     def _run(self, images: Tensor, labels: Tensor, whole: int) -> None:
-        sums = self._backward(images, labels, whole)
+        with frozen_casts(self._model, compute_dtype(self._settings.precision)):
+            sums = self._backward(images, labels, whole)
         if self._settings.reduce is not None:
             self._settings.reduce([sums, *(p.grad for p in self._trained if p.grad is not None)])
         loss, correct = sums

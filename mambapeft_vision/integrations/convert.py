@@ -6,37 +6,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from mambapeft_vision.adapter.model import ADAPTER_FILE, CONFIG_FILE, AdaptedModel, read_adapter
-from mambapeft_vision.backbones import create_backbone
+from mambapeft_vision.adapter.files import ADAPTER_FILE, CONFIG_FILE, read_adapter
+from mambapeft_vision.adapter.load import load_adapter
+from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.backbones.weights import export_official, read_state_dict
 from mambapeft_vision.integrations.reference import load_reference
 from mambapeft_vision.utils.atomic import write_text
 from mambapeft_vision.utils.errors import UserError
-
-MAX_NUMBERS = 2_000_000_000  # of a backbone that an adapter describes; Vim-B has 98 million
-
-
-def load_adapter(folder: str | Path, weights: str = "official", seed: int = 0) -> AdaptedModel:
-    """The model of an adapter's folder, on a backbone built as the adapter says.
-
-    Args:
-        folder: holds adapter.safetensors and adapter_config.json.
-        weights: of the backbone: "official", "random" (drawn from `seed`) or a file; its hash must fit the adapter.
-    """
-    adapter = read_adapter(folder)
-    spec = adapter.config["backbone"]
-    sizes = {key: value for key, value in spec["architecture"].items() if key != "num_classes"}  # of older adapters
-    with torch.device("meta"):  # shapes without values: an adapter's sizes are untrusted
-        numbers = sum(p.numel() for p in create_backbone(spec["name"], "random", **sizes).parameters())
-    if numbers > MAX_NUMBERS:
-        raise UserError(f"{folder}: its backbone would have {numbers:,} weights; expected at most {MAX_NUMBERS:,}")
-    backbone = create_backbone(spec["name"], weights, seed, **sizes)
-    dtype = next((t.dtype for t in adapter.state.values() if t.is_floating_point()), None)
-    return adapter.apply(backbone.to(dtype))
-
 
 # -- the reference's adapters ---------------------------------------------------------------------------------
 
@@ -145,7 +123,7 @@ def to_hub_folder(folder: str | Path, out: str | Path, result: dict[str, Any] | 
 
 
 def push_to_hub(folder: str | Path, repository: str) -> str:
-    """Uploads a hub folder; needs a token (HF_TOKEN or `huggingface-cli login`). Returns the commit's address."""
+    """Uploads a hub folder; needs a token (HF_TOKEN or `hf auth login`). Returns the commit's address."""
     from huggingface_hub import HfApi, get_token
 
     if get_token() is None:
@@ -177,7 +155,7 @@ def model_card(config: dict[str, Any], result: dict[str, Any] | None) -> str:
         f"Test accuracy: {'not recorded' if accuracy is None else f'{100 * accuracy:.2f} %'}",
         "",
         "```python",
-        "from mambapeft_vision.integrations.convert import load_adapter",
+        "from mambapeft_vision.adapter.load import load_adapter",
         'model = load_adapter("this/folder", weights="official")  # images [B, 3, H, W] → logits',
         "```",
         "",

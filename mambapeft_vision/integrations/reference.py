@@ -18,7 +18,7 @@ from mambapeft_vision.methods.additional_scan import AdditionalScan
 from mambapeft_vision.methods.affix import Affix
 from mambapeft_vision.methods.dora import DoRA
 from mambapeft_vision.methods.lora import LoRA
-from mambapeft_vision.methods.method import Method, backbone_parameters
+from mambapeft_vision.methods.method import Method
 from mambapeft_vision.methods.offset import Offset
 from mambapeft_vision.methods.parallel_adapter import ParallelAdapter
 from mambapeft_vision.methods.prompt import Prompt
@@ -65,9 +65,9 @@ def load_reference(
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in state.values()) else torch.float32
     _load_backbone(backbone.to(dtype), state, prefix)
 
-    targets: dict[str, Tensor] = {prefix + name: p for name, p in backbone_parameters(backbone).items()}
+    targets: dict[str, nn.Parameter] = {prefix + name: p for name, p in backbone.named_parameters()}
     model = adapt(backbone, {part.name: part.method for part in parts}, num_classes)
-    own = {part.reference_name(prefix, key): t for part in parts for key, t in part.method.saved().items()}
+    own = {part.reference_name(prefix, key): p for part in parts for key, p in part.method.owned().items()}
     targets |= own | model.head_parameters()
     check_state(targets, state, "the reference's state dict")
     with torch.no_grad():
@@ -82,7 +82,7 @@ def load_reference(
 
 def _load_backbone(backbone: Vim, state: Mapping[str, Tensor], prefix: str) -> None:
     """Before anything is attached, so that the model knows the hash of the weights it stands on."""
-    expected = backbone_parameters(backbone)
+    expected = dict(backbone.named_parameters())
     given = {n: state[prefix + n] for n in expected if prefix + n in state}
     if prefix and not given:
         raise UserError(

@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambapeft_vision.methods.method import Method, blocks_of, require_positive, site_key
+from mambapeft_vision.backbones.contract import Backbone, FunctionBranch
+from mambapeft_vision.methods.checks import require_positive
+from mambapeft_vision.methods.method import Method, site_key
+from mambapeft_vision.methods.targets import like
 from mambapeft_vision.utils.errors import UserError
 
 
@@ -33,11 +36,16 @@ class AdapterPlus(Method):
         self.dim, self.drop_path = dim, drop_path
         self.sites = nn.ModuleDict()
 
-    def attach(self, model: nn.Module) -> None:
-        for name, block in blocks_of(model, self.name).items():
-            site = ScaledBottleneck(model.cls_token.new_empty(self.dim, model.embed_dim), self.drop_path)
-            self.sites[site_key(name)] = site
-            block.after.add(self.name, site)
+    def attach(self, model: Backbone) -> None:
+        for block in model.blocks:
+            if block.after is None:
+                raise UserError(
+                    f"{self.name} works after every block, but {type(model).__name__} has no such place in "
+                    f"{block.name}; use backbone=vit_s"
+                )
+            site = ScaledBottleneck(like(model).new_empty(self.dim, model.embed_dim), self.drop_path)
+            self.sites[site_key(block.name)] = site
+            block.after.add(FunctionBranch(self.name, site))
 
     def param_groups(self) -> list[dict[str, Any]]:
         owned = list(self.owned().values())

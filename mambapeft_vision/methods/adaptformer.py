@@ -2,8 +2,12 @@
 
 from torch import nn
 
-from mambapeft_vision.methods.method import Method, blocks_of, require_dropout, require_positive, site_key
+from mambapeft_vision.backbones.contract import Backbone, FunctionBranch
+from mambapeft_vision.methods.checks import require_dropout, require_positive
+from mambapeft_vision.methods.method import Method, site_key
 from mambapeft_vision.methods.parallel_adapter import Bottleneck
+from mambapeft_vision.methods.targets import like
+from mambapeft_vision.utils.errors import UserError
 
 
 class AdaptFormer(Method):
@@ -32,9 +36,14 @@ class AdaptFormer(Method):
         self.rank, self.scale, self.dropout = rank, scale, dropout
         self.sites = nn.ModuleDict()
 
-    def attach(self, model: nn.Module) -> None:
-        square = model.cls_token.new_empty(model.embed_dim, model.embed_dim)
-        for name, block in blocks_of(model, self.name).items():
+    def attach(self, model: Backbone) -> None:
+        square = like(model).new_empty(model.embed_dim, model.embed_dim)
+        for block in model.blocks:
+            if block.mlp_side is None:
+                raise UserError(
+                    f"{self.name} works beside the MLP of every block, but {type(model).__name__} has no such place in "
+                    f"{block.name}; use backbone=vit_s"
+                )
             site = Bottleneck(square, self.rank, self.scale, self.dropout)
-            self.sites[site_key(f"{name}.mlp")] = site
-            block.mlp.side.add(self.name, site)
+            self.sites[site_key(f"{block.name}.mlp")] = site
+            block.mlp_side.add(FunctionBranch(self.name, site))

@@ -7,14 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mambapeft_vision.methods.method import (
-    Method,
-    frozen_weight,
-    require_positive,
-    scan_weights,
-    set_weight_reshape,
-    site_key,
-)
+from mambapeft_vision.backbones.contract import Backbone
+from mambapeft_vision.methods.checks import require_positive
+from mambapeft_vision.methods.method import Method, site_key
+from mambapeft_vision.methods.targets import frozen_weight, scan_weights, weight_port
 from mambapeft_vision.utils.errors import UserError
 
 
@@ -23,7 +19,8 @@ class AdditionalScan(Method):
 
     A_log [E, N] gets k columns; x_proj [R + 2N, E] gets k rows for B and k for C. The extra columns and rows are the
     owned tensors [E, k] and [2k, E] (B rows, then C rows), under the names of the weights they extend. Rows start as
-    `nn.Linear` initialises a [2k, E] weight; the A columns never decay.
+    `nn.Linear` initialises a [2k, E] weight; the A columns never decay. Where the directions share one A_log [K·E, N]
+    and one grouped x_proj [K, R + 2N, E], the owned tensors are [K·E, k] and [K, 2k, E].
 
     Args:
         states: k.
@@ -33,8 +30,6 @@ class AdditionalScan(Method):
         constant: -A of every extra state, with init "constant".
         zero_c: C rows start at zero, so that the model starts as the base model. (B alone still trains them.)
     """
-
-    attach_order = 1
 
     def __init__(
         self,
@@ -64,20 +59,24 @@ class AdditionalScan(Method):
         self._columns: list[str] = []
 
     @property
+    def attach_order(self) -> int:
+        return 1
+
+    @property
     def identity_at_init(self) -> bool:
         return self.zero_c
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: Backbone) -> None:
         for name, rows_name in scan_weights(model, self.name):
             A_log, x_proj = frozen_weight(model, name), frozen_weight(model, rows_name)
             self._own(model, name, self._new_columns(A_log), self._widen_state)
             self._own(model, rows_name, self._new_rows(x_proj), partial(self._widen_projection, A_log.shape[1]))
             self._columns.append(site_key(name))
 
-    def _own(self, model: nn.Module, name: str, initial: Tensor, widen: Any) -> None:
+    def _own(self, model: Backbone, name: str, initial: Tensor, widen: Any) -> None:
         key = site_key(name)
         self.sites[key] = nn.Parameter(initial)
-        set_weight_reshape(model, name, self.name, partial(widen, key=key))
+        weight_port(model, name).set_reshape(self.name, partial(widen, key=key))
 
     def _new_columns(self, A_log: Tensor) -> Tensor:
         """[E, N] → the initial extra columns [E, k]."""
@@ -88,14 +87,16 @@ class AdditionalScan(Method):
         if self.init == "arange":
             numbers = torch.arange(old + 1, old + self.states + 1, device=A_log.device, dtype=A_log.dtype)
             return numbers.log().repeat(channels, 1)
+        assert self.constant is not None
         return A_log.new_full((channels, self.states), math.log(self.constant))
 
     def _new_rows(self, x_proj: Tensor) -> Tensor:
-        """[R + 2N, E] → the initial extra rows [2k, E]."""
-        rows = x_proj.new_empty(2 * self.states, x_proj.shape[1]).detach()
-        nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
+        """[..., R + 2N, E] → the initial extra rows [..., 2k, E]."""
+        rows = x_proj.detach().new_empty(*x_proj.shape[:-2], 2 * self.states, x_proj.shape[-1])
+        for matrix in rows.view(-1, *rows.shape[-2:]):
+            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
         if self.zero_c:
-            rows[self.states :] = 0
+            rows[..., self.states :, :] = 0
         return rows
 
     def _widen_state(self, A_log: Tensor, key: str) -> Tensor:
@@ -103,10 +104,10 @@ class AdditionalScan(Method):
         return torch.cat(self._ordered(self.sites[key], A_log), dim=1)
 
     def _widen_projection(self, old: int, x_proj: Tensor, key: str) -> Tensor:
-        """[dt | B | C] with N rows each of B and C → the same with N + k each."""
-        dt, b, c = x_proj.split((x_proj.shape[0] - 2 * old, old, old))
-        new_b, new_c = self.sites[key].chunk(2)
-        return torch.cat((dt, *self._ordered(new_b, b), *self._ordered(new_c, c)))
+        """[dt | B | C] with N rows each of B and C (axis -2) → the same with N + k each."""
+        dt, b, c = x_proj.split((x_proj.shape[-2] - 2 * old, old, old), dim=-2)
+        new_b, new_c = self.sites[key].chunk(2, dim=-2)
+        return torch.cat((dt, *self._ordered(new_b, b), *self._ordered(new_c, c)), dim=-2)
 
     def _ordered(self, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
         return (new, old) if self.position == "before" else (old, new)

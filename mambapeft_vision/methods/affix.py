@@ -4,13 +4,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from mambapeft_vision.methods.method import Method, mixers_of, require_positive
-from mambapeft_vision.methods.tokens import TokenGenerator, fill_ends, join, kept, positions
+from mambapeft_vision.backbones.contract import Backbone, Joined, TokenLayout
+from mambapeft_vision.methods.checks import require_positive
+from mambapeft_vision.methods.method import Method
+from mambapeft_vision.methods.targets import like, mixers_of
+from mambapeft_vision.methods.tokens import TokenGenerator, fill_ends, join, kept
 from mambapeft_vision.utils.errors import UserError
 
-POSITIONS = ("prefix", "infix", "around_class", "suffix")
+# Position → how `TokenLayout.places` calls it.
+POSITIONS = {"prefix": "prefix", "infix": "infix", "around_class": "around_special", "suffix": "suffix"}
 
 
 class Affix(Method):
@@ -26,7 +30,7 @@ class Affix(Method):
         the forward scan only.
     infix: spread evenly, as torch.tensor_split divides the tokens. single: one buffer. dual: the backward direction
         splits the reversed tokens and has its own, in a second buffer.
-    around_class: half right before and half right after the class token. dual: as for infix.
+    around_class: half right before and half right after the class token (or the registers). dual: as for infix.
     suffix: [tokens | S], single only; it reaches the backward scan only (the forward one has passed already).
 
     Args:
@@ -73,7 +77,7 @@ class Affix(Method):
         self.projection, self.hidden, self.lean, self.bias_decay_mult = projection, hidden, lean, bias_decay_mult
         self._table: tuple[Tensor, ...] | None = None  # every layer's tokens, during a forward
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: Backbone) -> None:
         mixers = mixers_of(model, self.name)
         width = model.embed_dim
         if self.inner:
@@ -81,16 +85,17 @@ class Affix(Method):
         self._per_layer = 2 if self.directions == "dual" else 1
         hidden = (self.hidden or width) if self.projection else None
         total = len(mixers) * self._per_layer * width
-        self.sites = TokenGenerator(self.tokens, width, total, hidden, "table", model.cls_token)
+        self.sites = TokenGenerator(self.tokens, width, total, hidden, "table", like(model))
         self._layers = len(mixers)
         ends = (self.tokens, self.tokens) if self.inner and self.position == "prefix" else None
         for i, mixer in enumerate(mixers):
-            mixer.affix.set(self.name, LayerAffix(self, model, i), inner=self.inner, ends=ends)
+            mixer.affix.set(self.name, LayerAffix(self, i), inner=self.inner, ends=ends)
 
     def layer_tokens(self, layer: int) -> Tensor:
         """[n, per layer, width] of one layer. All layers' are generated at once, at layer 0."""
         if layer == 0:
             self._table = self.sites().unflatten(1, (self._layers, self._per_layer, -1)).unbind(1)
+        assert self._table is not None
         tokens = self._table[layer]
         if layer == self._layers - 1:
             self._table = None  # holds the graph of this forward
@@ -107,30 +112,27 @@ class Affix(Method):
 class LayerAffix:
     """What one mixer's affix port holds: [B, L, C] → the buffers that its directions read."""
 
-    def __init__(self, method: Affix, model: nn.Module, layer: int) -> None:
-        self.method, self.model, self.layer = method, model, layer
-        self.port = model.mixers[layer].affix
+    def __init__(self, method: Affix, layer: int) -> None:
+        self.method, self.layer = method, layer
 
-    def __call__(self, tokens: Tensor, has_room: bool = False) -> Any:
-        method, length = self.method, tokens.shape[1]
+    def __call__(self, tokens: Tensor, layout: TokenLayout, has_room: bool = False) -> Joined:
+        method = self.method
         new = method.layer_tokens(self.layer)
         if new.shape[-1] != tokens.shape[-1]:  # lean: the gate half is zero
             new = F.pad(new, (0, tokens.shape[-1] - new.shape[-1]))
         own = new.unbind(1)
         if has_room:
-            new, at = self._both_ends(own, length - 2 * method.tokens)
+            new, at = self._both_ends(own, layout.length)
             filled = fill_ends(tokens, new, method.tokens)
-            return self.port.joined((filled,), (kept(at, length - len(at), tokens.device),))
+            return Joined((filled,), (kept(at, layout.length, tokens.device),))
         if method.position == "prefix":
-            return self._joined(tokens, [self._both_ends(own, length)])
-        class_index = self._class_index(length) if method.position == "around_class" else 0
-        at = positions(method.position, method.tokens, length, class_index)
-        buffers = [(own[0], at)]
+            return _joined(tokens, [self._both_ends(own, layout.length)])
+        kind = POSITIONS[method.position]
+        buffers = [(own[0], layout.places(kind, method.tokens))]
         if len(own) == 2:
-            mirrored = length - 1 - class_index
-            reading = positions(method.position, method.tokens, length, mirrored)
-            buffers.append((own[1].flip(0), [length - place for place in reversed(reading)]))
-        return self._joined(tokens, buffers)
+            reading = layout.mirrored().places(kind, method.tokens)
+            buffers.append((own[1].flip(0), [layout.length - place for place in reversed(reading)]))
+        return _joined(tokens, buffers)
 
     def _both_ends(self, own: tuple[Tensor, ...], length: int) -> tuple[Tensor, list[int]]:
         """The prefix of the forward direction in front, and that of the backward direction, as it reads it, behind."""
@@ -139,18 +141,10 @@ class LayerAffix:
             return torch.cat(own), [0] * n + [length] * (n * (len(own) - 1))
         return torch.cat((own[0], own[-1].flip(0))), [0] * n + [length] * n
 
-    def _joined(self, tokens: Tensor, buffers: list[tuple[Tensor, list[int]]]) -> Any:
-        length = tokens.shape[1]
-        return self.port.joined(
-            tuple(join(tokens, new, at) for new, at in buffers),
-            tuple(kept(at, length, tokens.device) for _, at in buffers),
-        )
 
-    @torch.no_grad()
-    def _class_index(self, length: int) -> int:
-        """Where the class token is among `length` tokens, prompts (if any) in front of it included."""
-        index, plain = self.model.class_token_index, self.model.pos_embed.shape[1]
-        if length == plain:
-            return index
-        probe = torch.zeros(1, plain, self.model.embed_dim, device=self.model.cls_token.device)
-        return self.model.prompt.value(probe, index)[1]
+def _joined(tokens: Tensor, buffers: list[tuple[Tensor, list[int]]]) -> Joined:
+    length = tokens.shape[1]
+    return Joined(
+        tuple(join(tokens, new, at) for new, at in buffers),
+        tuple(kept(at, length, tokens.device) for _, at in buffers),
+    )

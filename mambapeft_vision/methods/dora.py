@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor, nn
 
+from mambapeft_vision.backbones.contract import Backbone
+from mambapeft_vision.methods.checks import require_matrix, require_positive
 from mambapeft_vision.methods.lora import LowRank
-from mambapeft_vision.methods.method import (
-    Method,
-    add_weight_delta,
+from mambapeft_vision.methods.method import Method, site_key
+from mambapeft_vision.methods.targets import (
     frozen_weight,
+    group_count,
     match_parameters,
-    owner_module,
-    require_matrix,
-    require_positive,
     row_slice,
-    site_key,
+    rows_of,
+    weight_port,
 )
 
 
@@ -25,7 +25,7 @@ class DoRA(Method):
     add up: each contributes W' - W of the frozen W.
 
     Args:
-        targets: patterns of parameter names, e.g. "layers.*.mixer.in_proj.weight".
+        targets: roles (in_proj, out_proj, qkv, …) or patterns of parameter names.
         rank: r.
         scale: the bare factor s (not alpha / r).
         rows: a block of output rows that the backbone names: x, z of in_proj; d, b, c of x_proj.
@@ -46,31 +46,29 @@ class DoRA(Method):
         self.targets, self.rank, self.scale, self.rows = targets, rank, scale, rows
         self.sites = nn.ModuleDict()
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: Backbone) -> None:
         for parameter in match_parameters(model, self.targets, self.name):
-            module, _ = owner_module(model, parameter)
             rows = row_slice(model, parameter, self.rows, self.name)
             weight = frozen_weight(model, parameter)
             require_matrix(weight, parameter, self.name)
-            site = Decomposed(weight if rows is None else weight[rows], module, self.rank, self.scale)
+            site = Decomposed(rows_of(weight, rows), self.rank, self.scale, group_count(model, parameter))
             self.sites[site_key(parameter)] = site
-            add_weight_delta(model, parameter, self.name, site.delta, rows)
+            weight_port(model, parameter).add(self.name, site.delta, rows)
 
 
 class Decomposed(LowRank):
-    """One site: the low-rank pair and the magnitude [1, *in] of every input column."""
+    """One weight's low-rank pair and the magnitude [1, *in] of every input column (of K matrices: [K, 1, in])."""
 
-    def __init__(self, weight: Tensor, module: nn.Module, rank: int, scale: float) -> None:
-        super().__init__(weight, module, rank, scale, dropout=0.0)
-        self.magnitude = nn.Parameter(column_norm(weight.detach()))
+    def __init__(self, weight: Tensor, rank: int, scale: float, groups: int | None) -> None:
+        super().__init__(weight, rank, scale, groups)
+        self.magnitude = nn.Parameter(self.column_norm(weight.detach()))
 
     def delta(self, weight: Tensor) -> Tensor:
         """W' - W."""
         direction = weight + super().delta(weight)
-        norm = column_norm(direction.detach()).clamp_min(torch.finfo(direction.dtype).tiny)
+        norm = self.column_norm(direction.detach()).clamp_min(torch.finfo(direction.dtype).tiny)
         return self.magnitude / norm * direction - weight
 
-
-def column_norm(weight: Tensor) -> Tensor:
-    """[out, *in] → [1, *in]: the norm of each input column."""
-    return torch.linalg.vector_norm(weight, dim=0, keepdim=True)
+    def column_norm(self, weight: Tensor) -> Tensor:
+        """[out, *in] → [1, *in]: the norm of each input column."""
+        return torch.linalg.vector_norm(weight, dim=0 if self.groups is None else 1, keepdim=True)

@@ -4,15 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambapeft_vision.methods.method import (
-    Method,
-    add_weight_delta,
-    match_parameters,
-    owner_module,
-    require_dropout,
-    require_ported_linear,
-    require_positive,
-)
+from mambapeft_vision.backbones.contract import Backbone, FunctionBranch
+from mambapeft_vision.methods.checks import require_dropout, require_ported_linear, require_positive
+from mambapeft_vision.methods.method import Method
+from mambapeft_vision.methods.targets import like, match_parameters, weight_port
 from mambapeft_vision.utils.errors import UserError
 
 
@@ -26,7 +21,7 @@ class FacT(Method):
         rank: r.
         scale: s.
         dropout: before V.
-        targets: patterns of parameter names of linear maps with a side port.
+        targets: roles or patterns of names of linear maps with a side port.
     """
 
     def __init__(
@@ -45,11 +40,10 @@ class FacT(Method):
         self.rank, self.targets, self.scale, self.dropout = rank, targets, scale, dropout
         self._branches: dict[str, FacTBranch] = {}
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: Backbone) -> None:
         dim, slots = model.embed_dim, 0
         for parameter in match_parameters(model, self.targets, self.name):
-            module, attribute = owner_module(model, parameter)
-            require_ported_linear(module, attribute, parameter, self.name)
+            module, side = require_ported_linear(model, parameter, self.name)
             if module.out_features % dim or module.in_features % dim:
                 raise UserError(
                     f"{self.name}: {parameter} is {module.out_features} x {module.in_features}; "
@@ -57,9 +51,9 @@ class FacT(Method):
                 )
             branch = FacTBranch(self, slots, module.out_features // dim, module.in_features // dim)
             self._branches[parameter] = branch
-            module.side.add(self.name, branch)
+            side.add(FunctionBranch(self.name, branch))
             slots += branch.outputs * branch.inputs
-        new = model.cls_token.new_empty
+        new = like(model).new_empty
         self.u = nn.Parameter(new(self.rank, dim))
         self.v = nn.Parameter(torch.zeros_like(new(dim, self.rank)))
         self.core = nn.Parameter(new(self.rank, self.rank, self.rank))
@@ -72,10 +66,10 @@ class FacT(Method):
         """C_k of `count` slots from `first` on, [count, r, r]."""
         return torch.einsum("ijt,tk->kij", self.core, self.slots[:, first : first + count])
 
-    def to_weight_space(self, model: nn.Module) -> None:
+    def to_weight_space(self, model: Backbone) -> None:
         for parameter, branch in self._branches.items():
-            owner_module(model, parameter)[0].side.remove(self.name)
-            add_weight_delta(model, parameter, self.name, branch.delta)
+            require_ported_linear(model, parameter, self.name)[1].remove(self.name)
+            weight_port(model, parameter).add(self.name, branch.delta)
 
 
 class FacTBranch:

@@ -2,15 +2,14 @@
 
 from typing import Any
 
-from torch import nn
-
+from mambapeft_vision.backbones.contract import Backbone
 from mambapeft_vision.methods.method import Method
 
 
 class LinearProbe(Method):
     """Adds and trains nothing; the head, which every method trains, is all there is."""
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: Backbone) -> None:
         """Nothing to attach."""
 
     def param_groups(self) -> list[dict[str, Any]]:

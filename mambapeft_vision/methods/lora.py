@@ -1,21 +1,22 @@
 """LoRA and partial LoRA (LoRA, arXiv 2106.09685; LoRA_p, MambaPEFT, arXiv 2411.03855)."""
 
 import math
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambapeft_vision.methods.method import (
-    Method,
-    add_weight_delta,
+from mambapeft_vision.backbones.contract import Backbone, FunctionBranch, LowRankBranch, SidePort
+from mambapeft_vision.methods.checks import require_dropout, require_matrix, require_positive, side_port
+from mambapeft_vision.methods.method import Method, site_key
+from mambapeft_vision.methods.targets import (
     frozen_weight,
+    group_count,
     match_parameters,
     owner_module,
-    require_dropout,
-    require_matrix,
-    require_positive,
     row_slice,
-    site_key,
+    rows_of,
+    weight_port,
 )
 from mambapeft_vision.utils.errors import UserError
 
@@ -24,10 +25,11 @@ class LoRA(Method):
     """y = W x + s · up(dropout(down(x))), on whole weights or on one named block of output rows.
 
     `down` [r, in] starts Kaiming-uniform as `nn.Linear` does, `up` [out, r] at zero. For a convolution (the patch
-    embedding) `down` is a convolution with the same kernel and stride, and `up` is 1x1.
+    embedding) `down` is a convolution with the same kernel and stride, and `up` is 1x1. Of a grouped weight
+    [K, rows, columns] every matrix has its own pair: `down` [K, r, columns], `up` [K, rows, r], in weight space.
 
     Args:
-        targets: patterns of parameter names, e.g. "layers.*.mixer.in_proj.weight".
+        targets: roles (in_proj, out_proj, qkv, …) or patterns of parameter names.
         rank: r.
         scale: the bare factor s (not alpha / r).
         dropout: between down and up; in activation space only.
@@ -57,67 +59,87 @@ class LoRA(Method):
             raise UserError(f"LoRA: dropout={dropout} needs space: activation; in weight space set dropout: 0")
         self.targets, self.rank, self.scale, self.dropout = targets, rank, scale, dropout
         self.rows, self.space = rows, space
-        self.sites = nn.ModuleDict()
+        self.sites: Any = nn.ModuleDict()
         self._places: dict[str, slice | None] = {}  # parameter → rows
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: Backbone) -> None:
         for parameter in match_parameters(model, self.targets, self.name):
-            module, attribute = owner_module(model, parameter)
             rows = row_slice(model, parameter, self.rows, self.name)
             weight = frozen_weight(model, parameter)
             require_matrix(weight, parameter, self.name)
-            site = LowRank(weight if rows is None else weight[rows], module, self.rank, self.scale, self.dropout)
-            self.sites[site_key(parameter)] = site
+            part, groups = rows_of(weight, rows), group_count(model, parameter)
+            module, _ = owner_module(model, parameter)
+            if isinstance(module, nn.Conv2d):
+                pair: LowRank = LowRankConvolution(part, self.rank, self.scale, self.dropout, module)
+            else:
+                pair = LowRank(part, self.rank, self.scale, groups)
+            self.sites[site_key(parameter)] = pair
             self._places[parameter] = rows
             if self.space == "weight":
-                add_weight_delta(model, parameter, self.name, site.delta, rows)
-                continue
-            if attribute != "weight" or not hasattr(module, "side"):
-                raise UserError(
-                    f"{self.name}: {parameter} has no port on activations; set space: weight and dropout: 0"
-                )
-            module.side.add(self.name, site, rows)
+                weight_port(model, parameter).add(self.name, pair.delta, rows)
+            else:
+                self._side(model, parameter).add(self._branch(pair, rows))
 
-    def to_weight_space(self, model: nn.Module) -> None:
+    def _branch(self, pair: "LowRank", rows: slice | None) -> LowRankBranch | FunctionBranch:
+        if isinstance(pair, LowRankConvolution):
+            return FunctionBranch(self.name, pair, rows)
+        return LowRankBranch(self.name, pair.down, pair.up, self.scale, self.dropout, rows=rows)
+
+    def _side(self, model: Backbone, parameter: str) -> SidePort:
+        side = side_port(model, parameter)
+        if side is None:
+            raise UserError(f"{self.name}: {parameter} has no port on activations; set space: weight and dropout: 0")
+        return side
+
+    def to_weight_space(self, model: Backbone) -> None:
         if self.space == "weight":
             return
         for parameter, rows in self._places.items():
-            module, _ = owner_module(model, parameter)
-            module.side.remove(self.name)
-            add_weight_delta(model, parameter, self.name, self.sites[site_key(parameter)].delta, rows)
+            self._side(model, parameter).remove(self.name)
+            pair = self.sites[site_key(parameter)]
+            weight_port(model, parameter).add(self.name, pair.delta, rows)
 
 
 class LowRank(nn.Module):
-    """One site's pair of matrices. Called with activations it is the branch; `delta` is the same map as a weight."""
+    """The pair of factors of one weight [out, *in], or with `groups` K of K matrices [K, out, in]."""
 
-    def __init__(self, weight: Tensor, module: nn.Module, rank: int, scale: float, dropout: float) -> None:
+    def __init__(self, weight: Tensor, rank: int, scale: float, groups: int | None = None) -> None:
         super().__init__()
-        self.scale, self.dropout = scale, dropout
-        self.down, self.up = low_rank_pair(weight, rank)
-        convolution = isinstance(module, nn.Conv2d)
-        self.stride = module.stride if convolution else None
-        self.padding = module.padding if convolution else None
-
-    @property
-    def low_rank(self) -> tuple[Tensor, Tensor, float, float] | None:
-        """down, up, scale, dropout: what a linear map's port joins to the map itself; None beside a convolution."""
-        return (self.down, self.up, self.scale, self.dropout * self.training) if self.stride is None else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.stride is None:
-            low = F.dropout(F.linear(x, self.down), self.dropout, self.training)
-            return F.linear(low, self.scale * self.up)
-        low = F.conv2d(x, self.down, stride=self.stride, padding=self.padding)
-        return F.conv2d(F.dropout(low, self.dropout, self.training), self.scale * self.up)
+        self.scale, self.groups = scale, groups
+        self.down, self.up = low_rank_pair(weight, rank, groups)
 
     def delta(self, weight: Tensor) -> Tensor:
         """s · up · down, in `weight`'s shape."""
-        product = self.up.flatten(1) @ self.down.flatten(1)
+        axis = 1 if self.groups is None else 2
+        product = self.up.flatten(axis) @ self.down.flatten(axis)
         return self.scale * product.view_as(weight)
 
 
-def low_rank_pair(weight: Tensor, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """down [r, *in] as `nn.Linear` initialises it and up [out, r] at zero, for a weight [out, *in]."""
+class LowRankConvolution(LowRank):
+    """The pair beside a convolution: `down` is a convolution like it, `up` is 1x1."""
+
+    def __init__(self, weight: Tensor, rank: int, scale: float, dropout: float, beside: nn.Conv2d) -> None:
+        super().__init__(weight, rank, scale)
+        self.dropout = dropout
+        self.geometry: dict[str, Any] = {"stride": beside.stride, "padding": beside.padding}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """s · up(dropout(down(x))), [B, C, H, W] → [B, out, rows, columns]."""
+        low = F.conv2d(x, self.down, **self.geometry)
+        return F.conv2d(F.dropout(low, self.dropout, self.training), self.scale * self.up)
+
+
+def low_rank_pair(weight: Tensor, rank: int, groups: int | None = None) -> tuple[nn.Parameter, nn.Parameter]:
+    """down [r, *in] as `nn.Linear` initialises it and up [out, r] at zero, for a weight [out, *in].
+
+    With `groups` K the weight is [K, out, in], and the pair is [K, r, in], [K, out, r]: K pairs of this kind.
+    """
+    if groups is not None:
+        _, out_features, in_features = weight.shape
+        down = nn.Parameter(weight.new_empty(groups, rank, in_features))
+        for matrix in down.detach():
+            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+        return down, nn.Parameter(weight.new_zeros(groups, out_features, rank))
     out_features, *in_shape = weight.shape
     down = nn.Parameter(weight.new_empty(rank, *in_shape))
     up = nn.Parameter(weight.new_zeros(out_features, rank, *([1] * (len(in_shape) - 1))))

@@ -2,9 +2,12 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from mambapeft_vision.methods.method import Method, mixers_of, require_positive
+from mambapeft_vision.backbones.contract import Backbone
+from mambapeft_vision.methods.checks import require_positive
+from mambapeft_vision.methods.method import Method
+from mambapeft_vision.methods.targets import mixers_of
 from mambapeft_vision.utils.errors import UserError
 
 _MOST_CHUNKS = 4096
@@ -52,9 +55,10 @@ class Memba(Method):
     def identity_at_init(self) -> bool:
         return self.tau == 0 and self.threshold is None
 
-    def attach(self, model: nn.Module) -> None:
-        self._last = len(mixers_of(model, self.name)) - 1
-        for i, mixer in enumerate(mixers_of(model, self.name)):
+    def attach(self, model: Backbone) -> None:
+        mixers = mixers_of(model, self.name)
+        self._last = len(mixers) - 1
+        for i, mixer in enumerate(mixers):
             mixer.gate.set(self.name, LayerMembrane(self, i))
 
     def gate(self, z: Tensor, layer: int) -> Tensor:

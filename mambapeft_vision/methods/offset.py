@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from mambapeft_vision.methods.method import Method, add_weight_delta, frozen_weight, match_parameters, site_key
+from mambapeft_vision.backbones.contract import Backbone
+from mambapeft_vision.methods.method import Method, site_key
+from mambapeft_vision.methods.targets import frozen_weight, match_parameters, weight_port
 
 
 class Offset(Method):
@@ -12,7 +14,7 @@ class Offset(Method):
     For A the offset acts in log space: A = -exp(A_log + Δ).
 
     Args:
-        targets: patterns of parameter names: A_log, D, conv1d.weight, dt_proj.bias, cls_token, pos_embed, …
+        targets: roles (A_log, D, conv, dt_bias, cls_token, pos_embed, …) or patterns of parameter names.
     """
 
     def __init__(self, *, targets: str | list[str], lr_mult: float = 1.0, decay_mult: float = 1.0) -> None:
@@ -20,11 +22,11 @@ class Offset(Method):
         self.targets = targets
         self.sites = nn.ModuleDict()
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: Backbone) -> None:
         for parameter in match_parameters(model, self.targets, self.name):
             site = Delta(frozen_weight(model, parameter))
             self.sites[site_key(parameter)] = site
-            add_weight_delta(model, parameter, self.name, site)
+            weight_port(model, parameter).add(self.name, site)
 
 
 class Delta(nn.Module):

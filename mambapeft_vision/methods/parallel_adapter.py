@@ -3,16 +3,11 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambapeft_vision.backbones.contract import Backbone, FunctionBranch
+from mambapeft_vision.methods.checks import require_dropout, require_ported_linear, require_positive
 from mambapeft_vision.methods.lora import low_rank_pair
-from mambapeft_vision.methods.method import (
-    Method,
-    match_parameters,
-    owner_module,
-    require_dropout,
-    require_ported_linear,
-    require_positive,
-    site_key,
-)
+from mambapeft_vision.methods.method import Method, site_key
+from mambapeft_vision.methods.targets import match_parameters
 
 
 class ParallelAdapter(Method):
@@ -21,7 +16,7 @@ class ParallelAdapter(Method):
     `down` [r, in] starts as `nn.Linear` does, `up` [out, r] at zero; no biases.
 
     Args:
-        targets: patterns of parameter names of linear maps that have a side port.
+        targets: roles or patterns of names of linear maps with a side port.
         rank: r.
         scale: s.
         dropout: between ReLU and up.
@@ -32,7 +27,7 @@ class ParallelAdapter(Method):
     def __init__(
         self,
         *,
-        targets: str | list[str] = "layers.*.mixer.out_proj.weight",
+        targets: str | list[str] = "out_proj",
         rank: int,
         scale: float = 0.1,
         dropout: float = 0.1,
@@ -45,13 +40,12 @@ class ParallelAdapter(Method):
         self.targets, self.rank, self.scale, self.dropout = targets, rank, scale, dropout
         self.sites = nn.ModuleDict()
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: Backbone) -> None:
         for parameter in match_parameters(model, self.targets, self.name):
-            module, attribute = owner_module(model, parameter)
-            require_ported_linear(module, attribute, parameter, self.name)
+            module, side = require_ported_linear(model, parameter, self.name)
             site = Bottleneck(module.weight, self.rank, self.scale, self.dropout)
             self.sites[site_key(parameter)] = site
-            module.side.add(self.name, site)
+            side.add(FunctionBranch(self.name, site))
 
 
 class Bottleneck(nn.Module):

@@ -6,17 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambapeft_vision.backbones.contract import Backbone, LowRankBranch, SidePort
+from mambapeft_vision.methods.checks import require_dropout, require_ported_linear, require_positive
 from mambapeft_vision.methods.lora import low_rank_pair
-from mambapeft_vision.methods.method import (
-    Method,
-    add_weight_delta,
-    match_parameters,
-    owner_module,
-    require_dropout,
-    require_ported_linear,
-    require_positive,
-    site_key,
-)
+from mambapeft_vision.methods.method import Method, site_key
+from mambapeft_vision.methods.targets import frozen_weight, group_count, match_parameters, weight_port
 from mambapeft_vision.utils.errors import UserError
 
 # Blocks up to this size are multiplied out number by number: batched products of 2x2 matrices are slow on a GPU.
@@ -29,10 +23,11 @@ class ProDiaL(Method):
     D_b is block-diagonal on the input side. It comes from raw blocks a (zero at first): off-diagonal entries a,
     diagonal entries 1 + a ("free") or 1 - relu(a) ("relu", as released). relu has no gradient at its zero start, so
     the released form never moves the diagonal. s starts at one and has no weight decay (which would pull the weights
-    to zero). The low-rank branch runs on activations, with dropout on its input.
+    to zero). The low-rank branch runs on activations, with dropout on its input. Every matrix of a grouped weight
+    [K, rows, columns] has its own s, D_b and low-rank pair, which all act on the weight, without dropout.
 
     Args:
-        targets: patterns of parameter names of linear maps with a side port.
+        targets: roles or patterns of names of linear maps with a side port, or of grouped weights.
         n_blocks: blocks of D_b; each has ceil(in / n_blocks) inputs, the last one what is left.
         rank: r.
         alpha: α.
@@ -59,22 +54,35 @@ class ProDiaL(Method):
             raise UserError(f"ProDiaL: diagonal={diagonal!r}; expected 'free' or 'relu'")
         self.targets, self.n_blocks, self.rank, self.alpha = targets, n_blocks, rank, alpha
         self.dropout, self.diagonal = dropout, diagonal
-        self.sites = nn.ModuleDict()
+        self.sites: Any = nn.ModuleDict()
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: Backbone) -> None:
         for parameter in match_parameters(model, self.targets, self.name):
-            module, attribute = owner_module(model, parameter)
-            require_ported_linear(module, attribute, parameter, self.name)
-            site = Projector(self, module)
+            side, groups = self._side(model, parameter), group_count(model, parameter)
+            site = Projector(self, frozen_weight(model, parameter), groups)
             self.sites[site_key(parameter)] = site
-            add_weight_delta(model, parameter, self.name, site.transform_delta)
-            module.side.add(self.name, site)
+            port = weight_port(model, parameter)
+            port.add(self.name, site.transform_delta)
+            if side is None:
+                port.add(self.name, site.low_rank_delta)
+            else:
+                side.add(LowRankBranch(self.name, site.down, site.up, site.low_scale, self.dropout, "input"))
 
-    def to_weight_space(self, model: nn.Module) -> None:
+    def _side(self, model: Backbone, parameter: str) -> SidePort | None:
+        """Where the low-rank branch runs; None: on the weight, as a grouped weight has no port on activations."""
+        if group_count(model, parameter) is None:
+            return require_ported_linear(model, parameter, self.name)[1]
+        if self.dropout:
+            raise UserError(f"{self.name}: {parameter} has no port on activations; set dropout: 0")
+        return None
+
+    def to_weight_space(self, model: Backbone) -> None:
         for key, site in self.sites.items():
             parameter = key.replace("/", ".")
-            owner_module(model, parameter)[0].side.remove(self.name)
-            add_weight_delta(model, parameter, self.name, site.low_rank_delta)
+            side = self._side(model, parameter)
+            if side is not None:
+                side.remove(self.name)
+                weight_port(model, parameter).add(self.name, site.low_rank_delta)
 
     def param_groups(self) -> list[dict[str, Any]]:
         scales = [site.scale for site in self.sites.values()]
@@ -86,48 +94,35 @@ class ProDiaL(Method):
 
 
 class Projector(nn.Module):
-    """One site. Called with activations it is the low-rank branch."""
+    """The parts of one weight [out, in]; with `groups` K of K matrices [K, out, in], each part with that axis first."""
 
-    def __init__(self, method: ProDiaL, module: nn.Linear) -> None:
+    def __init__(self, method: ProDiaL, weight: Tensor, groups: int | None) -> None:
         super().__init__()
-        self.low_scale, self.dropout = method.alpha / method.rank, method.dropout
-        self.relu = method.diagonal == "relu"
-        self.size = -(-module.in_features // method.n_blocks)
-        blocks = -(-module.in_features // self.size)
-        weight = module.weight
-        like = {"device": weight.device, "dtype": weight.dtype}
-        self.scale = nn.Parameter(torch.ones(module.out_features, **like))
-        self.blocks = nn.Parameter(torch.zeros(blocks, self.size, self.size, **like))
+        self.low_scale, self.relu = method.alpha / method.rank, method.diagonal == "relu"
+        *leading, out_features, in_features = weight.shape
+        self.size = -(-in_features // method.n_blocks)
+        blocks = -(-in_features // self.size)
+        self.scale = nn.Parameter(weight.detach().new_ones(*leading, out_features))
+        self.blocks = nn.Parameter(weight.detach().new_zeros(*leading, blocks, self.size, self.size))
+        self.eye: Tensor
         eye = torch.eye(self.size, dtype=torch.bool, device=weight.device)
         self.register_buffer("eye", eye, persistent=False)
-        self.down, self.up = low_rank_pair(weight, method.rank)
-
-    @property
-    def low_rank(self) -> tuple[Tensor, Tensor, float, float]:
-        """down, up, scale, dropout between them: what a port adds to its linear map, for the input `before(x)`."""
-        return self.down, self.up, self.low_scale, 0.0
-
-    def before(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(self.before(x), self.down), self.low_scale * self.up)
+        self.down, self.up = low_rank_pair(weight, method.rank, groups)
 
     def low_rank_delta(self, weight: Tensor) -> Tensor:
         return self.low_scale * (self.up @ self.down)
 
     def block_matrices(self) -> Tensor:
-        """The diagonal blocks of D_b [blocks, size, size]."""
+        """The diagonal blocks of D_b [..., blocks, size, size]."""
         return torch.where(self.eye, 1 - F.relu(self.blocks), self.blocks) if self.relu else self.blocks + self.eye
 
     def transform_delta(self, weight: Tensor) -> Tensor:
-        """diag(s) W D_b - W, for W [out, in]."""
-        out_features, in_features = weight.shape
-        count = self.blocks.shape[0]
+        """diag(s) W D_b - W, for W [..., out, in]."""
+        in_features, count = weight.shape[-1], self.blocks.shape[-3]
         rest = count * self.size - in_features
-        parts = (F.pad(weight, (0, rest)) if rest else weight).view(out_features, count, self.size)
+        parts = (F.pad(weight, (0, rest)) if rest else weight).unflatten(-1, (count, self.size))
         if self.size <= SMALL_BLOCK:
-            product = (parts[..., None] * self.block_matrices()).sum(2)
+            product = (parts[..., None] * self.block_matrices().unsqueeze(-4)).sum(-2)
         else:
-            product = torch.einsum("obj,bjk->obk", parts, self.block_matrices())
-        return self.scale[:, None] * product.flatten(1)[:, :in_features] - weight
+            product = torch.einsum("...obj,...bjk->...obk", parts, self.block_matrices())
+        return self.scale[..., None] * product.flatten(-2)[..., :in_features] - weight

@@ -5,10 +5,13 @@ Visual prompt tuning (arXiv 2203.12119); on Vision Mamba: MambaPEFT (arXiv 2411.
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from mambapeft_vision.methods.method import Method, require_positive
-from mambapeft_vision.methods.tokens import TokenGenerator, join, positions
+from mambapeft_vision.backbones.contract import Backbone, TokenLayout
+from mambapeft_vision.methods.checks import require_positive
+from mambapeft_vision.methods.method import Method
+from mambapeft_vision.methods.targets import like
+from mambapeft_vision.methods.tokens import TokenGenerator, join
 from mambapeft_vision.utils.errors import UserError
 
 POSITIONS = ("prefix_suffix", "prefix", "infix", "suffix")
@@ -17,7 +20,7 @@ POSITIONS = ("prefix_suffix", "prefix", "infix", "suffix")
 class Prompt(Method):
     """n tokens of width D join after the position embedding and stay through all blocks.
 
-    The class token's index moves with the tokens in front of it.
+    Special tokens (and what is read out) move with the tokens in front of them.
 
     Args:
         tokens: n.
@@ -48,16 +51,16 @@ class Prompt(Method):
         self.tokens, self.position, self.projection = tokens, position, projection
         self.bias_decay_mult = bias_decay_mult
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: Backbone) -> None:
         width = model.embed_dim
         hidden = width if self.projection else None
-        self.sites = TokenGenerator(self.tokens, width, width, hidden, "embedding", model.cls_token)
+        self.sites = TokenGenerator(self.tokens, width, width, hidden, "embedding", like(model))
         model.prompt.set(self.name, self.join)
 
-    def join(self, tokens: Tensor, class_index: int) -> tuple[Tensor, int]:
-        """[B, L, D] and the class token's index → [B, L + n, D] and its new index."""
-        at = positions(self.position, self.tokens, tokens.shape[1], class_index)
-        return join(tokens, self.sites(), at), class_index + sum(place <= class_index for place in at)
+    def join(self, tokens: Tensor, layout: TokenLayout) -> tuple[Tensor, TokenLayout]:
+        """[B, L, D] → [B, L + n, D], and the new layout."""
+        places = layout.places(self.position, self.tokens)
+        return join(tokens, self.sites(), places), layout.joined(places)
 
     def fold(self) -> None:
         self.sites.fold()

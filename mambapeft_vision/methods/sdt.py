@@ -6,15 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambapeft_vision.backbones.contract import Backbone
+from mambapeft_vision.methods.checks import require_positive
 from mambapeft_vision.methods.lora import LoRA, LowRank
-from mambapeft_vision.methods.method import (
-    add_weight_delta,
-    frozen_weight,
-    plain_name,
-    require_positive,
-    scan_weights,
-    site_key,
-)
+from mambapeft_vision.methods.method import plain_name, site_key
+from mambapeft_vision.methods.targets import frozen_weight, group_count, scan_weights, weight_port
 from mambapeft_vision.utils.errors import UserError
 
 _OFF = 10.0  # A_log of a state that is switched off: A = -exp(10) forgets at once
@@ -25,6 +21,8 @@ class SDT(LoRA):
     direction, the channels whose A moved most (Σ_n ΔA²) are selected, and in each of them the states that moved most.
     (2) Everything starts anew; Δ on the selected entries of A_log, and on the B and C rows of x_proj at the selected
     channels, trains, and LoRA again. The selection is saved with the adapter.
+
+    Directions that share one A_log [K·E, N] and one grouped x_proj [K, R + 2N, E] select for themselves.
 
     In a hybrid the other methods, and always the head, keep in phase 2 what they learned in phase 1.
 
@@ -44,7 +42,7 @@ class SDT(LoRA):
         f_channels: float = 0.99,
         f_states: float = 0.75,
         f_off: float = 0.0,
-        targets: str | list[str] = "layers.*.mixer.out_proj.weight",
+        targets: str | list[str] = "out_proj",
         rank: int = 8,
         scale: float = 1.0,
         dropout: float = 0.1,
@@ -71,17 +69,24 @@ class SDT(LoRA):
         """Each phase starts as the base model, but for states that are switched off."""
         return not any(site.selected and site.off for site in self._sparse)
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: Backbone) -> None:
         weights = scan_weights(model, self.name)
         super().attach(model)
         self._initial_downs = {k: s.down.detach().clone() for k, s in self.sites.items() if isinstance(s, LowRank)}
         for name, projection in weights:
-            A_log = frozen_weight(model, name)
-            kept = [_kept(total, share) for total, share in zip(A_log.shape, (self.f_channels, self.f_states))]
-            site = SparseStates(A_log, *kept, off=round(self.f_off * A_log.shape[0]))
-            self.sites[site_key(name)] = site
-            add_weight_delta(model, name, self.name, site.state_delta)
-            add_weight_delta(model, projection, self.name, site.row_delta)
+            groups = group_count(model, projection)
+            parts = frozen_weight(model, name).chunk(groups or 1)
+            sites = [self._sparse_states(part) for part in parts]
+            for i, site in enumerate(sites):
+                self.sites[site_key(name if groups is None else f"{name}.{i}")] = site
+            states = sites[0] if groups is None else GroupedStates(sites)
+            weight_port(model, name).add(self.name, states.state_delta)
+            weight_port(model, projection).add(self.name, states.row_delta)
+
+    def _sparse_states(self, A_log: Tensor) -> "SparseStates":
+        channels, states = A_log.shape
+        kept = _kept(channels, self.f_channels), _kept(states, self.f_states)
+        return SparseStates(A_log, *kept, off=round(self.f_off * channels))
 
     @property
     def _sparse(self) -> list["SparseStates"]:
@@ -105,7 +110,7 @@ class SDT(LoRA):
         )
 
     def index_limits(self) -> dict[str, int]:
-        limits = {}
+        limits: dict[str, int] = {}
         for key, site in self.sites.items():
             if isinstance(site, SparseStates) and site.selected:
                 channels, states = site.shape
@@ -128,10 +133,17 @@ class SparseStates(nn.Module):
         channels: c, how many to select. states: s, how many in each. off: o, channels to switch off.
     """
 
+    offset: nn.Parameter | None
+    channels: Tensor  # [c], these from here on once selected
+    states: Tensor  # [c, s]
+    off_channels: Tensor  # [o]
+    entries: nn.Parameter  # [c, s]
+    rows: nn.Parameter  # [2N, c]
+
     def __init__(self, A_log: Tensor, channels: int, states: int, off: int) -> None:
         super().__init__()
         self.kept, self.shape, self.off = (channels, states), tuple(A_log.shape), off
-        self.offset: nn.Parameter | None = nn.Parameter(torch.zeros_like(A_log))
+        self.offset = nn.Parameter(torch.zeros_like(A_log))
 
     @property
     def selected(self) -> bool:
@@ -140,6 +152,7 @@ class SparseStates(nn.Module):
     @torch.no_grad()
     def select(self) -> None:
         """Chooses channels and states by how far the warm-up moved A_log, and starts phase 2."""
+        assert self.offset is not None
         moved = self.offset.square()
         ranking = moved.sum(1).argsort(descending=True, stable=True)
         channels = ranking[: self.kept[0]].sort().values
@@ -152,6 +165,7 @@ class SparseStates(nn.Module):
 
     def enter_selection(self) -> None:
         """Replaces the full offset by those of a selection, which is still to be filled in."""
+        assert self.offset is not None
         like, (channels, states) = self.offset, self.kept
         self.offset = None
         self.register_buffer("channels", torch.zeros(channels, dtype=torch.int64, device=like.device))
@@ -163,7 +177,7 @@ class SparseStates(nn.Module):
 
     def state_delta(self, A_log: Tensor) -> Tensor:
         """Δ of A_log [E, N]."""
-        if not self.selected:
+        if self.offset is not None:
             return self.offset
         place = self.channels[:, None]
         delta = torch.zeros_like(A_log).index_put((place, self.states), self.entries.to(A_log.dtype))
@@ -177,6 +191,19 @@ class SparseStates(nn.Module):
             return torch.zeros_like(x_proj)
         rows = self.rows.new_zeros(self.rows.shape[0], x_proj.shape[1]).index_copy(1, self.channels, self.rows)
         return F.pad(rows, (0, 0, x_proj.shape[0] - rows.shape[0], 0))
+
+
+class GroupedStates:
+    """The offsets of K directions that share one A_log [K·E, N] and one x_proj [K, R + 2N, E]."""
+
+    def __init__(self, sites: list[SparseStates]) -> None:
+        self.sites = sites
+
+    def state_delta(self, A_log: Tensor) -> Tensor:
+        return torch.cat([site.state_delta(part) for site, part in zip(self.sites, A_log.chunk(len(self.sites)))])
+
+    def row_delta(self, x_proj: Tensor) -> Tensor:
+        return torch.stack([site.row_delta(part) for site, part in zip(self.sites, x_proj)])
 
 
 def _kept(total: int, share: float) -> int:

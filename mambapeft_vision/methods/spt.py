@@ -1,20 +1,22 @@
 """SPT-LoRA: sensitivity-aware tuning (arXiv 2303.08566): the task says which weights train, and how."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mambapeft_vision.backbones.contract import Backbone
+from mambapeft_vision.methods.checks import require_positive
 from mambapeft_vision.methods.lora import low_rank_pair
-from mambapeft_vision.methods.method import (
-    Method,
-    add_weight_delta,
+from mambapeft_vision.methods.method import Method, plain_name, site_key
+from mambapeft_vision.methods.targets import (
     frozen_weight,
+    group_count,
     match_parameters,
     owner_module,
-    plain_name,
-    require_positive,
-    site_key,
+    rows_of,
+    weight_port,
 )
 
 
@@ -26,12 +28,12 @@ class SPT(Method):
 
     Entries beyond the number that a matrix' LoRA trains cost nothing, so they are not counted, and exactly `budget`
     numbers train (fewer only if the targets have no more to offer). A weight whose rows the backbone names in blocks
-    (q, k, v; x, z; d, b, c) is one matrix for each block.
+    (q, k, v; x, z; d, b, c) is one matrix for each block, and a grouped weight one for each group too.
 
     The head starts at zero, where no gradient reaches the backbone: it has to train while sensitivities are measured.
 
     Args:
-        targets: patterns of parameter names.
+        targets: roles or patterns of parameter names.
         budget: how many numbers train in phase 2, without the head.
         warmup_steps: optimiser steps of phase 1. Gradients are those of single backward passes.
         rank, scale: r and s of the LoRA.
@@ -52,18 +54,28 @@ class SPT(Method):
         require_positive(self, budget=budget, warmup_steps=warmup_steps, rank=rank)
         self.targets, self.budget, self.warmup_steps = targets, budget, warmup_steps
         self.rank, self.scale = rank, scale
-        self.sites = nn.ModuleDict()
+        self.sites: Any = nn.ModuleDict()
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: Backbone) -> None:
         for parameter in match_parameters(model, self.targets, self.name):
-            weight = frozen_weight(model, parameter)
+            weight, groups = frozen_weight(model, parameter), group_count(model, parameter)
             is_matrix = weight.ndim == 2 and owner_module(model, parameter)[1] == "weight"
-            blocks = model.row_blocks(parameter) if is_matrix else {}
-            for block, rows in (blocks or {None: None}).items():
-                part = weight if rows is None else weight[rows]
-                site = Sensitive(part, self.rank if is_matrix else None, self.scale)
-                self.sites[site_key(parameter if block is None else f"{parameter}.{block}")] = site
-                add_weight_delta(model, parameter, self.name, site.delta, rows)
+            blocks = model.row_blocks(parameter) if is_matrix or groups is not None else {}
+            named: list[tuple[str | None, slice | None]] = [*blocks.items()] or [(None, None)]
+            for block, rows in named:
+                name, part = parameter if block is None else f"{parameter}.{block}", rows_of(weight, rows)
+                port = weight_port(model, parameter)
+                if groups is None:
+                    site = self._sensitive(name, part, is_matrix)
+                    port.add(self.name, site.delta, rows)
+                else:
+                    sites = [self._sensitive(f"{name}.{i}", matrix, True) for i, matrix in enumerate(part)]
+                    port.add(self.name, GroupedDelta(sites), rows)
+
+    def _sensitive(self, name: str, weight: Tensor, is_matrix: bool) -> "Sensitive":
+        site = Sensitive(weight, self.rank if is_matrix else None, self.scale)
+        self.sites[site_key(name)] = site
+        return site
 
     @property
     def warming_up(self) -> bool:
@@ -111,13 +123,21 @@ class Sensitive(nn.Module):
         scale: of the LoRA.
     """
 
+    first_down: Tensor
+    first_up: Tensor
+    sensitivity: Tensor | None  # in W's shape, while it is measured
+    places: Tensor | None  # of the selected entries in the flat weight
+    entries: nn.Parameter | None
+    down: nn.Parameter | None
+    up: nn.Parameter | None
+
     def __init__(self, weight: Tensor, rank: int | None, scale: float) -> None:
         super().__init__()
         self.scale = scale
-        self.weights = self.limit = weight.numel()  # limit: the most numbers that can train
-        self.low_rank = rank is not None and rank * sum(weight.shape) < self.limit
-        if self.low_rank:
-            self.limit = rank * sum(weight.shape)
+        self.weights = self.limit = weight.numel()  # limit: the most entries or parameters that can train
+        self.low_rank = False
+        if rank is not None and rank * sum(weight.shape) < self.limit:
+            self.low_rank, self.limit = True, rank * sum(weight.shape)
             down, up = low_rank_pair(weight, rank)  # drawn now: the draw must not depend on what is selected
             self.register_buffer("first_down", down.detach(), persistent=False)
             self.register_buffer("first_up", up.detach(), persistent=False)
@@ -136,19 +156,22 @@ class Sensitive(nn.Module):
             probe = torch.zeros_like(weight, requires_grad=True)
             probe.register_hook(self._measure)
             return probe
-        if self.down is not None:
+        if self.down is not None and self.up is not None:
             return self.scale * self.up @ self.down
         change = torch.zeros_like(weight)
-        if self.entries is None:
+        if self.entries is None or self.places is None:
             return change
         return change.flatten().index_put((self.places,), self.entries.to(weight.dtype)).view_as(weight)
 
     def _measure(self, gradient: Tensor) -> None:
+        assert self.sensitivity is not None
         self.sensitivity += gradient.square()
 
     def ranking(self) -> tuple[Tensor, Tensor]:
         """The `limit` highest sensitivities, highest first, and their places in the flat weight."""
-        return self.sensitivity.flatten().topk(self.limit)
+        assert self.sensitivity is not None
+        scores, places = self.sensitivity.flatten().topk(self.limit)
+        return scores, places
 
     def select(self, places: Tensor) -> None:
         """Starts phase 2 with these places [count <= limit] of the flat weight selected."""
@@ -156,7 +179,7 @@ class Sensitive(nn.Module):
             self.enter_lora()
             return
         self.enter_entries(len(places))
-        if len(places):
+        if self.places is not None:
             self.places.copy_(places.sort().values)
 
     def enter_lora(self) -> None:
@@ -166,7 +189,18 @@ class Sensitive(nn.Module):
 
     def enter_entries(self, count: int) -> None:
         """Goes on with single entries, at places that are still to be filled in; 0: frozen."""
+        assert self.sensitivity is not None
         if count:
             self.places = torch.zeros(count, dtype=torch.int64, device=self.sensitivity.device)
             self.entries = nn.Parameter(self.sensitivity.new_zeros(count))
         self.sensitivity = None
+
+
+class GroupedDelta:
+    """ΔW of a grouped weight [K, rows, columns], matrix by matrix."""
+
+    def __init__(self, sites: list[Sensitive]) -> None:
+        self.sites = sites
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        return torch.stack([site.delta(matrix) for site, matrix in zip(self.sites, weight)])

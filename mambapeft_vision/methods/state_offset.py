@@ -1,11 +1,11 @@
 """State-offset tuning (arXiv 2503.03499): a learned constant added to the state, or to the output, of the scan."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
-from mambapeft_vision.methods.method import Method, mixers_of, site_key
+from mambapeft_vision.backbones.contract import Backbone
+from mambapeft_vision.methods.method import Method, site_key
+from mambapeft_vision.methods.targets import like, mixers_of
 from mambapeft_vision.utils.errors import UserError
 
 
@@ -18,7 +18,7 @@ class StateOffset(Method):
         form: "state" or "output".
     """
 
-    attach_order: ClassVar[int] = 2  # h' has as many states as the scan will have
+    attach_order = 2  # h' has as many states as the scan will have
     merge_obstacle = "the offset is added inside the scan, where no weight is"
 
     def __init__(self, *, form: str = "state", lr_mult: float = 1.0, decay_mult: float = 1.0) -> None:
@@ -28,11 +28,11 @@ class StateOffset(Method):
         self.form = form
         self.sites = nn.ModuleDict()
 
-    def attach(self, model: nn.Module) -> None:
-        for i, mixer in enumerate(mixers_of(model, self.name)):
-            like = mixer.A_log if self.form == "state" else mixer.D
-            site = DirectionOffsets(like)
-            self.sites[site_key(f"layers.{i}.mixer")] = site
+    def attach(self, model: Backbone) -> None:
+        for mixer in mixers_of(model, self.name):
+            shape = (mixer.d_inner, mixer.states) if self.form == "state" else (mixer.d_inner,)
+            site = DirectionOffsets(like(model).new_zeros(shape))
+            self.sites[site_key(mixer.name)] = site
             port = mixer.state_offset if self.form == "state" else mixer.output_offset
             port.set(self.name, site)
 
@@ -40,10 +40,10 @@ class StateOffset(Method):
 class DirectionOffsets(nn.Module):
     """One mixer's pair of offsets."""
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, zeros: Tensor) -> None:
         super().__init__()
-        self.forward_offset = nn.Parameter(torch.zeros_like(like, requires_grad=False))
-        self.backward_offset = nn.Parameter(torch.zeros_like(like, requires_grad=False))
+        self.forward_offset = nn.Parameter(zeros)
+        self.backward_offset = nn.Parameter(torch.zeros_like(zeros))
 
     def forward(self) -> tuple[Tensor, Tensor]:
         return self.forward_offset, self.backward_offset

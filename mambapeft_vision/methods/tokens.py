@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mambapeft_vision.utils.errors import UserError
-
 
 class TokenGenerator(nn.Module):
     """Learned tokens [n, out]: a table, or (with `hidden`) embedding [n, width] → Linear → Tanh → Linear.
@@ -27,7 +25,7 @@ class TokenGenerator(nn.Module):
     def __init__(self, n: int, width: int, out: int, hidden: int | None, table: str, like: Tensor) -> None:
         super().__init__()
         self.table_name = table
-        kind = {"device": like.device, "dtype": like.dtype}
+        kind: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         if hidden is None:
             self.register_parameter(table, nn.Parameter(torch.randn(n, out, **kind)))
             return
@@ -63,24 +61,11 @@ class TokenGenerator(nn.Module):
         ]
 
 
-def positions(kind: str, n: int, length: int, class_index: int) -> list[int]:
-    """For each of n tokens, the number of original tokens (of `length`) in front of it; never decreasing."""
-    if kind == "prefix":
-        return [0] * n
-    if kind == "suffix":
-        return [length] * n
-    if kind == "prefix_suffix":  # halves as torch.tensor_split makes them: the first takes the odd one
-        return [0] * (n - n // 2) + [length] * (n // 2)
-    if kind == "infix":  # between n + 1 parts as torch.tensor_split makes them
-        size, longer = divmod(length, n + 1)
-        return [i * size + min(i, longer) for i in range(1, n + 1)]
-    if kind == "around_class":
-        return [class_index] * (n // 2) + [class_index + 1] * (n - n // 2)
-    raise UserError(f"position={kind!r} is unknown; known: prefix, suffix, prefix_suffix, infix, around_class")
-
-
 def join(tokens: Tensor, new: Tensor, at: list[int]) -> Tensor:
-    """[B, L, C] with `new` [n, C] put in at `at` (see `positions`) → [B, L + n, C], in the dtype of `tokens`."""
+    """[B, L, C] with `new` [n, C] put in at `at` → [B, L + n, C], in the dtype of `tokens`.
+
+    at: for each new token, the number of tokens in front of it (`TokenLayout.places`).
+    """
     new = new.to(tokens.dtype)
     if all(place in (0, tokens.shape[1]) for place in at):
         return _BothEnds.apply(tokens, new, at.count(0))
@@ -117,7 +102,7 @@ class _BothEnds(torch.autograd.Function):
 def fill_ends(tokens: Tensor, new: Tensor, front: int) -> Tensor:
     """Puts new[:front] over the first tokens of [B, L, C] and new[front:] over the last, in place.
 
-    What was there must be zeros that depend on nothing trained (`PortedLinear.keeps_zeros`): the gradient passes
+    What was there must be zeros that depend on nothing trained (of a linear map without bias): the gradient passes
     over them as it comes.
     """
     return _FilledEnds.apply(tokens, new.to(tokens.dtype), front)

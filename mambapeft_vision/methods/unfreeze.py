@@ -4,7 +4,9 @@ from typing import Any
 
 from torch import nn
 
-from mambapeft_vision.methods.method import Method, backbone_parameters, match_parameters
+from mambapeft_vision.backbones.contract import Backbone
+from mambapeft_vision.methods.method import Method
+from mambapeft_vision.methods.targets import match_parameters
 from mambapeft_vision.utils.errors import UserError
 
 
@@ -15,8 +17,8 @@ class Unfreeze(Method):
     published recipe; `decay_mult` applies to the others.
 
     Args:
-        targets: patterns of parameter names; "**" is everything.
-        no_decay: patterns of further tensors without weight decay (those that the backbone has).
+        targets: roles (norm, …) or patterns of parameter names; "**" is everything.
+        no_decay: roles or patterns of further tensors without weight decay (those that the backbone has).
         reinitialise: start from random weights ("scratch") instead of the pretrained ones; needs targets "**", as
             only what is owned is saved.
         flat_decay_mult: decay multiplier of the one-dimensional tensors.
@@ -46,21 +48,15 @@ class Unfreeze(Method):
     def attach_order(self) -> int:
         return -1 if self.reinitialise else 0  # before what starts from the weights, as DoRA does
 
-    def attach(self, model: nn.Module) -> None:
-        parameters = backbone_parameters(model)
+    def attach(self, model: Backbone) -> None:
+        parameters = dict(model.named_parameters())
         names = match_parameters(model, self.targets, self.name)
         if self.reinitialise:
             self._require_everything(names, parameters)
             model.init_weights()
         for name in names:
-            p = parameters[name]
-            if p.requires_grad:
-                raise UserError(
-                    f"both {getattr(p, 'trained_by', 'another method')!r} and {self.name!r} want to train {name}; "
-                    f"remove one of them from method=[...]"
-                )
-            p.trained_by = self.name
-            self._owned[name] = p.requires_grad_(True)
+            parameters[name].requires_grad_(True)
+            self._owned[name] = parameters[name]
         if self.no_decay:
             self._undecayed = set(match_parameters(model, self.no_decay, self.name, each=False))
 

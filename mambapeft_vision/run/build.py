@@ -9,7 +9,8 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
-from mambapeft_vision.adapter.model import AdaptedModel, adapt, build_method
+from mambapeft_vision.adapter.build import build_method
+from mambapeft_vision.adapter.model import AdaptedModel, adapt
 from mambapeft_vision.adapter.scaling import scaled
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.weights import load_weights

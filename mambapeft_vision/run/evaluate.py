@@ -9,8 +9,10 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from yaml import YAMLError
 
-from mambapeft_vision.adapter.model import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from mambapeft_vision.adapter.model import AdaptedModel, Adapter, read_adapter
+from mambapeft_vision.adapter.files import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from mambapeft_vision.adapter.files import Adapter, read_adapter
+from mambapeft_vision.adapter.load import apply_adapter
+from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.engine.predict import Predictions
 from mambapeft_vision.methods import add_methods_folder
 from mambapeft_vision.results.environment import device_name, git_state, library_versions
@@ -90,7 +92,7 @@ def _apply(adapter: Adapter, backbone: nn.Module, num_classes: int) -> AdaptedMo
             f"{adapter.folder / ADAPTER_CONFIG_FILE}: num_classes is {adapter.config['num_classes']}, but the task has "
             f"{num_classes}; give the images it was trained on (dataset_folder=...)"
         )
-    return adapter.apply(backbone)
+    return apply_adapter(adapter, backbone)
 
 
 def _with_moved_files(config: DictConfig, cfg: DictConfig) -> DictConfig:

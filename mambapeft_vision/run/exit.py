@@ -23,6 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from mambapeft_vision.adapter.specs import RENAMED
 from mambapeft_vision.utils.atomic import write_json
 from mambapeft_vision.utils.errors import DISK_REMEDIES, NotFiniteError, Preempted, SweepEnded, UserError
 from mambapeft_vision.utils.typed import nearest
@@ -168,5 +169,7 @@ def _missing_option(error: MissingConfigException) -> str:
     """Hydra's first line, with the options that were near. Of a group inside a group Hydra does not know them."""
     text = str(error).splitlines()[0]
     option = (error.missing_cfg_file or "").rpartition("/")[2]
+    if option in RENAMED:
+        return f"{text}; it has no file of its own any more: write {RENAMED[option]}"
     near = difflib.get_close_matches(option, error.options or [], n=3)
     return f"{text}; did you mean {', '.join(near)}?" if near else f"{text}; --help lists what there is"

@@ -11,8 +11,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from mambapeft_vision.adapter.specs import for_backbone, in_old_words
 from mambapeft_vision.engine.config import TrainerConfig
-from mambapeft_vision.run.config import METHOD_SIZES, PathsConfig, TrainConfig, to_dict
+from mambapeft_vision.run.config import GIVEN, METHOD_SIZES, PathsConfig, TrainConfig, to_dict
 from mambapeft_vision.run.exit import nearest
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.identity import fingerprint, identity
@@ -95,7 +96,7 @@ class RunPlan:
 def make_plan(cfg: DictConfig) -> RunPlan:
     """Checks and resolves a composed config. Raises UserError naming the key that is wrong."""
     config = _checked(cfg)
-    return _plan(config, identity(config))
+    return _plan(config, _identity_of(config))
 
 
 class Resolved:
@@ -106,7 +107,7 @@ class Resolved:
 
     def __init__(self, cfg: DictConfig) -> None:
         self._config = _checked(cfg)
-        self._identity = identity(self._config)
+        self._identity = _identity_of(self._config)
         leaves = list(_leaves(OmegaConf.to_container(cfg, resolve=False)))
         within = seed_is_within(cfg)
         if within:
@@ -147,12 +148,24 @@ def _checked(cfg: DictConfig) -> dict[str, Any]:
     config.pop("pretrain", None)
     if config["method_sizes"] not in METHOD_SIZES:
         raise UserError(f"method_sizes={config['method_sizes']!r}; expected one of {', '.join(METHOD_SIZES)}")
+    config["method"] = _sized_methods(config)
     _check_values(config, "")
     TrainerConfig(**config["trainer"]).check()
     task = config["dataset"].get("name")
     if not isinstance(task, str) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", task):
         raise UserError(f"dataset.name={task!r}; expected letters, digits, '_', '-', '.', in parts split by '/'")
     return config
+
+
+def _sized_methods(config: dict[str, Any]) -> dict[str, Any]:
+    """The methods with the published sizes for the backbone; with those of Vim-S where they are to be scaled."""
+    backbone = config["backbone"].get("name") if config["method_sizes"] == GIVEN else None
+    return for_backbone(config["method"], backbone if isinstance(backbone, str) else None)
+
+
+def _identity_of(config: dict[str, Any]) -> Mapping[str, Any]:
+    """What decides the result. Roles are spelled as the patterns before them, so that a run keeps its identity."""
+    return identity({**config, "method": in_old_words(config["method"])})
 
 
 def _plan(config: dict[str, Any], deciding: Mapping[str, Any]) -> RunPlan:

@@ -6,9 +6,13 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.method_cases import pooled
 from safetensors.torch import load_file, save_file
 
-from mambapeft_vision.adapter.model import adapt, backbone_sha256, build_method, read_adapter
+from mambapeft_vision.adapter.build import build_method
+from mambapeft_vision.adapter.files import read_adapter
+from mambapeft_vision.adapter.load import apply_adapter, build_methods
+from mambapeft_vision.adapter.model import adapt, backbone_sha256
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.methods import add_methods_folder
 from mambapeft_vision.methods.linear_probe import LinearProbe
@@ -51,7 +55,7 @@ IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 def test_starts_as_the_base_model():
     plain = backbone().eval()
     model = adapt(backbone(), methods(), 7).eval()
-    assert torch.equal(model.backbone.forward_features(IMAGES), plain.forward_features(IMAGES))
+    assert torch.equal(pooled(model.backbone, IMAGES), pooled(plain, IMAGES))
     assert not model(IMAGES).any()  # the head starts at zero
 
 
@@ -118,7 +122,7 @@ def test_saved_adapter_is_bit_equal_and_holds_no_backbone(tmp_path):
     model.save(tmp_path, {"task": "some/task"})
     state = load_file(tmp_path / "adapter.safetensors")
     assert set(state) == set(model.owned()) | {"head.weight", "head.bias"}
-    again = read_adapter(tmp_path).apply(backbone()).eval()
+    again = apply_adapter(read_adapter(tmp_path), backbone()).eval()
     assert torch.equal(again(IMAGES), model(IMAGES))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["task"] == "some/task"
@@ -217,13 +221,13 @@ def test_adapter_config_names_methods_only(tmp_path, target):
     folder = saved(tmp_path)
     edit_config(folder, methods={"x": {"_target_": target}})
     with pytest.raises(UserError, match="only classes in mambapeft_vision.methods|no Method|does not exist"):
-        read_adapter(folder).build_methods()
+        build_methods(read_adapter(folder))
 
 
 def test_other_backbone_is_refused(tmp_path):
     other = create_backbone("vim_pico_patch8_32", "random", seed=9, depth=2, embed_dim=32, img_size=16)
     with pytest.raises(UserError, match="load the weights it was trained on"):
-        read_adapter(saved(tmp_path)).apply(other)
+        apply_adapter(read_adapter(saved(tmp_path)), other)
 
 
 def test_future_format_and_damaged_files_are_refused(tmp_path):
@@ -254,7 +258,7 @@ def test_loading_is_strict_and_changes_nothing_on_error(tmp_path):
     del state["cls.cls_token.offset"]
     save_file(state, path)
     with pytest.raises(UserError, match=r"missing: cls.cls_token.offset"):
-        read_adapter(folder).apply(backbone())
+        apply_adapter(read_adapter(folder), backbone())
     model = adapt(backbone(), methods(), 7)
     before = {k: v.clone() for k, v in model.adapter_state().items()}
     with pytest.raises(UserError, match="unknown: extra"):

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from helpers.golden_values import GOLDEN
+from helpers.method_cases import pooled
 
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.vim import Vim
@@ -40,7 +41,7 @@ def test_variants_are_timm_models(name, tokens, parameters):
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0)
     assert model.pos_embed.shape[1] == tokens
-    assert model.class_token_index == (tokens - 1) // 2
+    assert model.layout.special == model.layout.readout == ((tokens - 1) // 2,)
     if parameters:
         assert sum(p.numel() for p in model.parameters()) == parameters
     assert model.default_cfg["input_size"] == (3, 224, 224)
@@ -68,9 +69,9 @@ def test_drop_path_of_everything_leaves_the_embedding():
     model = tiny(drop_path_rate=0.5).train()
     model._keep.fill_(1e-9)
     images = torch.randn(2, 3, 16, 16)
-    token = model.embed(images)[0][:, model.class_token_index]
+    token = model.layout.read(model.embed(images)[0]).squeeze(1)
     expected = token / token.square().mean(-1, keepdim=True).add(1e-5).sqrt()
-    assert torch.allclose(model.forward_features(images), expected, atol=1e-5)
+    assert torch.allclose(pooled(model, images), expected, atol=1e-5)
 
 
 def test_initialisation_is_vims():
@@ -135,4 +136,4 @@ def test_halved_sum_and_plain_sum_differ_by_the_output_of_out_proj():
     summed.load_state_dict(halved.state_dict())
     summed.layers[0].mixer.out_proj.weight.data /= 2
     images = torch.randn(2, 3, 16, 16)
-    assert torch.allclose(halved.eval().forward_features(images), summed.eval().forward_features(images), atol=1e-6)
+    assert torch.allclose(pooled(halved.eval(), images), pooled(summed.eval(), images), atol=1e-6)

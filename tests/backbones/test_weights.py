@@ -98,21 +98,24 @@ def test_missing_file_and_foreign_content(tmp_path):
 def test_position_embedding_resizes_with_the_class_token_apart(tmp_path):
     small, large = tiny(), tiny(img_size=64)
     load_weights(large, official_file(tmp_path / "w.pth", small))
-    assert torch.equal(large.pos_embed[:, large.class_token_index], small.pos_embed[:, small.class_token_index])
+    assert torch.equal(large.layout.read(large.pos_embed), small.layout.read(small.pos_embed))
     assert torch.equal(large.layers[0].mixer.D, small.layers[0].mixer.D)
+
+
+LAYOUT_OF = Vim(16, patch_size=8, embed_dim=16, depth=1).layout_of
 
 
 def test_resized_constant_stays_constant_and_same_grid_is_identity():
     position = torch.full((1, 17, 4), 2.0)
     position[:, 8] = -1.0
-    out = resize_pos_embed(position, (6, 6))
+    out = resize_pos_embed(position, LAYOUT_OF, (6, 6))
     assert out.shape == (1, 37, 4)
     assert torch.equal(out[:, 18], position[:, 8])
     assert torch.allclose(torch.cat((out[:, :18], out[:, 19:]), 1), torch.tensor(2.0))
     random = torch.randn(1, 17, 4)
-    assert torch.allclose(resize_pos_embed(random, (4, 4)), random, atol=1e-6)
+    assert torch.allclose(resize_pos_embed(random, LAYOUT_OF, (4, 4)), random, atol=1e-6)
     with pytest.raises(UserError, match="no square grid"):
-        resize_pos_embed(torch.zeros(1, 16, 4), (4, 4))
+        resize_pos_embed(torch.zeros(1, 16, 4), LAYOUT_OF, (4, 4))
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])

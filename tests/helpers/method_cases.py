@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from mambapeft_vision.adapter.model import AdaptedModel, adapt, build_method
+from mambapeft_vision.adapter.build import build_method
+from mambapeft_vision.adapter.model import AdaptedModel, adapt
 from mambapeft_vision.adapter.presets import read_presets
 from mambapeft_vision.backbones import create_backbone
 
@@ -65,6 +66,11 @@ def tiny_model(row: tuple[str, ...], dtype: torch.dtype = torch.float64, seed: i
     if WARMED_UP in row:
         finish_warmup(model)
     return model
+
+
+def pooled(backbone: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """What the head gets, [B, D]."""
+    return backbone.forward_head(backbone.forward_features(images), pre_logits=True)
 
 
 def finish_warmup(model: AdaptedModel) -> None:

@@ -103,16 +103,19 @@ def test_import_needs_neither_triton_nor_cuda():
 
 def call(**change):
     directions = cast(make_directions(6, 3, 2), torch.float32)
-    arguments = {"x": torch.ones(1, 2, 6), "z": torch.ones(1, 2, 6), "directions": directions} | change
+    arguments = {"xz": torch.ones(1, 2, 12), "directions": directions} | change
     return ssm_mixer(**arguments)
 
 
 def test_wrong_inputs_are_named():
     one = cast(make_directions(6, 3, 2), torch.float32)[0]
+    x = torch.ones(1, 2, 6)
+    with pytest.raises(ValueError, match="xz must be"):
+        call(xz=torch.ones(1, 2, 7))
     with pytest.raises(ValueError, match="x and z must be"):
-        call(z=torch.ones(1, 3, 6))
+        call(xz=x, z=torch.ones(1, 3, 6))
     with pytest.raises(ValueError, match="one dtype"):
-        call(z=torch.ones(1, 2, 6).double())
+        call(xz=x, z=x.double())
     with pytest.raises(ValueError, match="at least one Direction"):
         call(directions=[])
     with pytest.raises(ValueError, match=r"D has shape \(5,\), expected \(6,\)"):

@@ -8,7 +8,7 @@ from helpers.kernel_cases import relative_error
 from mambapeft_kernels import low_rank_add
 from mambapeft_kernels.low_rank import linear as low_rank
 from mambapeft_kernels.low_rank import naive
-from mambapeft_kernels.low_rank.linear import LowRankBranch, add_low_rank, low_rank_linear
+from mambapeft_kernels.low_rank.linear import LowRankFactors, add_low_rank, low_rank_linear
 
 CPU = [pytest.param("cpu", id="interpreter")] if not torch.cuda.is_available() else []
 GPU = [pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)]
@@ -145,8 +145,8 @@ def branch_results(device, dtype, added):
     x, weight = draw(3, 50, 40, seed=0), draw(70, 40, seed=1)
     factors = [draw(*shape, seed=2 + i) for i, shape in enumerate(((3, 40), (70, 3), (16, 40), (33, 16)))]
     branches = [
-        LowRankBranch(*factors[:2], 1.0, 0.0, None),
-        LowRankBranch(*factors[2:], 0.3, 0.0, slice(8, 41)),
+        LowRankFactors(*factors[:2], 1.0, 0.0, None),
+        LowRankFactors(*factors[2:], 0.3, 0.0, slice(8, 41)),
     ]
     with torch.autocast(device, torch.float16 if dtype == torch.float64 else dtype, enabled=dtype != torch.float64):
         linear = low_rank_linear(x, weight, None, branches)

@@ -1,14 +1,12 @@
-"""The linear map with its low-rank branch against the same written out; and the copies of frozen weights."""
-
-import copy
+"""The linear map with its low-rank branch against the same written out."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from mambapeft_kernels.low_rank.linear import LowRankBranch, add_low_rank, low_rank_linear
-from torch import nn
+from mambapeft_kernels.low_rank.linear import LowRankFactors, add_low_rank, low_rank_linear
 
-from mambapeft_vision.backbones.ports import NarrowCopy, PortedLinear
+from mambapeft_vision.backbones.layers import PortedLinear
+from mambapeft_vision.backbones.ports import FunctionBranch, LowRankBranch
 
 IN, OUT, RANK = 6, 10, 3
 
@@ -32,7 +30,7 @@ def written_out(x, weight, bias, down, up, scale, dropout, rows):
 
 
 def joined(x, weight, bias, down, up, *settings):
-    return low_rank_linear(x, weight, bias, [LowRankBranch(down, up, *settings)])
+    return low_rank_linear(x, weight, bias, [LowRankFactors(down, up, *settings)])
 
 
 @pytest.mark.parametrize("rows", [None, slice(0, 4), slice(3, 10)])
@@ -59,7 +57,7 @@ def test_a_second_branch_adds_to_the_first(rows, dropout):
         torch.manual_seed(1)
         out = F.linear(x, weight)
         if added:
-            out = add_low_rank(out, x, [LowRankBranch(down, up, 0.1, dropout, rows)])
+            out = add_low_rank(out, x, [LowRankFactors(down, up, 0.1, dropout, rows)])
         else:
             out = out + written_out(x, torch.zeros_like(weight), None, down, up, 0.1, dropout, rows)
         results.append([out, *torch.autograd.grad(out.square().sum(), (x, weight, down, up))])
@@ -76,7 +74,7 @@ def test_branches_beside_each_other_are_the_same_one_by_one(function, needed):
     second = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, IN), (4, 2))]
     down.requires_grad_(needed[0])
     second[1].requires_grad_(needed[1])
-    branches = [LowRankBranch(down, up, 0.1, 0.0, None), LowRankBranch(*second, 2.0, 0.0, slice(3, 7))]
+    branches = [LowRankFactors(down, up, 0.1, 0.0, None), LowRankFactors(*second, 2.0, 0.0, slice(3, 7))]
     results = []
     for together in (True, False):
         if together and function == "linear":
@@ -94,7 +92,7 @@ def test_branches_beside_each_other_are_the_same_one_by_one(function, needed):
 def test_branches_beside_each_other_draw_dropout_of_their_own():
     """Written out with the mask that the one draw for both gives, each branch has its own columns of it."""
     x, weight, _, down, up = tensors(None, False)
-    branches = [LowRankBranch(down, up, 0.1, 0.4, None)] * 2
+    branches = [LowRankFactors(down, up, 0.1, 0.4, None)] * 2
     torch.manual_seed(1)
     found = low_rank_linear(x, weight, None, branches)
     torch.manual_seed(1)
@@ -104,22 +102,42 @@ def test_branches_beside_each_other_draw_dropout_of_their_own():
     assert not torch.equal(low[..., :RANK], low[..., RANK:])
 
 
-def test_a_port_joins_branches_of_one_rate_of_dropout():
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dropout_on", ["input", "middle"])
+@pytest.mark.parametrize("rows", [None, slice(3, 10)])
+def test_the_fused_products_are_what_the_branch_defines(rows, dropout_on, training):
+    linear = PortedLinear(IN, OUT, bias=False, name="linear").double().train(training)
+    x, _, _, down, up = tensors(rows, False)
+    branch = LowRankBranch("owner", down, up, 0.3, 0.4, dropout_on, rows)
+    linear.side.add(branch)
+    torch.manual_seed(1)
+    found = linear(x)
+    torch.manual_seed(1)
+    expected = F.linear(x, linear.weight)
+    expected[..., rows or slice(None)] += branch(x, training)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    leaves = (x, down, up)
+    gradients = (torch.autograd.grad(out.square().sum(), leaves) for out in (found, expected))
+    for ours, wanted in zip(*gradients):
+        torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_port_adds_branches_of_every_kind():
     linear = PortedLinear(IN, OUT, bias=False, name="linear").double()
     x, _, _, down, up = tensors(None, False)
     expected = F.linear(x, linear.weight)
     for number in range(3):
-        branch = lambda x: pytest.fail("branches with low_rank are not called")  # noqa: E731
-        branch.low_rank = (down, up, 0.1, 0.0 if number else 1e-300)  # a rate of its own that drops nothing
-        linear.side.add(f"owner{number}", branch)
+        dropout = 0.0 if number else 1e-300  # a rate of its own that drops nothing
+        linear.side.add(LowRankBranch(f"owner{number}", down, up, 0.1, dropout))
         expected = expected + 0.1 * F.linear(F.linear(x, down), up)
-    doubled = lambda x: pytest.fail("branches with low_rank are not called")  # noqa: E731
-    doubled.low_rank, doubled.before = (down, up, 0.1, 0.0), lambda x: 2 * x
-    linear.side.add("doubled", doubled)
+    linear.side.add(LowRankBranch("on the input", down, up, 0.2, 0.0, "input"))
     expected = expected + 0.2 * F.linear(F.linear(x, down), up)
-    linear.side.add("another", lambda x: x.sum(-1, keepdim=True), slice(2, 3))
+    linear.side.add(FunctionBranch("another", lambda x: x.sum(-1, keepdim=True), slice(2, 3)))
     expected[..., 2:3] += x.sum(-1, keepdim=True)
     torch.testing.assert_close(linear(x), expected, rtol=1e-12, atol=1e-12)
+    for branch in list(linear.side.branches):
+        linear.side.remove(branch.owner)
+    assert torch.equal(linear(x), F.linear(x, linear.weight))
 
 
 def test_under_autocast_gradients_come_in_the_parameters_dtype():
@@ -133,27 +151,3 @@ def test_under_autocast_gradients_come_in_the_parameters_dtype():
     assert down.grad.dtype == up.grad.dtype == torch.float32
     expected = written_out(x, weight, None, down.detach(), up.detach(), 0.5, 0.0, None)
     assert (out.float() - expected).norm() < 1e-2 * expected.norm()
-
-
-def test_a_frozen_weight_is_cast_once_and_again_when_it_changes():
-    linear = PortedLinear(IN, OUT, bias=False, name="linear")
-    linear.weight.requires_grad_(False)
-    x = torch.randn(4, IN)
-    with torch.autocast("cpu", torch.bfloat16):
-        first = linear(x)
-        kept = linear._narrow._copy
-        linear(x)
-        assert linear._narrow._copy is kept
-        linear.weight.mul_(2)
-        assert torch.equal(linear(x), 2 * first)
-        assert torch.equal(copy.deepcopy(linear)(x), 2 * first)
-    assert linear(x).dtype == torch.float32
-
-
-def test_only_frozen_parameters_have_a_kept_copy():
-    weight, narrow = nn.Parameter(torch.randn(3, 4), requires_grad=False), NarrowCopy()
-    assert narrow.of(weight, torch.float32) is weight
-    assert torch.equal(narrow.of(weight, torch.bfloat16), weight.bfloat16())
-    computed = weight * 2  # the next one may lie at the same place and be another one
-    assert narrow.of(computed, torch.bfloat16) is computed
-    assert narrow.of(weight.requires_grad_(), torch.bfloat16) is weight

@@ -128,13 +128,13 @@ def test_direction_layouts(backend, device, groups):
 @pytest.mark.parametrize("reverse", [False, True], ids=["until", "from"])
 @pytest.mark.parametrize(("backend", "device"), CPU + GPU)
 def test_one_direction_on_a_part_of_the_tokens(backend, device, reverse):
-    """As the last block of a model runs them: x and z are views of a longer tensor's rows."""
+    """As affix tokens between those of the image need them; xz is a view of a longer tensor's rows."""
     directions = cast([make_directions(16, 4, 2, device=device)[reverse]], torch.float32)
     weights = directions[0][:-1]
     long = make_xz(2, 19, 16, device).float().requires_grad_()
     rows = slice(11, None) if reverse else slice(0, 12)
     part = long[:, rows].detach().contiguous().requires_grad_()
-    expected, found = (ssm_mixer(*t.chunk(2, -1), directions, backend=backend) for t in (part, long[:, rows]))
+    expected, found = (ssm_mixer(t, directions, backend=backend) for t in (part, long[:, rows]))
     dout = torch.zeros_like(expected)
     dout[:, 0 if reverse else -1] = 1.0
     wanted = torch.autograd.grad(expected, [part, *weights], dout)
@@ -152,14 +152,14 @@ def test_only_the_gradient_asked_for(backend, device, name):
     xz = make_xz(1, 9, 9, device).float()
     expected = results(xz, directions, torch.float32, backend)
     if name == "none":
-        out = ssm_mixer(*xz.chunk(2, -1), directions, backend=backend)
+        out = ssm_mixer(xz, directions, backend=backend)
         assert not out.requires_grad
         # Not bit for bit: what keeps nothing for a backward may be another kernel.
         assert relative_error(out, expected["out"]) <= 1e-6
         return
     leaf = xz if name == "xz" else getattr(directions[1], name)
     leaf.requires_grad_()
-    out = ssm_mixer(*xz.chunk(2, -1), directions, backend=backend)
+    out = ssm_mixer(xz, directions, backend=backend)
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(device)
     out.backward(dout.float())
     assert torch.equal(leaf.grad, expected["d xz" if name == "xz" else f"d {name}[1]"])
@@ -175,26 +175,26 @@ def test_gradient_of_one_half(backend, device, half):
     whole = torch.cat(halves, -1)
     expected = results(whole, directions, torch.float32, backend)
     halves[half].requires_grad_()
-    out = ssm_mixer(*halves, directions, backend=backend)
+    out = ssm_mixer(halves[0], directions, backend=backend, z=halves[1])
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(device)
     out.backward(dout.float())
     assert torch.equal(halves[half].grad, expected["d xz"].chunk(2, -1)[half])
     assert halves[1 - half].grad is None
 
 
-@pytest.mark.parametrize(("backend", "device"), FUSED)
-def test_watched_halves_get_their_own_gradients(backend, device):
-    """x and z split from one tensor are joined again inside the op, but not behind the back of who looks at them."""
+@pytest.mark.parametrize(("backend", "device"), [*CPU, *FUSED])
+def test_a_separate_gate_is_the_same_as_the_second_half(backend, device):
+    """Values and gradients; with `z` the second half of xz takes no part."""
     directions = cast(make_directions(8, 3, 2, device=device), torch.float32, grad=False)
-    xz = make_xz(1, 9, 8, device).float().requires_grad_()
-    x, z = xz.chunk(2, -1)
-    x.retain_grad()
-    ssm_mixer(x, z, directions, backend=backend).sum().backward()
-    assert torch.equal(x.grad, xz.grad[..., :8])
-    unwatched = xz.detach().clone().requires_grad_()
-    ssm_mixer(*unwatched.chunk(2, -1), directions, backend=backend).sum().backward()
-    assert torch.equal(unwatched.grad, xz.grad)
-    assert not ssm_mixer(*xz.detach().chunk(2, -1), directions, backend=backend).requires_grad
+    xz = make_xz(1, 9, 8, device).float()
+    expected = results(xz, directions, torch.float32, backend)
+    x, z = (half.clone().requires_grad_() for half in xz.chunk(2, -1))
+    out = ssm_mixer(x, directions, backend=backend, z=z)
+    assert relative_error(out, expected["out"]) <= 1e-6
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(device)
+    gradients = torch.autograd.grad(out, (x, z), dout.float())
+    assert relative_error(torch.cat(gradients, dim=-1), expected["d xz"]) <= 1e-6
+    assert not ssm_mixer(x.detach(), directions, backend=backend, z=z.detach()).requires_grad
 
 
 @pytest.fixture
@@ -227,12 +227,12 @@ def test_any_strides(backend, device):
     directions = cast(make_directions(8, 4, 2, device=device), torch.float32)
     base = make_xz(2, 9, 8, device).float()
     x, z = (t.contiguous() for t in base.chunk(2, -1))
-    expected = ssm_mixer(x, z, directions, backend=backend)
+    expected = ssm_mixer(x, directions, backend=backend, z=z)
     weights = [t for d in directions for t in d[:-1]]
     wanted = torch.autograd.grad(expected.sum(), weights)
     strided_x = x.transpose(1, 2).contiguous().transpose(1, 2)
     strided_z = torch.repeat_interleave(z, 2, dim=-1)[..., ::2]
-    found = ssm_mixer(strided_x, strided_z, directions, backend=backend)
+    found = ssm_mixer(strided_x, directions, backend=backend, z=strided_z)
     # Not bit for bit: other strides are other kernels, which may round a product and sum once or twice.
     assert relative_error(found, expected) <= 1e-6
     for a, b in zip(torch.autograd.grad(found.sum(), weights), wanted):
@@ -243,7 +243,7 @@ def test_any_strides(backend, device):
 @pytest.mark.parametrize(("backend", "device"), FUSED)
 def test_empty(backend, device, shape):
     x = torch.randn(*shape, 8, device=device, requires_grad=True)
-    out = ssm_mixer(x, x, cast(make_directions(8, 3, 2, device=device), torch.float32), backend=backend)
+    out = ssm_mixer(x, cast(make_directions(8, 3, 2, device=device), torch.float32), backend=backend, z=x)
     assert out.shape == x.shape
     out.sum().backward()
     assert x.grad.shape == x.shape
@@ -257,7 +257,7 @@ def test_gradcheck_of_the_cpu_path():
     def run(xz, *flat):
         count = len(FIELDS)
         parts = [Direction(*flat[i * count : (i + 1) * count], reverse=bool(i)) for i in range(2)]
-        return ssm_mixer(*xz.chunk(2, -1), parts, backend="torch")
+        return ssm_mixer(xz, parts, backend="torch")
 
     assert torch.autograd.gradcheck(run, [t.requires_grad_() for t in (xz, *leaves)])
 
@@ -291,22 +291,24 @@ def test_indices_of_64_bits_change_nothing(backend, device, shape, monkeypatch):
 def test_registered_ops_are_consistent(backend, device):
     """Schema, fake kernels and autograd registration, by torch's own checker."""
     directions = cast(make_directions(8, 3, 2, offsets=False, device=device), torch.float32)
-    x, z = (t.float().contiguous().requires_grad_() for t in make_xz(1, 5, 8, device).chunk(2, -1))
+    xz = make_xz(1, 5, 8, device).float()
+    x, z = (t.contiguous() for t in xz.chunk(2, -1))
     tensors = [t for d in directions for t in d[:-1] if t is not None]
     present = [t is not None for d in directions for t in d[:-1]]
-    for save in (False, True):
-        args = (x, z, tensors, present, [False, True], 0.5, backend, save)
-        torch.library.opcheck(
-            torch.ops.mambapeft.mixer_forward,
-            args,
-            test_utils=("test_schema", "test_faketensor") + (("test_autograd_registration",) if save else ()),
-        )
     plain = [t.detach() for t in tensors]
-    x, z = x.detach(), z.detach()
-    _, *kept = torch.ops.mambapeft.mixer_forward(x, z, plain, present, [False, True], 0.5, backend, True)
     need = [i % 2 == 0 for i in range(len(plain))]
-    args = (x.clone(), x, z, *kept, plain, present, [False, True], 0.5, backend, True, True, need)
-    torch.library.opcheck(torch.ops.mambapeft.mixer_backward, args, test_utils=("test_schema", "test_faketensor"))
+    for inputs in ((xz, None), (x, z)):
+        leaves = [t if t is None else t.clone().requires_grad_() for t in inputs]
+        for save in (False, True):
+            torch.library.opcheck(
+                torch.ops.mambapeft.mixer_forward,
+                (*leaves, tensors, present, [False, True], 0.5, backend, save),
+                test_utils=("test_schema", "test_faketensor") + (("test_autograd_registration",) if save else ()),
+            )
+        _, *kept = torch.ops.mambapeft.mixer_forward(*inputs, plain, present, [False, True], 0.5, backend, True)
+        needs = True, inputs[1] is not None, need
+        args = (x.clone(), *inputs, *kept, plain, present, [False, True], 0.5, backend, *needs)
+        torch.library.opcheck(torch.ops.mambapeft.mixer_backward, args, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize(("backend", "device"), FUSED)
@@ -315,7 +317,7 @@ def test_torch_compile_keeps_the_op_whole(backend, device):
     xz = make_xz(1, 9, 8, device).float().requires_grad_()
 
     def run(xz):
-        return ssm_mixer(*xz.chunk(2, -1), directions, backend=backend).square().sum()
+        return ssm_mixer(xz, directions, backend=backend).square().sum()
 
     expected = torch.autograd.grad(run(xz), xz)[0]
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
@@ -330,7 +332,7 @@ def test_cuda_graph(backend, device):
     leaves = [xz, directions[0].A_log, directions[1].x_proj]
 
     def step():
-        return torch.autograd.grad(ssm_mixer(*xz.chunk(2, -1), directions, backend=backend).sum(), leaves)
+        return torch.autograd.grad(ssm_mixer(xz, directions, backend=backend).sum(), leaves)
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -375,8 +377,7 @@ def _train(backend: str, device: str) -> list[float]:
     for _ in range(30):
         h = tokens
         for into, back, directions in blocks:
-            x, z = (h @ into.T).chunk(2, -1)
-            h = h + ssm_mixer(x, z, directions, backend=backend) @ back.T
+            h = h + ssm_mixer(h @ into.T, directions, backend=backend) @ back.T
         loss = (h.mean(1) @ head.T - target).square().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -1,5 +1,6 @@
 """A method author's path: one file and one yaml in folders of one's own, and it passes the whole matrix."""
 
+import inspect
 import textwrap
 
 import pytest
@@ -18,7 +19,9 @@ CODE = '''
 import torch
 from torch import nn
 
-from mambapeft_vision.methods.method import Method, add_weight_delta, frozen_weight, match_parameters, site_key
+from mambapeft_vision.backbones.contract import Backbone
+from mambapeft_vision.methods.method import Method, site_key
+from mambapeft_vision.methods.targets import frozen_weight, match_parameters, weight_port
 
 
 class RowScale(Method):
@@ -29,17 +32,17 @@ class RowScale(Method):
         self.targets = targets
         self.sites = nn.ModuleDict()
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: Backbone) -> None:
         for parameter in match_parameters(model, self.targets, self.name):
-            site = Rows(frozen_weight(model, parameter).shape[0], model.cls_token)
+            site = Rows(frozen_weight(model, parameter))
             self.sites[site_key(parameter)] = site
-            add_weight_delta(model, parameter, self.name, site)
+            weight_port(model, parameter).add(self.name, site)
 
 
 class Rows(nn.Module):
-    def __init__(self, rows: int, like: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
-        self.scale = nn.Parameter(like.new_zeros(rows))
+        self.scale = nn.Parameter(weight.new_zeros(weight.shape[0]))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return self.scale[:, None] * weight
@@ -52,7 +55,7 @@ YAML = """\
 # run: python train.py method=row_scale dataset=vtab/cifar paths.methods=... --config-dir ...
 row_scale:
   _target_: mambapeft_vision.methods.row_scale.RowScale
-  targets: layers.*.mixer.out_proj.weight
+  targets: out_proj
   lr_mult: 2.0
 """
 
@@ -72,18 +75,13 @@ def added(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("row", [("row_scale",), ("row_scale", "lora_out_proj", "affix")], ids=method_cases.row_name)
-def test_an_added_method_passes_the_matrix(added, row, tmp_path):
-    matrix.test_starts_as_the_base_model_or_says_not(row)
-    matrix.test_gradient_reaches_every_owned_tensor_and_no_other(row)
-    matrix.test_count_is_the_headers("row_scale")
-    matrix.test_saved_and_loaded_bit_equal(row, tmp_path / "adapter")
-    matrix.test_merged_output_equal_or_obstacle_stated(row, tmp_path)
-    for precision in ("fp32", "bf16"):
-        matrix.test_trains_a_step(row, precision)
-    matrix.test_order_of_a_hybrid_does_not_matter(row)
-    matrix.test_a_method_starts_the_same_whatever_stands_beside_it(row)
-    matrix.test_config_is_json_and_builds_the_method_again(row)
-    matrix.test_every_owned_tensor_is_in_one_optimiser_group(row)
+@pytest.mark.parametrize("test", [name for name in vars(matrix) if name.startswith("test_")])
+def test_an_added_method_passes_the_whole_matrix(added, test, row, tmp_path):
+    test = getattr(matrix, test)
+    parameters = inspect.signature(test).parameters
+    for precision in ("fp32", "bf16") if "precision" in parameters else (None,):
+        values = {"row": row, "name": "row_scale", "tmp_path": tmp_path, "precision": precision}
+        test(**{parameter: values[parameter] for parameter in parameters})
 
 
 def test_its_yaml_is_found_through_hydras_search_path(added):

@@ -6,7 +6,7 @@ The forms that the reference has, and has right, are checked against its own val
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.method_cases import CLASSES, IMAGES, move, tiny_backbone
+from helpers.method_cases import CLASSES, IMAGES, move, pooled, tiny_backbone
 from helpers.naive_vim import Changes, features
 
 from mambapeft_vision.adapter.model import adapt
@@ -14,7 +14,6 @@ from mambapeft_vision.methods.additional_scan import AdditionalScan
 from mambapeft_vision.methods.affix import Affix
 from mambapeft_vision.methods.dora import DoRA
 from mambapeft_vision.methods.memba import Memba
-from mambapeft_vision.methods.method import backbone_parameters
 from mambapeft_vision.methods.parallel_adapter import ParallelAdapter
 from mambapeft_vision.methods.prodial import ProDiaL
 from mambapeft_vision.methods.prompt import Prompt
@@ -32,8 +31,8 @@ def built(*methods, prepare=None):
     if prepare:
         prepare(model)
     move(model)
-    weights = {name: p.detach() for name, p in backbone_parameters(model.backbone).items()}
-    return model, weights, model.backbone.forward_features(IMAGES)
+    weights = {name: p.detach() for name, p in model.backbone.named_parameters()}
+    return model, weights, pooled(model.backbone, IMAGES)
 
 
 def check(actual, weights, changes=None):
@@ -41,7 +40,7 @@ def check(actual, weights, changes=None):
 
 
 def test_the_naive_model_is_the_backbone():
-    check(tiny_backbone().eval().forward_features(IMAGES), built(Prompt(tokens=1))[1])
+    check(pooled(tiny_backbone().eval(), IMAGES), built(Prompt(tokens=1))[1])
 
 
 # -- functions of weights -----------------------------------------------------------------------------------------
@@ -50,9 +49,9 @@ def test_the_naive_model_is_the_backbone():
 @pytest.mark.parametrize("rows", ["d", "b", "c"])
 def test_dora_on_rows_takes_each_directions_own_magnitude(rows):
     method = DoRA(targets=X_PROJ, rank=2, rows=rows, scale=0.7)
-    plain = tiny_backbone().eval().forward_features(IMAGES)
+    plain = pooled(tiny_backbone().eval(), IMAGES)
     start = adapt(tiny_backbone(), {"m": method}, CLASSES).eval()
-    torch.testing.assert_close(start.backbone.forward_features(IMAGES), plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(pooled(start.backbone, IMAGES), plain, rtol=1e-12, atol=1e-12)
 
     method = DoRA(targets=X_PROJ, rank=2, rows=rows, scale=0.7)
     _, weights, actual = built(method)
@@ -80,7 +79,7 @@ def test_dora_on_whole_weights(target):
         weights[name] = adapted.view_as(weights[name])
     check(actual, weights)
     assert model.merge() == {}
-    torch.testing.assert_close(model.backbone.forward_features(IMAGES), actual)
+    torch.testing.assert_close(pooled(model.backbone, IMAGES), actual)
 
 
 def test_the_norm_of_dora_is_constant_for_the_gradient():
@@ -122,7 +121,7 @@ def test_released_prodial_never_moves_its_diagonal():
     for diagonal in ("relu", "free"):
         method = ProDiaL(targets=IN_PROJ, n_blocks=32, rank=2, alpha=2, diagonal=diagonal)
         model = adapt(tiny_backbone(), {"m": method}, CLASSES)
-        model.backbone.forward_features(IMAGES).square().sum().backward()
+        pooled(model.backbone, IMAGES).square().sum().backward()
         moved[diagonal] = any(p.grad.any() for key, p in method.owned().items() if key.endswith("blocks"))
     assert moved == {"relu": False, "free": True}
 
@@ -157,13 +156,13 @@ def test_additional_scan(position, init):
     check(actual, weights)
     model.merge()
     assert model.backbone.layers[0].mixer.A_log.shape[1] == 19
-    torch.testing.assert_close(model.backbone.forward_features(IMAGES), actual)
+    torch.testing.assert_close(pooled(model.backbone, IMAGES), actual)
 
 
 def test_additional_scan_with_zero_c_is_the_identity_and_trains():
     model = adapt(tiny_backbone(), {"m": AdditionalScan(states=2, zero_c=True)}, CLASSES).eval()
-    actual = model.backbone.forward_features(IMAGES)
-    torch.testing.assert_close(actual, tiny_backbone().eval().forward_features(IMAGES))
+    actual = pooled(model.backbone, IMAGES)
+    torch.testing.assert_close(actual, pooled(tiny_backbone().eval(), IMAGES))
     actual.square().sum().backward()
     rows = model.owned()["m.layers.0.mixer.x_proj.weight"].grad
     assert rows[2:].any()
@@ -339,7 +338,7 @@ def test_lean_affix_equals_the_full_one():
     with torch.no_grad():
         halves = full.sites.table.unflatten(1, (-1, 2, 64))[:, :, 0]  # x halves of [layers · directions, x | z]
         lean.sites.table.copy_(halves.flatten(1))
-    assert torch.equal(*(model.backbone.forward_features(IMAGES) for model in models))
+    assert torch.equal(*(pooled(model.backbone, IMAGES) for model in models))
 
 
 def test_the_gate_half_of_an_affix_is_dead():
@@ -373,7 +372,7 @@ def test_prompt(position, projection):
     check(actual, weights, Changes(prompt=prompt))
     model.merge()  # folds the projection
     assert set(method.owned()) == {"embedding"}
-    torch.testing.assert_close(model.backbone.forward_features(IMAGES), actual)
+    torch.testing.assert_close(pooled(model.backbone, IMAGES), actual)
 
 
 def test_affix_around_the_class_token_follows_it_behind_prompts():

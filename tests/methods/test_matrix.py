@@ -16,13 +16,17 @@ from helpers.method_cases import (
     finish_warmup,
     methods_of,
     move,
+    pooled,
     row_name,
     specs,
     tiny_backbone,
     tiny_model,
 )
 
-from mambapeft_vision.adapter.model import adapt, build_method, read_adapter
+from mambapeft_vision.adapter.build import build_method
+from mambapeft_vision.adapter.files import read_adapter
+from mambapeft_vision.adapter.load import apply_adapter
+from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.weights import export_official
 
@@ -36,9 +40,9 @@ BACKBONES = {
 
 @matrix
 def test_starts_as_the_base_model_or_says_not(row):
-    base = tiny_backbone(row).eval().forward_features(IMAGES)
+    base = pooled(tiny_backbone(row).eval(), IMAGES)
     model = tiny_model(row).eval()
-    features = model.backbone.forward_features(IMAGES)
+    features = pooled(model.backbone, IMAGES)
     change = ((features - base).norm() / base.norm()).item()
     if all(m.identity_at_init for m in model.methods.values()):
         assert change < 1e-12
@@ -73,7 +77,7 @@ def test_count_is_the_headers(name):
 def test_saved_and_loaded_bit_equal(row, tmp_path):
     model = move(tiny_model(row)).eval()
     model.save(tmp_path, {"task": "test"})
-    loaded = read_adapter(tmp_path).apply(tiny_backbone(row)).eval()
+    loaded = apply_adapter(read_adapter(tmp_path), tiny_backbone(row)).eval()
     before, after = model.adapter_state(), loaded.adapter_state()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)

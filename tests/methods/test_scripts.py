@@ -48,10 +48,22 @@ def test_every_difference_from_the_table_has_a_reason(name):
     assert name not in ("bias", "hybrid", "norm") or not reason
 
 
-def test_vim_b_has_its_own_forms():
-    names = {preset.name for preset in count.presets_for("vim_b", PRESETS)}
-    assert {"lora_in_proj_base", "affix_base", "d"} <= names
-    assert not {"lora_in_proj", "affix"} & names
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("additional_scan", 1_327_104),
+        ("affix", 462_578_688),
+        ("conv1d", 294_912),
+        ("lora_in_proj", 5_898_240),
+        ("lora_out_proj", 5_308_416),
+        ("lora_p_x", 3_538_944),
+        ("parallel_adapter", 1_769_472),
+    ],
+)
+def test_vim_b_has_its_own_sizes(name, published):
+    """Counted by hand from the published configurations."""
+    assert name in {preset.name for preset in count.presets_for("vim_b", PRESETS)}
+    assert count.count(PRESETS[name], "vim_b") == published
 
 
 def test_formats():

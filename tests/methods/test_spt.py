@@ -3,11 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.method_cases import CLASSES, IMAGES, LABELS, PRESETS, methods_of, move
+from helpers.method_cases import CLASSES, IMAGES, LABELS, PRESETS, methods_of, move, pooled
 from helpers.two_phases import BUDGETS, WARMUP, new_backbone, new_model, optimiser_of, train
 
 from mambapeft_vision.adapter.model import adapt
-from mambapeft_vision.methods.method import backbone_parameters
 
 
 def parts_of(kind, tensors):
@@ -29,7 +28,7 @@ def lora_size(name, part):
 def naive_selection(kind):
     """Trains the head alone with the gradient of every weight switched on; then takes entry by entry."""
     model = adapt(new_backbone(kind), methods_of(PRESETS["linear_probe"].methods), CLASSES)
-    weights = {name: p.requires_grad_(True) for name, p in backbone_parameters(model.backbone).items()}
+    weights = {name: p.requires_grad_(True) for name, p in model.backbone.named_parameters()}
     optimiser, sums = optimiser_of(model), {name: torch.zeros_like(p) for name, p in weights.items()}
     for _ in range(WARMUP):
         model.zero_grad()
@@ -51,10 +50,10 @@ def naive_selection(kind):
 @pytest.mark.parametrize("kind", BUDGETS)
 def test_sensitivities_select_as_naively(kind):
     model = new_model(kind)
-    before = {name: p.detach().clone() for name, p in backbone_parameters(model.backbone).items()}
+    before = {name: p.detach().clone() for name, p in model.backbone.named_parameters()}
     assert not model.owned()
     train(model, 0, WARMUP)
-    moved = {n for n, p in backbone_parameters(model.backbone).items() if not torch.equal(p, before[n])}
+    moved = {n for n, p in model.backbone.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {"head.weight", "head.bias"}
 
     line = model.methods["two_phases"].finish_warmup()
@@ -69,7 +68,7 @@ def test_sensitivities_select_as_naively(kind):
     assert all(kind in kinds for kind in ("lora", True, False))
     assert f"LoRA on {kinds.count('lora')} of {len(kinds)} weights" in line
     assert model.counts()["trainable"] == BUDGETS[kind]
-    after = {name: p for name, p in backbone_parameters(model.backbone).items() if not name.startswith("head.")}
+    after = {name: p for name, p in model.backbone.named_parameters() if not name.startswith("head.")}
     assert all(torch.equal(after[name], before[name]) for name in after)
 
 
@@ -84,10 +83,10 @@ def test_spt_changes_weights_by_its_formula_and_merges_exactly(kind):
                 part += 0.5 * own[f"{name}.up"] @ own[f"{name}.down"]
             for place, entry in zip(own.get(f"{name}.places", ()), own.get(f"{name}.entries", ())):
                 part.view(-1)[place] += entry
-    expected = plain.forward_features(IMAGES)
-    torch.testing.assert_close(model.eval().backbone.forward_features(IMAGES), expected, rtol=1e-10, atol=1e-12)
+    expected = pooled(plain, IMAGES)
+    torch.testing.assert_close(pooled(model.eval().backbone, IMAGES), expected, rtol=1e-10, atol=1e-12)
     assert model.merge() == {}
-    torch.testing.assert_close(model.backbone.forward_features(IMAGES), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(pooled(model.backbone, IMAGES), expected, rtol=1e-10, atol=1e-12)
     assert model.backbone.state_dict().keys() - {"head.weight", "head.bias"} == plain.state_dict().keys()
 
 

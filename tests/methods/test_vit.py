@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers.method_cases import CLASSES, IMAGES, ON_VIT, VIT_TINY, move, tiny_backbone
+from helpers.method_cases import CLASSES, IMAGES, ON_VIT, VIT_TINY, move, pooled, tiny_backbone
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
@@ -38,7 +38,7 @@ def test_timms_weights_load_and_give_timms_features(tmp_path):
     ours = create_backbone(NAME, tmp_path / "weights.safetensors", **VIT_TINY).eval()
     images = IMAGES.float()
     expected = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
-    torch.testing.assert_close(ours.forward_features(images), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(pooled(ours, images), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_full_size_has_timms_tensors():
@@ -65,17 +65,17 @@ def test_drop_path_is_active_in_training_only():
     model = create_backbone(NAME, "random", **{**VIT_TINY, "drop_path_rate": 0.5})
     assert [block.drop_path for block in model.blocks] == [0, 0.5]
     images = IMAGES.float()
-    plain = model.eval().forward_features(images)
-    assert torch.equal(model.forward_features(images), plain)
+    plain = pooled(model.eval(), images)
+    assert torch.equal(pooled(model, images), plain)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        draws = [model.train().forward_features(images) for _ in range(4)]
+        draws = [pooled(model.train(), images) for _ in range(4)]
     assert any(not torch.equal(draw, draws[0]) for draw in draws)
 
 
 def test_position_embedding_with_the_class_token_first():
     position = torch.cat((torch.full((1, 1, 4), 9.0), torch.ones(1, 16, 4)), dim=1)
-    out = resize_pos_embed(position, (6, 6), class_first=True)
+    out = resize_pos_embed(position, tiny_backbone((ON_VIT,)).layout_of, (6, 6))
     assert out.shape == (1, 37, 4)
     assert (out[:, 0] == 9).all()
     torch.testing.assert_close(out[:, 1:], torch.ones(1, 36, 4))
@@ -114,11 +114,11 @@ def test_adaptformer():
 def test_adapter_plus():
     plain = tiny_backbone((ON_VIT,)).eval().blocks[1]
     model, own = built(AdapterPlus(dim=3))
-    x = torch.randn(2, 5, 32, dtype=torch.float64)
-    out = plain(x)
+    x, layout = torch.randn(2, 5, 32, dtype=torch.float64), model.backbone.layout
+    out, _ = plain(x, layout)
     low = F.gelu(out @ own["down"].T + own["down_bias"])
     expected = out + own["scale"] * (low @ own["up"].T + own["up_bias"])
-    torch.testing.assert_close(model.backbone.blocks[1](x), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model.backbone.blocks[1](x, layout)[0], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_adapter_plus_leaves_out_whole_samples_in_training():
@@ -149,7 +149,7 @@ def test_fact():
                         core = sum(own["slots"][t, slot] * own["core"][:, :, t] for t in range(3))
                         linear.weight[rows : rows + 32, columns : columns + 32] += 0.7 * own["v"] @ core.T @ own["u"]
                         slot += 1
-    expected = plain.forward_features(IMAGES)
-    torch.testing.assert_close(model.backbone.forward_features(IMAGES), expected, rtol=1e-10, atol=1e-12)
+    expected = pooled(plain, IMAGES)
+    torch.testing.assert_close(pooled(model.backbone, IMAGES), expected, rtol=1e-10, atol=1e-12)
     model.merge()
-    torch.testing.assert_close(model.backbone.forward_features(IMAGES), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(pooled(model.backbone, IMAGES), expected, rtol=1e-10, atol=1e-12)

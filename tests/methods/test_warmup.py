@@ -5,7 +5,8 @@ import torch
 from helpers.method_cases import IMAGES
 from helpers.two_phases import KINDS, STEPS, WARMUP, new_backbone, new_model, optimiser_of, train
 
-from mambapeft_vision.adapter.model import read_adapter
+from mambapeft_vision.adapter.files import read_adapter
+from mambapeft_vision.adapter.load import apply_adapter
 from mambapeft_vision.methods.linear_probe import LinearProbe
 
 
@@ -73,7 +74,7 @@ def test_adapter_of_either_phase_loads(steps, kind, tmp_path):
     model = new_model(kind)
     train(model, 0, steps)
     model.save(tmp_path, {})
-    loaded = read_adapter(tmp_path).apply(new_backbone(kind))
+    loaded = apply_adapter(read_adapter(tmp_path), new_backbone(kind))
     assert torch.equal(model.eval()(IMAGES), loaded.eval()(IMAGES))
 
 
@@ -81,7 +82,7 @@ def test_switched_off_channels_have_no_memory():
     model = new_model()
     train(model, 0, WARMUP + 1)
     off = model.methods["two_phases"].saved()["layers.0.mixer.A_log.off_channels"]
-    A_log = model.backbone.layers[0].mixer.A_log
+    A_log = model.backbone.layers[0].mixer.read("A_log")
     torch.testing.assert_close(A_log[off], torch.full_like(A_log[off], 10.0))
     assert (A_log > 9).sum() == 16 * 16
 

@@ -16,7 +16,6 @@ from mambapeft_vision.engine.module import Normalise
 from mambapeft_vision.engine.schedule import make_optimizer, set_learning_rates
 from mambapeft_vision.engine.step import TrainStep
 from mambapeft_vision.integrations.convert import load_adapter
-from mambapeft_vision.methods.method import backbone_parameters
 from mambapeft_vision.run.build import build_backbone, build_model, set_kernel
 from mambapeft_vision.run.config import TrainConfig
 from mambapeft_vision.run.run_config import RunPlan, make_plan
@@ -85,7 +84,7 @@ def train(plan: RunPlan, model: AdaptedModel, normalise: nn.Module, images: Tens
     """Four steps (the head starts at zero: the first reaches nothing else); phases end after the second."""
     model.train()
     trained = {id(p) for p in model.trained().values()}
-    before = {name: p.clone() for name, p in backbone_parameters(model.backbone).items() if id(p) not in trained}
+    before = {name: p.clone() for name, p in model.backbone.named_parameters() if id(p) not in trained}
     with torch.random.fork_rng(devices=[]):
         take_steps(plan, model, normalise, images, labels, epoch=0)
         for method in model.methods.values():
@@ -94,7 +93,7 @@ def train(plan: RunPlan, model: AdaptedModel, normalise: nn.Module, images: Tens
         take_steps(plan, model, normalise, images, labels, epoch=1)
     for name, p in model.trained().items():
         assert torch.isfinite(p).all(), name
-    now = backbone_parameters(model.backbone)
+    now = dict(model.backbone.named_parameters())
     for name, p in before.items():
         assert torch.equal(now[name], p), f"{name} is frozen and changed"
 

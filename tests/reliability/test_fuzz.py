@@ -19,7 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mambapeft_vision.adapter.model import adapt, read_adapter
+from mambapeft_vision.adapter.files import read_adapter
+from mambapeft_vision.adapter.load import apply_adapter
+from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.weights import read_state_dict
 from mambapeft_vision.data.image_list import parse_list, read_list
@@ -160,7 +162,7 @@ def loads_or_is_refused(config: bytes, tensors: bytes) -> None:
         (folder / "adapter_config.json").write_bytes(config)
         (folder / "adapter.safetensors").write_bytes(tensors)
         try:
-            model = read_adapter(folder).apply(tiny())
+            model = apply_adapter(read_adapter(folder), tiny())
         except UserError as error:
             assert str(folder) in str(error)
             return

@@ -9,7 +9,7 @@ import torch
 from helpers import crashes, faults, runs
 from safetensors.torch import load_file, save_file
 
-from mambapeft_vision.adapter.model import read_adapter
+from mambapeft_vision.adapter.files import read_adapter
 from mambapeft_vision.backbones.weights import export_official
 from mambapeft_vision.data import Preprocessing
 from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE

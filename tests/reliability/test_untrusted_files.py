@@ -16,7 +16,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 import mambapeft_vision.integrations.convert as convert
-from mambapeft_vision.adapter.model import adapt, build_method, read_adapter
+from mambapeft_vision.adapter.build import build_method
+from mambapeft_vision.adapter.files import read_adapter
+from mambapeft_vision.adapter.load import build_methods
+from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.adapter.presets import read_preset
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.weights import read_state_dict
@@ -153,7 +156,7 @@ def test_an_adapter_names_methods_alone(tmp_path, target):
     config["methods"]["lora"]["_target_"] = target
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"adapter_config\.json: methods\.lora"):
-        read_adapter(folder).build_methods()
+        build_methods(read_adapter(folder))
 
 
 @pytest.mark.parametrize("key", ["targets", "rank", "scale", "rows", "space", "dropout", "lr_mult"])

@@ -36,7 +36,7 @@ def _launch(
     x, (weights, biases, reverse) = strided[0], filters
     batch, length, channels = x.shape
     index, number = nvrtc.index_type(*before, *after)
-    macros = {
+    macros: dict[str, int | str] = {
         "IO_BF16": int(x.dtype == torch.bfloat16),
         "ALIGNED": 1,
         "INDEX": index,

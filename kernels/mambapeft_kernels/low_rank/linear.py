@@ -5,7 +5,7 @@ the gradient of `x` for the additions alone: a twelfth of a Vim-S block's time. 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 from mambapeft_kernels import low_rank_add, product
 
 
-class LowRankBranch(NamedTuple):
-    """scale · up(dropout(down(x))) on the features `rows`: down [r, in], up [number of rows, r].
+class LowRankFactors(NamedTuple):
+    """One branch, scale · up(dropout(down(x))) on the features `rows`: down [r, in], up [number of rows, r].
 
     dropout: 0 when it is not drawn; rows: None for all.
     """
@@ -27,7 +27,7 @@ class LowRankBranch(NamedTuple):
     rows: slice | None
 
 
-def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[LowRankBranch]) -> Tensor:
+def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[LowRankFactors]) -> Tensor:
     """F.linear(x, weight, bias) + the branches, which have one rate of dropout. [..., in] → [..., out].
 
     Under autocast everything is computed in its dtype. Gradients of first order only.
@@ -36,7 +36,7 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Se
     return _LowRankLinear.apply(x, weight, bias, settings, *factors)
 
 
-def add_low_rank(out: Tensor, x: Tensor, branches: Sequence[LowRankBranch]) -> Tensor:
+def add_low_rank(out: Tensor, x: Tensor, branches: Sequence[LowRankFactors]) -> Tensor:
     """Adds the branches, which have one rate of dropout, to out [..., out], which is contiguous, in place."""
     settings, factors = _taken_apart(branches)
     return _AddLowRank.apply(out, x, settings, *factors)
@@ -50,10 +50,29 @@ class _Settings(NamedTuple):
     rows: tuple[slice | None, ...]
 
 
-def _taken_apart(branches: Sequence[LowRankBranch]) -> tuple[_Settings, list[Tensor]]:
+def _taken_apart(branches: Sequence[LowRankFactors]) -> tuple[_Settings, list[Tensor]]:
     """The settings, and down, up of each branch in turn."""
     scales, rows = tuple(b.scale for b in branches), tuple(b.rows for b in branches)
     return _Settings(branches[0].dropout, scales, rows), [t for b in branches for t in (b.down, b.up)]
+
+
+class _Kept(NamedTuple):
+    """What the gradients of the branches need."""
+
+    x: Tensor  # [m, in]
+    down: Tensor  # [Σr, in], of all branches one below another
+    low: Tensor  # [m, Σr] = dropout(x downᵀ)
+    mask: Tensor | None  # of the dropout
+    ups: tuple[Tensor, ...]  # scale · up of each branch, [rows, r]
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """For `save_for_backward`; `_Kept.of` puts them together again."""
+        return self.x, self.down, self.low, self.mask, *self.ups
+
+    @classmethod
+    def of(cls, tensors: Sequence[Any]) -> "_Kept":
+        x, down, low, mask, *ups = tensors
+        return cls(x, down, low, mask, tuple(ups))
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -70,27 +89,28 @@ class _LowRankLinear(torch.autograd.Function):
                 torch.mm(flat, weight.T, out=flat_out)
             else:
                 torch.addmm(bias, flat, weight.T, out=flat_out)
-            saved = _add_branches(flat_out, flat, settings, factors)
+            kept = _add_branches(flat_out, flat, settings, factors)
         ctx.settings, ctx.factor_dtypes = settings, [t.dtype for t in factors]
-        ctx.save_for_backward(weight, *saved)
+        ctx.save_for_backward(weight, *kept.tensors())
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         weight, *saved = ctx.saved_tensors
+        kept = _Kept.of(saved)
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         need_x, need_weight, need_bias, _, *need_factors = ctx.needs_input_grad
         dx = dweight = dbias = None
         with torch.autocast(grad.device.type, enabled=False):
             grad = grad.reshape(-1, grad.shape[-1]).to(weight.dtype)
             if need_weight:
-                dweight = product(grad.T, saved[0], weight_dtype)
+                dweight = product(grad.T, kept.x, weight_dtype)
             if need_bias:
                 dbias = grad.sum(0, dtype=bias_dtype)
-            dlow, dfactors = _branch_gradients(grad, ctx.settings, saved, need_factors, ctx.factor_dtypes)
+            dlow, dfactors = _branch_gradients(grad, ctx.settings, kept, need_factors, ctx.factor_dtypes)
             if need_x:
-                dx = (grad @ weight).addmm_(dlow, saved[1]).view(ctx.shape).to(x_dtype)
+                dx = (grad @ weight).addmm_(dlow, kept.down).view(ctx.shape).to(x_dtype)
         return dx, dweight, dbias, None, *dfactors
 
 
@@ -101,53 +121,53 @@ class _AddLowRank(torch.autograd.Function):
         ctx.mark_dirty(out)
         with torch.autocast(x.device.type, enabled=False):
             flat = x.to(out.dtype).reshape(-1, x.shape[-1])
-            saved = _add_branches(out.view(-1, out.shape[-1]), flat, settings, factors)
+            kept = _add_branches(out.view(-1, out.shape[-1]), flat, settings, factors)
         ctx.settings, ctx.factor_dtypes = settings, [t.dtype for t in factors]
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(*kept.tensors())
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        saved = ctx.saved_tensors
+        kept = _Kept.of(ctx.saved_tensors)
         _, need_x, _, *need_factors = ctx.needs_input_grad
         with torch.autocast(grad.device.type, enabled=False):
-            flat = grad.reshape(-1, grad.shape[-1]).to(saved[0].dtype)
-            dlow, dfactors = _branch_gradients(flat, ctx.settings, saved, need_factors, ctx.factor_dtypes)
-            dx = (dlow @ saved[1]).view(ctx.shape).to(ctx.x_dtype) if need_x else None
+            flat = grad.reshape(-1, grad.shape[-1]).to(kept.x.dtype)
+            dlow, dfactors = _branch_gradients(flat, ctx.settings, kept, need_factors, ctx.factor_dtypes)
+            dx = (dlow @ kept.down).view(ctx.shape).to(ctx.x_dtype) if need_x else None
         return grad, dx, None, *dfactors
 
 
-def _add_branches(out: Tensor, x: Tensor, settings: _Settings, factors: Sequence[Tensor]) -> list[Tensor | None]:
+def _add_branches(out: Tensor, x: Tensor, settings: _Settings, factors: Sequence[Tensor]) -> _Kept:
     """Adds the branches to out [m, out] for x [m, in] of one dtype; returns what `_branch_gradients` needs.
 
     All branches go down in one product, side by side, and up in one each.
     """
-    downs, dtype = factors[::2], x.dtype
+    downs, dtype = list(factors[::2]), x.dtype
     ranks = [len(down) for down in downs]
-    narrow = torch.cat(downs, out=x.new_empty(sum(ranks), x.shape[1])) if len(downs) > 1 else downs[0].to(dtype)
-    low, mask = x @ narrow.T, None
+    down = torch.cat(downs, out=x.new_empty(sum(ranks), x.shape[1])) if len(downs) > 1 else downs[0].to(dtype)
+    low, mask = x @ down.T, None
     if settings.dropout:
         low, mask = torch.native_dropout(low, settings.dropout, True)
-    ups = [
+    ups = tuple(
         low_rank_add(_features(out, rows), part, up, scale)
         for part, up, scale, rows in zip(low.split(ranks, dim=1), factors[1::2], settings.scales, settings.rows)
-    ]
-    return [x, narrow, low, mask, *ups]
+    )
+    return _Kept(x, down, low, mask, ups)
 
 
 def _branch_gradients(
     grad: Tensor,
     settings: _Settings,
-    saved: Sequence[Tensor | None],
+    kept: _Kept,
     need_factors: Sequence[bool],
     dtypes: Sequence[torch.dtype],
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Gradients of all down(x) [m, Σr], and of down, up of each branch in turn, from grad [m, out].
 
-    The scale is in `ups`, so in the gradient of down(x) too.
+    The scale is in `kept.ups`, so in the gradient of down(x) too.
     """
-    x, _, low, mask, *ups = saved
+    x, _, low, mask, ups = kept
     ranks = [up.shape[1] for up in ups]
     through = [_features(grad, rows) for rows in settings.rows]
     if len(ups) == 1:

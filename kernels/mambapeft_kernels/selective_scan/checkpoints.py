@@ -29,4 +29,5 @@ def checkpoint_shape(groups: int, batch: int, length: int, channels: int, states
 
 def empty_checkpoints(like: Tensor, states: int) -> Tensor:
     """Uninitialised checkpoints for a scan over `like` [G, B, L, E]."""
-    return torch.empty(checkpoint_shape(*like.shape, states), dtype=like.dtype, device=like.device)
+    groups, batch, length, channels = like.shape
+    return torch.empty(checkpoint_shape(groups, batch, length, channels, states), dtype=like.dtype, device=like.device)

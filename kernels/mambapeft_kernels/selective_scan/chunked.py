@@ -48,7 +48,7 @@ def scan_forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, step
     At = A.mT.contiguous()
     y = torch.empty_like(u)
     starts = u.new_zeros((length + steps - 1) // steps, groups, batch, A.shape[-1], channels)
-    h = starts[0] if length else None
+    h = u.new_zeros(groups, batch, A.shape[-1], channels)
     for c, s in enumerate(range(0, length, steps)):
         e = min(length, s + steps)
         starts[c] = h
@@ -80,7 +80,7 @@ def scan_backward(
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
     dB, dC = torch.empty_like(B), torch.empty_like(C)
     dAt = torch.zeros_like(At) if need_dA else None
-    carry = torch.zeros_like(starts[0]) if length else None  # a_{t+1} g_{t+1}
+    carry = starts.new_zeros(starts.shape[1:])  # a_{t+1} g_{t+1}
     for c in reversed(range(starts.shape[0])):
         s = c * steps
         e = min(length, s + steps)

@@ -1,5 +1,7 @@
 """The selective scan in CUDA C++ (scan_forward.cu, scan_backward.cu): same functions as the Triton backend's."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,7 @@ def _aligned(*tensors: Tensor | None) -> bool:
     return True
 
 
-def _wide(tensors: list[Tensor | None]) -> list[Tensor | None]:
+def _wide(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Both directions' small weights as float32; the same tensor twice for one direction."""
     wide = [t if t is None else t.to(torch.float32).contiguous() for t in tensors]
     return [wide[0], wide[-1]]
@@ -97,7 +99,7 @@ def scan_forward(
     offset = any(t is not None for t in state_offset)
     choice = _choice(u.device, "forward", states > 16, save)
     index, number = nvrtc.index_type(u, z, ckpt, bc)
-    macros = {
+    macros: dict[str, int | str] = {
         "CHUNK": CHUNK,
         "IO_BF16": int(u.dtype == torch.bfloat16),
         "ALIGNED": int(_aligned(u, z)),
@@ -147,7 +149,7 @@ def scan_backward(
     offset = any(t is not None for t in state_offset)
     written = z if dz is None else dz
     index, number = nvrtc.index_type(dout, u, bc, z, ckpt, dz, dbc, dA)
-    macros = {
+    macros: dict[str, int | str] = {
         "CHUNK": CHUNK,
         "IO_BF16": int(u.dtype == torch.bfloat16),
         "ALIGNED": int(_aligned(u, z, dout, dz)),

@@ -5,6 +5,8 @@ A program owns a block of channels of one sample and direction and walks the tok
 states from the checkpoint into a small scratch that stays in cache, then runs the adjoint recurrence.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -205,7 +207,7 @@ def _backward(
         tl.store(da_ptr + (b * groups + d) * E * N + cell, dA, mask=mask)
 
 
-def _pair(tensors: list[Tensor | None], filler: Tensor) -> tuple[Tensor, Tensor]:
+def _pair(tensors: Sequence[Tensor | None], filler: Tensor) -> tuple[Tensor, Tensor]:
     """The pointers of both directions; an absent tensor is never read, `filler` only fills its place."""
     first, last = tensors[0], tensors[-1]
     return (filler if first is None else first), (filler if last is None else last)

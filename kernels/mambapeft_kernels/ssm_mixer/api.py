@@ -24,7 +24,12 @@ class Direction(NamedTuple):
 
 
 def ssm_mixer(
-    x: Tensor, z: Tensor, directions: Sequence[Direction], scale: float = 0.5, backend: str = "auto"
+    xz: Tensor,
+    directions: Sequence[Direction],
+    scale: float = 0.5,
+    backend: str = "auto",
+    *,
+    z: Tensor | None = None,
 ) -> Tensor:
     """scale · silu(z) · Σ_d scan_d(x): what stands between in_proj and out_proj of a Vim block.
 
@@ -32,44 +37,60 @@ def ssm_mixer(
     u = silu(conv(x)); [dt | B | C] = u x_projᵀ; Δ = softplus(dt dt_projᵀ + dt_bias); y = scan(u, Δ, A, B, C, D).
 
     Args:
-        x, z: [B, L, E] the two halves of in_proj's output (any strides).
+        xz: [B, L, 2E] the output of in_proj, x and z side by side (any strides); with `z` given: x alone, [B, L, E].
         directions: one or two; both read the same x.
         scale: 0.5 averages the two directions.
         backend: one of `mambapeft_kernels.BACKENDS` or "auto".
+        z: [B, L, E], where the gate is no half of in_proj's output.
     Returns: [B, L, E] in x's dtype. State, Δ and decay are kept in at least float32.
     Raises: ValueError for shapes that do not fit each other or a backend that cannot run here.
+
+    Example:
+        out = ssm_mixer(in_proj(h), (forward, backward))  # two `Direction`s, backward with reverse=True
     """
-    _check_shapes(x, z, directions)
-    chosen = resolve_backend(backend, x.device, x.dtype)
-    arguments = x, z, tuple(directions), scale
+    _check_shapes(xz, z, directions)
+    chosen = resolve_backend(backend, xz.device, xz.dtype)
+    directions = tuple(directions)
     # Imports wait until here: a backend's packages need not exist where another one runs.
     if chosen in FUSED:
         from mambapeft_kernels.ssm_mixer import fused
 
-        return fused.run(*arguments, scans=chosen)
+        return fused.run(xz, z, directions, scale, chosen)
+    x, gate = halves(xz, z)
     if chosen == "mamba_ssm":
-        from mambapeft_kernels.ssm_mixer import published as mamba_ssm
+        from mambapeft_kernels.ssm_mixer import published
 
-        return mamba_ssm.ssm_mixer(*arguments)
+        return published.ssm_mixer(x, gate, directions, scale)
     if chosen == "torch":
-        from mambapeft_kernels.ssm_mixer import vectorised as torch
+        from mambapeft_kernels.ssm_mixer import vectorised
 
-        return torch.ssm_mixer(*arguments)
+        return vectorised.ssm_mixer(x, gate, directions, scale)
     from mambapeft_kernels.ssm_mixer import naive
 
-    return naive.ssm_mixer(*arguments)
+    return naive.ssm_mixer(x, gate, directions, scale)
 
 
-def _check_shapes(x: Tensor, z: Tensor, directions: Sequence[Direction]) -> None:
-    if x.ndim != 3 or x.shape != z.shape:
+def halves(xz: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x and the gate, [B, L, E] each, without copies."""
+    if z is not None:
+        return xz, z
+    x, gate = xz.chunk(2, dim=-1)
+    return x, gate
+
+
+def _check_shapes(xz: Tensor, z: Tensor | None, directions: Sequence[Direction]) -> None:
+    if z is None:
+        if xz.ndim != 3 or xz.shape[-1] % 2:
+            raise ValueError(f"ssm_mixer: xz must be [B, L, 2E], got {tuple(xz.shape)}; for x alone give z too")
+    elif xz.ndim != 3 or xz.shape != z.shape:
         raise ValueError(
-            f"ssm_mixer: x and z must be [B, L, E] of one shape, got {tuple(x.shape)} and {tuple(z.shape)}"
+            f"ssm_mixer: x and z must be [B, L, E] of one shape, got {tuple(xz.shape)} and {tuple(z.shape)}"
         )
     if not directions:
         raise ValueError("ssm_mixer: needs at least one Direction")
-    if x.dtype != z.dtype:
-        raise ValueError(f"ssm_mixer: x and z must have one dtype, got {x.dtype} and {z.dtype}; cast one of them")
-    channels = x.shape[-1]
+    if z is not None and xz.dtype != z.dtype:
+        raise ValueError(f"ssm_mixer: x and z must have one dtype, got {xz.dtype} and {z.dtype}; cast one of them")
+    channels = xz.shape[-1] // 2 if z is None else xz.shape[-1]
     for d in directions:
         states, rank = d.A_log.shape[1], d.dt_proj.shape[1]
         expected = {

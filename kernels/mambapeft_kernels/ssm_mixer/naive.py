@@ -14,7 +14,7 @@ def ssm_mixer(x: Tensor, z: Tensor, directions: tuple[Direction, ...], scale: fl
     wide = torch.promote_types(x.dtype, torch.float32)
     total: Tensor | float = 0.0
     for direction in directions:
-        d = Direction(*(t.to(wide) if isinstance(t, Tensor) else t for t in direction))
+        d = Direction._make(t.to(wide) if isinstance(t, Tensor) else t for t in direction)
         states, rank = d.A_log.shape[1], d.dt_proj.shape[1]
         u = causal_conv_silu(x.to(wide), d.conv_weight, d.conv_bias, d.reverse)
         dt, B, C = (u @ d.x_proj.T).split([rank, states, states], dim=-1)

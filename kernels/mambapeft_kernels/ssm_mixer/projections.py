@@ -254,8 +254,8 @@ def x_proj_backward(
     if not through_silu:  # no token reads another one: all samples as one leave no tile half empty
         batch, length = 1, batch * length
     tile = _tile("x_proj_backward", du.dtype)
-    blocks = triton.cdiv(channels, tile["BLOCK_E"]), triton.cdiv(length, tile["BLOCK_T"])
-    _x_proj_backward[(*blocks, batch * groups)](
+    grid = triton.cdiv(channels, tile["BLOCK_E"]), triton.cdiv(length, tile["BLOCK_T"]), batch * groups
+    _x_proj_backward[grid](
         du, dproj, x, *_pair(x_proj), *_pair(conv_weight), *_pair(conv_bias), batch, length, channels, *x.stride(),
         REV0=int(through_silu and reverse[0]), REV1=int(through_silu and reverse[-1]), K=conv_weight[0].shape[1],
         W=dproj.shape[-1],

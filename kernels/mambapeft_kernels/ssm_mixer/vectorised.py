@@ -4,6 +4,8 @@ One autograd node for the whole core. It keeps x, z, the ungated sum and one sta
 convolution, Δ, B and C are recomputed in the backward. Gradients are computed only for what asks for them.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,8 +26,8 @@ def ssm_mixer(x: Tensor, z: Tensor, directions: tuple[Direction, ...], scale: fl
         return _Mixer.apply(x, z, scale, reverse, *flat)
 
 
-def _unflatten(flat: tuple[Tensor | None, ...], reverse: tuple[bool, ...]) -> list[Direction]:
-    return [Direction(*flat[i * _FIELDS : (i + 1) * _FIELDS], reverse=r) for i, r in enumerate(reverse)]
+def _unflatten(flat: tuple[Any, ...], reverse: tuple[bool, ...]) -> list[Direction]:
+    return [Direction._make((*flat[i * _FIELDS : (i + 1) * _FIELDS], r)) for i, r in enumerate(reverse)]
 
 
 def _scan_inputs(x: Tensor, d: Direction) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mambapeft_vision.adapter.presets import Preset, read_presets
+from mambapeft_vision.adapter.specs import in_old_words, under_new_names
 from mambapeft_vision.data.tasks import TASKS
 from mambapeft_vision.results.paper import PAPER, PUBLISHED, PaperRow, paper_row
 from mambapeft_vision.results.record import RunRecord
@@ -38,6 +39,7 @@ class Standard:
 
     def describe(self, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """The preset (or the names of the methods) of a run, and every setting that is not the preset's."""
+        config = {**config, "method": under_new_names(config["method"])}
         names = sorted(config["method"])
         rivals = [preset for preset in self.presets.values() if sorted(preset.methods) == names]
         if not rivals:
@@ -48,14 +50,17 @@ class Standard:
         return best, found[best]
 
     def _differences(self, config: Mapping[str, Any], parts: Sequence[Preset]) -> dict[str, Any]:
+        sized = config.get("method_sizes", "given") == "given"
+        backbone = config["backbone"].get("name") if sized else None
         expected = {"trainer": dict(self.trainer), "method": {}, **self.protocol}
         for preset in parts:
-            expected["method"] |= preset.methods
+            expected["method"] |= preset.methods_on(backbone)
             expected["trainer"] |= preset.overrides.get("trainer", {})
         given = {"trainer": config["trainer"], "method": config["method"]}
         given |= {key: config["dataset"][key] for key in PROTOCOL_KEYS}
         if config.get("method_sizes", "given") != "given":
             given["method_sizes"] = config["method_sizes"]
+        expected, given = ({**tree, "method": in_old_words(tree["method"])} for tree in (expected, given))
         expected, given = _flat(expected), _flat(given)
         return {
             key.removeprefix("method.").removeprefix("trainer."): given.get(key, "default")

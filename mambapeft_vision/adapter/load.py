@@ -1,0 +1,79 @@
+"""From an adapter's files to a model."""
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mambapeft_vision.adapter.build import build_method
+from mambapeft_vision.adapter.files import ADAPTER_FILE, CONFIG_FILE, Adapter, read_adapter
+from mambapeft_vision.adapter.model import AdaptedModel, backbone_sha256
+from mambapeft_vision.backbones import create_backbone
+from mambapeft_vision.backbones.contract import Backbone
+from mambapeft_vision.methods.method import Method
+from mambapeft_vision.utils.errors import UserError
+
+MAX_PARAMETERS = 2_000_000_000  # of a backbone that an adapter describes; Vim-B has 98 million
+
+
+def load_adapter(folder: str | Path, weights: str = "official", seed: int = 0) -> AdaptedModel:
+    """The model of an adapter's folder, on a backbone built as the adapter says.
+
+    Args:
+        folder: holds adapter.safetensors and adapter_config.json.
+        weights: of the backbone: "official", "random" (drawn from `seed`) or a file; its hash must fit the adapter.
+    """
+    adapter = read_adapter(folder)
+    spec = adapter.config["backbone"]
+    sizes = {key: value for key, value in spec["architecture"].items() if key != "num_classes"}  # of older adapters
+    with torch.device("meta"):  # shapes without values: an adapter's sizes are untrusted
+        numbers = sum(p.numel() for p in create_backbone(spec["name"], "random", **sizes).parameters())
+    if numbers > MAX_PARAMETERS:
+        raise UserError(f"{folder}: its backbone would have {numbers:,} weights; expected at most {MAX_PARAMETERS:,}")
+    backbone = create_backbone(spec["name"], weights, seed, **sizes)
+    dtype = next((t.dtype for t in adapter.state.values() if t.is_floating_point()), None)
+    return apply_adapter(adapter, backbone.to(dtype))
+
+
+def apply_adapter(adapter: Adapter, backbone: Backbone) -> AdaptedModel:
+    """Attaches an adapter to a backbone with the same weights it was trained on.
+
+    Raises: UserError when the backbone's sha256 differs, or the tensors do not fit.
+    """
+    expected, actual = adapter.config["backbone"]["sha256"], backbone_sha256(backbone)
+    if expected != actual:
+        raise UserError(
+            f"{adapter.folder} was trained on {adapter.config['backbone']['name']} with weights sha256 "
+            f"{expected[:12]}…, but this backbone has {actual[:12]}…; load the weights it was trained on "
+            f"(backbone.weights=…)"
+        )
+    _check_fit(adapter, backbone)
+    return _loaded(adapter, backbone)
+
+
+def build_methods(adapter: Adapter) -> dict[str, Method]:
+    """The methods of adapter_config.json; only classes inside `mambapeft_vision.methods` are ever imported."""
+    source = f"{adapter.folder / CONFIG_FILE}: methods"
+    return {name: build_method(name, spec, source) for name, spec in adapter.config["methods"].items()}
+
+
+def _check_fit(adapter: Adapter, backbone: Backbone) -> None:
+    """Raises UserError where the tensors do not fit the methods; on tensors without values, whatever their size."""
+    memo: dict[int, object] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in backbone.parameters()}
+    memo |= {id(b): b.to("meta") for module in backbone.modules() for b in module.buffers(recurse=False)}
+    with torch.device("meta"):
+        try:
+            _loaded(adapter, copy.deepcopy(backbone, memo))
+        except UserError as error:
+            if str(adapter.folder) in str(error):
+                raise
+            raise UserError(f"{adapter.folder / CONFIG_FILE}: {error}") from error
+        except RuntimeError as error:  # PyTorch's, for sizes beyond all memory
+            raise UserError(f"{adapter.folder / CONFIG_FILE}: impossible sizes: {error}") from error
+
+
+def _loaded(adapter: Adapter, backbone: Backbone) -> AdaptedModel:
+    model = AdaptedModel(backbone, build_methods(adapter), adapter.config["num_classes"])
+    model.load_adapter_state(adapter.state, str(adapter.folder / ADAPTER_FILE))
+    return model

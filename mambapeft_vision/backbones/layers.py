@@ -1,0 +1,111 @@
+"""Layers that backbones share: plain PyTorch layers that read their weights through ports."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from mambapeft_kernels.low_rank.linear import compute_dtype
+from torch import Tensor, nn
+
+from mambapeft_vision.backbones.ports import Ported, SidePort
+from mambapeft_vision.utils.errors import UserError
+
+
+class PortedLinear(Ported, nn.Linear):
+    """`nn.Linear` with a side port."""
+
+    cast_weights = ("weight",)
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, name: str) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.side = SidePort(name)
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether a token of zeros comes out as zeros, and gives no weight a gradient."""
+        return self.bias is None and self.side.only_low_rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.read("bias")
+        return self.side.linear(x, self.read("weight", compute_dtype(x)), bias, self.training)
+
+
+class LinearWeights(Ported, nn.Linear):
+    """Holds the weights of a linear map that a kernel computes."""
+
+
+class ConvWeights(Ported, nn.Conv1d):
+    """Holds the weights of a convolution that a kernel computes."""
+
+
+class PortedLayerNorm(Ported, nn.LayerNorm):
+    """`nn.LayerNorm`, its weights read through ports."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.read("weight"), self.read("bias"), self.eps)
+
+
+class PortedPatches(Ported, nn.Conv2d):
+    """A patch embedding: `nn.Conv2d` without padding, and a side port on its input and output maps.
+
+    Computed as one matrix product over the patches: cuDNN's convolutions take seven times as long for so wide a stride.
+    """
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: int, stride: int, *, name: str) -> None:
+        super().__init__(in_chans, embed_dim, patch_size, stride)
+        self.side = SidePort(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] → [B, D, rows, columns]."""
+        size, stride = self.kernel_size[0], self.stride[0]
+        patches = x.to(compute_dtype(x)).unfold(2, size, stride).unfold(3, size, stride)  # [B, C, rows, columns, p, p]
+        flat = patches.permute(0, 2, 3, 1, 4, 5).flatten(3)
+        out = F.linear(flat, self.read("weight").flatten(1), self.read("bias")).permute(0, 3, 1, 2)
+        return self.side(x, out, self.training)
+
+
+class PatchEmbed(nn.Module):
+    """[B, 3, H, W] → [B, patches, D]; overlapping patches when stride < patch_size."""
+
+    def __init__(self, img_size: tuple[int, int], patch_size: int, stride: int, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        if patch_size > min(img_size):
+            raise UserError(
+                f"backbone.patch_size={patch_size} is larger than the images, {img_size[0]}x{img_size[1]}; lower it or "
+                f"set backbone.img_size"
+            )
+        self.img_size = img_size
+        rows, columns = ((size - patch_size) // stride + 1 for size in img_size)
+        self.grid_size = rows, columns
+        self.num_patches = rows * columns
+        self.proj = PortedPatches(in_chans, embed_dim, patch_size, stride, name="patch_embed.proj")
+
+    def forward(self, images: Tensor) -> Tensor:
+        if tuple(images.shape[-2:]) != self.img_size:
+            raise UserError(
+                f"images are {images.shape[-2]}x{images.shape[-1]}, but this backbone was built for "
+                f"{self.img_size[0]}x{self.img_size[1]}; resize them or set backbone.img_size"
+            )
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+def both_sides(img_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of images, from both or from one number for both."""
+    if isinstance(img_size, int):
+        return img_size, img_size
+    height, width = img_size
+    return height, width
+
+
+def zero_head(num_features: int, num_classes: int, **like: Any) -> nn.Module:
+    """A linear head that starts at zero; the identity for no classes. like: device and dtype."""
+    if not num_classes:
+        return nn.Identity()
+    head = nn.Linear(num_features, num_classes, **like)
+    zero_init(head)
+    return head
+
+
+def zero_init(head: nn.Module) -> None:
+    """Sets all parameters of a head to zero."""
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)

@@ -1,0 +1,89 @@
+"""Backbones by their registered names: every file of this package that registers a model with timm is found."""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, get_type_hints
+
+import timm
+import torch
+from timm.models import model_entrypoint
+from torch import nn
+
+import mambapeft_vision.backbones as package
+from mambapeft_vision.backbones.weights import load_official, load_weights
+from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.typed import check_arguments
+
+# Far beyond any model; an adapter's config is untrusted, and its sizes must not cost hours or all memory.
+LARGEST, DEEPEST = 16_384, 1_024
+
+
+def create_backbone(
+    name: str, weights: str = "official", seed: int = 0, weights_sha256: str | None = None, **architecture: Any
+) -> Any:
+    """A backbone (see `contract.Backbone`) with its weights.
+
+    Args:
+        name: as registered with timm, e.g. "vim_small_patch16_224".
+        weights: "official" (fetched from the hub or its cache), "random" (drawn from `seed`), or a file.
+        seed: of random weights.
+        weights_sha256: of the file with the weights (as `sha256sum` prints it); another file is refused.
+        architecture: other sizes than the variant's, e.g. img_size, drop_path_rate.
+    """
+    if name not in registered():
+        raise UserError(f"backbone.name={name!r} is unknown; known: {', '.join(registered())}")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"backbone.seed={seed}; expected 0 to 2^63 - 1")
+    kind: type[nn.Module] = get_type_hints(model_entrypoint(name))["return"]
+    check_sizes(kind, architecture)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # `architecture` holds sizes alone by now: timm has arguments that read files and fetch weights.
+        model: Any = timm.create_model(name, num_classes=0, **architecture)
+    model.default_cfg["name"] = name
+    if weights == "official":
+        load_official(model, weights_sha256)
+    elif weights != "random":
+        load_weights(model, weights, weights_sha256)
+    elif weights_sha256 is not None:
+        raise UserError("backbone.weights=random are no file; leave backbone.weights_sha256 out, or give a file")
+    return model
+
+
+@cache
+def registered() -> list[str]:
+    """Names of the backbones that the files of this package register with timm."""
+    files = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    for file in files:
+        importlib.import_module(f"{package.__name__}.{file}")
+    names = sorted(name for file in files for name in timm.list_models(module=file))
+    return [name for name in names if model_entrypoint(name).__module__.startswith(f"{package.__name__}.")]
+
+
+def check_sizes(kind: type[nn.Module], sizes: Mapping[str, Any]) -> None:
+    """Raises UserError unless `sizes` are arguments of the class `kind` of the right type and in range."""
+    if "num_classes" in sizes:
+        raise UserError("backbone.num_classes is no size of a backbone; the task has dataset.num_classes")
+    check_arguments(kind, sizes, "backbone")
+    for key, value in sizes.items():
+        if key == "img_size" and isinstance(value, (list, tuple)) and len(value) != 2:
+            raise UserError(f"backbone.img_size={value}; expected [height, width], or one number for both")
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            _check_range(key, number)
+
+
+def _check_range(key: str, number: Any) -> None:
+    if number is None or isinstance(number, bool):
+        return
+    if key == "drop_path_rate":
+        if not 0 <= number < 1:
+            raise UserError(f"backbone.{key}={number}; expected 0 <= {key} < 1")
+    elif key == "norm_eps":
+        if not number > 0:
+            raise UserError(f"backbone.{key}={number}; expected a number > 0")
+    else:
+        largest = DEEPEST if key == "depth" else LARGEST
+        if not 1 <= number <= largest:
+            raise UserError(f"backbone.{key}={number}; expected a whole number from 1 to {largest:,}")

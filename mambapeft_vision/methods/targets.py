@@ -1,0 +1,122 @@
+"""Which parameters of a backbone a method works on: roles, patterns of names, rows, groups."""
+
+import difflib
+import re
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from mambapeft_vision.backbones.contract import ROLES, Backbone, Mixer, Ported, WeightPort
+from mambapeft_vision.utils.errors import UserError
+
+
+def match_parameters(model: Backbone, targets: str | Iterable[str], who: str, each: bool = True) -> list[str]:
+    """Names of the parameters that any target means, in the backbone's order; those of the head never.
+
+    Args:
+        targets: each a role of the backbone (in_proj, x_proj, qkv, …; see `contract.ROLES`), or a pattern of whole
+            names, where `*` stands for anything within one part of a name and `**` for any number of parts.
+        each: whether every target must mean something; without, one may name what only other backbones have.
+    Raises: UserError naming the role that the backbone lacks and those it has, or the pattern that matches nothing and
+        the nearest names.
+    """
+    names = [name for name, _ in model.named_parameters() if not name.startswith("head.")]
+    found: set[str] = set()
+    for target in [targets] if isinstance(targets, str) else targets:
+        if target in model.roles:
+            found.update(model.roles[target])
+            continue
+        matches = _matching(target, names)
+        if not matches and each:
+            raise UserError(f"{who}: {_reason(model, target, names)}")
+        found.update(matches)
+    return [name for name in names if name in found]
+
+
+def role(model: Backbone, name: str, who: str) -> tuple[str, ...]:
+    """Names of the parameters with a role, block after block. Raises UserError where the backbone lacks it."""
+    if name not in model.roles:
+        raise UserError(f"{who}: {_reason(model, name, [])}")
+    return model.roles[name]
+
+
+def _matching(pattern: str, names: list[str]) -> list[str]:
+    expression = re.compile(re.escape(pattern).replace(r"\*\*", ".+").replace(r"\*", r"[^.]*"))
+    return [name for name in names if expression.fullmatch(name)]
+
+
+def _reason(model: Backbone, target: str, names: list[str]) -> str:
+    """Why `target` means no parameter."""
+    kind, roles = type(model).__name__, ", ".join(model.roles)
+    if target in ROLES:
+        return f"{kind} has no {target!r} ({ROLES[target]}); its roles: {roles}"
+    shapes = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
+    near = difflib.get_close_matches(target, [*model.roles, *shapes], n=3, cutoff=0.3) or shapes
+    return f"{target!r} matches no parameter of {kind}; nearest: {', '.join(near)}. Its roles: {roles}"
+
+
+def owner_module(model: Backbone, parameter: str) -> tuple[nn.Module, str]:
+    """The submodule that holds a parameter, and its attribute name there."""
+    path, _, attribute = parameter.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def frozen_weight(model: Backbone, parameter: str) -> Tensor:
+    """The backbone's own tensor, without anything that is attached to it."""
+    module, attribute = owner_module(model, parameter)
+    return getattr(module, attribute)
+
+
+def weight_port(model: Backbone, parameter: str) -> WeightPort:
+    """The port through which the backbone reads a parameter. Raises UserError for one that is read without a port."""
+    module, attribute = owner_module(model, parameter)
+    if not isinstance(module, Ported):
+        raise UserError(
+            f"{parameter} has no weight port; expected a parameter that {type(model).__name__} reads through one"
+        )
+    return module.weight_port(attribute, parameter)
+
+
+def row_slice(model: Backbone, parameter: str, rows: str | None, who: str) -> slice | None:
+    """The rows (axis -2) that a named block (x, z, d, b, c) covers. Raises UserError naming the blocks there are."""
+    if rows is None:
+        return None
+    blocks = model.row_blocks(parameter)
+    if rows not in blocks:
+        known = ", ".join(blocks) or "none"
+        raise UserError(f"{who}: rows={rows!r} is no block of {parameter}; blocks of it: {known}")
+    return blocks[rows]
+
+
+def rows_of(weight: Tensor, rows: slice | None) -> Tensor:
+    """Some rows (axis -2) of a weight, or all of it."""
+    return weight if rows is None else weight[..., rows, :]
+
+
+def group_count(model: Backbone, parameter: str) -> int | None:
+    """K of a grouped weight [K, rows, columns], which is K independent matrices; None for any other.
+
+    The weight of a convolution has three axes or more too, and is no group.
+    """
+    module, _ = owner_module(model, parameter)
+    weight = frozen_weight(model, parameter)
+    convolution = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return len(weight) if weight.ndim == 3 and not convolution and weight.shape[0] > 1 else None
+
+
+def mixers_of(model: Backbone, who: str) -> list[Mixer]:
+    """The mixers of a backbone, first to last. Raises UserError for a backbone that has none."""
+    if not model.mixers:
+        raise UserError(f"{who} works inside Mamba mixers, but {type(model).__name__} has none; use a Vim backbone")
+    return list(model.mixers)
+
+
+def scan_weights(model: Backbone, who: str) -> list[tuple[str, str]]:
+    """Names of A_log and of x_proj's weight of every mixer, for each direction that has its own."""
+    mixers_of(model, who)
+    return list(zip(role(model, "A_log", who), role(model, "x_proj", who), strict=True))
+
+
+def like(model: Backbone) -> Tensor:
+    """Any parameter of the backbone: its device and dtype are those of new tensors."""
+    return next(model.parameters())
