@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mambapeft_vision.backbones.layout import TokenLayout
 from mambapeft_vision.backbones.ports import taken_ports
@@ -127,7 +127,7 @@ def resize_pos_embed(
     return resized
 
 
-def export_official(model: nn.Module, path: str | Path) -> None:
+def export_official(model: Any, path: str | Path) -> None:
     """Writes a plain (merged) backbone in the official key layout: .safetensors, or .pth with key `model`.
 
     Raises: UserError when methods are still attached to it.

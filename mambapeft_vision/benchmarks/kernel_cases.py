@@ -97,7 +97,8 @@ def results(
     xz = xz.detach().to(dtype).requires_grad_()
     directions = cast(directions, weight_dtype or dtype)
     if backend == "plain":
-        out = plain_mixer(*xz.chunk(2, dim=-1), directions)
+        x, z = xz.chunk(2, dim=-1)
+        out = plain_mixer(x, z, directions)
     else:
         out = ssm_mixer(xz, directions, backend=backend)
     gen = torch.Generator().manual_seed(seed)

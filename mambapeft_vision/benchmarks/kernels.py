@@ -288,7 +288,8 @@ def mixers(case: Case, backend: str) -> Iterator[tuple[str, list[Callable[[], ob
     if backend == "plain":
 
         def mix(xz):
-            return plain_mixer(*xz.chunk(2, -1), directions)
+            x, z = xz.chunk(2, -1)
+            return plain_mixer(x, z, directions)
     else:
 
         def mix(xz):

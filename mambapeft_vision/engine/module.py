@@ -173,9 +173,7 @@ class FineTuning(TrainingModule):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         return {name: tensor.detach() for name, tensor in self.model.adapter_state().items()}
 
-    def load_state_dict(  # type: ignore[override]
-        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
-    ) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> None:
         self.model.load_adapter_state(state_dict, "the run's checkpoint")
 
     def _renew_step(self) -> None:

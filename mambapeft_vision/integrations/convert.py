@@ -6,11 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from mambapeft_vision.adapter.files import ADAPTER_FILE, CONFIG_FILE, read_adapter
 from mambapeft_vision.adapter.load import load_adapter
 from mambapeft_vision.adapter.model import AdaptedModel
+from mambapeft_vision.backbones.contract import Backbone
 from mambapeft_vision.backbones.weights import export_official, read_state_dict
 from mambapeft_vision.integrations.reference import load_reference
 from mambapeft_vision.utils.atomic import write_text
@@ -91,7 +90,7 @@ def _literal(node: ast.expr, path: Path) -> Any:
 # -- merged checkpoints ---------------------------------------------------------------------------------------
 
 
-def merge_to_official(folder: str | Path, weights: str, out: str | Path) -> nn.Module:
+def merge_to_official(folder: str | Path, weights: str, out: str | Path) -> Backbone:
     """Writes an adapter merged into its backbone in the official key layout (.pth or .safetensors).
 
     Raises: UserError naming the methods that cannot be merged, and why.

@@ -23,7 +23,7 @@ class SharedBackbone(nn.Module):
         teacher_features: width of the features that `project` predicts; None: there is no projection.
     """
 
-    backbone: nn.Module
+    backbone: Any
 
     def __init__(self, backbone: nn.Module, classes: dict[str, int], teacher_features: int | None = None) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
 
 
-def choose_kernel(backbone: nn.Module, kernel: str, device: torch.device, images: Tensor) -> tuple[str, float]:
+def choose_kernel(backbone: Any, kernel: str, device: torch.device, images: Tensor) -> tuple[str, float]:
     """Sets the first backend that agrees with `naive` on `images`, in features and all gradients.
 
     kernel: "auto" tries the backends that run here, best first; a name tries that one. Returns the backend and its
@@ -108,7 +108,7 @@ def choose_kernel(backbone: nn.Module, kernel: str, device: torch.device, images
     raise UserError("No kernel agrees with the definition: " + "; ".join(findings) + ". Try kernel=torch.")
 
 
-def _features_and_gradients(backbone: nn.Module, kernel: str, device: torch.device, images: Tensor) -> list[Tensor]:
+def _features_and_gradients(backbone: Any, kernel: str, device: torch.device, images: Tensor) -> list[Tensor]:
     backbone.set_kernel(kernel, device)
     training = backbone.training
     backbone.eval()  # no drop path

@@ -7,9 +7,9 @@ from functools import partial
 
 import mambapeft_kernels
 import torch
-from torch import nn
 
 from mambapeft_vision.adapter.model import AdaptedModel
+from mambapeft_vision.backbones.contract import Backbone
 from mambapeft_vision.data import ConsoleProgress, Preprocessing, TaskDataModule
 from mambapeft_vision.engine.device import resolve_device
 from mambapeft_vision.engine.distributed import check_devices
@@ -46,7 +46,7 @@ class Sources:
     """Where a run's task and backbone come from. A sweep gives its own, which keep what is loaded between runs."""
 
     task: Callable[[RunPlan], TaskDataModule] = build_dataset
-    backbone: Callable[[RunPlan], nn.Module] = build_backbone
+    backbone: Callable[[RunPlan], Backbone] = build_backbone
 
 
 FRESH = Sources()
@@ -57,7 +57,7 @@ def assemble(
     console: Console,
     *,
     sources: Sources = FRESH,
-    attach: Callable[[nn.Module, int], AdaptedModel] | None = None,
+    attach: Callable[[Backbone, int], AdaptedModel] | None = None,
     device: str | None = None,
     kernel: str | None = None,
     rank: int = 0,

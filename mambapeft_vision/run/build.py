@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from torch import nn
 
 from mambapeft_vision.adapter.build import build_method
 from mambapeft_vision.adapter.model import AdaptedModel, adapt
 from mambapeft_vision.adapter.scaling import scaled
 from mambapeft_vision.backbones import create_backbone
+from mambapeft_vision.backbones.contract import Backbone
 from mambapeft_vision.backbones.weights import load_weights
 from mambapeft_vision.data import TaskDataModule
 from mambapeft_vision.integrations.wandb_logger import NoLogger, RunLogger, WandbLogger
@@ -61,7 +61,7 @@ def build_dataset(plan: RunPlan) -> TaskDataModule:
     return build("dataset", {**plan.dataset, "cache": plan.paths.cache})
 
 
-def build_backbone(plan: RunPlan) -> nn.Module:
+def build_backbone(plan: RunPlan) -> Backbone:
     return build("backbone", plan.backbone)
 
 
@@ -69,17 +69,17 @@ def build_logger(plan: RunPlan) -> RunLogger:
     return build("logger", plan.logger)
 
 
-def build_methods(plan: RunPlan, backbone: nn.Module) -> dict[str, Method]:
+def build_methods(plan: RunPlan, backbone: Backbone) -> dict[str, Method]:
     """The methods by name, sized for `backbone`. Only classes inside mambapeft_vision.methods are ever called."""
     specs = scaled(plan.method_specs, backbone) if plan.method_sizes == OF_VIM_S else plan.method_specs
     return {name: build_method(name, spec, "method") for name, spec in specs.items()}
 
 
-def build_model(plan: RunPlan, backbone: nn.Module, num_classes: int) -> AdaptedModel:
+def build_model(plan: RunPlan, backbone: Backbone, num_classes: int) -> AdaptedModel:
     return adapt(backbone, build_methods(plan, backbone), num_classes, plan.seed)
 
 
-def build_backbone_offline(plan: RunPlan) -> tuple[nn.Module, str]:
+def build_backbone_offline(plan: RunPlan) -> tuple[Backbone, str]:
     """The backbone without any download, and what its weights are; for dry runs."""
     section = plan.backbone
     if section.get("weights") != "official":
@@ -95,7 +95,7 @@ def build_backbone_offline(plan: RunPlan) -> tuple[nn.Module, str]:
     return backbone, "weights: official"
 
 
-def set_kernel(backbone: nn.Module, kernel: str, device: torch.device) -> str:
+def set_kernel(backbone: Backbone, kernel: str, device: torch.device) -> str:
     """Chooses the kernel backend and returns its name. Raises UserError for one that cannot run here."""
     try:
         return backbone.set_kernel(kernel, device)

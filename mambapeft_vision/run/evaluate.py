@@ -6,13 +6,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import nn
 from yaml import YAMLError
 
 from mambapeft_vision.adapter.files import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from mambapeft_vision.adapter.files import Adapter, read_adapter
 from mambapeft_vision.adapter.load import apply_adapter
 from mambapeft_vision.adapter.model import AdaptedModel
+from mambapeft_vision.backbones.contract import Backbone
 from mambapeft_vision.engine.predict import Predictions
 from mambapeft_vision.methods import add_methods_folder
 from mambapeft_vision.results.environment import device_name, git_state, library_versions
@@ -69,7 +69,9 @@ def _read_config(path: Path) -> DictConfig:
         if "${" in text:  # OmegaConf would look up what it names, such as variables of the environment
             raise UserError(f"{path} holds references (${{...}}); expected resolved values, as a run writes them")
         config = migrated_config(OmegaConf.to_container(OmegaConf.create(text)))
-        return OmegaConf.merge(OmegaConf.structured(TrainConfig), config)
+        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), config)
+        assert isinstance(merged, DictConfig)  # a merge with a mapping is one
+        return merged
     except UserError:
         raise
     except OSError as error:
@@ -86,7 +88,7 @@ def _check_same_task(adapter: Adapter, record: RunRecord, plan: RunPlan) -> None
         raise UserError(f"{adapter.folder} holds files of different tasks: {listed}; expected those of one run")
 
 
-def _apply(adapter: Adapter, backbone: nn.Module, num_classes: int) -> AdaptedModel:
+def _apply(adapter: Adapter, backbone: Backbone, num_classes: int) -> AdaptedModel:
     if adapter.config["num_classes"] != num_classes:
         raise UserError(
             f"{adapter.folder / ADAPTER_CONFIG_FILE}: num_classes is {adapter.config['num_classes']}, but the task has "

@@ -111,7 +111,7 @@ def _root_config(record: RunRecord, arguments: Sequence[str], configs: Path) -> 
     if unknown:
         raise UserError(f"the record's config has {', '.join(unknown)}, which this release does not know")
     root = yaml.safe_load((configs / "train.yaml").read_text(encoding="utf-8"))
-    groups = [{group: None} for group in _GROUPS if group != "logger"]
+    groups: list[dict[str, str | None]] = [{group: None} for group in _GROUPS if group != "logger"]
     groups.append({"logger": "none"})  # whom a run tells is the command's decision, and never the record's
     values = {key: value for key, value in computed(record.config).items() if key not in chosen}
     defaults = ["train_schema", "_self_", *groups]

@@ -4,8 +4,7 @@ import copy
 import json
 from typing import Any
 
-from torch import nn
-
+from mambapeft_vision.backbones.contract import Backbone
 from mambapeft_vision.data import TaskDataModule
 from mambapeft_vision.run.assemble import Sources
 from mambapeft_vision.run.build import build_backbone, build_dataset
@@ -23,7 +22,7 @@ class Kept:
         self.sources = Sources(task=self._task_of, backbone=self._backbone_of)
         self._size = tasks
         self._tasks: dict[str, TaskDataModule] = {}
-        self._backbone: tuple[str, nn.Module] | None = None
+        self._backbone: tuple[str, Backbone] | None = None
 
     def _task_of(self, plan: RunPlan) -> TaskDataModule:
         key = task_key(plan)
@@ -35,7 +34,7 @@ class Kept:
         task.seed = plan.config["dataset"]["seed"]
         return task
 
-    def _backbone_of(self, plan: RunPlan) -> nn.Module:
+    def _backbone_of(self, plan: RunPlan) -> Backbone:
         """A copy: methods change what they are attached to."""
         key = _text(plan.config["backbone"])
         if self._backbone is None or self._backbone[0] != key:

@@ -55,7 +55,7 @@ class _Mixer(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         directions = _unflatten(tuple(t if t is None else t.to(wide) for t in flat), reverse)
         parts = [_scan_inputs(x.to(wide), d) for d in directions]
-        u, delta, _, B, C = (_time_major(list(p), reverse) if i != 2 else None for i, p in enumerate(zip(*parts)))
+        u, delta, B, C = (_time_major([p[i] for p in parts], reverse) for i in (0, 1, 3, 4))
         A = torch.stack([p[2] for p in parts])
         steps = chunk_length(x.shape[1], len(directions), x.shape[0], x.shape[2], A.shape[-1])
         y, starts = scan_forward(u, delta, A, B, C, steps)
@@ -93,9 +93,7 @@ class _Mixer(torch.autograd.Function):
             leaf_x = x.detach().to(wide).requires_grad_(need_x)
             directions = _unflatten(tuple(leaves), reverse)
             parts = [_scan_inputs(leaf_x, d) for d in directions]
-        u, delta, _, B, C = (
-            _time_major([t.detach() for t in p], reverse) if i != 2 else None for i, p in enumerate(zip(*parts))
-        )
+        u, delta, B, C = (_time_major([p[i].detach() for p in parts], reverse) for i in (0, 1, 3, 4))
         A = torch.stack([p[2].detach() for p in parts])
         need_A = any(d.A_log.requires_grad for d in directions)
         dy_steps = _time_major([dy] * len(reverse), reverse)
@@ -111,15 +109,14 @@ class _Mixer(torch.autograd.Function):
             pairs = list(zip(part, (du_d, ddelta_d, None if dA is None else dA[i], dB_d, dC_d)))
             outputs += [t for t, g in pairs if t.requires_grad and g is not None]
             grads += [g for t, g in pairs if t.requires_grad and g is not None]
-            wanted = {
-                "D": lambda part=part: (dy * part[0].detach()).sum((0, 1)),
-                "state_offset": lambda part=part: torch.einsum("ble,bln->en", dy, part[4].detach()),
-                "output_offset": lambda: dy.sum((0, 1)),
-            }
-            for name, compute in wanted.items():
-                position = i * _FIELDS + Direction._fields.index(name)
-                if need_flat[position]:
-                    direct[position] = compute()
+            needed = dict(zip(Direction._fields, need_flat[i * _FIELDS :]))
+            place = {name: i * _FIELDS + k for k, name in enumerate(Direction._fields)}
+            if needed["D"]:
+                direct[place["D"]] = (dy * part[0].detach()).sum((0, 1))
+            if needed["state_offset"]:
+                direct[place["state_offset"]] = torch.einsum("ble,bln->en", dy, part[4].detach())
+            if needed["output_offset"]:
+                direct[place["output_offset"]] = dy.sum((0, 1))
 
         inputs = [t for t in (leaf_x, *leaves) if t is not None and t.requires_grad]
         found = torch.autograd.grad(outputs, inputs, grads, allow_unused=True) if outputs else [None] * len(inputs)
