@@ -10,6 +10,7 @@ import torch
 BACKENDS: dict[str, str] = {
     "cuda": "fused kernels, scans in CUDA C++ compiled at run time; CUDA, float32 and bfloat16",
     "triton": "fused kernels in Triton; CUDA, or a CPU under TRITON_INTERPRET=1",
+    "numba": "loops that Numba compiles for this CPU; float16 and bfloat16 are computed in float32",
     "torch": "vectorised PyTorch with recomputation; any device",
     "mamba_ssm": "the published kernels of mamba-ssm and causal-conv1d, for comparison; CUDA",
     "naive": "the definition, plain autograd; any device, slow, for checks",
@@ -25,6 +26,7 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 _REMEDY = {
     "cuda": "it needs an NVIDIA GPU of compute capability 8.0 or later, triton, and `pip install cuda-core[cu13]`",
     "triton": "it needs triton and a CUDA GPU (or TRITON_INTERPRET=1 on a CPU, for checks)",
+    "numba": "it needs a CPU and `pip install numba`",
     "mamba_ssm": "it needs a CUDA GPU and `pip install mamba-ssm causal-conv1d` (they compile with nvcc)",
 }
 
@@ -47,6 +49,8 @@ def _can_run(name: str, device: torch.device) -> bool:
         return modern and all(map(_installed, ("triton", "cuda.core", "cuda.bindings")))
     if name == "mamba_ssm":
         return on_gpu and _installed("mamba_ssm") and _installed("causal_conv1d")
+    if name == "numba":
+        return device.type == "cpu" and _installed("numba")
     return True
 
 
@@ -65,12 +69,13 @@ def available_backends(device: torch.device | str) -> list[str]:
 def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype | None = None) -> str:
     """`name` itself if it can run on `device`; for "auto" the best that can (and takes `dtype`, if given).
 
-    On a CPU "auto" is `torch`: Triton's interpreter is for checks and runs only when asked for by name.
+    On a CPU "auto" is `numba` where it is installed, else `torch`. Triton's interpreter is for checks and runs only when
+    asked for by name.
     Raises: ValueError naming what was asked, what can run, and the remedy.
     """
     device = torch.device(device)
     if name == "auto":
-        order = ("cuda", "triton", "torch") if device.type == "cuda" else ("torch",)
+        order = ("cuda", "triton", "torch") if device.type == "cuda" else ("numba", "torch")
         return next(choice for choice in order if _can_run(choice, device) and _takes(choice, dtype))
     if name not in BACKENDS:
         raise ValueError(f"kernel={name!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")

@@ -56,6 +56,10 @@ def ssm_mixer(
         from mambapeft_kernels.ssm_mixer import fused
 
         return fused.run(xz, z, directions, scale, chosen)
+    if chosen == "numba":
+        from mambapeft_kernels.ssm_mixer import compiled
+
+        return compiled.ssm_mixer(xz, z, directions, scale)
     x, gate = halves(xz, z)
     if chosen == "mamba_ssm":
         from mambapeft_kernels.ssm_mixer import published

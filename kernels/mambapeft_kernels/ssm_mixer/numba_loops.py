@@ -1,0 +1,204 @@
+"""The loops of the compiled CPU backend: convolution, scan and gate, forward and backward.
+
+Every loop runs over channels innermost, E at a time in tiles of `TILE`, so that LLVM uses the vector units; states and
+decays of a tile stay in the core's caches. A call covers the samples first … last - 1 of a batch, so that threads share
+a batch without writing to the same place.
+
+Time runs from the last token to the first where `reverse` is set: step s reads token t = L - 1 - s.
+"""
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+import numpy as np
+from numba import njit
+
+from mambapeft_kernels.numba_math import FAST, exp_not_positive, sigmoid, softplus
+
+TILE = 64  # channels at a time: 16 states of them are 4 KiB in float32
+CHUNK = 8  # steps between two kept states: 8 steps of 16 states of a tile are 32 KiB
+
+
+@njit(fastmath=FAST, nogil=True, cache=True)
+def convolve(x, weight, bias, reverse, u, first, last):
+    """u = silu(bias + causal depthwise convolution of the first E channels of x [B, L, >= E]); weight [K, E]."""
+    taps, channels = weight.shape
+    length = x.shape[1]
+    for b in range(first, last):
+        for s in range(length):
+            t = length - 1 - s if reverse else s
+            for e in range(channels):
+                u[b, t, e] = bias[e]
+            for k in range(taps):
+                past = s - (taps - 1) + k
+                if past >= 0:
+                    p = length - 1 - past if reverse else past
+                    for e in range(channels):
+                        u[b, t, e] += weight[k, e] * x[b, p, e]
+            for e in range(channels):
+                u[b, t, e] = u[b, t, e] * sigmoid(u[b, t, e])
+
+
+@njit(fastmath=FAST, nogil=True, cache=True)
+def convolve_backward(x, weight, bias, reverse, du, need_dx, need_weight, dx, dweight, dbias, first, last):
+    """Adds to dx [B, L, >= E]; dweight [B, K, E] and dbias [B, E] hold a sum for each sample. Overwrites du."""
+    taps, channels = weight.shape
+    length = x.shape[1]
+    before = np.empty(channels, du.dtype)
+    for b in range(first, last):
+        for s in range(length):
+            t = length - 1 - s if reverse else s
+            for e in range(channels):
+                before[e] = bias[e]
+            for k in range(taps):
+                past = s - (taps - 1) + k
+                if past >= 0:
+                    p = length - 1 - past if reverse else past
+                    for e in range(channels):
+                        before[e] += weight[k, e] * x[b, p, e]
+            for e in range(channels):
+                gate = sigmoid(before[e])
+                du[b, t, e] *= gate * (1 + before[e] * (1 - gate))
+            for k in range(taps):
+                past = s - (taps - 1) + k
+                if past >= 0:
+                    p = length - 1 - past if reverse else past
+                    if need_dx:
+                        for e in range(channels):
+                            dx[b, p, e] += weight[k, e] * du[b, t, e]
+                    if need_weight:
+                        for e in range(channels):
+                            dweight[b, k, e] += x[b, p, e] * du[b, t, e]
+            if need_weight:
+                for e in range(channels):
+                    dbias[b, e] += du[b, t, e]
+
+
+@njit(fastmath=FAST, nogil=True, cache=True)
+def scan(u, raw, dt_bias, A, projected, rank, D, reverse, total, starts, first, last):
+    """total += scan(u) + D u; starts [B, chunks, N, E] gets the state before each chunk.
+
+    raw: [B, L, E], Δ before its bias and softplus; A: [N, E]; projected: [B, L, R + 2N], of which B and C are read.
+    """
+    length, channels = u.shape[1], u.shape[2]
+    states = A.shape[0]
+    h = np.empty((states, TILE), u.dtype)
+    delta, scaled, out = np.empty(TILE, u.dtype), np.empty(TILE, u.dtype), np.empty(TILE, u.dtype)
+    for b in range(first, last):
+        for left in range(0, channels, TILE):
+            width = min(TILE, channels - left)
+            h[:] = 0
+            for s in range(length):
+                t = length - 1 - s if reverse else s
+                if s % CHUNK == 0:
+                    for n in range(states):
+                        for e in range(width):
+                            starts[b, s // CHUNK, n, left + e] = h[n, e]
+                for e in range(width):
+                    delta[e] = softplus(raw[b, t, left + e] + dt_bias[left + e])
+                for e in range(width):
+                    scaled[e] = delta[e] * u[b, t, left + e]
+                    out[e] = D[left + e] * u[b, t, left + e]
+                for n in range(states):
+                    to_state, from_state = projected[b, t, rank + n], projected[b, t, rank + states + n]
+                    for e in range(width):
+                        state = exp_not_positive(delta[e] * A[n, left + e]) * h[n, e] + scaled[e] * to_state
+                        h[n, e] = state
+                        out[e] += from_state * state
+                for e in range(width):
+                    total[b, t, left + e] += out[e]
+
+
+@njit(fastmath=FAST, nogil=True, cache=True)
+def scan_backward(
+    u, raw, dt_bias, A, projected, rank, D, reverse, starts, dy, need_A, du, draw, dprojected, dA, first, last
+):
+    """Gradients of `scan`'s sum; states are computed again within one chunk at a time.
+
+    du, draw [B, L, E] and B, C's columns of dprojected [B, L, R + 2N] are written; dA [B, N, E] is added to. With
+    g_t = C_t dy_t + a_{t+1} g_{t+1}: dC = Σ_e dy h, dB = Σ_e g Δ u, du = Δ Σ_n g B + D dy,
+    dΔ = u Σ_n g B + Σ_n g a h_{t-1} A, and draw = dΔ sigmoid(raw + bias).
+    """
+    length, channels = u.shape[1], u.shape[2]
+    states = A.shape[0]
+    h = np.empty((CHUNK + 1, states, TILE), u.dtype)
+    decay = np.empty((CHUNK, states, TILE), u.dtype)
+    delta, scaled = np.empty((CHUNK, TILE), u.dtype), np.empty((CHUNK, TILE), u.dtype)
+    carry = np.empty((states, TILE), u.dtype)
+    from_states, through_A = np.empty(TILE, u.dtype), np.empty(TILE, u.dtype)
+    for b in range(first, last):
+        for t in range(length):
+            for n in range(rank, rank + 2 * states):
+                dprojected[b, t, n] = 0
+        for left in range(0, channels, TILE):
+            width = min(TILE, channels - left)
+            carry[:] = 0
+            for chunk in range(starts.shape[1] - 1, -1, -1):
+                begin, end = chunk * CHUNK, min(length, (chunk + 1) * CHUNK)
+                for n in range(states):
+                    for e in range(width):
+                        h[0, n, e] = starts[b, chunk, n, left + e]
+                for s in range(begin, end):
+                    t, i = length - 1 - s if reverse else s, s - begin
+                    for e in range(width):
+                        delta[i, e] = softplus(raw[b, t, left + e] + dt_bias[left + e])
+                    for e in range(width):
+                        scaled[i, e] = delta[i, e] * u[b, t, left + e]
+                    for n in range(states):
+                        to_state = projected[b, t, rank + n]
+                        for e in range(width):
+                            a = exp_not_positive(delta[i, e] * A[n, left + e])
+                            decay[i, n, e] = a
+                            h[i + 1, n, e] = a * h[i, n, e] + scaled[i, e] * to_state
+                for s in range(end - 1, begin - 1, -1):
+                    t, i = length - 1 - s if reverse else s, s - begin
+                    for e in range(width):
+                        from_states[e] = 0
+                        through_A[e] = 0
+                    for n in range(states):
+                        to_state, from_state = projected[b, t, rank + n], projected[b, t, rank + states + n]
+                        d_to = d_from = u.dtype.type(0)
+                        for e in range(width):
+                            upstream = dy[b, t, left + e]
+                            g = from_state * upstream + carry[n, e]
+                            d_from += upstream * h[i + 1, n, e]
+                            d_to += g * scaled[i, e]
+                            from_states[e] += g * to_state
+                            carried = decay[i, n, e] * g
+                            carry[n, e] = carried
+                            through_A[e] += carried * h[i, n, e] * A[n, left + e]
+                        dprojected[b, t, rank + n] += d_to
+                        dprojected[b, t, rank + states + n] += d_from
+                        if need_A:
+                            for e in range(width):
+                                dA[b, n, left + e] += carry[n, e] * h[i, n, e] * delta[i, e]
+                    for e in range(width):
+                        # sigmoid(v) = 1 - e^-softplus(v)
+                        opened = 1 - exp_not_positive(-delta[i, e])
+                        ddelta = u[b, t, left + e] * from_states[e] + through_A[e]
+                        draw[b, t, left + e] = ddelta * opened
+                        du[b, t, left + e] = delta[i, e] * from_states[e] + D[left + e] * dy[b, t, left + e]
+
+
+@njit(fastmath=FAST, nogil=True, cache=True)
+def gate(total, z, column, scale, out, first, last):
+    """out = scale silu(z) total; z [B, L, >= column + E], read from `column` on."""
+    channels = total.shape[2]
+    for b in range(first, last):
+        for t in range(total.shape[1]):
+            for e in range(channels):
+                value = z[b, t, column + e]
+                out[b, t, e] = scale * value * sigmoid(value) * total[b, t, e]
+
+
+@njit(fastmath=FAST, nogil=True, cache=True)
+def gate_backward(total, z, column, scale, dout, need_dz, dy, dz, dz_column, first, last):
+    """dy = scale silu(z) dout, and dz into its columns from `dz_column` on."""
+    channels = total.shape[2]
+    for b in range(first, last):
+        for t in range(total.shape[1]):
+            for e in range(channels):
+                value = z[b, t, column + e]
+                opened = sigmoid(value)
+                upstream = scale * dout[b, t, e]
+                dy[b, t, e] = upstream * value * opened
+                if need_dz:
+                    dz[b, t, dz_column + e] = upstream * total[b, t, e] * opened * (1 + value * (1 - opened))
