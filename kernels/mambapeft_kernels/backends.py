@@ -69,8 +69,8 @@ def available_backends(device: torch.device | str) -> list[str]:
 def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype | None = None) -> str:
     """`name` itself if it can run on `device`; for "auto" the best that can (and takes `dtype`, if given).
 
-    On a CPU "auto" is `numba` where it is installed, else `torch`. Triton's interpreter is for checks and runs only when
-    asked for by name.
+    On a CPU "auto" is `numba` where it is installed, else `torch`. Triton's interpreter is for checks and runs only
+    when asked for by name.
     Raises: ValueError naming what was asked, what can run, and the remedy.
     """
     device = torch.device(device)

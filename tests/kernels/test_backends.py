@@ -91,7 +91,7 @@ def test_import_needs_neither_triton_nor_cuda():
     """In a fresh interpreter where both are hidden, the package imports and the CPU path runs."""
     code = (
         "import sys\n"
-        "for name in ('triton', 'cuda'): sys.modules[name] = None\n"
+        "for name in ('triton', 'cuda', 'numba'): sys.modules[name] = None\n"
         "import torch, mambapeft_kernels as k\n"
         "assert k.resolve_backend('auto', 'cpu') == 'torch'\n"
         "h, r = k.add_rms_norm(torch.ones(1, 2, 4), None, torch.ones(4))\n"

@@ -1,6 +1,7 @@
 """The mixer core against its definition in float64: forward and every gradient, on every backend that runs here."""
 
 import ctypes
+import importlib.util
 import math
 
 import pytest
@@ -8,11 +9,16 @@ import torch
 from helpers.kernel_cases import FIELDS, cast, errors, make_directions, make_xz, relative_error, results
 from mambapeft_kernels import Direction, ssm_mixer
 
-CPU = [pytest.param("torch", "cpu", id="torch-cpu"), pytest.param("triton", "cpu", id="triton-interpreter")]
+NUMBA = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="NOT RUN: needs numba")
+CPU = [
+    pytest.param("torch", "cpu", id="torch-cpu"),
+    pytest.param("numba", "cpu", id="numba-cpu", marks=NUMBA),
+    pytest.param("triton", "cpu", id="triton-interpreter"),
+]
 GPU = [pytest.param(name, "cuda", id=f"{name}-gpu", marks=pytest.mark.gpu) for name in ("torch", "triton", "cuda")]
 if torch.cuda.is_available():
-    CPU = CPU[:1]  # with a GPU the Triton kernels are compiled, not interpreted
-FUSED = CPU[1:] + GPU[1:]
+    CPU = CPU[:2]  # with a GPU the Triton kernels are compiled, not interpreted
+FUSED = CPU[2:] + GPU[1:]
 FP32_BAR = 1e-5
 
 # batch, length, channels, states, rank. The interpreter is slow: it gets sizes that cross every boundary once.

@@ -4,6 +4,7 @@ PyTorch does the two projections; convolution, Δ, scan, sum and gate are loops 
 vectorised.py, x, z, the ungated sum and one state in every few steps are kept, and the rest is computed again.
 """
 
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -69,7 +70,7 @@ def _over_batch(loop: Callable[..., None], batch: int, *arguments: Any) -> None:
         return
     bounds = [batch * i // parts for i in range(parts + 1)]
     pool = _pool(os.getpid(), torch.get_num_threads())
-    for done in [pool.submit(loop, *arguments, a, b) for a, b in zip(bounds, bounds[1:])]:
+    for done in [pool.submit(loop, *arguments, a, b) for a, b in itertools.pairwise(bounds)]:
         done.result()
 
 
@@ -115,7 +116,7 @@ class _Mixer(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         xz, z, total, *rest = ctx.saved_tensors
         starts, flat = rest[: len(ctx.reverse)], rest[len(ctx.reverse) :]
-        wide, batch, length, channels = total.dtype, *total.shape
+        wide, batch = total.dtype, total.shape[0]
         need_xz, need_z, _, _, *need_flat = ctx.needs_input_grad
         directions = _directions(flat, ctx.reverse, wide)
         x, gate, column = _inputs(xz, z, wide)
@@ -147,7 +148,7 @@ def _backward_of(
     d: Direction, x: np.ndarray, dy: Tensor, start: Tensor, needs: dict[str, bool], dx: Tensor | None
 ) -> dict[str, Tensor]:
     """One direction's gradients by field; adds to dx."""
-    wide, (batch, length, channels), states = dy.dtype, dy.shape, d.A_log.shape[1]
+    wide, (batch, _, channels), states = dy.dtype, dy.shape, d.A_log.shape[1]
     w = _loops_of(d)
     u, projected, raw = _scan_inputs(x, d, w, wide)
     du, draw, dprojected = torch.empty_like(u), torch.empty_like(raw), torch.empty_like(projected)

@@ -4,6 +4,7 @@ Every loop runs over channels innermost, E at a time in tiles of `TILE`, so that
 decays of a tile stay in the core's caches. A call covers the samples first … last - 1 of a batch, so that threads share
 a batch without writing to the same place.
 
+Constants have the arrays' dtype: beside an integer literal Numba computes in float64.
 Time runs from the last token to the first where `reverse` is set: step s reads token t = L - 1 - s.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -17,7 +18,7 @@ TILE = 64  # channels at a time: 16 states of them are 4 KiB in float32
 CHUNK = 8  # steps between two kept states: 8 steps of 16 states of a tile are 32 KiB
 
 
-@njit(fastmath=FAST, nogil=True, cache=True)
+@njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
 def convolve(x, weight, bias, reverse, u, first, last):
     """u = silu(bias + causal depthwise convolution of the first E channels of x [B, L, >= E]); weight [K, E]."""
     taps, channels = weight.shape
@@ -37,12 +38,12 @@ def convolve(x, weight, bias, reverse, u, first, last):
                 u[b, t, e] = u[b, t, e] * sigmoid(u[b, t, e])
 
 
-@njit(fastmath=FAST, nogil=True, cache=True)
+@njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
 def convolve_backward(x, weight, bias, reverse, du, need_dx, need_weight, dx, dweight, dbias, first, last):
     """Adds to dx [B, L, >= E]; dweight [B, K, E] and dbias [B, E] hold a sum for each sample. Overwrites du."""
     taps, channels = weight.shape
     length = x.shape[1]
-    before = np.empty(channels, du.dtype)
+    before, one = np.empty(channels, du.dtype), du.dtype.type(1)
     for b in range(first, last):
         for s in range(length):
             t = length - 1 - s if reverse else s
@@ -56,7 +57,7 @@ def convolve_backward(x, weight, bias, reverse, du, need_dx, need_weight, dx, dw
                         before[e] += weight[k, e] * x[b, p, e]
             for e in range(channels):
                 gate = sigmoid(before[e])
-                du[b, t, e] *= gate * (1 + before[e] * (1 - gate))
+                du[b, t, e] *= gate * (one + before[e] * (one - gate))
             for k in range(taps):
                 past = s - (taps - 1) + k
                 if past >= 0:
@@ -72,7 +73,7 @@ def convolve_backward(x, weight, bias, reverse, du, need_dx, need_weight, dx, dw
                     dbias[b, e] += du[b, t, e]
 
 
-@njit(fastmath=FAST, nogil=True, cache=True)
+@njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
 def scan(u, raw, dt_bias, A, projected, rank, D, reverse, total, starts, first, last):
     """total += scan(u) + D u; starts [B, chunks, N, E] gets the state before each chunk.
 
@@ -107,7 +108,7 @@ def scan(u, raw, dt_bias, A, projected, rank, D, reverse, total, starts, first, 
                     total[b, t, left + e] += out[e]
 
 
-@njit(fastmath=FAST, nogil=True, cache=True)
+@njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
 def scan_backward(
     u, raw, dt_bias, A, projected, rank, D, reverse, starts, dy, need_A, du, draw, dprojected, dA, first, last
 ):
@@ -124,6 +125,7 @@ def scan_backward(
     delta, scaled = np.empty((CHUNK, TILE), u.dtype), np.empty((CHUNK, TILE), u.dtype)
     carry = np.empty((states, TILE), u.dtype)
     from_states, through_A = np.empty(TILE, u.dtype), np.empty(TILE, u.dtype)
+    zero = u.dtype.type(0)
     for b in range(first, last):
         for t in range(length):
             for n in range(rank, rank + 2 * states):
@@ -155,7 +157,7 @@ def scan_backward(
                         through_A[e] = 0
                     for n in range(states):
                         to_state, from_state = projected[b, t, rank + n], projected[b, t, rank + states + n]
-                        d_to = d_from = u.dtype.type(0)
+                        d_to = d_from = zero
                         for e in range(width):
                             upstream = dy[b, t, left + e]
                             g = from_state * upstream + carry[n, e]
@@ -171,14 +173,13 @@ def scan_backward(
                             for e in range(width):
                                 dA[b, n, left + e] += carry[n, e] * h[i, n, e] * delta[i, e]
                     for e in range(width):
-                        # sigmoid(v) = 1 - e^-softplus(v)
-                        opened = 1 - exp_not_positive(-delta[i, e])
+                        opened = sigmoid(raw[b, t, left + e] + dt_bias[left + e])
                         ddelta = u[b, t, left + e] * from_states[e] + through_A[e]
                         draw[b, t, left + e] = ddelta * opened
                         du[b, t, left + e] = delta[i, e] * from_states[e] + D[left + e] * dy[b, t, left + e]
 
 
-@njit(fastmath=FAST, nogil=True, cache=True)
+@njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
 def gate(total, z, column, scale, out, first, last):
     """out = scale silu(z) total; z [B, L, >= column + E], read from `column` on."""
     channels = total.shape[2]
@@ -189,10 +190,10 @@ def gate(total, z, column, scale, out, first, last):
                 out[b, t, e] = scale * value * sigmoid(value) * total[b, t, e]
 
 
-@njit(fastmath=FAST, nogil=True, cache=True)
+@njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
 def gate_backward(total, z, column, scale, dout, need_dz, dy, dz, dz_column, first, last):
     """dy = scale silu(z) dout, and dz into its columns from `dz_column` on."""
-    channels = total.shape[2]
+    channels, one = total.shape[2], total.dtype.type(1)
     for b in range(first, last):
         for t in range(total.shape[1]):
             for e in range(channels):
@@ -201,4 +202,4 @@ def gate_backward(total, z, column, scale, dout, need_dz, dy, dz, dz_column, fir
                 upstream = scale * dout[b, t, e]
                 dy[b, t, e] = upstream * value * opened
                 if need_dz:
-                    dz[b, t, dz_column + e] = upstream * total[b, t, e] * opened * (1 + value * (1 - opened))
+                    dz[b, t, dz_column + e] = upstream * total[b, t, e] * opened * (one + value * (one - opened))
