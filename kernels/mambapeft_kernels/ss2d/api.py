@@ -53,7 +53,7 @@ def ss2d(u: Tensor, weights: SS2DWeights, backend: str = "auto") -> Tensor:
         return fused.ss2d(u, weights)
     if chosen == "mamba_ssm":
         raise ValueError("ss2d: got kernel=mamba_ssm, which has no two-dimensional scan; choose auto, triton or torch")
-    if chosen == "torch":
+    if chosen in ("torch", "numba"):  # Numba has no such loops yet
         from mambapeft_kernels.ss2d import vectorised
 
         return vectorised.ss2d(u, weights)
