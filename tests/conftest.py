@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +41,35 @@ def finished(task, tmp_path_factory) -> FinishedRun:
     command = runs.overrides(task, outputs, "trainer.picture=true")
     record = runs.run(command)
     return FinishedRun(command, runs.only_run_folder(outputs), record)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Writes how the tests that need a GPU ended to results/gpu-tests.json, wherever one is (docs show the last run).
+
+    MAMBAPEFT_COMMIT names the commit where the checkout has no .git folder.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    counts = {
+        outcome: sum("gpu" in report.keywords for report in terminalreporter.stats.get(outcome, []))
+        for outcome in ("passed", "failed", "error", "skipped")
+    }
+    import torch
+
+    if not torch.cuda.is_available() or not counts["passed"]:
+        return
+    from mambapeft_vision.run.environment import git_state, library_versions
+    from mambapeft_vision.utils.atomic import write_json
+
+    commit, dirty = git_state()
+    write_json(
+        Path(__file__).resolve().parents[1] / "results" / "gpu-tests.json",
+        {
+            "commit": os.environ.get("MAMBAPEFT_COMMIT", commit),
+            "dirty": dirty,
+            "card": torch.cuda.get_device_name(),
+            "versions": library_versions(),
+            "date": datetime.now(timezone.utc).date().isoformat(),
+            **counts,
+        },
+    )
