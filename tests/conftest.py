@@ -51,7 +51,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
     counts = {
-        outcome: sum("gpu" in report.keywords for report in terminalreporter.stats.get(outcome, []))
+        outcome: sum("gpu" in getattr(report, "keywords", ()) for report in terminalreporter.stats.get(outcome, []))
         for outcome in ("passed", "failed", "error", "skipped")
     }
     import torch
