@@ -1,0 +1,300 @@
+"""Reference tables made from the code: config keys, methods, backbones, commands, and the fields of a result."""
+
+import dataclasses
+import importlib
+import inspect
+import io
+import re
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
+from itertools import dropwhile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mambapeft_vision.adapter.presets import Preset, read_presets
+from mambapeft_vision.backbones.registry import create_backbone, registered
+from mambapeft_vision.cli import COMMANDS, main
+from mambapeft_vision.methods.method import Method
+from mambapeft_vision.pretraining import config as pretraining
+from mambapeft_vision.results import record
+from mambapeft_vision.run import config as run_config
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+BACKBONES = {"vim_s": "Vim-S", "vim_b": "Vim-B", "vit_s": "ViT-S"}
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]], align: str = "") -> str:
+    """A Markdown table. align: a letter for each column, l or r; default: all l."""
+    marks = {"l": "---", "r": "--:"}
+    rule = [marks[letter] for letter in (align or "l" * len(header))]
+    rows = [list(header), rule, *lines]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows)
+
+
+# -- config keys ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A key of a yaml file: its path in the section, its value as written, and the comment beside or above it."""
+
+    path: str
+    value: str
+    comment: str
+
+
+def keys_of(file: Path) -> Iterator[Key]:
+    """The keys of a config file, those of nested sections with dots, without Hydra's own."""
+    above: list[str] = []
+    section = ""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    for line in dropwhile(lambda line: line.startswith("#"), lines):  # the file's own header describes no key
+        if line.lstrip().startswith("#"):
+            above.append(line.strip("# "))
+            continue
+        found = re.fullmatch(r"(\s*)([A-Za-z_]\w*):\s*(.*?)(?:\s*#\s*(.*))?", line)
+        if found is None:
+            above = []
+            continue
+        indent, name, value, comment = found.groups()
+        section = section if indent else ""
+        if name in ("defaults", "hydra", "_target_"):
+            section = "hydra"
+        elif section != "hydra":
+            text = " ".join([*above, comment or ""]).strip()
+            if value:
+                yield Key(f"{section}.{name}" if section else name, value, text)
+            else:
+                section = name
+        above = []
+
+
+def _types_of(schema: type) -> Mapping[str, str]:
+    """Key → type of a dataclass, those of nested dataclasses with dots."""
+    found: dict[str, str] = {}
+    for name, kind in typing.get_type_hints(schema).items():
+        nested = typing.get_type_hints(kind) if hasattr(kind, "__dataclass_fields__") else None
+        if nested is None:
+            found[name] = _name_of(kind)
+        else:
+            found |= {f"{name}.{key}": value for key, value in _types_of(kind).items()}
+    return found
+
+
+def _name_of(kind: Any) -> str:
+    """A type as it is written, with "or" for "|", which would end a table's cell."""
+    name = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+    return name.replace("typing.", "").replace(" | ", " or ")
+
+
+def _type_of_value(value: str) -> str:
+    """The type that a default has, where no dataclass names one."""
+    parsed = yaml.safe_load(value)
+    return "" if parsed is None or value == "???" else type(parsed).__name__
+
+
+def config_keys(file: str, schema: str = "", prefix: str = "") -> str:
+    """A table of the keys of a config file. schema: a dataclass of mambapeft_vision/run/config.py."""
+    types = _types_of(getattr(run_config, schema)) if schema else {}
+    lines = []
+    for key in keys_of(CONFIGS / file):
+        default = "required" if key.value == "???" else f"`{key.value}`"
+        kind = types.get(key.path) or _type_of_value(key.value)
+        lines.append([f"`{prefix}{key.path}`", f"`{kind}`" if kind else "", default, key.comment])
+    return table(["key", "type", "default", "meaning"], lines)
+
+
+def dataclass_keys(schema: str, prefix: str) -> str:
+    """A table of the keys of a dataclass of mambapeft_vision/pretraining/config.py, described in its docstring."""
+    kind = getattr(pretraining, schema)
+    meanings = described_arguments(kind.__doc__)
+    hints = typing.get_type_hints(kind)
+    lines = []
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            continue  # has a table of its own
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        shown = "required" if default in (dataclasses.MISSING, "???") else f"`{default}`".replace("None", "null")
+        lines.append(
+            [f"`{prefix}{field.name}`", f"`{_name_of(hints[field.name])}`", shown, meanings.get(field.name, "")]
+        )
+    return table(["key", "type", "default", "meaning"], lines)
+
+
+def dataset_groups() -> str:
+    """The options of the group dataset."""
+    lines = []
+    for folder in sorted(path for path in (CONFIGS / "dataset").iterdir() if path.is_dir()):
+        names = ", ".join(f"`{folder.name}/{file.stem}`" for file in sorted(folder.glob("*.yaml")))
+        lines.append([f"`{folder.name}`", names])
+    return table(["group", "options"], lines)
+
+
+# -- methods --------------------------------------------------------------------------------------------------
+
+
+def method_table() -> str:
+    """Every preset in one line."""
+    lines = []
+    for preset in read_presets(CONFIGS / "method").values():
+        obstacles = {_class_of(spec).merge_obstacle for spec in preset.methods.values()}
+        lines.append(
+            [
+                f"[`{preset.name}`](#{preset.name})",
+                _first_sentence(preset.what),
+                BACKBONES.get(preset.backbone, preset.backbone),
+                f"{preset.count:,}",
+                preset.paper,
+                "yes" if obstacles == {None} else "in part" if None in obstacles else "no",
+            ]
+        )
+    return table(["preset", "what it is", "sizes for", "parameters", "paper", "merges"], lines, "lllrll")
+
+
+def _first_sentence(text: str) -> str:
+    """Up to the first full stop that ends a word; `arXiv 2411.03855` has none."""
+    return re.split(r"\. (?=[A-Z])", text)[0].rstrip(".")
+
+
+def method_sections() -> str:
+    """One section for each preset, below the heading of its kind."""
+    kinds: dict[str, list[Preset]] = {"Single methods": [], "Hybrids": []}
+    for preset in read_presets(CONFIGS / "method").values():
+        if preset.backbone != "vim_s":
+            kind = f"For {BACKBONES.get(preset.backbone, preset.backbone)}"
+        else:
+            kind = "Hybrids" if len(preset.methods) > 1 else "Single methods"
+        kinds.setdefault(kind, []).append(preset)
+    return "\n".join(
+        f"## {kind}\n\n" + "\n".join(map(_method_section, found)) for kind, found in kinds.items() if found
+    )
+
+
+def _method_section(preset: Preset) -> str:
+    files = sorted({spec["_target_"].split(".")[-2] for spec in preset.methods.values()})
+    return f"""\
+### {preset.name}
+
+{preset.what}
+
+    {preset.formula}
+
+{preset.count:,} parameters on {BACKBONES.get(preset.backbone, preset.backbone)}. Paper: {preset.paper}.
+Code: {", ".join(f"`mambapeft_vision/methods/{file}.py`" for file in files)}.
+
+    {preset.run}
+"""
+
+
+def _class_of(spec: Mapping[str, Any]) -> type[Method]:
+    module, _, name = spec["_target_"].rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def method_arguments() -> str:
+    """The arguments of every method class that a preset uses."""
+    presets = read_presets(CONFIGS / "method").values()
+    classes = {_class_of(spec) for preset in presets for spec in preset.methods.values()}
+    return "\n".join(_arguments_of(cls) for cls in sorted(classes, key=lambda cls: cls.__name__))
+
+
+def _arguments_of(cls: type[Method]) -> str:
+    meanings = {**described_arguments(Method.__doc__), **described_arguments(cls.__doc__)}
+    lines: list[list[str]] = []
+    for base in reversed(cls.__mro__):
+        if "__init__" not in vars(base) or not issubclass(base, Method):
+            continue
+        for parameter in inspect.signature(base.__init__).parameters.values():
+            if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+                continue
+            default = "required" if parameter.default is parameter.empty else f"`{parameter.default!r}`"
+            kind = _name_of(parameter.annotation)
+            line = [f"`{parameter.name}`", f"`{kind}`", default, meanings.get(parameter.name, "")]
+            lines = [other for other in lines if other[0] != line[0]] + [line]
+    return f"#### {cls.__name__}\n\n{table(['argument', 'type', 'default', 'meaning'], lines)}\n"
+
+
+def described_arguments(docstring: str | None) -> dict[str, str]:
+    """Argument → meaning, from the section Args: of a docstring."""
+    text = inspect.cleandoc(docstring or "")
+    section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", text, flags=re.MULTILINE)
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in section[1].splitlines() if section else []:
+        start = re.fullmatch(r"    (\w+(?:, \w+)*): (.*)", line)
+        if start is not None:
+            names = start[1].split(", ")
+            found |= dict.fromkeys(names, start[2])
+        else:
+            found |= {name: f"{found[name]} {line.strip()}" for name in names}
+    return found
+
+
+# -- backbones ------------------------------------------------------------------------------------------------
+
+
+def backbone_table() -> str:
+    """Every registered backbone: sizes, parameters, and where its weights come from."""
+    configs = {
+        yaml.safe_load(path.read_text(encoding="utf-8"))["name"]: path.stem for path in (CONFIGS / "backbone").glob("*")
+    }
+    lines = []
+    for name in registered():
+        with torch.device("meta"):
+            model = create_backbone(name, "random")
+        record = model.default_cfg
+        accuracy = re.search(r"_(\d+)p(\d)acc", record.get("hf_hub_filename", ""))
+        lines.append(
+            [
+                f"`{name}`",
+                f"`{configs[name]}`" if name in configs else "",
+                f"{record['input_size'][-1]}",
+                f"{model.embed_dim}",
+                f"{sum(p.numel() for p in model.parameters()):,}",
+                _weights_of(record),
+                f"{accuracy[1]}.{accuracy[2]}" if accuracy else "",
+            ]
+        )
+    header = ["name", "`backbone=`", "image", "width", "parameters", "weights", "top-1, %"]
+    return table(header, lines, "llrrrlr")
+
+
+def _weights_of(record: Mapping[str, Any]) -> str:
+    if "embedded" in record:
+        return "in the package, made by this project"
+    if record.get("hf_hub_id"):
+        return f"hub: {record['hf_hub_id']}"
+    return "none: random, or a file"
+
+
+# -- results and commands -------------------------------------------------------------------------------------
+
+
+def result_fields() -> str:
+    """The fields of result.json, from the comments beside them."""
+    lines = []
+    for line in inspect.getsource(record.RunRecord).splitlines():
+        found = re.fullmatch(r"    (\w+): ([^=#]+?)(?: = \w+)?(?:  # (.*))?", line)
+        if found is not None:
+            lines.append([f"`{found[1]}`", f"`{found[2].strip().replace(' | ', ' or ')}`", found[3] or ""])
+    return table(["field", "type", "meaning"], lines)
+
+
+def commands() -> str:
+    """Every command's own help."""
+    listed = table(["command", "what it does"], [[f"[`{name}`](#{name})", what] for name, what in COMMANDS.items()])
+    return "\n\n".join([listed, *(f"## {name}\n\n```text\n{_help_of(name)}\n```" for name in COMMANDS)])
+
+
+def _help_of(command: str) -> str:
+    shown = io.StringIO()
+    with redirect_stdout(shown), suppress(SystemExit):
+        main([command, "--help"])
+    return shown.getvalue().strip()
