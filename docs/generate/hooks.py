@@ -49,8 +49,8 @@ def include(path: str, heading: str = "") -> str:
 
 
 BLOCKS: dict[str, Callable[..., str]] = {
-    "config-keys": reference.config_keys,
-    "dataclass-keys": reference.dataclass_keys,
+    "group-keys": reference.group_keys,
+    "schema-keys": reference.schema_keys,
     "datasets": reference.dataset_groups,
     "method-table": reference.method_table,
     "method-sections": reference.method_sections,

@@ -12,16 +12,17 @@ from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import yaml
+from timm.models import model_entrypoint
 
 from mambapeft_vision.adapter.presets import Preset, read_presets
-from mambapeft_vision.backbones.registry import create_backbone, registered
+from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.cli import COMMANDS, main
 from mambapeft_vision.methods.method import Method
-from mambapeft_vision.pretraining import config as pretraining
 from mambapeft_vision.results import record
-from mambapeft_vision.run import config as run_config
+from mambapeft_vision.run import config_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -74,58 +75,31 @@ def keys_of(file: Path) -> Iterator[Key]:
         above = []
 
 
-def _types_of(schema: type) -> Mapping[str, str]:
-    """Key → type of a dataclass, those of nested dataclasses with dots."""
-    found: dict[str, str] = {}
-    for name, kind in typing.get_type_hints(schema).items():
-        nested = typing.get_type_hints(kind) if hasattr(kind, "__dataclass_fields__") else None
-        if nested is None:
-            found[name] = _name_of(kind)
-        else:
-            found |= {f"{name}.{key}": value for key, value in _types_of(kind).items()}
-    return found
-
-
-def _name_of(kind: Any) -> str:
-    """A type as it is written, with "or" for "|", which would end a table's cell."""
-    name = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
-    return name.replace("typing.", "").replace(" | ", " or ")
-
-
-def _type_of_value(value: str) -> str:
-    """The type that a default has, where no dataclass names one."""
-    parsed = yaml.safe_load(value)
-    return "" if parsed is None or value == "???" else type(parsed).__name__
-
-
-def config_keys(file: str, schema: str = "", prefix: str = "") -> str:
-    """A table of the keys of a config file. schema: a dataclass of mambapeft_vision/run/config.py."""
-    types = _types_of(getattr(run_config, schema)) if schema else {}
+def group_keys(file: str, prefix: str) -> str:
+    """A table of the keys of one option of a group, from the comments beside them."""
     lines = []
     for key in keys_of(CONFIGS / file):
         default = "required" if key.value == "???" else f"`{key.value}`"
-        kind = types.get(key.path) or _type_of_value(key.value)
-        lines.append([f"`{prefix}{key.path}`", f"`{kind}`" if kind else "", default, key.comment])
-    return table(["key", "type", "default", "meaning"], lines)
+        lines.append([f"`{prefix}{key.path}`", default, key.comment])
+    return table(["key", "default", "meaning"], lines)
 
 
-def dataclass_keys(schema: str, prefix: str) -> str:
-    """A table of the keys of a dataclass of mambapeft_vision/pretraining/config.py, described in its docstring."""
-    kind = getattr(pretraining, schema)
-    meanings = described_arguments(kind.__doc__)
-    hints = typing.get_type_hints(kind)
+def schema_keys(root: str, section: str = "", prefix: str = "") -> str:
+    """A table of a config's keys: those of a section, or those of the top level and of `paths`.
+
+    prefix: written before each name.
+    """
     lines = []
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(hints[field.name]):
-            continue  # has a table of its own
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        shown = "required" if default in (dataclasses.MISSING, "???") else f"`{default}`".replace("None", "null")
-        lines.append(
-            [f"`{prefix}{field.name}`", f"`{_name_of(hints[field.name])}`", shown, meanings.get(field.name, "")]
-        )
+    for key in config_reference.reference(root):
+        inside = key.name.startswith(f"{section}.") if section else root != "train" or _is_at_top(key.name)
+        if inside and key.kind != "section":
+            default = f"`{key.default}`" if key.default else "required"
+            lines.append([f"`{prefix}{key.name}`", key.kind, default, key.meaning])
     return table(["key", "type", "default", "meaning"], lines)
+
+
+def _is_at_top(name: str) -> bool:
+    return "." not in name or name.startswith("paths.")
 
 
 def dataset_groups() -> str:
@@ -135,6 +109,12 @@ def dataset_groups() -> str:
         names = ", ".join(f"`{folder.name}/{file.stem}`" for file in sorted(folder.glob("*.yaml")))
         lines.append([f"`{folder.name}`", names])
     return table(["group", "options"], lines)
+
+
+def _name_of(kind: Any) -> str:
+    """A type as it is written, with "or" for "|", which would end a table's cell."""
+    name = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+    return name.replace("typing.", "").replace(" | ", " or ")
 
 
 # -- methods --------------------------------------------------------------------------------------------------
@@ -206,7 +186,7 @@ def method_arguments() -> str:
 
 
 def _arguments_of(cls: type[Method]) -> str:
-    meanings = {**described_arguments(Method.__doc__), **described_arguments(cls.__doc__)}
+    meanings = {**config_reference.meanings(Method), **config_reference.meanings(cls)}
     lines: list[list[str]] = []
     for base in reversed(cls.__mro__):
         if "__init__" not in vars(base) or not issubclass(base, Method):
@@ -221,22 +201,6 @@ def _arguments_of(cls: type[Method]) -> str:
     return f"#### {cls.__name__}\n\n{table(['argument', 'type', 'default', 'meaning'], lines)}\n"
 
 
-def described_arguments(docstring: str | None) -> dict[str, str]:
-    """Argument → meaning, from the section Args: of a docstring."""
-    text = inspect.cleandoc(docstring or "")
-    section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", text, flags=re.MULTILINE)
-    found: dict[str, str] = {}
-    names: list[str] = []
-    for line in section[1].splitlines() if section else []:
-        start = re.fullmatch(r"    (\w+(?:, \w+)*): (.*)", line)
-        if start is not None:
-            names = start[1].split(", ")
-            found |= dict.fromkeys(names, start[2])
-        else:
-            found |= {name: f"{found[name]} {line.strip()}" for name in names}
-    return found
-
-
 # -- backbones ------------------------------------------------------------------------------------------------
 
 
@@ -246,7 +210,9 @@ def backbone_table() -> str:
         yaml.safe_load(path.read_text(encoding="utf-8"))["name"]: path.stem for path in (CONFIGS / "backbone").glob("*")
     }
     lines = []
-    for name in registered():
+    for name in timm.list_models():
+        if not model_entrypoint(name).__module__.startswith("mambapeft_vision.backbones."):
+            continue
         with torch.device("meta"):
             model = create_backbone(name, "random")
         record = model.default_cfg

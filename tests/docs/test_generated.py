@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mambapeft_vision.run import config
+from mambapeft_vision.engine.config import TrainerConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("generators")
@@ -38,21 +38,22 @@ def test_the_readmes_table_is_that_of_the_runs() -> None:
         assert (trained.replace(",", ""), accuracy) == (measured[name]["trained"], measured[name]["accuracy"])
 
 
-def test_config_keys_have_types_and_defaults() -> None:
-    from reference import CONFIGS, config_keys, keys_of
+def test_config_keys_have_types_defaults_and_meanings() -> None:
+    from reference import schema_keys
 
-    keys = {key.path: key for key in keys_of(CONFIGS / "trainer" / "default.yaml")}
-    assert set(keys) == set(config.TrainerConfig.__dataclass_fields__)
-    assert keys["max_epochs"].value == "100" and "recipe of MambaPEFT" not in keys["max_epochs"].comment
-    text = config_keys("trainer/default.yaml", "TrainerConfig", "trainer.")
-    assert "| `trainer.clip_norm` | `float or None` | `5.0` | largest global gradient norm" in text
+    text = schema_keys("train", "trainer")
+    for field in TrainerConfig.__dataclass_fields__:
+        assert f"| `trainer.{field}` |" in text
+    assert "| `trainer.clip_norm` | float or null | `5.0` |" in text
+    assert "| `paths.cache` |" in schema_keys("train") and "trainer.eps" not in schema_keys("train")
 
 
-def test_described_arguments() -> None:
-    from reference import described_arguments
+def test_keys_of_a_group_have_the_comments_beside_and_above_them(tmp_path: Path) -> None:
+    from reference import Key, keys_of
 
-    text = "Title.\n\nArgs:\n    a, b: two things\n        in two lines.\n    c: one.\nReturns: x."
-    assert described_arguments(text) == {"a": "two things in two lines.", "b": "two things in two lines.", "c": "one."}
+    file = tmp_path / "group.yaml"
+    file.write_text("# The file.\n_target_: a.B\nx: 1 # beside\n# above,\n# two lines\ny:\n  z: [1, 2]\n")
+    assert list(keys_of(file)) == [Key("x", "1", "beside"), Key("y.z", "[1, 2]", "")]
 
 
 def test_csv_files_have_cells_for_all_columns() -> None:
