@@ -17,7 +17,7 @@ import torch
 import yaml
 from timm.models import model_entrypoint
 
-from mambapeft_vision.adapter.presets import Preset, read_presets
+from mambapeft_vision.adapter.presets import read_presets
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.cli import COMMANDS, main
 from mambapeft_vision.methods.method import Method
@@ -144,33 +144,9 @@ def _first_sentence(text: str) -> str:
 
 
 def method_sections() -> str:
-    """One section for each preset, below the heading of its kind."""
-    kinds: dict[str, list[Preset]] = {"Single methods": [], "Hybrids": []}
-    for preset in read_presets(CONFIGS / "method").values():
-        if preset.backbone != "vim_s":
-            kind = f"For {BACKBONES.get(preset.backbone, preset.backbone)}"
-        else:
-            kind = "Hybrids" if len(preset.methods) > 1 else "Single methods"
-        kinds.setdefault(kind, []).append(preset)
-    return "\n".join(
-        f"## {kind}\n\n" + "\n".join(map(_method_section, found)) for kind, found in kinds.items() if found
-    )
-
-
-def _method_section(preset: Preset) -> str:
-    files = sorted({spec["_target_"].split(".")[-2] for spec in preset.methods.values()})
-    return f"""\
-### {preset.name}
-
-{preset.what}
-
-    {preset.formula}
-
-{preset.count:,} parameters on {BACKBONES.get(preset.backbone, preset.backbone)}. Paper: {preset.paper}.
-Code: {", ".join(f"`mambapeft_vision/methods/{file}.py`" for file in files)}.
-
-    {preset.run}
-"""
+    """The sections of docs/methods.md, which GitHub shows too; links into the code become names of files."""
+    _, sections = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").split("\n## ", 1)
+    return re.sub(r"\[\S+\]\(\.\./(\S+)\)", r"`\1`", f"## {sections}")
 
 
 def _class_of(spec: Mapping[str, Any]) -> type[Method]:
