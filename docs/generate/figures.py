@@ -75,7 +75,7 @@ def training_table() -> str:
     base = float(found["lora_p_x", "32", "bf16"]["train_images_per_s"])
     lines = []
     for (name, batch, precision), row in found.items():
-        if batch != "32" or precision != "bf16" or name.endswith("_base"):  # presets of Vim-B, of their own until 0.2
+        if batch != "32" or precision != "bf16":
             continue
         large = found[name, "256", "bf16"]
         rate = float(row["train_images_per_s"])

@@ -93,7 +93,7 @@ def training() -> str:
     table = rows("training.csv")
     large = {row["method"]: float(row["train_images_per_s"]) for row in table if row["batch"] == "256"}
     small = [(row["method"], float(row["train_images_per_s"])) for row in table if row["batch"] == "32"]
-    small = [row for row in small if not row[0].endswith("_base") and row[0] != "linear_probe"]
+    small = [row for row in small if row[0] != "linear_probe"]
     lines = [
         Bar(name, rate, FAMILIES[family(name)][0], f"{rate:,.0f} and {large[name]:,.0f}", large[name])
         for name, rate in sorted(small, key=lambda row: -row[1])
