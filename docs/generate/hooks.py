@@ -3,6 +3,7 @@
 Pages thus hold what people wrote, and code and measurements hold the rest. Nothing generated is kept in git.
 """
 
+import json
 import re
 import shlex
 import subprocess
@@ -37,6 +38,16 @@ def _git(*arguments: str) -> str:
     return result.stdout.strip()
 
 
+def gpu_tests() -> str:
+    """When the GPU tests last ran, from the file that they leave."""
+    file = ROOT / "results" / "gpu-tests.json"
+    if not file.is_file():
+        return "No run of the GPU tests is recorded for this version."
+    run = json.loads(file.read_text(encoding="utf-8"))
+    counts = ", ".join(f"{run[outcome]} {outcome}" for outcome in ("passed", "failed", "error", "skipped"))
+    return f"The GPU tests last ran on {run['date']} on {run['card']}, commit `{str(run['commit'])[:10]}`: {counts}."
+
+
 def include(path: str, heading: str = "") -> str:
     """A file of the repository; with a heading, that section of it alone and without its title."""
     text = (ROOT / path).read_text(encoding="utf-8")
@@ -65,6 +76,7 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "training": figures.training_table,
     "published-speed": figures.published_speed_table,
     "measured-at": measured_at,
+    "gpu-tests": gpu_tests,
     "mini": mini_benchmark.part,
     "include": include,
 }

@@ -200,12 +200,12 @@ def backbone_table() -> str:
                 f"{record['input_size'][-1]}",
                 f"{model.embed_dim}",
                 f"{sum(p.numel() for p in model.parameters()):,}",
-                _weights_of(record),
                 f"{accuracy[1]}.{accuracy[2]}" if accuracy else "",
+                _weights_of(record),
             ]
         )
-    header = ["name", "`backbone=`", "image", "width", "parameters", "weights", "top-1, %"]
-    return table(header, lines, "llrrrlr")
+    header = ["name", "`backbone=`", "image", "width", "parameters", "top-1, %", "weights"]
+    return table(header, lines, "llrrrrl")
 
 
 def _weights_of(record: Mapping[str, Any]) -> str:
