@@ -1,4 +1,4 @@
-"""The layers of the project import each other in one direction only (docs/architecture.md)."""
+"""The layers of the project import each other in one direction only (docs/explanation/layout.md)."""
 
 import ast
 import subprocess

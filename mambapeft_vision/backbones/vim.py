@@ -509,6 +509,6 @@ def vim_pico_patch8_32(pretrained: bool = False, **kwargs: Any) -> Vim:
 
 @register_model
 def vim_nano_patch8_64(pretrained: bool = False, **kwargs: Any) -> Vim:
-    """A small Vim (65 tokens) with weights of our own in the package (docs/pretraining.md), for demos and tests."""
+    """A small Vim (65 tokens) with weights of our own in the package (docs/how-to/pretrain.md), for demos and tests."""
     sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 192, "depth": 6, "d_state": 8, "expand": 1}
     return _build(pretrained, {"embedded": "vim_nano.safetensors"}, sizes, kwargs)

@@ -1,4 +1,4 @@
-"""The runs of the mini benchmark (docs/mini-benchmark.md): every preset that fits vim_nano on 13 small tasks."""
+"""The runs of the mini benchmark (docs/benchmarks/mini.md): every preset that fits vim_nano on 13 small tasks."""
 
 import copy
 import math

@@ -6,7 +6,7 @@
     python scripts/mini_benchmark.py tuned                the runs at the chosen rates that recipe has not done
     python scripts/mini_benchmark.py pack                 all results in one file, results/mini/mini.runs.json
     python scripts/mini_benchmark.py unpack               such a file as finished runs, to go on on another machine
-    python scripts/mini_benchmark.py document             its tables and pictures, into docs/mini-benchmark.md
+    python scripts/mini_benchmark.py document             its tables and pictures, into --out
 
 Each command continues where it stopped. Hydra overrides (trainer.max_epochs=20, paths.outputs=DIR, ...) go to every
 run and must be the same in every command.
@@ -176,6 +176,6 @@ def _parser() -> argparse.ArgumentParser:
     unpacked.set_defaults(run=unpack)
     written = commands.add_parser("document", help="tables and pictures of the runs")
     written.add_argument("places", nargs="*", type=Path, default=[Path("results/mini")])
-    written.add_argument("--out", type=Path, default=Path("docs/mini-benchmark.md"))
+    written.add_argument("--out", type=Path, default=Path("results/report/mini-benchmark.md"))
     written.set_defaults(run=document)
     return parser

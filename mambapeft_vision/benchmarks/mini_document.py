@@ -1,4 +1,4 @@
-"""docs/mini-benchmark.md: what is made from the runs stands between two marks, what is written by hand around them."""
+"""The mini benchmark's document: what is made from the runs stands between two marks, what is written by hand around them."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence

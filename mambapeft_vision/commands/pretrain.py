@@ -1,4 +1,4 @@
-"""Pretrains a small backbone on labelled images (docs/pretraining.md).
+"""Pretrains a small backbone on labelled images (docs/how-to/pretrain.md).
 
   mambapeft pretrain folder sources.mine.path=/path/to/images steps=2000
   mambapeft pretrain vim_nano minutes=5

@@ -52,7 +52,7 @@ class TrainingModule(LightningModule):
     """A LightningModule that takes its own steps, so that they can be captured.
 
     Automatic optimisation is off, because a step is captured from zeroed gradients to the update. Fine-tuning Vim-S on
-    a GPU went from 395 to 2,570 images/s by it (docs/benchmarks.md).
+    a GPU went from 395 to 2,570 images/s by it (docs/benchmarks/).
     """
 
     def __init__(self) -> None:

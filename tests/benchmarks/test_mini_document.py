@@ -1,4 +1,4 @@
-"""docs/mini-benchmark.md: the tables show the runs, each in its place, and what is written by hand stays."""
+"""The mini benchmark's document: the tables show the runs, each in its place, and what is written by hand stays."""
 
 import re
 

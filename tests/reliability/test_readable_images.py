@@ -1,4 +1,4 @@
-"""Kinds of images that are read, and what becomes of their pixels: docs/reliability.md says the same."""
+"""Kinds of images that are read, and what becomes of their pixels: docs/reference/images.md says the same."""
 
 import io
 

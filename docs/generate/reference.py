@@ -1,0 +1,242 @@
+"""Reference tables made from the code: config keys, methods, backbones, commands, and the fields of a result."""
+
+import dataclasses
+import importlib
+import inspect
+import io
+import re
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
+from itertools import dropwhile
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from timm.models import model_entrypoint
+
+from mambapeft_vision.adapter.presets import read_presets
+from mambapeft_vision.backbones import create_backbone
+from mambapeft_vision.cli import COMMANDS, main
+from mambapeft_vision.methods.method import Method
+from mambapeft_vision.results import record
+from mambapeft_vision.run import config_reference
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+BACKBONES = {"vim_s": "Vim-S", "vim_b": "Vim-B", "vit_s": "ViT-S"}
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]], align: str = "") -> str:
+    """A Markdown table. align: a letter for each column, l or r; default: all l."""
+    marks = {"l": "---", "r": "--:"}
+    rule = [marks[letter] for letter in (align or "l" * len(header))]
+    rows = [list(header), rule, *lines]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows)
+
+
+# -- config keys ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A key of a yaml file: its path in the section, its value as written, and the comment beside or above it."""
+
+    path: str
+    value: str
+    comment: str
+
+
+def keys_of(file: Path) -> Iterator[Key]:
+    """The keys of a config file, those of nested sections with dots, without Hydra's own."""
+    above: list[str] = []
+    section = ""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    for line in dropwhile(lambda line: line.startswith("#"), lines):  # the file's own header describes no key
+        if line.lstrip().startswith("#"):
+            above.append(line.strip("# "))
+            continue
+        found = re.fullmatch(r"(\s*)([A-Za-z_]\w*):\s*(.*?)(?:\s*#\s*(.*))?", line)
+        if found is None:
+            above = []
+            continue
+        indent, name, value, comment = found.groups()
+        section = section if indent else ""
+        if name in ("defaults", "hydra", "_target_"):
+            section = "hydra"
+        elif section != "hydra":
+            text = " ".join([*above, comment or ""]).strip()
+            if value:
+                yield Key(f"{section}.{name}" if section else name, value, text)
+            else:
+                section = name
+        above = []
+
+
+def group_keys(file: str, prefix: str) -> str:
+    """A table of the keys of one option of a group, from the comments beside them."""
+    lines = []
+    for key in keys_of(CONFIGS / file):
+        default = "required" if key.value == "???" else f"`{key.value}`"
+        lines.append([f"`{prefix}{key.path}`", default, key.comment])
+    return table(["key", "default", "meaning"], lines)
+
+
+def schema_keys(root: str, section: str = "", prefix: str = "") -> str:
+    """A table of a config's keys: those of a section, or those of the top level and of `paths`.
+
+    prefix: written before each name.
+    """
+    lines = []
+    for key in config_reference.reference(root):
+        inside = key.name.startswith(f"{section}.") if section else root != "train" or _is_at_top(key.name)
+        if inside and key.kind != "section":
+            default = f"`{key.default}`" if key.default else "required"
+            lines.append([f"`{prefix}{key.name}`", key.kind, default, key.meaning])
+    return table(["key", "type", "default", "meaning"], lines)
+
+
+def _is_at_top(name: str) -> bool:
+    return "." not in name or name.startswith("paths.")
+
+
+def dataset_groups() -> str:
+    """The options of the group dataset."""
+    lines = []
+    for folder in sorted(path for path in (CONFIGS / "dataset").iterdir() if path.is_dir()):
+        names = ", ".join(f"`{folder.name}/{file.stem}`" for file in sorted(folder.glob("*.yaml")))
+        lines.append([f"`{folder.name}`", names])
+    return table(["group", "options"], lines)
+
+
+def _name_of(kind: Any) -> str:
+    """A type as it is written, with "or" for "|", which would end a table's cell."""
+    name = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+    return name.replace("typing.", "").replace(" | ", " or ")
+
+
+# -- methods --------------------------------------------------------------------------------------------------
+
+
+def method_table() -> str:
+    """Every preset in one line."""
+    lines = []
+    for preset in read_presets(CONFIGS / "method").values():
+        obstacles = {_class_of(spec).merge_obstacle for spec in preset.methods.values()}
+        lines.append(
+            [
+                f"[`{preset.name}`](#{preset.name})",
+                _first_sentence(preset.what),
+                BACKBONES.get(preset.backbone, preset.backbone),
+                f"{preset.count:,}",
+                preset.paper,
+                "yes" if obstacles == {None} else "in part" if None in obstacles else "no",
+            ]
+        )
+    return table(["preset", "what it is", "sizes for", "parameters", "paper", "merges"], lines, "lllrll")
+
+
+def _first_sentence(text: str) -> str:
+    """Up to the first full stop that ends a word; `arXiv 2411.03855` has none."""
+    return re.split(r"\. (?=[A-Z])", text)[0].rstrip(".")
+
+
+def method_sections() -> str:
+    """The sections of docs/methods.md, which GitHub shows too; links into the code become names of files."""
+    _, sections = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").split("\n## ", 1)
+    return re.sub(r"\[\S+\]\(\.\./(\S+)\)", r"`\1`", f"## {sections}")
+
+
+def _class_of(spec: Mapping[str, Any]) -> type[Method]:
+    module, _, name = spec["_target_"].rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def method_arguments() -> str:
+    """The arguments of every method class that a preset uses."""
+    presets = read_presets(CONFIGS / "method").values()
+    classes = {_class_of(spec) for preset in presets for spec in preset.methods.values()}
+    return "\n".join(_arguments_of(cls) for cls in sorted(classes, key=lambda cls: cls.__name__))
+
+
+def _arguments_of(cls: type[Method]) -> str:
+    meanings = {**config_reference.meanings(Method), **config_reference.meanings(cls)}
+    lines: list[list[str]] = []
+    for base in reversed(cls.__mro__):
+        if "__init__" not in vars(base) or not issubclass(base, Method):
+            continue
+        for parameter in inspect.signature(base.__init__).parameters.values():
+            if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+                continue
+            default = "required" if parameter.default is parameter.empty else f"`{parameter.default!r}`"
+            kind = _name_of(parameter.annotation)
+            line = [f"`{parameter.name}`", f"`{kind}`", default, meanings.get(parameter.name, "")]
+            lines = [other for other in lines if other[0] != line[0]] + [line]
+    return f"#### {cls.__name__}\n\n{table(['argument', 'type', 'default', 'meaning'], lines)}\n"
+
+
+# -- backbones ------------------------------------------------------------------------------------------------
+
+
+def backbone_table() -> str:
+    """Every registered backbone: sizes, parameters, and where its weights come from."""
+    configs = {
+        yaml.safe_load(path.read_text(encoding="utf-8"))["name"]: path.stem for path in (CONFIGS / "backbone").glob("*")
+    }
+    lines = []
+    for name in timm.list_models():
+        if not model_entrypoint(name).__module__.startswith("mambapeft_vision.backbones."):
+            continue
+        with torch.device("meta"):
+            model = create_backbone(name, "random")
+        record = model.default_cfg
+        accuracy = re.search(r"_(\d+)p(\d)acc", record.get("hf_hub_filename", ""))
+        lines.append(
+            [
+                f"`{name}`",
+                f"`{configs[name]}`" if name in configs else "",
+                f"{record['input_size'][-1]}",
+                f"{model.embed_dim}",
+                f"{sum(p.numel() for p in model.parameters()):,}",
+                f"{accuracy[1]}.{accuracy[2]}" if accuracy else "",
+                _weights_of(record),
+            ]
+        )
+    header = ["name", "`backbone=`", "image", "width", "parameters", "top-1, %", "weights"]
+    return table(header, lines, "llrrrrl")
+
+
+def _weights_of(record: Mapping[str, Any]) -> str:
+    if "embedded" in record:
+        return "in the package, made by this project"
+    if record.get("hf_hub_id"):
+        return f"hub: {record['hf_hub_id']}"
+    return "none: random, or a file"
+
+
+# -- results and commands -------------------------------------------------------------------------------------
+
+
+def result_fields() -> str:
+    """The fields of result.json, from the comments beside them."""
+    lines = []
+    for line in inspect.getsource(record.RunRecord).splitlines():
+        found = re.fullmatch(r"    (\w+): ([^=#]+?)(?: = \w+)?(?:  # (.*))?", line)
+        if found is not None:
+            lines.append([f"`{found[1]}`", f"`{found[2].strip().replace(' | ', ' or ')}`", found[3] or ""])
+    return table(["field", "type", "meaning"], lines)
+
+
+def commands() -> str:
+    """Every command's own help."""
+    listed = table(["command", "what it does"], [[f"[`{name}`](#{name})", what] for name, what in COMMANDS.items()])
+    return "\n\n".join([listed, *(f"## {name}\n\n```text\n{_help_of(name)}\n```" for name in COMMANDS)])
+
+
+def _help_of(command: str) -> str:
+    shown = io.StringIO()
+    with redirect_stdout(shown), suppress(SystemExit):
+        main([command, "--help"])
+    return shown.getvalue().strip()
