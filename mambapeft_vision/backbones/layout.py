@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -115,13 +116,25 @@ class TokenLayout:
                 f"forward_features returns"
             )
         if self.readout != "mean":
-            return torch.cat([tokens[:, position : position + 1] for position in self.readout], dim=1)
-        parts = [tokens[:, start:stop].sum(1, keepdim=True) for start, stop in _runs(self.patches)]
-        return torch.stack(parts).sum(0) / len(self.patches)
+            return select(tokens, self.readout)
+        return select(tokens, self.patches).mean(1, keepdim=True)
+
+
+def select(tokens: Tensor, positions: Sequence[int]) -> Tensor:
+    """[B, L, D] → [B, len(positions), D] at increasing positions; a view where they stand together.
+
+    One split and one concatenation, so that the gradient is one concatenation too: slices would each make one of the
+    whole size, and indexing would need an index tensor and atomic additions.
+    """
+    runs = _runs(positions)
+    bounds = [0, *(bound for run in runs for bound in run), tokens.shape[1]]
+    pieces = tokens.split([stop - start for start, stop in pairwise(bounds)], dim=1)
+    chosen = pieces[1::2]
+    return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=1)
 
 
 def _runs(positions: Sequence[int]) -> list[tuple[int, int]]:
-    """Increasing positions as ranges [start, stop): slices need no index tensor on the device."""
+    """Increasing positions as ranges [start, stop)."""
     runs: list[tuple[int, int]] = []
     for position in positions:
         if runs and runs[-1][1] == position:
