@@ -5,7 +5,7 @@ direction and no class token; `Arm.convert_checkpoint` turns them into this form
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +19,7 @@ from mambapeft_vision.backbones.build import build, cfg
 from mambapeft_vision.backbones.layers import PortedLayerNorm, PortedLinear, zero_head
 from mambapeft_vision.backbones.layout import TokenLayout
 from mambapeft_vision.backbones.mixer import Mixer
-from mambapeft_vision.backbones.ports import InputPort, SidePort, TapPort
+from mambapeft_vision.backbones.ports import InputPort, Joined, SidePort, TapPort
 from mambapeft_vision.backbones.scan_model import ScanModel
 from mambapeft_vision.backbones.timm_model import State
 
@@ -39,15 +39,33 @@ class FourWayMixer(Mixer):
         self.scale = 0.25
 
     def forward(self, h: Tensor, layout: TokenLayout) -> Tensor:
-        xz, z = self._project(h)
-        directions = self.directions(xz.dtype)
         order, inverse = _column_order(layout, h.device)
-        across = self._scan(
-            _Permute.apply(xz, order, inverse),
-            None if z is None else _Permute.apply(z, order, inverse),
-            directions[2:],
+
+        def both_orders(tokens: Tensor) -> tuple[Tensor, Tensor]:
+            return tokens, _Permute.apply(tokens, order, inverse)
+
+        whole = (slice(None),)
+        if self.affix.value is None:
+            xz, z = self._project(h)
+            gates = (None, None) if z is None else both_orders(z)
+            pairs = [([buffer], whole) for buffer in zip(both_orders(xz), gates)]
+        elif self.affix.inner:
+            xz, z = self._project(h)
+            joined = self._join(both_orders(xz if z is None else torch.cat((xz, z), dim=-1)), layout)
+            pairs = [([(buffer, None) for buffer in pair.buffers], pair.keep) for pair in joined]
+        else:
+            joined = self._join(both_orders(h), layout)
+            pairs = [([self._project(buffer) for buffer in pair.buffers], pair.keep) for pair in joined]
+        directions = self.directions(pairs[0][0][0][0].dtype)
+        rows, columns = (
+            self._scan(*buffers[0], own)[:, keep[0]] if len(buffers) == 1 else self._scan_apart(buffers, own, keep)
+            for (buffers, keep), own in zip(pairs, (directions[:2], directions[2:]))
         )
-        return self.out_proj(self._scan(xz, z, directions[:2]) + _Permute.apply(across, inverse, order))
+        return self.out_proj(rows + _Permute.apply(columns, inverse, order))
+
+    def _join(self, orders: Sequence[Tensor], layout: TokenLayout) -> list[Joined]:
+        """The affix port's tokens beside those of both orders, whose special tokens stand at the same places."""
+        return [self.affix.value(tokens, layout, pair=pair) for pair, tokens in enumerate(orders)]
 
 
 @lru_cache(maxsize=64)

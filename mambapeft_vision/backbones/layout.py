@@ -42,9 +42,9 @@ class TokenLayout:
         """Where n tokens join: for each, the number of present tokens in front of it; never decreasing.
 
         prefix, suffix: all at one end. prefix_suffix: half at each end. infix: between n + 1 equal parts.
-        around_special: right before and right after the special tokens, the same number each as far as they go.
+        around_special: half right before and half right after the special token.
         Halves and parts are those of `torch.tensor_split`, but an odd token stands behind a special token.
-        Raises: UserError for another kind, and for around_special where there is no special token.
+        Raises: UserError for another kind, and for around_special where there is not one special token.
         """
         if kind == "prefix":
             return [0] * n
@@ -60,14 +60,13 @@ class TokenLayout:
         raise UserError(f"position={kind!r} is unknown; expected one of {', '.join(PLACES)}")
 
     def _around_special(self, n: int) -> list[int]:
-        if not self.special:
-            raise UserError("position around special tokens: this backbone has none; choose prefix, infix or suffix")
-        size, longer = divmod(n, len(self.special))
-        places = []
-        for i, position in enumerate(self.special):
-            count = size + (i < longer)
-            places += [position] * (count // 2) + [position + 1] * (count - count // 2)
-        return places
+        if len(self.special) != 1:
+            raise UserError(
+                f"a position around the class token needs one such token, but this backbone has {len(self.special)} "
+                f"special tokens; choose prefix, infix or suffix"
+            )
+        (position,) = self.special
+        return [position] * (n // 2) + [position + 1] * (n - n // 2)
 
     def joined(self, places: Sequence[int]) -> "TokenLayout":
         """The layout once prompts have joined at `places`, which are in order."""

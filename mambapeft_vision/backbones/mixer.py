@@ -148,6 +148,21 @@ class Mixer(Ported):
         """[B, L, E]; arguments as `_project` returns them."""
         return ssm_mixer(xz, directions, self.scale, self.kernel, z=z)
 
+    def _scan_apart(
+        self,
+        inputs: Sequence[tuple[Tensor, Tensor | None]],
+        directions: Sequence[Direction],
+        keep: Sequence[slice | Tensor],
+    ) -> Tensor:
+        """[B, L, E] where each of two directions reads a buffer of its own, of which the tokens `keep` remain.
+
+        The gate of a kept token is the same in both, so outputs add up.
+        """
+        forward, backward = (
+            self._scan(*buffer, (direction,))[:, kept] for buffer, direction, kept in zip(inputs, directions, keep)
+        )
+        return forward + backward
+
     def _forward_with_affix(self, h: Tensor, layout: TokenLayout) -> Tensor:
         """As `forward`, with other tokens joined in before the scan and dropped after it."""
         inputs: list[tuple[Tensor, Tensor | None]]
@@ -161,12 +176,7 @@ class Mixer(Ported):
         if len(inputs) == 1:
             out = self.out_proj(self._scan(*inputs[0], directions))
             return out[:, joined.keep[0]]  # here a token has half the channels that it has before out_proj
-        # Each direction reads a buffer of its own. The gate of a kept token is the same in both, so outputs add up.
-        forward, backward = (
-            self._scan(*buffer, (direction,))[:, keep]
-            for buffer, direction, keep in zip(inputs, directions, joined.keep)
-        )
-        return self.out_proj(forward + backward)
+        return self.out_proj(self._scan_apart(inputs, directions, joined.keep))
 
     def _join_inside(self, h: Tensor, layout: TokenLayout) -> Joined:
         """The affix port's tokens beside in_proj's output, [B, L', 2E]."""

@@ -50,7 +50,6 @@ def create_backbone(
         torch.manual_seed(seed)
         # `architecture` holds sizes alone by now: timm has arguments that read files and fetch weights.
         model: Any = timm.create_model(name, num_classes=0, **architecture)
-    model.default_cfg["name"] = name
     if weights == "official":
         load_official(model, weights_sha256, weights_license)
     elif weights != "random":

@@ -55,11 +55,6 @@ class TimmModel(Ported):
         drop_rate: dropout in front of the head.
     """
 
-    # Set by the entry point that built the model: its record, and the sizes that make it.
-    pretrained_cfg: dict[str, Any]
-    default_cfg: dict[str, Any]
-    architecture: dict[str, Any]
-
     pos_embed: nn.Parameter
     head: nn.Module
 
@@ -93,6 +88,9 @@ class TimmModel(Ported):
         self.grad_checkpointing = False
         self.prompt = InputPort("prompt")
         self._set_pool(global_pool)
+        # The entry point that builds a registered model replaces both: timm's record, and the sizes that make it.
+        self.pretrained_cfg: dict[str, Any] = {"architecture": type(self).__name__}
+        self.architecture: dict[str, Any] = {}
 
     # -- what a backbone implements ---------------------------------------------------------------------------
 
@@ -239,6 +237,15 @@ class TimmModel(Ported):
     def head_hidden_size(self) -> int:
         """Features that the head reads."""
         return self.special_width if self.global_pool == "token" else self.embed_dim
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """timm's older name of `pretrained_cfg`."""
+        return self.pretrained_cfg
+
+    @default_cfg.setter
+    def default_cfg(self, record: dict[str, Any]) -> None:
+        self.pretrained_cfg = record
 
     def get_classifier(self) -> nn.Module:
         return self.head

@@ -3,7 +3,7 @@
 import argparse
 import math
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from timm.models._builder import _resolve_pretrained_source
 from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
-from mambapeft_vision.backbones.layout import select
+from mambapeft_vision.backbones.layout import TokenLayout, select
 from mambapeft_vision.backbones.ports import taken_ports
 from mambapeft_vision.backbones.timm_model import TimmModel
 from mambapeft_vision.utils.atomic import atomic_path
@@ -132,7 +132,9 @@ def load_state(model: TimmModel, checkpoint: Checkpoint, source: str, with_head:
     resized = False
     position, filters = given.get("pos_embed"), given.get("patch_embed.proj.weight")
     if position is not None and position.ndim == 3 and position.shape[1] != model.pos_embed.shape[1]:
-        given, resized = {**given, "pos_embed": resize_pos_embed(position, model)}, True
+        special_rows = model.pos_embed.shape[1] == model.layout.length
+        position = resize_pos_embed(position, model.layout_of, model.layout.grid, special_rows)
+        given, resized = {**given, "pos_embed": position}, True
     if filters is not None and filters.ndim == 4 and filters.shape[1] == 3 != model.in_chans:
         adapted = adapt_input_conv(model.in_chans, filters)
         given, resized = {**given, "patch_embed.proj.weight": adapted}, True
@@ -298,25 +300,33 @@ def _check_sha256(path: Path, expected: str) -> None:
         )
 
 
-def resize_pos_embed(position: Tensor, model: TimmModel) -> Tensor:
-    """A position embedding of a square grid [1, L, D] → that of the model's grid, bicubic.
+def resize_pos_embed(
+    position: Tensor,
+    layout_of: Callable[[tuple[int, int]], TokenLayout],
+    grid: tuple[int, int],
+    special_rows: bool = True,
+) -> Tensor:
+    """A position embedding [1, L, D] of a square grid → that of `grid`, bicubic. Special tokens keep their rows.
 
-    Rows of special tokens are carried over, where they have rows: Mamba-Reg keeps them in a tensor of their own.
+    Half-pixel centres, a = -0.75, border values repeated, no antialiasing.
+
+    layout_of: the backbone's layout for a grid of patches.
+    special_rows: whether special tokens have rows; Mamba-Reg keeps theirs in a tensor of their own.
     """
-    new = model.layout
-    special = model.pos_embed.shape[1] - len(new.patches)
+    new = layout_of(grid)
+    special = len(new.special) if special_rows else 0
     side = math.isqrt(max(0, position.shape[1] - special))
     if side == 0 or side * side + special != position.shape[1]:
         raise UserError(
             f"pos_embed has {position.shape[1] - special} patch positions, which form no square grid; cannot resize it"
         )
-    old = model.layout_of((side, side))
-    patches = select(position, old.patches) if special else position
+    old = layout_of((side, side)) if special else None
+    patches = position if old is None else select(position, old.patches)
     patches = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)
     patches = patches.to(torch.promote_types(position.dtype, torch.float32))
-    patches = F.interpolate(patches, size=new.grid, mode="bicubic", align_corners=False)
+    patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
     patches = patches.flatten(2).transpose(1, 2).to(position.dtype)
-    if not special:
+    if old is None:
         return patches
     resized = position.new_empty(1, new.length, position.shape[2])
     resized[:, list(new.patches)] = patches

@@ -45,7 +45,7 @@ def test_every_yaml_is_covered_here():
 def test_backbone(name):
     plan = plan_of(f"backbone={name}", "backbone.weights=random", "+backbone.depth=1", "+backbone.embed_dim=16")
     backbone = build.build_backbone(plan)
-    assert backbone.default_cfg["name"] == plan.config["backbone"]["name"]
+    assert backbone.pretrained_cfg["architecture"] == plan.config["backbone"]["name"]
     assert backbone.embed_dim == 16
 
 
