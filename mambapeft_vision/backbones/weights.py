@@ -129,15 +129,14 @@ def load_state(model: TimmModel, checkpoint: Checkpoint, source: str, with_head:
     given, added = model.convert_checkpoint(plain)
     dtype = next(model.parameters()).dtype
     in_file = tensors_sha256({k: plain.get(k, v).to(dtype) for k, v in given.items() if k not in added})
-    resized = False
     position, filters = given.get("pos_embed"), given.get("patch_embed.proj.weight")
     if position is not None and position.ndim == 3 and position.shape[1] != model.pos_embed.shape[1]:
         special_rows = model.pos_embed.shape[1] == model.layout.length
         position = resize_pos_embed(position, model.layout_of, model.layout.grid, special_rows)
-        given, resized = {**given, "pos_embed": position}, True
+        given = {**given, "pos_embed": position}
     if filters is not None and filters.ndim == 4 and filters.shape[1] == 3 != model.in_chans:
         adapted = adapt_input_conv(model.in_chans, filters)
-        given, resized = {**given, "patch_embed.proj.weight": adapted}, True
+        given = {**given, "patch_embed.proj.weight": adapted}
     check_state(expected, given, source)
     check_finite(given, source)
     mine = dict(model.head.named_parameters(prefix="head"))
@@ -146,7 +145,7 @@ def load_state(model: TimmModel, checkpoint: Checkpoint, source: str, with_head:
         given = {**given, **head}
     model.load_state_dict(given, strict=False)
     model.not_in_file = added
-    model.loaded = Loaded.of(model, in_file, computed=resized)
+    model.loaded = Loaded.of(model, in_file)
 
 
 def read_checkpoint(path: str | Path, key: str = "model") -> Checkpoint:
@@ -256,25 +255,30 @@ class Loaded:
     versions: tuple[int, ...]
 
     @classmethod
-    def of(cls, model: nn.Module, sha256: str, computed: bool) -> "Loaded":
-        return cls(sha256, content_sha256(model) if computed else sha256, _versions(model))
+    def of(cls, model: TimmModel, sha256: str) -> "Loaded":
+        return cls(sha256, tensors_sha256(_from_file(model)), _versions(model))
 
-    def still_in(self, model: nn.Module) -> bool:
+    def still_in(self, model: TimmModel) -> bool:
         """Whether the backbone holds these weights, in whatever dtype."""
-        return self.versions == _versions(model) or self.content == content_sha256(model)
+        return self.versions == _versions(model) or self.content == tensors_sha256(_from_file(model))
 
 
-def _versions(model: nn.Module) -> tuple[int, ...]:
-    return tuple(p._version for n, p in model.named_parameters() if not n.startswith("head."))
+def _from_file(model: TimmModel) -> dict[str, Tensor]:
+    own = {name: p for name, p in model.named_parameters() if not name.startswith("head.")}
+    return {name: p for name, p in own.items() if name not in model.not_in_file}
 
 
-def backbone_sha256(backbone: nn.Module) -> str:
+def _versions(model: TimmModel) -> tuple[int, ...]:
+    return tuple(p._version for p in _from_file(model).values())
+
+
+def backbone_sha256(backbone: Any) -> str:
     """sha256 of a backbone's weights, head excluded: of the file's own tensors where they came from a file."""
     loaded = getattr(backbone, "loaded", None)
     return loaded.sha256 if loaded is not None and loaded.still_in(backbone) else content_sha256(backbone)
 
 
-def content_sha256(backbone: nn.Module) -> str:
+def content_sha256(backbone: Any) -> str:
     """sha256 of a backbone's tensors as they are, head excluded."""
     return tensors_sha256({n: p for n, p in backbone.named_parameters() if not n.startswith("head.")})
 
