@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import adapt_input_conv
 from timm.models._builder import _resolve_pretrained_source
 from timm.models._hub import download_cached_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mambapeft_vision.backbones.layout import TokenLayout, select
 from mambapeft_vision.backbones.ports import taken_ports
@@ -73,7 +73,9 @@ def load_pretrained(model: TimmModel, license_accepted: str | None = None) -> No
     elif kind == "url":
         load_weights(model, download_cached_file(source), with_head=True)
     elif kind == "local-dir":
-        load_weights(model, Path(source) / "model.safetensors", with_head=True)
+        names = ("model.safetensors", "pytorch_model.bin")  # as timm.models.save_for_hf writes them
+        paths = [Path(source) / name for name in names]
+        load_weights(model, next((path for path in paths if path.is_file()), paths[0]), with_head=True)
     elif kind == "hf-hub":
         load_weights(model, _fetch(record, license_accepted), with_head=True)
     else:
@@ -135,7 +137,7 @@ def load_state(model: TimmModel, checkpoint: Checkpoint, source: str, with_head:
         position = resize_pos_embed(position, model.layout_of, model.layout.grid, special_rows)
         given = {**given, "pos_embed": position}
     if filters is not None and filters.ndim == 4 and filters.shape[1] == 3 != model.in_chans:
-        adapted = adapt_input_conv(model.in_chans, filters)
+        adapted = adapt_input_conv(model.in_chans, filters.to(dtype))
         given = {**given, "patch_embed.proj.weight": adapted}
     check_state(expected, given, source)
     check_finite(given, source)
