@@ -16,7 +16,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from mambapeft_vision.backbones.build import build, cfg
-from mambapeft_vision.backbones.layers import PortedLayerNorm, PortedLinear, zero_head
+from mambapeft_vision.backbones.layers import PortedLayerNorm, PortedLinear, zero_head, zero_init
 from mambapeft_vision.backbones.layout import TokenLayout
 from mambapeft_vision.backbones.mixer import Mixer
 from mambapeft_vision.backbones.ports import InputPort, Joined, SidePort, TapPort
@@ -44,11 +44,11 @@ class FourWayMixer(Mixer):
         def both_orders(tokens: Tensor) -> tuple[Tensor, Tensor]:
             return tokens, _Permute.apply(tokens, order, inverse)
 
-        whole = (slice(None),)
+        pairs: list[tuple[list[tuple[Tensor, Tensor | None]], tuple[slice | Tensor, ...]]]
         if self.affix.value is None:
             xz, z = self._project(h)
             gates = (None, None) if z is None else both_orders(z)
-            pairs = [([buffer], whole) for buffer in zip(both_orders(xz), gates)]
+            pairs = [([buffer], (slice(None),)) for buffer in zip(both_orders(xz), gates)]
         elif self.affix.inner:
             xz, z = self._project(h)
             joined = self._join(both_orders(xz if z is None else torch.cat((xz, z), dim=-1)), layout)
@@ -252,8 +252,7 @@ class Arm(ScanModel):
             for norm in (block.norm1, block.norm2):
                 norm.reset_parameters()
         self.norm_f.reset_parameters()
-        for parameter in self.head.parameters():
-            nn.init.zeros_(parameter)
+        zero_init(self.head)
 
     def convert_checkpoint(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """Pretraining weights (one direction, no class token) in the form of this model; others as they are.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mambapeft_vision.backbones.layers import zero_head
+from mambapeft_vision.backbones.layers import zero_head, zero_init
 from mambapeft_vision.backbones.layout import TokenLayout, select
 from mambapeft_vision.backbones.mixer import Block, RMSNorm
 from mambapeft_vision.backbones.scan_model import ScanModel
@@ -84,7 +84,6 @@ class ResidualStack(ScanModel):
             block.mixer.init_weights(len(self.layers), further_dt_bias)
             nn.init.ones_(block.norm.weight)
         nn.init.ones_(self.norm_f.weight)
-        for parameter in self.head.parameters():
-            nn.init.zeros_(parameter)
+        zero_init(self.head)
         with torch.no_grad():  # a buffer that no state dict holds, for a model that was built without values
             self._keep.copy_(1.0 - torch.tensor(self._rates))

@@ -13,7 +13,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from mambapeft_vision.backbones.build import build, cfg
-from mambapeft_vision.backbones.layers import PortedLayerNorm, PortedLinear, zero_head
+from mambapeft_vision.backbones.layers import PortedLayerNorm, PortedLinear, zero_head, zero_init
 from mambapeft_vision.backbones.layout import TokenLayout
 from mambapeft_vision.backbones.ports import InputPort, SidePort, TapPort
 from mambapeft_vision.backbones.timm_model import TimmModel
@@ -191,8 +191,7 @@ class Vit(TimmModel):
             elif isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        for parameter in self.head.parameters():
-            nn.init.zeros_(parameter)
+        zero_init(self.head)
 
 
 default_cfgs = generate_default_cfgs(

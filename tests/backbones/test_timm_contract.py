@@ -285,9 +285,7 @@ def test_checkpointed_blocks_have_the_same_gradients(name):
 
 def test_weight_decay_spares_what_it_must_not_touch(name):
     model = model_of(name)
-    spared, decayed = timm.optim.param_groups_weight_decay(
-        model, 0.05, no_weight_decay_list=model.no_weight_decay()
-    )
+    spared, decayed = timm.optim.param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
     shapes = {id(p): n for n, p in model.named_parameters()}
     names = [{shapes[id(p)] for p in group["params"]} for group in (spared, decayed)]
     assert spared["weight_decay"] == 0 and decayed["weight_decay"] == 0.05
