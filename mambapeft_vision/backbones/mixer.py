@@ -190,7 +190,7 @@ class Mixer(Ported):
         """Vim's initialisation: S4D-real A, D = 1, Δ log-uniform in [1e-3, 0.1], out_proj scaled by depth.
 
         further_dt_bias: of the directions after the first. "drawn": as the first one's. "zero": as the published codes
-            start them by oversight, so that Δ is near softplus(0) = 0.69 and they forget within few tokens.
+            start them, so that Δ is near softplus(0) = 0.69 and they forget within few tokens.
         """
         if further_dt_bias not in ("drawn", "zero"):
             raise UserError(f"backbone.further_dt_bias={further_dt_bias!r}; expected 'drawn' or 'zero'")

@@ -188,12 +188,12 @@ def read_state_dict(path: str | Path, key: str = "model") -> dict[str, Tensor]:
 # What a file is for
 
 # Family → how it is called, and what names of its models start with in its own code and files.
-_FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
+FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "vim": ("Vim", ("vim_",)),
     "mambareg": ("Mamba-Reg", ("mambar_", "mambareg_")),
     "videomamba": ("VideoMamba", ("videomamba_",)),
     "arm": ("ARM", ("arm_",)),
-    "vit": ("a vision transformer", ("deit_", "vit_", "ported_")),
+    "vit": ("ViT", ("deit_", "vit_", "ported_")),
     "vmamba": ("VMamba", ("vmamba_", "vssm_")),
 }
 
@@ -212,12 +212,12 @@ def check_family(model: TimmModel, checkpoint: Checkpoint, source: str) -> None:
     Vim and VideoMamba have the same keys and shapes; only what the file states of itself tells them apart.
     """
     families = _families_of_keys(checkpoint.state)
-    by_name = [f for f, (_, starts) in _FAMILIES.items() if (checkpoint.made_for or "").startswith(starts)]
+    by_name = [f for f, (_, starts) in FAMILIES.items() if (checkpoint.made_for or "").startswith(starts)]
     if by_name and (not families or by_name[0] in families):
         families = by_name
     if not families or model.family in families:
         return
-    mine, theirs = _FAMILIES[model.family][0], " or ".join(_FAMILIES[f][0] for f in families)
+    mine, theirs = FAMILIES[model.family][0], " or ".join(FAMILIES[f][0] for f in families)
     stated = f" (it says {checkpoint.made_for!r})" if families == by_name else ""
     raise UserError(
         f"{source} holds weights of {theirs}{stated}, but this backbone is {mine}, where even the same keys mean "

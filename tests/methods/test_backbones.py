@@ -1,5 +1,8 @@
 """Every preset on every backbone of Vim's family: it goes the whole way, or is refused with the reason."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -256,3 +259,9 @@ def test_around_the_class_token_is_refused_where_there_are_registers():
         adapt(
             create_backbone("mambareg_pico_patch8_32", "random"), {"affix": Affix(tokens=2, position="around_class")}, 2
         )
+
+
+@pytest.mark.slow
+def test_the_table_in_the_documentation_is_up_to_date():
+    script = CONFIGS.parent / "scripts" / "make_backbones_doc.py"
+    assert subprocess.run([sys.executable, script, "--check"]).returncode == 0, f"run python {script}"
