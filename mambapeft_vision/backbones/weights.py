@@ -1,6 +1,7 @@
 """Weights of backbones: published checkpoints in, their layout out. Never unpickles code."""
 
 import argparse
+import hashlib
 import math
 import sys
 from collections.abc import Callable, Collection, Mapping
