@@ -46,10 +46,11 @@ class PortedLayerNorm(Ported, nn.LayerNorm):
 
 
 class PortedRMSNorm(Ported, nn.RMSNorm):
-    """`nn.RMSNorm`, its weight read through a port."""
+    """`nn.RMSNorm` in its weight's dtype, which is read through a port."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.read("weight"), self.eps)
+        weight = self.read("weight")
+        return F.rms_norm(x.to(weight.dtype), self.normalized_shape, weight, self.eps)
 
 
 class PortedPatches(Ported, nn.Conv2d):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -118,6 +119,40 @@ def test_what_does_not_fit_is_refused_with_the_reason(backbone):
     for name, pattern in REFUSED[backbone].items():
         with pytest.raises(UserError, match=pattern):
             build(backbone, (name,))
+
+
+@pytest.mark.parametrize("backbone", (*BACKBONES, "vim_pico_patch8_32"))
+def test_recomputed_blocks_have_the_same_gradients(backbone):
+    gradients = []
+    for recompute in (False, True):
+        model = move(build(backbone, ("affix_wo_proj",))).train()
+        model.backbone.set_grad_checkpointing(recompute)
+        F.cross_entropy(model(IMAGES), LABELS).backward()
+        gradients.append({name: p.grad for name, p in model.trained().items()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-10, atol=1e-13)
+
+
+def test_a_membrane_that_passes_from_block_to_block_cannot_be_recomputed():
+    model = move(build("arm_pico_patch8_32", ("memba",))).train()
+    model.backbone.set_grad_checkpointing()
+    loss = F.cross_entropy(model(IMAGES), LABELS)
+    with pytest.raises(UserError, match="Switch gradient checkpointing off"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_trains_under_autocast(backbone):
+    specified = methods_of(specs(("lora_p_x", "affix_wo_proj", "cls_token"), backbone))
+    model = move(adapt(tiny(backbone).float(), specified, CLASSES, seed=3)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of mixed dtypes
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(IMAGES.float())
+    F.cross_entropy(logits.float(), LABELS).backward()
+    expected = model.double()(IMAGES)
+    assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
+    assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in model.trained().values())
 
 
 # Formulas of the papers' methods with these sizes, without the head: blocks n, directions K, E channels, N states.
