@@ -18,6 +18,7 @@ import timm
 import timm.optim
 import timm.utils
 import torch
+from timm.models._hub import save_for_hf
 
 from mambapeft_vision.backbones.registry import registered
 from mambapeft_vision.backbones.timm_model import stream
@@ -187,7 +188,7 @@ def test_saved_for_the_hub_and_read_back(name, tmp_path):
     """timm's own format; sizes that are not the name's own are what timm calls model_args."""
     model = model_of(name, depth=2)
     torch.nn.init.normal_(model.head.weight)
-    timm.models.save_for_hf(model, tmp_path, model_args={"depth": 2, "img_size": 32})
+    save_for_hf(model, tmp_path, model_args={"depth": 2, "img_size": 32})
     read = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert torch.equal(read(IMAGES), model(IMAGES))
 
