@@ -23,7 +23,7 @@ A preset is one yaml. `method=[a,b]` trains several together, in any order. Para
 `python scripts/count_params.py` compares them with the published table.
 """
 
-BACKBONES = {"vim_s": "Vim-S", "vim_b": "Vim-B", "vit_s": "ViT-S"}
+BACKBONES = {"vim_s": "Vim-S", "vim_b": "Vim-B", "vit_s": "ViT-S", "mambareg_s": "Mamba-Reg-S"}
 
 
 def sections(presets: dict[str, Preset]) -> dict[str, list[Preset]]:

@@ -8,9 +8,10 @@ from torch import nn
 
 from mambapeft_vision.adapter.build import build_method
 from mambapeft_vision.adapter.files import ADAPTER_FILE, CONFIG_FILE, Adapter, read_adapter
-from mambapeft_vision.adapter.model import AdaptedModel, backbone_sha256
+from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.contract import Backbone
+from mambapeft_vision.backbones.weights import backbone_sha256, content_sha256
 from mambapeft_vision.methods.method import Method
 from mambapeft_vision.utils.errors import UserError
 
@@ -41,12 +42,16 @@ def apply_adapter(adapter: Adapter, backbone: Backbone) -> AdaptedModel:
 
     Raises: UserError when the backbone's sha256 differs, or the tensors do not fit.
     """
-    expected, actual = adapter.config["backbone"]["sha256"], backbone_sha256(backbone)
-    if expected != actual:
+    name, mine = adapter.config["backbone"]["name"], backbone.pretrained_cfg["architecture"]
+    if name != mine:
         raise UserError(
-            f"{adapter.folder} was trained on {adapter.config['backbone']['name']} with weights sha256 "
-            f"{expected[:12]}…, but this backbone has {actual[:12]}…; load the weights it was trained on "
-            f"(backbone.weights=…)"
+            f"{adapter.folder} was trained on {name}, but this backbone is {mine}; use backbone.name={name}"
+        )
+    expected, actual = adapter.config["backbone"]["sha256"], backbone_sha256(backbone)
+    if expected not in (actual, content_sha256(backbone)):  # older adapters have that of resized positions
+        raise UserError(
+            f"{adapter.folder} was trained on {name} with weights sha256 {expected[:12]}…, but this backbone has "
+            f"{actual[:12]}…; load the weights it was trained on (backbone.weights=…)"
         )
     _check_fit(adapter, backbone)
     return _loaded(adapter, backbone)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mambapeft_vision.adapter.files import FORMAT_VERSION, write_adapter
 from mambapeft_vision.backbones.contract import Backbone, bake_weights
+from mambapeft_vision.backbones.weights import backbone_sha256
 from mambapeft_vision.methods.method import Method
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.state_dict_checks import check_state
@@ -136,9 +137,11 @@ class AdaptedModel(nn.Module):
     # -- state ------------------------------------------------------------------------------------------------
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """All tensors of the adapter by their saved names: methods' and the head's."""
+        """All tensors of the adapter by their saved names: methods', the head's, and those no weights file holds."""
         state = {f"{name}.{key}": t for name, m in self.methods.items() for key, t in m.saved().items()}
-        return {**state, **self.head_parameters()}
+        parameters = dict(self.backbone.named_parameters())
+        drawn = {f"backbone.{name}": parameters[name] for name in self.backbone.not_in_file}
+        return {**state, **drawn, **self.head_parameters()}
 
     def load_adapter_state(self, state: Mapping[str, Tensor], source: str = "the adapter") -> None:
         """Copies `state` in, strictly both ways; no value is changed when anything does not fit."""
@@ -163,12 +166,11 @@ class AdaptedModel(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """What is needed to build this model again: backbone, methods, classes."""
-        cfg = self.backbone.default_cfg
         return {
             "format_version": FORMAT_VERSION,
             "backbone": {
-                "name": cfg["name"],
-                "architecture": cfg["architecture"],
+                "name": self.backbone.pretrained_cfg["architecture"],
+                "architecture": self.backbone.architecture,
                 "sha256": self.backbone_sha256,
             },
             "methods": {name: m.config() for name, m in self.methods.items()},
@@ -200,18 +202,6 @@ class AdaptedModel(nn.Module):
 def adapt(backbone: Backbone, methods: Mapping[str, Method], num_classes: int, seed: int = 0) -> AdaptedModel:
     """Attaches `methods` to `backbone`, in place. See `AdaptedModel`."""
     return AdaptedModel(backbone, methods, num_classes, seed)
-
-
-def backbone_sha256(backbone: Backbone) -> str:
-    """sha256 over the names, shapes, dtypes and bytes of the backbone's tensors; the head does not count."""
-    digest = hashlib.sha256()
-    for name, p in sorted(backbone.named_parameters()):
-        if name.startswith("head."):
-            continue
-        digest.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
-        if not p.is_meta:  # a model without values, made to count parameters
-            digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _stable_seed(seed: int, name: str) -> int:

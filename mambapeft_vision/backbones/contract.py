@@ -75,6 +75,7 @@ class Mixer(Protocol):
     """A mixer of selective scans: [B, L, D] → [B, L, D], with E channels and N states in each direction."""
 
     name: str  # of the module within the backbone
+    suffixes: tuple[str, ...]  # one for each scan direction: what the names of its parameters end in
     affix: AffixPort
     gate: Port  # z [B, L, E] → the tensor whose silu gates the output
     state_offset: Port  # () → one [E, N] for each direction
@@ -117,7 +118,12 @@ class Backbone(Protocol):
     num_features: int
     num_classes: int
     default_cfg: dict[str, Any]
+    pretrained_cfg: dict[str, Any]  # the same; its "architecture" is the registered name
     head: nn.Module
+
+    # Where it comes from
+    architecture: dict[str, Any]  # sizes that make it, besides those of its registered name
+    not_in_file: tuple[str, ...]  # parameters that its file of weights did not hold
 
     # Parts
     layout: TokenLayout  # of the embedded tokens, without prompts

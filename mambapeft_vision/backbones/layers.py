@@ -4,6 +4,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from mambapeft_kernels.low_rank.linear import compute_dtype
+from timm.layers import lecun_normal_
 from torch import Tensor, nn
 
 from mambapeft_vision.backbones.ports import Ported, SidePort
@@ -44,6 +45,14 @@ class PortedLayerNorm(Ported, nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.read("weight"), self.read("bias"), self.eps)
 
 
+class PortedRMSNorm(Ported, nn.RMSNorm):
+    """`nn.RMSNorm` in its weight's dtype, which is read through a port."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.read("weight")
+        return F.rms_norm(x.to(weight.dtype), self.normalized_shape, weight, self.eps)
+
+
 class PortedPatches(Ported, nn.Conv2d):
     """A patch embedding: `nn.Conv2d` without padding, and a side port on its input and output maps.
 
@@ -78,6 +87,12 @@ class PatchEmbed(nn.Module):
         self.grid_size = rows, columns
         self.num_patches = rows * columns
         self.proj = PortedPatches(in_chans, embed_dim, patch_size, stride, name="patch_embed.proj")
+
+    def init_weights(self) -> None:
+        """LeCun's normal distribution, and a zero bias."""
+        lecun_normal_(self.proj.weight)
+        if self.proj.bias is not None:
+            nn.init.zeros_(self.proj.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         if tuple(images.shape[-2:]) != self.img_size:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -41,9 +42,9 @@ class TokenLayout:
         """Where n tokens join: for each, the number of present tokens in front of it; never decreasing.
 
         prefix, suffix: all at one end. prefix_suffix: half at each end. infix: between n + 1 equal parts.
-        around_special: right before and right after the special tokens, the same number each as far as they go.
+        around_special: half right before and half right after the special token.
         Halves and parts are those of `torch.tensor_split`, but an odd token stands behind a special token.
-        Raises: UserError for another kind, and for around_special where there is no special token.
+        Raises: UserError for another kind, and for around_special where there is not one special token.
         """
         if kind == "prefix":
             return [0] * n
@@ -59,14 +60,13 @@ class TokenLayout:
         raise UserError(f"position={kind!r} is unknown; expected one of {', '.join(PLACES)}")
 
     def _around_special(self, n: int) -> list[int]:
-        if not self.special:
-            raise UserError("position around special tokens: this backbone has none; choose prefix, infix or suffix")
-        size, longer = divmod(n, len(self.special))
-        places = []
-        for i, position in enumerate(self.special):
-            count = size + (i < longer)
-            places += [position] * (count // 2) + [position + 1] * (count - count // 2)
-        return places
+        if len(self.special) != 1:
+            raise UserError(
+                f"a position around the class token needs one such token, but this backbone has {len(self.special)} "
+                f"special tokens; choose prefix, infix or suffix"
+            )
+        (position,) = self.special
+        return [position] * (n // 2) + [position + 1] * (n - n // 2)
 
     def joined(self, places: Sequence[int]) -> "TokenLayout":
         """The layout once prompts have joined at `places`, which are in order."""
@@ -115,13 +115,25 @@ class TokenLayout:
                 f"forward_features returns"
             )
         if self.readout != "mean":
-            return torch.cat([tokens[:, position : position + 1] for position in self.readout], dim=1)
-        parts = [tokens[:, start:stop].sum(1, keepdim=True) for start, stop in _runs(self.patches)]
-        return torch.stack(parts).sum(0) / len(self.patches)
+            return select(tokens, self.readout)
+        return select(tokens, self.patches).mean(1, keepdim=True)
+
+
+def select(tokens: Tensor, positions: Sequence[int]) -> Tensor:
+    """[B, L, D] → [B, len(positions), D] at increasing positions; a view where they stand together.
+
+    One split and one concatenation, so that the gradient is one concatenation too: slices would each make one of the
+    whole size, and indexing would need an index tensor and atomic additions.
+    """
+    runs = _runs(positions)
+    bounds = [0, *(bound for run in runs for bound in run), tokens.shape[1]]
+    pieces = tokens.split([stop - start for start, stop in pairwise(bounds)], dim=1)
+    chosen = pieces[1::2]
+    return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=1)
 
 
 def _runs(positions: Sequence[int]) -> list[tuple[int, int]]:
-    """Increasing positions as ranges [start, stop): slices need no index tensor on the device."""
+    """Increasing positions as ranges [start, stop)."""
     runs: list[tuple[int, int]] = []
     for position in positions:
         if runs and runs[-1][1] == position:

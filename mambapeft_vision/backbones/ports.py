@@ -194,6 +194,8 @@ class Joined:
 class AffixPort(Port):
     """Takes `value(tokens, layout) -> Joined`. With `inner` it joins in_proj's output, else in_proj's input.
 
+    A mixer with four directions calls it a second time, with `pair=1` and the tokens as its other two read them.
+
     An inner one whose tokens all stand at the ends says how many in front and behind (`ends`). It can then be called as
     `value(tokens, layout, has_room=True)`, with zeros there to be overwritten; `layout` is that without them.
     """

@@ -12,7 +12,7 @@ from timm.models import model_entrypoint
 from torch import nn
 
 import mambapeft_vision.backbones as package
-from mambapeft_vision.backbones.weights import load_official, load_weights
+from mambapeft_vision.backbones.weights import LICENSE_ACCEPTED, load_official, load_weights
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.typed import check_arguments
 
@@ -21,7 +21,12 @@ LARGEST, DEEPEST = 16_384, 1_024
 
 
 def create_backbone(
-    name: str, weights: str = "official", seed: int = 0, weights_sha256: str | None = None, **architecture: Any
+    name: str,
+    weights: str = "official",
+    seed: int = 0,
+    weights_sha256: str | None = None,
+    weights_license: str | None = None,
+    **architecture: Any,
 ) -> Any:
     """A backbone (see `contract.Backbone`) with its weights.
 
@@ -30,6 +35,7 @@ def create_backbone(
         weights: "official" (fetched from the hub or its cache), "random" (drawn from `seed`), or a file.
         seed: of random weights.
         weights_sha256: of the file with the weights (as `sha256sum` prints it); another file is refused.
+        weights_license: "accepted" lets official weights be fetched for which no licence was found.
         architecture: other sizes than the variant's, e.g. img_size, drop_path_rate.
     """
     if name not in registered():
@@ -37,14 +43,15 @@ def create_backbone(
     if not 0 <= seed < 2**63:
         raise UserError(f"backbone.seed={seed}; expected 0 to 2^63 - 1")
     kind: type[nn.Module] = get_type_hints(model_entrypoint(name))["return"]
+    if weights_license not in (None, LICENSE_ACCEPTED):
+        raise UserError(f"backbone.weights_license={weights_license!r}; expected {LICENSE_ACCEPTED!r}, or leave it out")
     check_sizes(kind, architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # `architecture` holds sizes alone by now: timm has arguments that read files and fetch weights.
         model: Any = timm.create_model(name, num_classes=0, **architecture)
-    model.default_cfg["name"] = name
     if weights == "official":
-        load_official(model, weights_sha256)
+        load_official(model, weights_sha256, weights_license)
     elif weights != "random":
         load_weights(model, weights, weights_sha256)
     elif weights_sha256 is not None:
@@ -75,9 +82,9 @@ def check_sizes(kind: type[nn.Module], sizes: Mapping[str, Any]) -> None:
 
 
 def _check_range(key: str, number: Any) -> None:
-    if number is None or isinstance(number, bool):
+    if number is None or isinstance(number, (bool, str)):
         return
-    if key == "drop_path_rate":
+    if key in ("drop_path_rate", "drop_rate"):
         if not 0 <= number < 1:
             raise UserError(f"backbone.{key}={number}; expected 0 <= {key} < 1")
     elif key == "norm_eps":

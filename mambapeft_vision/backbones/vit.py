@@ -8,21 +8,15 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import lecun_normal_, trunc_normal_
-from timm.models import register_model
+from timm.layers import trunc_normal_
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from mambapeft_vision.backbones.layers import (
-    PatchEmbed,
-    PortedLayerNorm,
-    PortedLinear,
-    both_sides,
-    zero_head,
-    zero_init,
-)
+from mambapeft_vision.backbones.build import build, cfg
+from mambapeft_vision.backbones.layers import PortedLayerNorm, PortedLinear, zero_head, zero_init
 from mambapeft_vision.backbones.layout import TokenLayout
-from mambapeft_vision.backbones.ports import InputPort, Ported, SidePort, TapPort
+from mambapeft_vision.backbones.ports import InputPort, SidePort, TapPort
+from mambapeft_vision.backbones.timm_model import TimmModel
 from mambapeft_vision.utils.errors import UserError
 
 
@@ -90,7 +84,7 @@ class Block(nn.Module):
         return branch * (torch.rand(branch.shape[0], 1, 1, device=branch.device) < keep).to(branch.dtype) / keep
 
 
-class Vit(Ported):
+class Vit(TimmModel):
     """Vision transformer with the class token first.
 
     Args:
@@ -98,7 +92,12 @@ class Vit(Ported):
         patch_size, embed_dim, depth, num_heads, mlp_ratio: sizes; a head has 64 channels by default.
         num_classes: 0 for features only. The head starts at zero.
         drop_path_rate: of the last block; linear from 0 in the first.
+        global_pool, drop_rate: see `TimmModel`.
     """
+
+    family = "vit"
+    blocks_name = "blocks"
+    norm_name = "norm"
 
     def __init__(
         self,
@@ -111,17 +110,13 @@ class Vit(Ported):
         mlp_ratio: int = 4,
         num_classes: int = 1000,
         drop_path_rate: float = 0.1,
+        global_pool: str = "token",
+        drop_rate: float = 0.0,
     ) -> None:
-        super().__init__()
         num_heads = num_heads or max(1, embed_dim // 64)
         if embed_dim % num_heads:
             raise UserError(f"embed_dim={embed_dim} does not divide into num_heads={num_heads}; change one of them")
-        self.patch_embed = PatchEmbed(both_sides(img_size), patch_size, patch_size, in_chans, embed_dim)
-        self.default_cfg: dict[str, Any] = {}  # set where the model is registered
-        self.pretrained_cfg = self.default_cfg
-        self.embed_dim = self.num_features = embed_dim
-        self.num_classes = num_classes
-        self.layout = self.layout_of(self.patch_embed.grid_size)
+        super().__init__(img_size, patch_size, None, embed_dim, in_chans, num_classes, global_pool, drop_rate)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, self.layout.length, embed_dim))
         blocks = nn.ModuleList(
@@ -130,8 +125,7 @@ class Vit(Ported):
         )
         self.blocks = cast(Sequence[Block], blocks)
         self.norm = PortedLayerNorm(embed_dim, eps=1e-6)
-        self.head = zero_head(embed_dim, num_classes)
-        self.prompt = InputPort("prompt")
+        self.head = zero_head(self.head_hidden_size, num_classes)
         self.init_weights()
 
     @property
@@ -169,10 +163,6 @@ class Vit(Ported):
         """One class token in front of the patches."""
         return TokenLayout(grid[0] * grid[1] + 1, grid, special=(0,), readout=(0,))
 
-    def output_layout(self) -> TokenLayout:
-        """The layout of what `forward_features` returns; it is static once methods are attached."""
-        return self.layout.through((self.prompt, *(block.input for block in self.blocks)), self.pos_embed)
-
     def set_kernel(self, kernel: str, device: torch.device | str) -> str:
         """There is no scan to choose a kernel for: attention is PyTorch's own. Returns "torch"."""
         if kernel not in ("auto", "torch"):
@@ -185,43 +175,14 @@ class Vit(Ported):
         """PyTorch's kernels are compiled."""
         return ()
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new zero head for `num_classes` classes (0: none), on the backbone's device and dtype."""
-        self.num_classes = num_classes
-        weight = self.norm.weight
-        self.head = zero_head(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] → [B, L, D]: all tokens after the last block and the final norm."""
-        return self.norm(self._through_blocks(images)[0])
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """[B, L, D] → [B, classes]; or with `pre_logits` the class token [B, D]."""
-        feature = self.output_layout().read(x).flatten(1)
-        return feature if pre_logits else self.head(feature)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """forward_head(forward_features(images)), where the final norm is left to the token that is read out."""
-        tokens, layout = self._through_blocks(images)
-        return self.head(self.norm(layout.read(tokens)).flatten(1))
-
-    def _through_blocks(self, images: Tensor) -> tuple[Tensor, TokenLayout]:
-        """All tokens after the last block, and their layout."""
+    def embed(self, images: Tensor) -> tuple[Tensor, TokenLayout]:
         patches = self.patch_embed(images)
         class_token = self.read("cls_token").to(patches.dtype).expand(patches.shape[0], -1, -1)
-        tokens = torch.cat((class_token, patches), dim=1) + self.read("pos_embed")
-        tokens, layout = self.prompt(tokens, self.layout)
-        for block in self.blocks:
-            tokens, layout = block(tokens, layout)
-        return tokens, layout
+        return self.prompt(torch.cat((class_token, patches), dim=1) + self.read("pos_embed"), self.layout)
 
     def init_weights(self) -> None:
         """timm's initialisation of vision transformers; the head is zero."""
-        lecun_normal_(self.patch_embed.proj.weight)
-        nn.init.zeros_(self.patch_embed.proj.get_parameter("bias"))
+        self.patch_embed.init_weights()
         trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
         for module in self.modules():
@@ -233,28 +194,27 @@ class Vit(Ported):
         zero_init(self.head)
 
 
+default_cfgs = generate_default_cfgs(
+    {
+        "ported_deit_small_patch16_224": cfg(
+            crop_mode="squash",
+            hf_hub_id="timm/deit_small_patch16_224.fb_in1k",
+            hf_hub_filename="model.safetensors",
+            license="apache-2.0",
+            paper_ids="arXiv:2012.12877",
+        ),
+        "ported_vit_pico_patch8_32": cfg(32),
+    }
+)
+
+
 @register_model
 def ported_deit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vit:
     """ViT-S as DeiT trained it on ImageNet-1K (timm's deit_small_patch16_224)."""
-    for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # steer timm's own loader only
-        kwargs.pop(key, None)
-    model = Vit(**kwargs)
-    model.default_cfg = model.pretrained_cfg = {
-        "input_size": (3, *model.patch_embed.img_size),
-        "interpolation": "bicubic",
-        "crop_pct": 1.0,
-        "crop_mode": "squash",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "num_classes": 1000,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "hf_hub_id": "timm/deit_small_patch16_224.fb_in1k",
-        "hf_hub_filename": "model.safetensors",
-        "architecture": {k: v for k, v in kwargs.items() if k != "num_classes"},
-    }
-    if pretrained:
-        from mambapeft_vision.backbones.weights import load_official
+    return build(Vit, "ported_deit_small_patch16_224", pretrained, {}, kwargs)
 
-        load_official(model)
-    return model
+
+@register_model
+def ported_vit_pico_patch8_32(pretrained: bool = False, **kwargs: Any) -> Vit:
+    """A very small vision transformer (17 tokens) for tests; no pretrained weights."""
+    return build(Vit, "ported_vit_pico_patch8_32", pretrained, {"patch_size": 8, "embed_dim": 64, "depth": 4}, kwargs)

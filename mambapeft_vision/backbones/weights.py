@@ -1,72 +1,157 @@
-"""Weights of backbones: official Vim checkpoints in, official layout out. Never unpickles code."""
+"""Weights of backbones: published checkpoints in, their layout out. Never unpickles code."""
 
 import argparse
+import hashlib
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from timm.models import adapt_input_conv
+from timm.models._builder import _resolve_pretrained_source
+from timm.models._hub import download_cached_file
 from torch import Tensor
 
-from mambapeft_vision.backbones.layout import TokenLayout
+from mambapeft_vision.backbones.layout import TokenLayout, select
 from mambapeft_vision.backbones.ports import taken_ports
+from mambapeft_vision.backbones.timm_model import TimmModel
 from mambapeft_vision.utils.atomic import atomic_path
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.hashing import sha256_file
 from mambapeft_vision.utils.state_dict_checks import check_finite, check_state
 
-EMBEDDED_WEIGHTS = Path(__file__).parent / "weights"  # of our own, shipped with the package
+LICENSE_ACCEPTED = "accepted"
 
 
-def load_official(model: Any, sha256: str | None = None) -> None:
-    """Loads the official weights of `model`'s variant: from the package, or from the hub (or its cache).
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file with weights holds.
 
-    sha256: of the file. Raises: UserError when the variant has no published weights or the hub cannot be reached.
+    state: tensors under their names there.
+    made_for: an architecture that the file names itself, e.g. "videomamba_small"; None: it names none.
     """
-    cfg = model.default_cfg
-    if "embedded" in cfg:
-        load_weights(model, EMBEDDED_WEIGHTS / cfg["embedded"], sha256)
-        return
-    repository, file = cfg.get("hf_hub_id"), cfg.get("hf_hub_filename")
-    name = cfg.get("name", type(model).__name__)
-    if repository is None:
-        raise UserError(f"{name} has no published weights; give backbone.weights=PATH or backbone.weights=random")
-    from huggingface_hub import hf_hub_download
 
+    state: dict[str, Tensor] = field(repr=False)
+    made_for: str | None = None
+
+
+def load_official(model: TimmModel, sha256: str | None = None, license_accepted: str | None = None) -> None:
+    """Loads the published weights of `model`'s variant: from the package, or from the hub (or its cache).
+
+    sha256: of the file. license_accepted: "accepted" where no licence of the weights was found.
+    Raises: UserError when the variant has no published weights, no known licence, or the hub cannot be reached.
+    """
+    record = model.pretrained_cfg
+    if record.get("file"):
+        load_weights(model, record["file"], sha256)
+        return
+    if record.get("hf_hub_id") is None:
+        name, origin = record["architecture"], record.get("origin_url")
+        published = f"no weights whose file names are known ({origin})" if origin else "no published weights"
+        raise UserError(f"{name} has {published}; give backbone.weights=PATH or backbone.weights=random")
+    load_weights(model, _fetch(record, license_accepted), sha256)
+
+
+def load_pretrained(model: TimmModel, license_accepted: str | None = None) -> None:
+    """Loads the weights that a model's timm record names, and the head among them where it has as many classes.
+
+    The record may have been changed by `pretrained_cfg_overlay`: state_dict, file, url or hf_hub_id count, in this
+    order, as timm has it.
+    """
+    record = model.pretrained_cfg
+    source: Any
+    kind, source = _resolve_pretrained_source(record)
+    if kind == "state_dict":
+        load_state(model, Checkpoint(dict(source)), "pretrained_cfg.state_dict", with_head=True)
+    elif kind == "file":
+        load_weights(model, source, with_head=True)
+    elif kind == "url":
+        load_weights(model, download_cached_file(source), with_head=True)
+    elif kind == "local-dir":
+        names = ("model.safetensors", "pytorch_model.bin")  # as timm.models.save_for_hf writes them
+        paths = [Path(source) / name for name in names]
+        load_weights(model, next((path for path in paths if path.is_file()), paths[0]), with_head=True)
+    elif kind == "hf-hub":
+        load_weights(model, _fetch(record, license_accepted), with_head=True)
+    else:
+        load_official(model)  # raises with the reason
+
+
+def _fetch(record: Mapping[str, Any], license_accepted: str | None) -> Path:
+    """The file on the hub that a record names, from the hub's cache or downloaded. Its licence is shown before."""
+    name, repository = record["architecture"], record["hf_hub_id"]
+    file = record.get("hf_hub_filename") or "model.safetensors"
+    licence = record.get("license")
+    if licence is None and license_accepted != LICENSE_ACCEPTED:
+        raise UserError(
+            f"{name}: no licence was found for the weights {file} in {repository} ({record.get('origin_url')}). If you "
+            f"may use them, give backbone.weights_license={LICENSE_ACCEPTED} (in Python: weights_license="
+            f"{LICENSE_ACCEPTED!r}), or backbone.weights=PATH"
+        )
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    if not isinstance(try_to_load_from_cache(repository, file), str):
+        shown = licence or "none found, accepted by weights_license"
+        print(f"fetching {file} of {name} from {repository}; licence: {shown}", file=sys.stderr)
     try:
-        path = hf_hub_download(repository, file)
+        return Path(hf_hub_download(repository, file))
     except Exception as error:  # the hub's client raises many kinds when offline
         raise UserError(
             f"the weights {file} of {name} could not be fetched from the Hugging Face repository {repository} "
             f"({type(error).__name__}). Download the file elsewhere and give backbone.weights=PATH"
         ) from error
-    load_weights(model, path, sha256)
 
 
-def load_weights(model: Any, path: str | Path, sha256: str | None = None) -> None:
-    """Loads a Vim checkpoint (official .pth, or safetensors) into `model`, strictly, except for the head.
+def load_weights(model: TimmModel, path: str | Path, sha256: str | None = None, with_head: bool = False) -> None:
+    """Loads a checkpoint (official .pth, or safetensors) into `model`, strictly, except for the head.
 
-    The position embedding is resized when the image size differs. Nothing is loaded when anything does not fit.
+    Position embeddings are resized when the grid of patches differs, filters of the patch embedding are summed or
+    repeated for another number of channels (as timm does). Nothing is loaded when anything does not fit.
+
     sha256: of the file, checked before anything is read from it.
-    Raises: UserError listing missing, unknown and mis-shaped keys, or naming both hashes.
+    with_head: load the head too, where the file has one of the same shape.
+    Raises: UserError naming the architecture that the file is for, or listing missing, unknown and mis-shaped keys.
     """
     if sha256 is not None:
         _check_sha256(Path(path), sha256)
-    state = read_state_dict(path)
+    load_state(model, read_checkpoint(path), str(path), with_head)
+
+
+def load_state(model: TimmModel, checkpoint: Checkpoint, source: str, with_head: bool = False) -> None:
+    """`load_weights` of a checkpoint that was read from `source`."""
+    check_family(model, checkpoint, source)
+    head = {k: v for k, v in checkpoint.state.items() if k.startswith("head.")}
     expected = {k: v for k, v in model.state_dict().items() if not k.startswith("head.")}
-    given = {k: v for k, v in state.items() if not k.startswith("head.")}
-    position = given.get("pos_embed")
-    if position is not None and position.ndim == 3 and position.shape[1] != expected["pos_embed"].shape[1]:
-        given["pos_embed"] = resize_pos_embed(position, model.layout_of, model.layout.grid)
-    check_state(expected, given, str(path))
-    check_finite(given, str(path))
+    plain = {k: v for k, v in checkpoint.state.items() if not k.startswith("head.")}
+    given, added = model.convert_checkpoint(plain)
+    dtype = next(model.parameters()).dtype
+    in_file = tensors_sha256({k: plain.get(k, v).to(dtype) for k, v in given.items() if k not in added})
+    position, filters = given.get("pos_embed"), given.get("patch_embed.proj.weight")
+    if position is not None and position.ndim == 3 and position.shape[1] != model.pos_embed.shape[1]:
+        special_rows = model.pos_embed.shape[1] == model.layout.length
+        position = resize_pos_embed(position, model.layout_of, model.layout.grid, special_rows)
+        given = {**given, "pos_embed": position}
+    if filters is not None and filters.ndim == 4 and filters.shape[1] == 3 != model.in_chans:
+        adapted = adapt_input_conv(model.in_chans, filters.to(dtype))
+        given = {**given, "patch_embed.proj.weight": adapted}
+    check_state(expected, given, source)
+    check_finite(given, source)
+    mine = dict(model.head.named_parameters(prefix="head"))
+    if with_head and head.keys() == mine.keys() and all(head[k].shape == mine[k].shape for k in mine):
+        check_finite(head, source)
+        given = {**given, **head}
     model.load_state_dict(given, strict=False)
+    model.not_in_file = added
+    model.loaded = Loaded.of(model, in_file)
 
 
-def read_state_dict(path: str | Path, key: str = "model") -> dict[str, Tensor]:
+def read_checkpoint(path: str | Path, key: str = "model") -> Checkpoint:
     """The tensors of a checkpoint file, under their names there; from `content[key]` where there is such a key.
 
     Pickled files are read with PyTorch's restricted unpickler; besides tensors only `argparse.Namespace`
@@ -77,7 +162,8 @@ def read_state_dict(path: str | Path, key: str = "model") -> dict[str, Tensor]:
         raise UserError(f"backbone weights {str(path)!r} do not exist; give a .pth or .safetensors file")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            with safe_open(path, framework="pt") as file:
+                return Checkpoint(load_file(path), _made_for(file.metadata() or {}, path.stem))
         with torch.serialization.safe_globals([argparse.Namespace]):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
@@ -91,7 +177,123 @@ def read_state_dict(path: str | Path, key: str = "model") -> dict[str, Tensor]:
     state = content.get(key, content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} holds no state dict of tensors (under {key!r} or at top level)")
-    return state
+    return Checkpoint(state, _made_for(content, path.stem))
+
+
+def read_state_dict(path: str | Path, key: str = "model") -> dict[str, Tensor]:
+    """The tensors of `read_checkpoint`."""
+    return read_checkpoint(path, key).state
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a file is for
+
+# Family → how it is called, and what names of its models start with in its own code and files.
+FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "vim": ("Vim", ("vim_",)),
+    "mambareg": ("Mamba-Reg", ("mambar_", "mambareg_")),
+    "videomamba": ("VideoMamba", ("videomamba_",)),
+    "arm": ("ARM", ("arm_",)),
+    "vit": ("ViT", ("deit_", "vit_", "ported_")),
+    "vmamba": ("VMamba", ("vmamba_", "vssm_")),
+}
+
+
+def _made_for(content: Mapping[str, Any], stem: str) -> str | None:
+    """The architecture that a file's content or, failing that, its own name states."""
+    if isinstance(content.get("architecture"), str):
+        return content["architecture"]
+    stated = getattr(content.get("args"), "model", None)  # of the training command, in official files
+    return stated if isinstance(stated, str) else stem
+
+
+def check_family(model: TimmModel, checkpoint: Checkpoint, source: str) -> None:
+    """Raises UserError where a checkpoint is for another family of backbones, whether or not its keys would fit.
+
+    Vim and VideoMamba have the same keys and shapes; only what the file states of itself tells them apart.
+    """
+    families = _families_of_keys(checkpoint.state)
+    by_name = [f for f, (_, starts) in FAMILIES.items() if (checkpoint.made_for or "").startswith(starts)]
+    if by_name and (not families or by_name[0] in families):
+        families = by_name
+    if not families or model.family in families:
+        return
+    mine, theirs = FAMILIES[model.family][0], " or ".join(FAMILIES[f][0] for f in families)
+    stated = f" (it says {checkpoint.made_for!r})" if families == by_name else ""
+    raise UserError(
+        f"{source} holds weights of {theirs}{stated}, but this backbone is {mine}, where even the same keys mean "
+        f"something else. Choose a backbone of {theirs}, or weights of {mine}"
+    )
+
+
+def _families_of_keys(names: Collection[str]) -> list[str]:
+    if "pos_embed_cls" in names:
+        return ["mambareg"]
+    if "distill_head.0.weight" in names:
+        return ["videomamba"]
+    if any(name.endswith("attn.qkv.weight") for name in names):
+        return ["vit"]
+    if any(".mixer.A_c_log" in name or name.startswith("enc2dec") or ".mlp.w1." in name for name in names):
+        return ["arm"]
+    if any(".mixer.A_b_log" in name for name in names):
+        return ["vim", "videomamba"]
+    return ["vmamba"] if any(".op.x_proj_weight" in name for name in names) else []
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Which weights a backbone has
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The file's weights that a backbone was loaded with.
+
+    sha256: of the file's own tensors, before any was resized: what is computed depends on the machine in its last bits.
+    content: of the backbone's tensors as loaded. versions: PyTorch's counters of writes to each parameter, which casts
+        and moves of the whole model leave as they are.
+    """
+
+    sha256: str
+    content: str
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: TimmModel, sha256: str) -> "Loaded":
+        return cls(sha256, tensors_sha256(_from_file(model)), _versions(model))
+
+    def still_in(self, model: TimmModel) -> bool:
+        """Whether the backbone holds these weights, in whatever dtype."""
+        return self.versions == _versions(model) or self.content == tensors_sha256(_from_file(model))
+
+
+def _from_file(model: TimmModel) -> dict[str, Tensor]:
+    own = {name: p for name, p in model.named_parameters() if not name.startswith("head.")}
+    return {name: p for name, p in own.items() if name not in model.not_in_file}
+
+
+def _versions(model: TimmModel) -> tuple[int, ...]:
+    return tuple(p._version for p in _from_file(model).values())
+
+
+def backbone_sha256(backbone: Any) -> str:
+    """sha256 of a backbone's weights, head excluded: of the file's own tensors where they came from a file."""
+    loaded = getattr(backbone, "loaded", None)
+    return loaded.sha256 if loaded is not None and loaded.still_in(backbone) else content_sha256(backbone)
+
+
+def content_sha256(backbone: Any) -> str:
+    """sha256 of a backbone's tensors as they are, head excluded."""
+    return tensors_sha256({n: p for n, p in backbone.named_parameters() if not n.startswith("head.")})
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        if not tensor.is_meta:  # a model without values, made to count parameters
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _check_sha256(path: Path, expected: str) -> None:
@@ -106,28 +308,40 @@ def _check_sha256(path: Path, expected: str) -> None:
 
 
 def resize_pos_embed(
-    position: Tensor, layout_of: Callable[[tuple[int, int]], TokenLayout], grid: tuple[int, int]
+    position: Tensor,
+    layout_of: Callable[[tuple[int, int]], TokenLayout],
+    grid: tuple[int, int],
+    special_rows: bool = True,
 ) -> Tensor:
     """A position embedding [1, L, D] of a square grid → that of `grid`, bicubic. Special tokens keep their rows.
 
+    Half-pixel centres, a = -0.75, border values repeated, no antialiasing.
+
     layout_of: the backbone's layout for a grid of patches.
+    special_rows: whether special tokens have rows; Mamba-Reg keeps theirs in a tensor of their own.
     """
-    new, special = layout_of(grid), len(layout_of(grid).special)
+    new = layout_of(grid)
+    special = len(new.special) if special_rows else 0
     side = math.isqrt(max(0, position.shape[1] - special))
-    old = layout_of((side, side))
-    if old.length != position.shape[1] or not side:
+    if side == 0 or side * side + special != position.shape[1]:
         raise UserError(
             f"pos_embed has {position.shape[1] - special} patch positions, which form no square grid; cannot resize it"
         )
-    spatial = position[:, list(old.patches)].reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
-    spatial = F.interpolate(spatial, size=grid, mode="bicubic", align_corners=False)
+    old = layout_of((side, side)) if special else None
+    patches = position if old is None else select(position, old.patches)
+    patches = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    patches = patches.to(torch.promote_types(position.dtype, torch.float32))
+    patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+    patches = patches.flatten(2).transpose(1, 2).to(position.dtype)
+    if old is None:
+        return patches
     resized = position.new_empty(1, new.length, position.shape[2])
-    resized[:, list(new.patches)] = spatial.permute(0, 2, 3, 1).flatten(1, 2).to(position.dtype)
-    resized[:, list(new.special)] = position[:, list(old.special)]
+    resized[:, list(new.patches)] = patches
+    resized[:, list(new.special)] = select(position, old.special)
     return resized
 
 
-def export_official(model: Any, path: str | Path) -> None:
+def export_official(model: TimmModel, path: str | Path) -> None:
     """Writes a plain (merged) backbone in the official key layout: .safetensors, or .pth with key `model`.
 
     Raises: UserError when methods are still attached to it.
@@ -136,9 +350,10 @@ def export_official(model: Any, path: str | Path) -> None:
     attached = taken_ports(model)
     if attached:
         raise UserError(f"the backbone still has methods attached ({attached[0]}, …); call merge() first")
+    architecture = model.pretrained_cfg["architecture"]
     path = Path(path)
     with atomic_path(path) as temporary:
         if path.suffix == ".safetensors":
-            save_file(state, temporary)
+            save_file(state, temporary, metadata={"format": "pt", "architecture": architecture})
         else:
-            torch.save({"model": state}, temporary)
+            torch.save({"model": state, "architecture": architecture}, temporary)

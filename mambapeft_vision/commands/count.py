@@ -95,7 +95,7 @@ def counts(backbone: str) -> tuple[list[Count], list[str]]:
     lines, wrong = [], []
     name = registered_name(backbone)
     with torch.device("meta"):
-        head = (create_backbone(name, "random").embed_dim + 1) * CLASSES
+        head = (create_backbone(name, "random").head_hidden_size + 1) * CLASSES
     for preset in presets_for(backbone, read_presets(configs_folder() / "method")):
         ours, row = count(preset, backbone), paper_row(preset.name, name)
         lines.append(Count(preset.name, ours, row.count_k if row else None, why(preset.name, ours, row, head)))

@@ -30,13 +30,13 @@ class Affix(Method):
         the forward scan only.
     infix: spread evenly, as torch.tensor_split divides the tokens. single: one buffer. dual: the backward direction
         splits the reversed tokens and has its own, in a second buffer.
-    around_class: half right before and half right after the class token (or the registers). dual: as for infix.
+    around_class: half right before and half right after the class token (one, no registers). dual: as for infix.
     suffix: [tokens | S], single only; it reaches the backward scan only (the forward one has passed already).
 
     Args:
         tokens: n.
         position: one of the above.
-        directions: "dual" (own tokens for each direction) or "single" (shared).
+        directions: "dual" (own tokens for each direction, two or four) or "single" (shared).
         inner: whether tokens join after in_proj or before it.
         projection: tokens come from embedding → Linear → Tanh → Linear, which folds into a table after training.
         hidden: of the projection; default: the tokens' width (2E or D).
@@ -79,10 +79,12 @@ class Affix(Method):
 
     def attach(self, model: Backbone) -> None:
         mixers = mixers_of(model, self.name)
+        model.layout.places(POSITIONS[self.position], self.tokens)  # refuses what this backbone has no place for
         width = model.embed_dim
         if self.inner:
             width = mixers[0].d_inner * (1 if self.lean else 2)
-        self._per_layer = 2 if self.directions == "dual" else 1
+        directions = len(mixers[0].suffixes)
+        self._per_layer, self._pairs = (directions if self.directions == "dual" else 1), directions // 2
         hidden = (self.hidden or width) if self.projection else None
         total = len(mixers) * self._per_layer * width
         self.sites = TokenGenerator(self.tokens, width, total, hidden, "table", like(model))
@@ -91,15 +93,15 @@ class Affix(Method):
         for i, mixer in enumerate(mixers):
             mixer.affix.set(self.name, LayerAffix(self, i), inner=self.inner, ends=ends)
 
-    def layer_tokens(self, layer: int) -> Tensor:
-        """[n, per layer, width] of one layer. All layers' are generated at once, at layer 0."""
-        if layer == 0:
+    def layer_tokens(self, layer: int, pair: int) -> Tensor:
+        """[n, 1 or 2, width] of one layer and pair of directions. All layers' are generated at once, at layer 0."""
+        if self._table is None or (layer == 0 and pair == 0):  # None: a block that is recomputed for its gradient
             self._table = self.sites().unflatten(1, (self._layers, self._per_layer, -1)).unbind(1)
         assert self._table is not None
         tokens = self._table[layer]
-        if layer == self._layers - 1:
+        if layer == self._layers - 1 and pair == self._pairs - 1:
             self._table = None  # holds the graph of this forward
-        return tokens
+        return tokens if self._per_layer == 1 else tokens[:, 2 * pair : 2 * pair + 2]
 
     def fold(self) -> None:
         self.sites.fold()
@@ -110,14 +112,17 @@ class Affix(Method):
 
 
 class LayerAffix:
-    """What one mixer's affix port holds: [B, L, C] → the buffers that its directions read."""
+    """What one mixer's affix port holds: [B, L, C] → the buffers that one pair of directions reads.
+
+    pair: 0, the tokens as they stand; 1 (a mixer with four directions), the same in another order of the patches.
+    """
 
     def __init__(self, method: Affix, layer: int) -> None:
         self.method, self.layer = method, layer
 
-    def __call__(self, tokens: Tensor, layout: TokenLayout, has_room: bool = False) -> Joined:
+    def __call__(self, tokens: Tensor, layout: TokenLayout, has_room: bool = False, pair: int = 0) -> Joined:
         method = self.method
-        new = method.layer_tokens(self.layer)
+        new = method.layer_tokens(self.layer, pair)
         if new.shape[-1] != tokens.shape[-1]:  # lean: the gate half is zero
             new = F.pad(new, (0, tokens.shape[-1] - new.shape[-1]))
         own = new.unbind(1)

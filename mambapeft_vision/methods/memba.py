@@ -80,7 +80,14 @@ class Memba(Method):
         if layer == 0 and len(self._means) > 1:
             self._means.clear()  # left over from a forward that was broken off
         calls = self._means.setdefault(layer, [])
-        return self._means[layer - 1][len(calls)] if self.transfer and layer > 0 else None
+        if not self.transfer or layer == 0:
+            return None
+        if layer - 1 not in self._means:
+            raise UserError(
+                "Memba: a block was computed without the one before it; a membrane that passes from block to block "
+                "cannot be recomputed. Switch gradient checkpointing off, or set transfer: false"
+            )
+        return self._means[layer - 1][len(calls)]
 
     def _keep(self, layer: int, mean: Tensor) -> None:
         """Holds the mean membrane for the next block; nothing once the last block has passed."""

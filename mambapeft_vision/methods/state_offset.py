@@ -1,6 +1,5 @@
 """State-offset tuning (arXiv 2503.03499): a learned constant added to the state, or to the output, of the scan."""
 
-import torch
 from torch import Tensor, nn
 
 from mambapeft_vision.backbones.contract import Backbone
@@ -31,19 +30,20 @@ class StateOffset(Method):
     def attach(self, model: Backbone) -> None:
         for mixer in mixers_of(model, self.name):
             shape = (mixer.d_inner, mixer.states) if self.form == "state" else (mixer.d_inner,)
-            site = DirectionOffsets(like(model).new_zeros(shape))
+            site = DirectionOffsets(like(model).new_zeros(shape), mixer.suffixes)
             self.sites[site_key(mixer.name)] = site
             port = mixer.state_offset if self.form == "state" else mixer.output_offset
             port.set(self.name, site)
 
 
 class DirectionOffsets(nn.Module):
-    """One mixer's pair of offsets."""
+    """The offsets of one mixer's directions: `forward_offset`, `backward_offset`; of further ones `offset<suffix>`."""
 
-    def __init__(self, zeros: Tensor) -> None:
+    def __init__(self, zeros: Tensor, suffixes: tuple[str, ...]) -> None:
         super().__init__()
-        self.forward_offset = nn.Parameter(zeros)
-        self.backward_offset = nn.Parameter(torch.zeros_like(zeros))
+        self.names = [{"": "forward_offset", "_b": "backward_offset"}.get(s, f"offset{s}") for s in suffixes]
+        for name in self.names:
+            self.register_parameter(name, nn.Parameter(zeros.clone()))
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        return self.forward_offset, self.backward_offset
+    def forward(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, name) for name in self.names)

@@ -148,7 +148,7 @@ def _make_record(
         device_name=device_name(setup.device),
         kernel=setup.kernel,
         precision=setup.precision,
-        backbone=setup.model.backbone.default_cfg["name"],
+        backbone=setup.model.backbone.pretrained_cfg["architecture"],
         backbone_sha256=setup.model.backbone_sha256,
         data_manifest=setup.task.manifest_hash,
         fingerprint=plan.fingerprint,

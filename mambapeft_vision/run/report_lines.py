@@ -39,7 +39,7 @@ def dry_run_report(plan: RunPlan) -> str:
             _sites_table(model, plan.recipe),
             "",
             *starting_lines(plan, model, dataset.batch_size),
-            f"backbone {backbone.default_cfg['name']}, {weights}",
+            f"backbone {backbone.pretrained_cfg['architecture']}, {weights}",
             mambapeft_kernels.describe(plan.kernel, device),
             f"run folder {plan.folder}",
         ]

@@ -23,6 +23,7 @@ UNDECIDING: Mapping[str, str] = {
     "trainer.picture": "what is drawn after the test",
     "trainer.cuda_graph": "a captured step computes what a launched one does",
     "trainer.on_nonfinite": "what a sweep does after a run without a result",
+    "backbone.weights_license": "whether weights may be fetched changes none of them",
     "dataset.num_workers": "how many processes decode",
     "dataset.test_batch_size": "how many images are tested at a time",
 }

@@ -45,7 +45,7 @@ def test_every_yaml_is_covered_here():
 def test_backbone(name):
     plan = plan_of(f"backbone={name}", "backbone.weights=random", "+backbone.depth=1", "+backbone.embed_dim=16")
     backbone = build.build_backbone(plan)
-    assert backbone.default_cfg["name"] == plan.config["backbone"]["name"]
+    assert backbone.pretrained_cfg["architecture"] == plan.config["backbone"]["name"]
     assert backbone.embed_dim == 16
 
 
@@ -79,7 +79,8 @@ def test_logger(name):
 @pytest.mark.parametrize("name", options("method"))
 def test_method(name):
     made_for = read_preset(runs.CONFIGS / "method" / f"{name}.yaml").backbone
-    plan = plan_of(f"method={name}", *(runs.SMALL_VIT if made_for == "vit_s" else runs.SMALL_BACKBONE))
+    backbone = {"vit_s": runs.SMALL_VIT, "mambareg_s": runs.SMALL_MAMBAREG}.get(made_for, runs.SMALL_BACKBONE)
+    plan = plan_of(f"method={name}", *backbone)
     model = build.build_model(plan, build.build_backbone(plan), num_classes=3)
     assert sorted(model.methods) == plan.methods
     assert bool(model.owned()) == (name not in ("linear_probe", "spt_lora"))  # SPT first measures, then chooses

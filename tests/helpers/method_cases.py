@@ -58,7 +58,9 @@ def tiny_backbone(row: tuple[str, ...] = (), dtype: torch.dtype = torch.float64)
     """A very small backbone of the kind that the presets of `row` are for."""
     if ON_VIT in row or any(PRESETS[name].backbone.startswith("vit") for name in row if name in PRESETS):
         return create_backbone("ported_deit_small_patch16_224", "random", **VIT_TINY).to(dtype)
-    return create_backbone("vim_pico_patch8_32", "random", **VIM_TINY).to(dtype)
+    registers = any(PRESETS[name].backbone.startswith("mambareg") for name in row if name in PRESETS)
+    name = "mambareg_pico_patch8_32" if registers else "vim_pico_patch8_32"
+    return create_backbone(name, "random", **VIM_TINY).to(dtype)
 
 
 def tiny_model(row: tuple[str, ...], dtype: torch.dtype = torch.float64, seed: int = 3) -> AdaptedModel:

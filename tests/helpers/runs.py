@@ -21,6 +21,7 @@ CONFIGS = ROOT / "configs"
 TRAIN_IMAGES, TEST_IMAGES, CLASSES = 40, 20, 3
 SMALL_BACKBONE = ["backbone=vim_pico", "+backbone.depth=2", "+backbone.embed_dim=32"]
 SMALL_VIT = ["backbone=vit_s", "backbone.weights=random", "+backbone.depth=2", "+backbone.embed_dim=32"]
+SMALL_MAMBAREG = ["backbone=mambareg_s", *SMALL_VIT[1:]]
 
 
 def lay_out_task(folder: Path) -> Path:

@@ -34,6 +34,7 @@ matrix = pytest.mark.parametrize("row", ROWS, ids=row_name)
 BACKBONES = {
     "vim_s": "vim_small_patch16_224",
     "vim_b": "vim_base_patch16_224",
+    "mambareg_s": "mambareg_small_patch16_224",
     "vit_s": "ported_deit_small_patch16_224",
 }
 
@@ -70,7 +71,7 @@ def test_count_is_the_headers(name):
         finish_warmup(model)  # what counts is what the finished adapter holds
     counts = model.counts()
     assert counts["trainable"] == preset.count
-    assert counts["head"] == CLASSES * (backbone.embed_dim + 1)
+    assert counts["head"] == CLASSES * (backbone.head_hidden_size + 1)
 
 
 @matrix

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mambapeft_vision.backbones import create_backbone
-from mambapeft_vision.backbones.weights import EMBEDDED_WEIGHTS
+from mambapeft_vision.backbones.build import EMBEDDED_WEIGHTS
 from mambapeft_vision.data import Preprocessing
 from mambapeft_vision.pretraining import augment, model, module, run
 from mambapeft_vision.pretraining.config import (

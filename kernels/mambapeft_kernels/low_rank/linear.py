@@ -190,6 +190,8 @@ def _branch_gradients(
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a linear map of `x` is computed here: autocast's where it is on, else its own."""
     kind = x.device.type
+    if not torch.amp.is_autocast_available(kind):  # the meta device has none
+        return x.dtype
     casts = torch.is_autocast_enabled(kind) and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return torch.get_autocast_dtype(kind) if casts else x.dtype
 

@@ -4,6 +4,7 @@ One autograd node for the whole core. It keeps x, z, the ungated sum and one sta
 convolution, Δ, B and C are recomputed in the backward. Gradients are computed only for what asks for them.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ def ssm_mixer(x: Tensor, z: Tensor, directions: tuple[Direction, ...], scale: fl
     """See `mambapeft_kernels.ssm_mixer`."""
     flat = [t for d in directions for t in d[:_FIELDS]]
     reverse = tuple(d.reverse for d in directions)
-    with torch.autocast(x.device.type, enabled=False):
+    kind = x.device.type  # the meta device has no autocast
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         return _Mixer.apply(x, z, scale, reverse, *flat)
 
 
