@@ -197,8 +197,8 @@ def _backward_of(
 def _directions(
     flat: tuple[Tensor | None, ...] | list[Tensor | None], reverse: tuple[bool, ...], wide: torch.dtype
 ) -> list[Direction]:
-    tensors = [None if t is None else t.detach().to(wide) for t in flat]
-    return [Direction(*tensors[i * _FIELDS : (i + 1) * _FIELDS], reverse=r) for i, r in enumerate(reverse)]
+    tensors: list[Any] = [None if t is None else t.detach().to(wide) for t in flat]
+    return [Direction(*tensors[i * _FIELDS : (i + 1) * _FIELDS], r) for i, r in enumerate(reverse)]
 
 
 def _inputs(xz: Tensor, z: Tensor | None, wide: torch.dtype) -> tuple[np.ndarray, np.ndarray, int]:

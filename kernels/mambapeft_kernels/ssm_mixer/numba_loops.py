@@ -7,7 +7,7 @@ a batch without writing to the same place.
 Constants have the arrays' dtype: beside an integer literal Numba computes in float64.
 Time runs from the last token to the first where `reverse` is set: step s reads token t = L - 1 - s.
 """
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: ignore-errors  (Numba infers these types when it compiles)
 
 import numpy as np
 from numba import njit
