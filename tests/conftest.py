@@ -58,8 +58,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
     if not torch.cuda.is_available() or not counts["passed"]:
         return
-    from mambapeft_vision.run.environment import git_state, library_versions
     from mambapeft_vision.utils.atomic import write_json
+    from mambapeft_vision.utils.environment import git_state, library_versions
 
     commit, dirty = git_state()
     write_json(

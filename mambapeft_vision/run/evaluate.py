@@ -15,7 +15,6 @@ from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.backbones.contract import Backbone
 from mambapeft_vision.engine.predict import Predictions
 from mambapeft_vision.methods import add_methods_folder
-from mambapeft_vision.results.environment import device_name, git_state, library_versions
 from mambapeft_vision.results.migrations import migrated_config
 from mambapeft_vision.results.record import RESULT_FILE, RunRecord, read_record
 from mambapeft_vision.run.assemble import Setup, assemble
@@ -25,6 +24,7 @@ from mambapeft_vision.run.run import CONFIG_FILE
 from mambapeft_vision.run.run_config import RunPlan, make_plan
 from mambapeft_vision.utils.atomic import write_json
 from mambapeft_vision.utils.console import Console
+from mambapeft_vision.utils.environment import device_name, git_state, library_versions
 from mambapeft_vision.utils.errors import UserError
 
 EVALUATION_FILE = "evaluation.json"

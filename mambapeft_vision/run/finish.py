@@ -11,7 +11,6 @@ from mambapeft_vision.engine.callbacks import History
 from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE
 from mambapeft_vision.engine.config import STOP
 from mambapeft_vision.engine.predict import Predictions, predict
-from mambapeft_vision.results.environment import device_name, git_state, library_versions, peak_memory_bytes
 from mambapeft_vision.results.pictures import PAGE_FILE, draw_from_files, page_of_predictions
 from mambapeft_vision.results.record import RunRecord, read_record, write_record
 from mambapeft_vision.run.assemble import Setup
@@ -19,6 +18,7 @@ from mambapeft_vision.run.failure_record import forget_failure
 from mambapeft_vision.run.report_lines import summarise
 from mambapeft_vision.run.run_config import RunPlan
 from mambapeft_vision.utils.console import Console
+from mambapeft_vision.utils.environment import device_name, git_state, library_versions, peak_memory_bytes
 from mambapeft_vision.utils.errors import NotFiniteError
 
 

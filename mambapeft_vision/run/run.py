@@ -11,7 +11,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from mambapeft_vision.engine.errors import readable_errors
 from mambapeft_vision.methods import add_methods_folder
-from mambapeft_vision.results.environment import device_name, git_state, library_versions
 from mambapeft_vision.results.pictures import pictures_of
 from mambapeft_vision.results.record import RunRecord, is_finished
 from mambapeft_vision.run.assemble import FRESH, Setup, Sources, assemble
@@ -24,6 +23,7 @@ from mambapeft_vision.run.rerun import check_inputs, compare, differences
 from mambapeft_vision.run.run_config import RunPlan, make_plan, set_aside
 from mambapeft_vision.utils.atomic import remove_leftovers, write_text
 from mambapeft_vision.utils.console import Console
+from mambapeft_vision.utils.environment import device_name, git_state, library_versions
 from mambapeft_vision.utils.lock import locked
 
 CONFIG_FILE, OVERRIDES_FILE, LOG_FILE = "config.yaml", "overrides.yaml", "train.log"

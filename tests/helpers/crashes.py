@@ -21,8 +21,8 @@ from typing import Any
 import pytest  # noqa: F401 (imported for the children)
 from helpers import runs
 
-from mambapeft_vision.results.environment import git_state, library_versions
 from mambapeft_vision.sweep import pool, sweep  # noqa: F401 (imported for the children)
+from mambapeft_vision.utils.environment import git_state, library_versions
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["helpers.crashes"])

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mambapeft_vision.run import environment
-from mambapeft_vision.run.git_checkout import checkout_state
+from mambapeft_vision.utils import environment
+from mambapeft_vision.utils.git_checkout import checkout_state
 
 
 @pytest.fixture(autouse=True)

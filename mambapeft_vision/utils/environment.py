@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mambapeft_vision.run.git_checkout import checkout_state
+from mambapeft_vision.utils.git_checkout import checkout_state
 
 LIBRARIES = (
     "mambapeft-vision",
