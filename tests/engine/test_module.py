@@ -21,7 +21,11 @@ from mambapeft_vision.run.run_config import make_plan
 
 @pytest.fixture
 def module(task, tmp_path) -> FineTuning:
-    plan = make_plan(runs.compose_train(runs.overrides(task, tmp_path)))
+    return make_module(task, tmp_path)
+
+
+def make_module(task, outputs, *overrides: str) -> FineTuning:
+    plan = make_plan(runs.compose_train(runs.overrides(task, outputs, *overrides)))
     model = build_model(plan, build_backbone(plan), num_classes=3)
     return FineTuning(model, nn.Identity(), plan.recipe, 0, step_settings(plan.recipe, "fp32"))
 
@@ -119,13 +123,11 @@ def test_a_step_draws_by_its_seed_alone(module):
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_micro_batches_add_up_to_the_batch(module):
+def test_micro_batches_add_up_to_the_batch(task, tmp_path):
+    """Without what is drawn for each pass anew: dropout and drop path."""
+    module = make_module(task, tmp_path, "method.lora_p_x.dropout=0", "+backbone.drop_path_rate=0")
     for name, parameter in module.model.trained().items():  # off their start, so that every gradient is something
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
-    module.model.backbone._drops = False  # drop path draws by pass
-    for method in module.model.methods.values():
-        for site in method.sites.values():
-            site.dropout = 0.0
     images, labels = torch.randn(5, 3, 32, 32), torch.tensor([0, 1, 2, 0, 1])
     found = []
     for micro_batch in (None, 2):
