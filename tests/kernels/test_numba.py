@@ -74,3 +74,15 @@ def test_a_gate_of_its_own_and_strided_inputs():
     strided = x.transpose(0, 1).contiguous().transpose(0, 1)
     expected = ssm_mixer(xz, directions, backend="naive")
     torch.testing.assert_close(ssm_mixer(strided, directions, backend="numba", z=z), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_results_do_not_depend_on_where_arrays_lie():
+    """LLVM chooses between a vectorised and a plain loop by the arrays' places: both must add in one order."""
+    directions = make_directions(64, 16, 2, offsets=False, device="cpu")
+    xz = make_xz(16, 17, 64, "cpu")
+    first = results(xz, directions, torch.float32, "numba")
+    kept = []
+    for i in range(6):
+        kept.append(torch.empty(1000 + 37 * i))  # moves what is allocated next
+        again = results(xz, directions, torch.float32, "numba")
+        assert all(torch.equal(again[name], first[name]) for name in first)

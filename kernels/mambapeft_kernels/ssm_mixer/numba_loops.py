@@ -4,6 +4,8 @@ Every loop runs over channels innermost, E at a time in tiles of `TILE`, so that
 decays of a tile stay in the core's caches. A call covers the samples first … last - 1 of a batch, so that threads share
 a batch without writing to the same place.
 
+Every result has one order of additions. LLVM compiles a loop twice, vectorised and not, and chooses by where the arrays
+lie: so nothing here may be regrouped by it, and sums over channels have an order of their own (`_sum`).
 Constants have the arrays' dtype: beside an integer literal Numba computes in float64.
 Time runs from the last token to the first where `reverse` is set: step s reads token t = L - 1 - s.
 """
@@ -16,6 +18,24 @@ from mambapeft_kernels.numba_math import FAST, exp_not_positive, sigmoid, softpl
 
 TILE = 64  # channels at a time: 16 states of them are 4 KiB in float32
 CHUNK = 8  # steps between two kept states: 8 steps of 16 states of a tile are 32 KiB
+
+
+LANES = 16  # partial sums of `_sum`
+
+
+@njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
+def _sum(values, lanes):
+    """The sum of `TILE` values, in lanes and then in halves of them: the same order however it is compiled."""
+    for k in range(LANES):
+        lanes[k] = values[k]
+    for start in range(LANES, TILE, LANES):
+        for k in range(LANES):
+            lanes[k] += values[start + k]
+    for k in range(8):
+        lanes[k] += lanes[k + 8]
+    for k in range(4):
+        lanes[k] += lanes[k + 4]
+    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3])
 
 
 @njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
@@ -125,7 +145,8 @@ def scan_backward(
     delta, scaled = np.empty((CHUNK, TILE), u.dtype), np.empty((CHUNK, TILE), u.dtype)
     carry = np.empty((states, TILE), u.dtype)
     from_states, through_A = np.empty(TILE, u.dtype), np.empty(TILE, u.dtype)
-    zero = u.dtype.type(0)
+    to_products, from_products = np.zeros(TILE, u.dtype), np.zeros(TILE, u.dtype)
+    lanes = np.empty(LANES, u.dtype)
     for b in range(first, last):
         for t in range(length):
             for n in range(rank, rank + 2 * states):
@@ -133,6 +154,8 @@ def scan_backward(
         for left in range(0, channels, TILE):
             width = min(TILE, channels - left)
             carry[:] = 0
+            to_products[width:] = 0
+            from_products[width:] = 0
             for chunk in range(starts.shape[1] - 1, -1, -1):
                 begin, end = chunk * CHUNK, min(length, (chunk + 1) * CHUNK)
                 for n in range(states):
@@ -157,18 +180,17 @@ def scan_backward(
                         through_A[e] = 0
                     for n in range(states):
                         to_state, from_state = projected[b, t, rank + n], projected[b, t, rank + states + n]
-                        d_to = d_from = zero
                         for e in range(width):
                             upstream = dy[b, t, left + e]
                             g = from_state * upstream + carry[n, e]
-                            d_from += upstream * h[i + 1, n, e]
-                            d_to += g * scaled[i, e]
+                            from_products[e] = upstream * h[i + 1, n, e]
+                            to_products[e] = g * scaled[i, e]
                             from_states[e] += g * to_state
                             carried = decay[i, n, e] * g
                             carry[n, e] = carried
                             through_A[e] += carried * h[i, n, e] * A[n, left + e]
-                        dprojected[b, t, rank + n] += d_to
-                        dprojected[b, t, rank + states + n] += d_from
+                        dprojected[b, t, rank + n] += _sum(to_products, lanes)
+                        dprojected[b, t, rank + states + n] += _sum(from_products, lanes)
                         if need_A:
                             for e in range(width):
                                 dA[b, n, left + e] += carry[n, e] * h[i, n, e] * delta[i, e]
