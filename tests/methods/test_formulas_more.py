@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.method_cases import CLASSES, IMAGES, move, pooled, tiny_backbone
+from helpers.method_cases import CLASSES, IMAGES, ON_VIT, move, pooled, tiny_backbone
 from helpers.one_linear import OneLinear, attached, tensors
 from torch import Tensor
 
@@ -377,6 +377,20 @@ def test_a_convolution_is_a_matrix_of_all_its_inputs(make):
     before = pooled(model.backbone, IMAGES)
     expected = pooled(move(model).backbone, IMAGES)
     assert not torch.allclose(expected, before)
+    assert model.merge() == {}
+    torch.testing.assert_close(pooled(model.backbone, IMAGES), expected, rtol=1e-10, atol=1e-12)
+
+
+@each
+def test_on_a_transformer(make):
+    """Other roles, maps with biases, and none that reads its weight without a port."""
+    row = (ON_VIT,)
+    base = pooled(tiny_backbone(row).eval(), IMAGES)
+    model = adapt(tiny_backbone(row), {"m": make(targets=["qkv", "attn_out", "mlp_up", "mlp_down"])}, CLASSES).eval()
+    if all(method.identity_at_init for method in model.methods.values()):
+        torch.testing.assert_close(pooled(model.backbone, IMAGES), base, rtol=1e-11, atol=1e-12)
+    expected = pooled(move(model).backbone, IMAGES)
+    assert not torch.allclose(expected, base)
     assert model.merge() == {}
     torch.testing.assert_close(pooled(model.backbone, IMAGES), expected, rtol=1e-10, atol=1e-12)
 
