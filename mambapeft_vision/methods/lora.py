@@ -71,6 +71,8 @@ class LoRA(Method):
             raise UserError(f"LoRA: dropout={dropout} needs space: activation; in weight space set dropout: 0")
         if init not in ("zero", "pissa"):
             raise UserError(f"LoRA: init={init!r}; expected 'zero' or 'pissa'")
+        if init == "pissa" and not scale > 0:
+            raise UserError(f"LoRA: init: pissa divides by the scale, got scale={scale!r}; expected a number > 0")
         if not up_lr_mult >= 0:
             raise UserError(f"LoRA: up_lr_mult={up_lr_mult!r}; expected a number >= 0")
         self.targets, self.rank, self.scale, self.dropout = targets, rank, scale, dropout

@@ -208,7 +208,7 @@ def test_scales_have_no_weight_decay(make):
     }
 
 
-@pytest.mark.parametrize("rank", [2, 6])
+@pytest.mark.parametrize("rank", [1, 2, 5, 6])
 def test_hra_is_a_product_of_reflections(rank):
     method = HRA(targets="in_proj", rank=rank)
     model = attached(method, 8, 12)
@@ -216,6 +216,15 @@ def test_hra_is_a_product_of_reflections(rank):
     for u in tensors(method)["u"]:
         expected = expected @ (torch.eye(12, dtype=torch.float64) - 2 * torch.outer(u, u) / u.square().sum())
     check(model, expected)
+
+
+@pytest.mark.parametrize("rank", [5, 6])
+def test_reflections_cancel_at_the_start_where_they_pair_up(rank):
+    method = HRA(targets="in_proj", rank=rank)
+    model = attached(method, 8, 12, move=0)
+    assert method.identity_at_init == (rank == 6)
+    assert torch.allclose(model.present, model.proj.weight, rtol=0, atol=1e-13) == method.identity_at_init
+    assert len(tensors(method)["u"].unique(dim=0)) == (3 if rank == 6 else 5)
 
 
 def rotation(entries: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -408,7 +417,7 @@ def test_a_vector_is_refused(make):
     ("make", "words"),
     [
         (lambda: VeRA(targets="in_proj", rank=0), "rank=0"),
-        (lambda: HRA(targets="in_proj", rank=3), "rank=3; expected an even number"),
+        (lambda: HRA(targets="in_proj", rank=-1), "rank=-1"),
         (lambda: C3A(targets="in_proj", block_size=4, init="gaussian"), "'published' or 'zero'"),
         (lambda: FourierFT(targets="in_proj", init="ones"), "'published' or 'zero'"),
         (lambda: OFT(targets="in_proj", neumann_terms=2), "neumann_terms=2"),
@@ -416,6 +425,7 @@ def test_a_vector_is_refused(make):
         (lambda: IA3(targets="in_proj", side="both"), "'outputs' or 'inputs'"),
         (lambda: LoRA(targets="in_proj", rank=2, init="svd"), "'zero' or 'pissa'"),
         (lambda: LoRA(targets="in_proj", rank=2, up_lr_mult=-1.0), "up_lr_mult=-1.0"),
+        (lambda: LoRA(targets="in_proj", rank=2, init="pissa", scale=0.0), "scale=0.0"),
     ],
 )
 def test_wrong_arguments(make, words):
