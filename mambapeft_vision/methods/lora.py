@@ -1,8 +1,12 @@
-"""LoRA and partial LoRA (LoRA, arXiv 2106.09685; LoRA_p, MambaPEFT, arXiv 2411.03855)."""
+"""LoRA and partial LoRA (LoRA, arXiv 2106.09685; LoRA_p, MambaPEFT, arXiv 2411.03855).
+
+Its options are rsLoRA (arXiv 2312.03732), LoRA+ (arXiv 2402.12354) and PiSSA (arXiv 2404.02948).
+"""
 
 import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -36,6 +40,11 @@ class LoRA(Method):
         rows: a block of output rows that the backbone names: x, z of in_proj; d, b, c of x_proj.
         space: "activation" runs the branch on activations (allows dropout); "weight" adds s·up·down to the
             weight where it is read. Equal at dropout 0.
+        init: "zero", or "pissa": up · down starts as the r largest singular values and vectors of W over s, and their
+            first product is taken from W, so that the model starts as the base model. Both first factors are saved, as
+            singular vectors of one matrix differ between machines.
+        rank_stabilised: s = scale / √r instead of scale (rsLoRA).
+        up_lr_mult: further factor on the learning rate of `up` (LoRA+, whose authors take 16).
     """
 
     def __init__(
@@ -47,6 +56,9 @@ class LoRA(Method):
         dropout: float = 0.0,
         rows: str | None = None,
         space: str = "activation",
+        init: str = "zero",
+        rank_stabilised: bool = False,
+        up_lr_mult: float = 1.0,
         lr_mult: float = 1.0,
         decay_mult: float = 1.0,
     ) -> None:
@@ -57,8 +69,16 @@ class LoRA(Method):
             raise UserError(f"LoRA: space={space!r}; expected 'activation' or 'weight'")
         if space == "weight" and dropout:
             raise UserError(f"LoRA: dropout={dropout} needs space: activation; in weight space set dropout: 0")
+        if init not in ("zero", "pissa"):
+            raise UserError(f"LoRA: init={init!r}; expected 'zero' or 'pissa'")
+        if init == "pissa" and not scale > 0:
+            raise UserError(f"LoRA: init: pissa divides by the scale, got scale={scale!r}; expected a number > 0")
+        if not up_lr_mult >= 0:
+            raise UserError(f"LoRA: up_lr_mult={up_lr_mult!r}; expected a number >= 0")
         self.targets, self.rank, self.scale, self.dropout = targets, rank, scale, dropout
         self.rows, self.space = rows, space
+        self.init, self.rank_stabilised, self.up_lr_mult = init, rank_stabilised, up_lr_mult
+        self._factor = scale / math.sqrt(rank) if rank_stabilised else scale  # s
         self.sites: Any = nn.ModuleDict()
         self._places: dict[str, slice | None] = {}  # parameter → rows
 
@@ -70,9 +90,13 @@ class LoRA(Method):
             part, groups = rows_of(weight, rows), group_count(model, parameter)
             module, _ = owner_module(model, parameter)
             if isinstance(module, nn.Conv2d):
-                pair: LowRank = LowRankConvolution(part, self.rank, self.scale, self.dropout, module)
+                pair: LowRank = LowRankConvolution(part, self.rank, self._factor, self.dropout, module)
             else:
-                pair = LowRank(part, self.rank, self.scale, groups)
+                pair = LowRank(part, self.rank, self._factor, groups)
+            if self.init == "pissa":
+                self._require_rank_of(pair, part, parameter)
+                pair.start_principal(part.detach())
+                weight_port(model, parameter).add(self.name, pair.less_first, rows)
             self.sites[site_key(parameter)] = pair
             self._places[parameter] = rows
             if self.space == "weight":
@@ -80,10 +104,31 @@ class LoRA(Method):
             else:
                 self._side(model, parameter).add(self._branch(pair, rows))
 
+    def _require_rank_of(self, pair: "LowRank", weight: Tensor, parameter: str) -> None:
+        largest = min(pair.matrix(weight).shape[-2:])
+        if self.rank > largest:
+            raise UserError(
+                f"{self.name}: rank={self.rank}, but {parameter} has {largest} singular values; expected at most these "
+                f"with init: pissa"
+            )
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        if self.up_lr_mult == 1:
+            return super().param_groups()
+        pairs = self.sites.values()
+        return [
+            {"params": [pair.down for pair in pairs], "lr_mult": self.lr_mult, "decay_mult": self.decay_mult},
+            {
+                "params": [pair.up for pair in pairs],
+                "lr_mult": self.lr_mult * self.up_lr_mult,
+                "decay_mult": self.decay_mult,
+            },
+        ]
+
     def _branch(self, pair: "LowRank", rows: slice | None) -> LowRankBranch | FunctionBranch:
         if isinstance(pair, LowRankConvolution):
             return FunctionBranch(self.name, pair, rows)
-        return LowRankBranch(self.name, pair.down, pair.up, self.scale, self.dropout, rows=rows)
+        return LowRankBranch(self.name, pair.down, pair.up, self._factor, self.dropout, rows=rows)
 
     def _side(self, model: Backbone, parameter: str) -> SidePort:
         side = side_port(model, parameter)
@@ -103,6 +148,9 @@ class LoRA(Method):
 class LowRank(nn.Module):
     """The pair of factors of one weight [out, *in], or with `groups` K of K matrices [K, out, in]."""
 
+    first_down: Tensor
+    first_up: Tensor
+
     def __init__(self, weight: Tensor, rank: int, scale: float, groups: int | None = None) -> None:
         super().__init__()
         self.scale, self.groups = scale, groups
@@ -110,9 +158,26 @@ class LowRank(nn.Module):
 
     def delta(self, weight: Tensor) -> Tensor:
         """s · up · down, in `weight`'s shape."""
-        axis = 1 if self.groups is None else 2
-        product = self.up.flatten(axis) @ self.down.flatten(axis)
-        return self.scale * product.view_as(weight)
+        return self.scale * (self.matrix(self.up) @ self.matrix(self.down)).view_as(weight)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A weight or factor as matrices [..., out, in]."""
+        return weight.flatten(1 if self.groups is None else 2)
+
+    def start_principal(self, weight: Tensor) -> None:
+        """Sets s · up · down to the largest singular values and vectors of `weight`, and keeps these first factors."""
+        rank = self.matrix(self.down).shape[-2]
+        left, values, right = torch.linalg.svd(self.matrix(weight), full_matrices=False)
+        roots = (values[..., :rank] / self.scale).sqrt()
+        with torch.no_grad():
+            self.down.copy_((roots[..., :, None] * right[..., :rank, :]).reshape(self.down.shape))
+            self.up.copy_((left[..., :rank] * roots[..., None, :]).reshape(self.up.shape))
+        self.register_buffer("first_down", self.down.detach().clone())
+        self.register_buffer("first_up", self.up.detach().clone())
+
+    def less_first(self, weight: Tensor) -> Tensor:
+        """-s · up · down of the first factors, in `weight`'s shape."""
+        return -self.scale * (self.matrix(self.first_up) @ self.matrix(self.first_down)).view_as(weight)
 
 
 class LowRankConvolution(LowRank):

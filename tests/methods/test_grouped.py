@@ -14,14 +14,26 @@ from torch import Tensor, nn
 from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.backbones.contract import AffixPort, InputPort, Port, Ported, TapPort, TokenLayout
 from mambapeft_vision.methods.additional_scan import AdditionalScan
+from mambapeft_vision.methods.boft import BOFT
+from mambapeft_vision.methods.c3a import C3A
+from mambapeft_vision.methods.cdvft import CDVFT
 from mambapeft_vision.methods.dora import DoRA
+from mambapeft_vision.methods.fourierft import FourierFT
+from mambapeft_vision.methods.hira import HiRA
+from mambapeft_vision.methods.hra import HRA
+from mambapeft_vision.methods.ia3 import IA3
+from mambapeft_vision.methods.loha import LoHa
+from mambapeft_vision.methods.lokr import LoKr
 from mambapeft_vision.methods.lora import LoRA
 from mambapeft_vision.methods.method import Method
+from mambapeft_vision.methods.miss import MiSS
 from mambapeft_vision.methods.offset import Offset
+from mambapeft_vision.methods.oft import OFT
 from mambapeft_vision.methods.prodial import ProDiaL
 from mambapeft_vision.methods.prompt import Prompt
 from mambapeft_vision.methods.sdt import SDT
 from mambapeft_vision.methods.spt import SPT
+from mambapeft_vision.methods.vera import VeRA
 from mambapeft_vision.utils.errors import UserError
 
 E, N, R, K, L = 6, 3, 2, 2, 4  # channels, states, rank of Δ, directions, patches
@@ -156,6 +168,21 @@ METHODS = {
     "offset": lambda: Offset(targets=[*WEIGHTS, "A_log"]),
     "additional scan": lambda: AdditionalScan(states=2),
     "additional scan after": lambda: AdditionalScan(states=1, position="after", init="arange", zero_c=True),
+    "vera": lambda: VeRA(targets=WEIGHTS, rank=3),
+    "loha": lambda: LoHa(targets=WEIGHTS, rank=2),
+    "lokr": lambda: LoKr(targets=WEIGHTS, rank=1),
+    "miss": lambda: MiSS(targets=WEIGHTS, rank=2),
+    "hira": lambda: HiRA(targets=WEIGHTS, rank=2),
+    "c3a": lambda: C3A(targets=WEIGHTS, block_size=4),
+    "cdvft on rows": lambda: CDVFT(targets="x_proj", rows="c"),
+    "fourierft": lambda: FourierFT(targets=WEIGHTS, n_frequency=5, scale=9.0),
+    "ia3": lambda: IA3(targets=WEIGHTS),
+    "ia3 of inputs": lambda: IA3(targets="x_proj", side="inputs"),
+    "hra": lambda: HRA(targets=WEIGHTS, rank=2),
+    "oft": lambda: OFT(targets=WEIGHTS, block_size=4),
+    "oft with the inverse": lambda: OFT(targets=WEIGHTS, block_size=4, neumann_terms=None),
+    "boft": lambda: BOFT(targets=WEIGHTS, block_size=4),
+    "pissa": lambda: LoRA(targets=WEIGHTS, rank=2, space="weight", init="pissa", scale=0.5),
     "sdt": lambda: SDT(targets="dt_proj", warmup_steps=1, f_channels=0.5, f_states=0.5, f_off=0.2),
 }
 
