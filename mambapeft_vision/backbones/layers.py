@@ -7,7 +7,7 @@ from mambapeft_kernels.low_rank.linear import compute_dtype
 from timm.layers import lecun_normal_
 from torch import Tensor, nn
 
-from mambapeft_vision.backbones.ports import Ported, SidePort
+from mambapeft_vision.backbones.ports import FunctionPort, Port, Ported, SidePort
 from mambapeft_vision.utils.errors import UserError
 
 
@@ -46,11 +46,16 @@ class PortedLayerNorm(Ported, nn.LayerNorm):
 
 
 class PortedRMSNorm(Ported, nn.RMSNorm):
-    """`nn.RMSNorm` in its weight's dtype, which is read through a port."""
+    """`nn.RMSNorm` in its weight's dtype, which is read through a port. The port `offset` takes a bias."""
+
+    def __init__(self, dim: int, eps: float, *, name: str) -> None:
+        super().__init__(dim, eps)
+        self.offset = Port(f"{name}.offset")  # () → [D]
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.read("weight")
-        return F.rms_norm(x.to(weight.dtype), self.normalized_shape, weight, self.eps)
+        normed = F.rms_norm(x.to(weight.dtype), self.normalized_shape, weight, self.eps)
+        return normed if self.offset.value is None else normed + self.offset.value()
 
 
 class PortedPatches(Ported, nn.Conv2d):
@@ -86,6 +91,7 @@ class PatchEmbed(nn.Module):
         rows, columns = ((size - patch_size) // stride + 1 for size in img_size)
         self.grid_size = rows, columns
         self.num_patches = rows * columns
+        self.images = FunctionPort("images")
         self.proj = PortedPatches(in_chans, embed_dim, patch_size, stride, name="patch_embed.proj")
 
     def init_weights(self) -> None:
@@ -100,7 +106,7 @@ class PatchEmbed(nn.Module):
                 f"images are {images.shape[-2]}x{images.shape[-1]}, but this backbone was built for "
                 f"{self.img_size[0]}x{self.img_size[1]}; resize them or set backbone.img_size"
             )
-        return self.proj(images).flatten(2).transpose(1, 2)
+        return self.proj(self.images(images)).flatten(2).transpose(1, 2)
 
 
 def both_sides(img_size: int | tuple[int, int]) -> tuple[int, int]:
