@@ -12,21 +12,25 @@ from mambapeft_vision.utils.errors import UserError
 
 
 class PortedLinear(Ported, nn.Linear):
-    """`nn.Linear` with a side port."""
+    """`nn.Linear` with a side port; without a bias, the port `offset` takes one."""
 
     cast_weights = ("weight",)
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, name: str) -> None:
         super().__init__(in_features, out_features, bias)
         self.side = SidePort(name)
+        self.offset = Port(f"{name}.offset")  # () → [out]
 
     @property
     def keeps_zeros(self) -> bool:
         """Whether a token of zeros comes out as zeros, and gives no weight a gradient."""
-        return self.bias is None and self.side.only_low_rank
+        return self.bias is None and self.offset.value is None and self.side.only_low_rank
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.read("bias")
+        if self.bias is None:
+            bias = None if self.offset.value is None else self.offset.value()
+        else:
+            bias = self.read("bias")
         return self.side.linear(x, self.read("weight", compute_dtype(x)), bias, self.training)
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambapeft_vision.backbones.contract import Backbone, TokenLayout
-from mambapeft_vision.methods.checks import require_dropout, require_positive
+from mambapeft_vision.methods.checks import require_dropout, require_positive, undecayed_biases
 from mambapeft_vision.methods.method import Method
 from mambapeft_vision.methods.targets import like
 from mambapeft_vision.methods.tokens import patch_mask
@@ -98,11 +98,7 @@ class SVP(Method):
         return self.cross_scale[group] * F.dropout(prompts, self.dropout, self.training)
 
     def param_groups(self) -> list[dict[str, Any]]:
-        owned = list(self.owned().values())
-        return [
-            {"params": [p for p in owned if p.ndim == 2], "lr_mult": self.lr_mult, "decay_mult": self.decay_mult},
-            {"params": [p for p in owned if p.ndim == 1], "lr_mult": self.lr_mult, "decay_mult": 0.0},
-        ]
+        return undecayed_biases(self)
 
 
 class BlockPrompts:

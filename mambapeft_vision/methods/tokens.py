@@ -149,3 +149,10 @@ def _patch_mask(layout: TokenLayout, device: torch.device, dtype: torch.dtype) -
     mask = torch.zeros(layout.length, 1, dtype=dtype)
     mask[list(layout.patches)] = 1
     return mask.to(device)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is made during a test may be used in training
+def position_tensor(positions: tuple[int, ...], device: torch.device) -> Tensor:
+    """Positions of tokens as an index on a device."""
+    return torch.tensor(positions, device=device)
