@@ -27,11 +27,12 @@ class PortedLinear(Ported, nn.Linear):
         return self.bias is None and self.offset.value is None and self.side.only_low_rank
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bias is None:
-            bias = None if self.offset.value is None else self.offset.value()
-        else:
-            bias = self.read("bias")
-        return self.side.linear(x, self.read("weight", compute_dtype(x)), bias, self.training)
+        return self.side.linear(x, self.read("weight", compute_dtype(x)), self._bias(), self.training)
+
+    def _bias(self) -> Tensor | None:
+        if self.bias is not None:
+            return self.read("bias")
+        return None if self.offset.value is None else self.offset.value()
 
 
 class LinearWeights(Ported, nn.Linear):

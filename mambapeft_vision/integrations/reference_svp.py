@@ -61,4 +61,6 @@ def svp_name(own: str) -> str:
     if own in _SCALES:
         return _SCALES[own]
     kind, index, rest = own.split(".", 2)
-    return f"prompt_generator.{index}.{rest}" if kind == "inner_prompts" else f"prompt_generator_shared.{index}.0.{rest}"
+    return (
+        f"prompt_generator.{index}.{rest}" if kind == "inner_prompts" else f"prompt_generator_shared.{index}.0.{rest}"
+    )

@@ -18,8 +18,8 @@ class Convpass(Method):
     """out = branch(h) + s · up(dropout(act(conv(act(down(h)))))), h the normalised tokens that enter the branch.
 
     The branches are the token mixer and, where there is one, the MLP. conv is 3x3 on the grid of patches; a class or
-    register token or a prompt goes through the same convolution by itself, as a grid of one. act is x · sigmoid(1.702 x).
-    down starts as Xavier, up at zero, all biases too. Biases have no weight decay.
+    register token or a prompt goes through the same convolution by itself, as a grid of one. act(x) is
+    x · sigmoid(1.702 x). down starts as Xavier, up at zero, all biases too. Biases have no weight decay.
 
     Args:
         dim: channels of the convolution.

@@ -1,6 +1,5 @@
 """DiffFit: biases, norms and a factor on what every block adds (ICCV 2023, arXiv 2304.06648)."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,9 +7,11 @@ from torch import Tensor, nn
 
 from mambapeft_vision.backbones.contract import Backbone
 from mambapeft_vision.methods.method import plain_name, site_key
-from mambapeft_vision.methods.targets import frozen_weight, match_parameters, owner_module, weight_port
+from mambapeft_vision.methods.targets import frozen_weight, match_or_default, owner_module, weight_port
 from mambapeft_vision.methods.unfreeze import Unfreeze
-from mambapeft_vision.utils.errors import UserError
+
+#: The last linear map of every branch.
+OUTPUTS = ("out_proj", "attn_out", "mlp_down")
 
 
 class DiffFit(Unfreeze):
@@ -20,30 +21,24 @@ class DiffFit(Unfreeze):
     tensors have one dimension and no weight decay.
 
     Args:
-        targets: roles or patterns of what trains itself.
-        outputs: roles or patterns of the last linear maps; those that the backbone has.
+        targets: roles or patterns of what trains itself; None: all biases and norms.
+        outputs: roles or patterns of the last linear maps; None: all of `OUTPUTS` that the backbone has.
     """
 
     def __init__(
         self,
         *,
-        targets: str | Sequence[str] = ("**.bias", "norm"),
-        outputs: str | Sequence[str] = ("out_proj", "attn_out", "mlp_down"),
+        targets: str | list[str] | None = None,
+        outputs: str | list[str] | None = None,
         lr_mult: float = 1.0,
     ) -> None:
-        super().__init__(targets=targets if isinstance(targets, str) else list(targets), lr_mult=lr_mult)
+        super().__init__(targets=targets or ["**.bias", "norm"], lr_mult=lr_mult)
         self.outputs = outputs
         self.sites = nn.ModuleDict()
 
     def attach(self, model: Backbone) -> None:
         super().attach(model)
-        names = match_parameters(model, self.outputs, self.name, each=False)
-        if not names:
-            raise UserError(
-                f"{self.name}: outputs={self.outputs!r} match no parameter of {type(model).__name__}; its roles: "
-                f"{', '.join(model.roles)}"
-            )
-        for parameter in names:
+        for parameter in match_or_default(model, self.outputs, OUTPUTS, self.name):
             site = Factor(frozen_weight(model, parameter))
             self.sites[site_key(parameter)] = site
             weight_port(model, parameter).add(self.name, site)

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from mambapeft_vision.backbones.contract import Backbone
 from mambapeft_vision.methods.checks import require_matrix, require_positive
 from mambapeft_vision.methods.method import Method, plain_name, site_key
-from mambapeft_vision.methods.targets import frozen_weight, group_count, match_parameters, weight_port
+from mambapeft_vision.methods.targets import frozen_weight, group_count, match_or_default, weight_port
+
+#: Weights of linear maps and convolutions; a backbone has some of them.
+ROLES = (
+    "patch_embed", "in_proj", "conv", "x_proj", "dt_proj", "out_proj", "qkv", "attn_out", "mlp_up", "mlp_gate",
+    "mlp_down",
+)  # fmt: skip
 
 
 class GPS(Method):
@@ -21,8 +27,8 @@ class GPS(Method):
     published method takes them from a contrastive loss on the features, before any training.
 
     Args:
-        targets: roles or patterns of names of weights. A convolution's row is one output channel; every matrix of a
-            grouped weight [K, rows, columns] selects for itself.
+        targets: roles or patterns of names of weights; None: all of `ROLES` that the backbone has. A convolution's row
+            is one output channel; every matrix of a grouped weight [K, rows, columns] selects for itself.
         per_neuron: entries of each row that train (all of them where a row has fewer).
         warmup_steps: optimiser steps of phase 1.
     """
@@ -30,7 +36,7 @@ class GPS(Method):
     def __init__(
         self,
         *,
-        targets: str | list[str],
+        targets: str | list[str] | None = None,
         per_neuron: int = 1,
         warmup_steps: int = 32,
         lr_mult: float = 1.0,
@@ -42,7 +48,7 @@ class GPS(Method):
         self.sites: Any = nn.ModuleDict()
 
     def attach(self, model: Backbone) -> None:
-        for parameter in match_parameters(model, self.targets, self.name):
+        for parameter in match_or_default(model, self.targets, ROLES, self.name):
             weight = frozen_weight(model, parameter)
             require_matrix(weight, parameter, self.name)
             leading = 1 if group_count(model, parameter) is None else 2
@@ -58,7 +64,9 @@ class GPS(Method):
         for site in self.sites.values():
             site.select()
         total = sum(site.entries.numel() for site in self.sites.values())
-        return f"warm-up finished; {total:,} entries of {len(self.sites)} weights train, up to {self.per_neuron} a neuron"
+        return (
+            f"warm-up finished; {total:,} entries of {len(self.sites)} weights train, up to {self.per_neuron} a neuron"
+        )
 
     def index_limits(self) -> dict[str, int]:
         selected = {key: site for key, site in self.sites.items() if site.places is not None}

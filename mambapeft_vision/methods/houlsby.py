@@ -26,7 +26,9 @@ class Houlsby(Method):
 
     merge_obstacle = "the GELU between down and up is no function of a weight"
 
-    def __init__(self, *, dim: int = 32, init: str = "published", lr_mult: float = 1.0, decay_mult: float = 1.0) -> None:
+    def __init__(
+        self, *, dim: int = 32, init: str = "published", lr_mult: float = 1.0, decay_mult: float = 1.0
+    ) -> None:
         super().__init__(lr_mult=lr_mult, decay_mult=decay_mult)
         require_positive(self, dim=dim)
         if init not in ("published", "zero"):

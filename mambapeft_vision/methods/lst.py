@@ -67,8 +67,8 @@ class LST(Method):
         """[B, num_features] → the same with what the side network found."""
         if self._state is None:
             raise UserError(
-                f"{self.name}: forward_head needs the side network's state, which forward_features leaves for one call; "
-                f"call the model, or forward_features right before"
+                f"{self.name}: forward_head needs the side network's state, which forward_features leaves for one "
+                f"call; call the model, or forward_features right before"
             )
         z, layout = self._state
         self._state = None  # holds the graph of this forward

@@ -16,8 +16,8 @@ from mambapeft_vision.methods.targets import like
 class Pfeiffer(Method):
     """h ← h + up(ReLU(down(h))) for the output h of each block's last branch, before it joins the residual sum.
 
-    The last branch is the MLP, and the mixer where a block has none. down starts as `nn.Linear` does, up and both biases
-    at zero. Biases have no weight decay.
+    The last branch is the MLP, and the mixer where a block has none. down starts as `nn.Linear` does, up and both
+    biases at zero. Biases have no weight decay.
 
     Args:
         dim: of the bottleneck.

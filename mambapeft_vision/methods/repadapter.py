@@ -16,8 +16,11 @@ from mambapeft_vision.methods.checks import (
     undecayed_biases,
 )
 from mambapeft_vision.methods.method import Method, site_key
-from mambapeft_vision.methods.targets import frozen_weight, match_parameters, weight_port
+from mambapeft_vision.methods.targets import frozen_weight, match_or_default, weight_port
 from mambapeft_vision.utils.errors import UserError
+
+#: The first linear map of every branch.
+ROLES = ("in_proj", "qkv", "mlp_up")
 
 
 class RepAdapter(Method):
@@ -30,7 +33,7 @@ class RepAdapter(Method):
     down starts as Xavier, up and biases at zero. Biases have no weight decay.
 
     Args:
-        targets: roles or patterns of names of linear maps with a side port.
+        targets: roles or patterns of names of linear maps with a side port; None: all of `ROLES` that the backbone has.
         dim: r.
         scale: s; published: chosen for each task, from 0.1 to 10.
         groups: of up.
@@ -41,7 +44,7 @@ class RepAdapter(Method):
     def __init__(
         self,
         *,
-        targets: str | list[str] = "in_proj",
+        targets: str | list[str] | None = None,
         dim: int = 8,
         scale: float = 1.0,
         groups: int = 2,
@@ -61,7 +64,7 @@ class RepAdapter(Method):
         self._maps: dict[str, nn.Linear] = {}
 
     def attach(self, model: Backbone) -> None:
-        for parameter in match_parameters(model, self.targets, self.name):
+        for parameter in match_or_default(model, self.targets, ROLES, self.name):
             module, side = require_ported_linear(model, parameter, self.name)
             if module.in_features % self.groups:
                 raise UserError(
@@ -72,7 +75,9 @@ class RepAdapter(Method):
             self.sites[site_key(parameter)], self._maps[site_key(parameter)] = site, module
             side.add(FunctionBranch(self.name, partial(site.beside, module)))
             if self.bias and module.bias is None:
-                self.merge_obstacle = "its biases are a bias of its maps, which some of them do not have; set bias: false"
+                self.merge_obstacle = (
+                    "its biases are a bias of its maps, which some of them do not have; set bias: false"
+                )
 
     def to_weight_space(self, model: Backbone) -> None:
         for key, site in self.sites.items():

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from mambapeft_vision.backbones.contract import Backbone, Port
 from mambapeft_vision.methods.method import Method, site_key
-from mambapeft_vision.methods.targets import frozen_weight, match_parameters, owner_module, weight_port
+from mambapeft_vision.methods.targets import frozen_weight, match_or_default, owner_module, weight_port
 from mambapeft_vision.utils.errors import UserError
 
 #: After these the published method scales and shifts; a backbone has some of them.
@@ -43,8 +43,7 @@ class SSF(Method):
         return self.init == "identity"
 
     def attach(self, model: Backbone) -> None:
-        names = match_parameters(model, self.targets or ROLES, self.name, each=self.targets is not None)
-        for parameter in names:
+        for parameter in match_or_default(model, self.targets, ROLES, self.name):
             module, attribute = owner_module(model, parameter)
             if attribute != "weight":
                 continue  # the role `norm` names biases too
@@ -62,8 +61,6 @@ class SSF(Method):
                 )
             offset.set(self.name, site.shift_value)
             self.merge_obstacle = "β is a bias, which some of its maps do not have"
-        if not self.sites:
-            raise UserError(f"{self.name}: {type(model).__name__} has none of {', '.join(ROLES)}; set targets")
 
 
 class ScaleAndShift(nn.Module):

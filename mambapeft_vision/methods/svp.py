@@ -19,8 +19,8 @@ class SVP(Method):
     """x ← x + α_l ⊙ dropout(IP_l(x)) + β_g ⊙ dropout(CP_g(x)) for the patch tokens x that enter block l.
 
     IP_l(x) = silu(W2_l (W1_l x + b1_l) + b2_l), D → r → D, has weights of its own in every block. CP_g(x) =
-    silu(W_g x + b_g), D → D, is shared by the blocks of group g = l // shared_layers. α_l and β_g [D] start at zero, the
-    linear maps as `nn.Linear` does. Class and register tokens and other methods' prompts are left alone. On Vim x is
+    silu(W_g x + b_g), D → D, is shared by the blocks of group g = l // shared_layers. α_l and β_g [D] start at zero,
+    the linear maps as `nn.Linear` does. Class and register tokens and other methods' prompts are left alone. On Vim x is
     what the mixer before added to the residual sum, which itself is not read. Biases have no weight decay.
 
     The published code gives token k behind the class token the cross prompt of token k in front of it, already
@@ -53,7 +53,9 @@ class SVP(Method):
     ) -> None:
         super().__init__(lr_mult=lr_mult, decay_mult=decay_mult)
         given = {"head_hidden": head_hidden, "scale_rows": scale_rows}
-        require_positive(self, rank=rank, shared_layers=shared_layers, **{k: v for k, v in given.items() if v is not None})
+        require_positive(
+            self, rank=rank, shared_layers=shared_layers, **{k: v for k, v in given.items() if v is not None}
+        )
         require_dropout(self, dropout)
         if cross not in ("own", "first_half"):
             raise UserError(f"SVP: cross={cross!r}; expected 'own' or 'first_half'")

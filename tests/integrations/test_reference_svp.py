@@ -21,7 +21,13 @@ def load_svp(name: str) -> dict:
     config = json.loads(str(values["config_json"]))
     params = {k.removeprefix("param/"): v.astype(np.float64) for k, v in values.items() if k.startswith("param/")}
     grads = {k.removeprefix("grad/"): v for k, v in values.items() if k.startswith("grad/")}
-    return {"kwargs": config["module_kwargs"], "classes": config["num_classes"], "params": params, "grads": grads, **values}
+    return {
+        "kwargs": config["module_kwargs"],
+        "classes": config["num_classes"],
+        "params": params,
+        "grads": grads,
+        **values,
+    }
 
 
 def built(golden: dict, **options):

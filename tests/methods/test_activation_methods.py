@@ -152,7 +152,9 @@ def test_convpass_pixel_by_pixel(kind, conv_init):
     assert_equal(model, plain)
 
 
-@pytest.mark.parametrize(("kind", "target"), [("vim", "in_proj"), ("vim", "out_proj"), ("vit", "qkv"), ("vit", "mlp_up")])
+@pytest.mark.parametrize(
+    ("kind", "target"), [("vim", "in_proj"), ("vim", "out_proj"), ("vit", "qkv"), ("vit", "mlp_up")]
+)
 def test_repadapter_changes_the_input_of_a_map(kind, target):
     model, own = built(kind, RepAdapter(targets=target, dim=4, scale=0.7))
     plain = backbone(kind).eval()
@@ -220,7 +222,9 @@ def test_vpt_deep_replaces_its_tokens_in_every_block(kind, position):
 def test_replaced_tokens_are_spared_by_drop_path():
     sizes = {"depth": 3, "embed_dim": 32, "drop_path_rate": 0.9}
     model = adapt(
-        create_backbone("vim_pico_patch8_32", "random", **sizes).double(), {"m": VPTDeep(tokens=2, dropout=0.0)}, CLASSES
+        create_backbone("vim_pico_patch8_32", "random", **sizes).double(),
+        {"m": VPTDeep(tokens=2, dropout=0.0)},
+        CLASSES,
     ).train()
     seen = []
     for block in model.backbone.blocks:
@@ -364,7 +368,7 @@ def test_gps_selects_the_largest_gradients_of_each_row(kind, count):
         if hasattr(block, "_weight_ports"):
             block._weight_ports = {}
     names = [name for role in target for name in plain.roles[role]]
-    sums = {name: 0 for name in names}
+    sums = dict.fromkeys(names, 0)
     for images in (IMAGES, IMAGES.flip(0)):
         F.cross_entropy(model(images), LABELS).backward()
         weights = [plain.get_parameter(name).requires_grad_(True) for name in names]
@@ -430,10 +434,10 @@ def test_wrong_arguments(make, words):
         ("vim", lambda: SVP(scale_rows=1), "scale_rows=1"),
         ("vim", lambda: SSF(targets="x_proj"), "no place for β"),
         ("vim", lambda: RepAdapter(targets="x_proj"), "port on activations"),
-        ("vit", lambda: RepAdapter(), "has no 'in_proj'"),
+        ("vit", lambda: RepAdapter(targets="in_proj"), "has no 'in_proj'"),
         ("vim", lambda: RepAdapter(dim=6, groups=6), "groups=6"),
         ("vim", lambda: GPS(targets="D"), "is a vector"),
-        ("vit", lambda: DiffFit(outputs="out_proj"), "match no parameter"),
+        ("vit", lambda: DiffFit(outputs="out_proj"), "has no 'out_proj'"),
         ("vim", lambda: LST(reduction=64), "at most 32"),
     ],
 )
