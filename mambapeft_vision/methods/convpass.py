@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambapeft_vision.backbones.contract import Backbone, TokenLayout
+from mambapeft_vision.backbones.layout import select
 from mambapeft_vision.methods.checks import branches_of, require_dropout, require_positive, undecayed_biases
 from mambapeft_vision.methods.method import Method, site_key
 from mambapeft_vision.methods.targets import like
@@ -84,10 +85,10 @@ class Bypass(nn.Module):
 
     def _convolved(self, low: Tensor, layout: TokenLayout) -> Tensor:
         """[B, L, r] → [B, L, r]."""
-        patches = position_tensor(layout.patches, low.device)
-        grid = low.index_select(1, patches).transpose(1, 2).unflatten(2, layout.grid)
+        grid = select(low, layout.patches).transpose(1, 2).unflatten(2, layout.grid)
         grid = F.conv2d(grid, self.conv, self.conv_bias, padding=1)
         alone = F.linear(low, self.conv[:, :, 1, 1], self.conv_bias)  # of a grid of one the middle tap sees all
+        patches = position_tensor(layout.patches, low.device)
         return alone.index_copy(1, patches, grid.flatten(2).transpose(1, 2))
 
 

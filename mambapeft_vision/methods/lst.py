@@ -50,7 +50,7 @@ class LST(Method):
             block.tap.add(self.name, partial(self.climb, site_key(block.name)))
         read = width * (1 if readout == "mean" else len(readout))
         self.norm = nn.LayerNorm(width, **make)
-        self.up = nn.Linear(read, model.num_features, **make)
+        self.up = nn.Linear(read, model.head_hidden_size, **make)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
         model.feature.set(self.name, self.add)
@@ -64,7 +64,7 @@ class LST(Method):
         self._state = rung(tokens, z), layout
 
     def add(self, feature: Tensor) -> Tensor:
-        """[B, num_features] → the same with what the side network found."""
+        """[B, head_hidden_size] → the same with what the side network found."""
         if self._state is None:
             raise UserError(
                 f"{self.name}: forward_head needs the side network's state, which forward_features leaves for one "

@@ -20,8 +20,8 @@ class SVP(Method):
 
     IP_l(x) = silu(W2_l (W1_l x + b1_l) + b2_l), D → r → D, has weights of its own in every block. CP_g(x) =
     silu(W_g x + b_g), D → D, is shared by the blocks of group g = l // shared_layers. α_l and β_g [D] start at zero,
-    the linear maps as `nn.Linear` does. Class and register tokens and other methods' prompts are left alone. On Vim x is
-    what the mixer before added to the residual sum, which itself is not read. Biases have no weight decay.
+    the linear maps as `nn.Linear` does. Class and register tokens and other methods' prompts are left alone. On Vim x
+    is what the mixer before added to the residual sum, which itself is not read. Biases have no weight decay.
 
     The published code gives token k behind the class token the cross prompt of token k in front of it, already
     prompted (`cross="first_half"`).
