@@ -47,7 +47,7 @@ class LST(Method):
         make: dict[str, Any] = {"device": tensor.device, "dtype": tensor.dtype}
         for i, block in enumerate(model.blocks):
             self.sites[site_key(block.name)] = Rung(model.embed_dim, width, self.mlp_ratio, gate=i > 0, make=make)
-            block.tap.add(self.name, partial(self.climb, site_key(block.name)))
+            block.tap.add(self.name, partial(self.climb, site_key(block.name), model))
         read = width * (1 if readout == "mean" else len(readout))
         self.norm = nn.LayerNorm(width, **make)
         self.up = nn.Linear(read, model.head_hidden_size, **make)
@@ -55,8 +55,13 @@ class LST(Method):
         nn.init.zeros_(self.up.bias)
         model.feature.set(self.name, self.add)
 
-    def climb(self, key: str, tokens: Tensor, layout: TokenLayout) -> None:
+    def climb(self, key: str, model: Backbone, tokens: Tensor, layout: TokenLayout) -> None:
         """The next rung, with the output [B, L, D] of its block."""
+        if self.training and getattr(model, "grad_checkpointing", False):
+            raise UserError(
+                f"{self.name}: gradient checkpointing runs blocks twice, and with them the side network. The trunk "
+                f"beside it keeps no activations anyway; call set_grad_checkpointing(False)"
+            )
         rung: Any = self.sites[key]
         if rung.gate is not None and self._state is None:
             raise UserError(f"{self.name}: its first block did not run; call the whole model")

@@ -356,6 +356,14 @@ def test_a_trunk_beside_lst_keeps_nothing_for_backward():
     assert sizes[0] == sizes[1] < sizes[2] < sizes[3]
 
 
+def test_lst_with_checkpointing_is_refused():
+    model, _ = built("vim", LST(reduction=4))
+    model.backbone.set_grad_checkpointing(True)
+    model.eval()(IMAGES)
+    with pytest.raises(UserError, match=r"set_grad_checkpointing\(False\)"):
+        model.train()(IMAGES)
+
+
 def test_lst_without_the_trunk_is_refused():
     model, _ = built("vim", LST(reduction=4))
     tokens = model.backbone.forward_features(IMAGES)
