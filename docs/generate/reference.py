@@ -17,9 +17,12 @@ import torch
 import yaml
 from timm.models import model_entrypoint
 
-from mambapeft_vision.adapter.presets import read_presets
+from mambapeft_vision.adapter.build import build_method
+from mambapeft_vision.adapter.model import adapt
+from mambapeft_vision.adapter.presets import Preset, read_presets
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.cli import COMMANDS, main
+from mambapeft_vision.commands.count import registered_name
 from mambapeft_vision.methods.method import Method
 from mambapeft_vision.results import record
 from mambapeft_vision.run import config_reference
@@ -121,10 +124,11 @@ def _name_of(kind: Any) -> str:
 
 
 def method_table() -> str:
-    """Every preset in one line."""
+    """Every preset in one line, with what its methods say once they are attached to a block of the backbone."""
     lines = []
     for preset in read_presets(CONFIGS / "method").values():
-        obstacles = {_class_of(spec).merge_obstacle for spec in preset.methods.values()}
+        methods = _attached(preset)
+        obstacles = {method.merge_obstacle for method in methods}
         lines.append(
             [
                 f"[`{preset.name}`](#{preset.name})",
@@ -133,9 +137,20 @@ def method_table() -> str:
                 f"{preset.count:,}",
                 preset.paper,
                 "yes" if obstacles == {None} else "in part" if None in obstacles else "no",
+                "yes" if all(method.identity_at_init for method in methods) else "no",
             ]
         )
-    return table(["preset", "what it is", "sizes for", "parameters", "paper", "merges"], lines, "lllrll")
+    header = ["preset", "what it is", "sizes for", "parameters", "paper", "merges", "starts as the base model"]
+    return table(header, lines, "lllrlll")
+
+
+def _attached(preset: Preset) -> list[Method]:
+    """The methods of a preset on one block of its backbone, without values."""
+    name = registered_name(preset.backbone)
+    with torch.device("meta"):
+        methods = {key: build_method(key, spec, preset.name) for key, spec in preset.methods_on(name).items()}
+        adapt(create_backbone(name, "random", depth=1), methods, 2)
+    return list(methods.values())
 
 
 def _first_sentence(text: str) -> str:

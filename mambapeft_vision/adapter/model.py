@@ -76,10 +76,6 @@ class AdaptedModel(nn.Module):
         """Every tensor that a method trains, as `<method>.<name>`."""
         return {f"{name}.{key}": p for name, m in self.methods.items() for key, p in m.owned().items()}
 
-    @property
-    def _head(self) -> nn.Linear:
-        return cast(nn.Linear, self.backbone.head)
-
     def head_parameters(self) -> dict[str, nn.Parameter]:
         return {f"head.{key}": p for key, p in self.backbone.head.named_parameters()}
 
@@ -102,11 +98,11 @@ class AdaptedModel(nn.Module):
     def param_groups(
         self, lr: float, weight_decay: float, head_lr_mult: float = 1.0, head_decay_mult: float = 1.0
     ) -> list[dict[str, Any]]:
-        """Optimiser groups, one for each pair of multipliers; the head's bias never decays."""
-        head = self._head
+        """Optimiser groups, one for each pair of multipliers; the head's biases never decay."""
         requests = [g for m in self.methods.values() for g in m.param_groups()]
-        requests.append({"params": [head.weight], "lr_mult": head_lr_mult, "decay_mult": head_decay_mult})
-        requests.append({"params": [head.bias], "lr_mult": head_lr_mult, "decay_mult": 0.0})
+        for p in self.head_parameters().values():
+            decay_mult = 0.0 if p.ndim == 1 else head_decay_mult
+            requests.append({"params": [p], "lr_mult": head_lr_mult, "decay_mult": decay_mult})
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for request in requests:
             groups.setdefault((request["lr_mult"], request["decay_mult"]), []).extend(request["params"])
@@ -128,7 +124,7 @@ class AdaptedModel(nn.Module):
         """One row for each trained tensor: method, site, shape, count and multipliers."""
         rows = [{"method": name, **row} for name, m in self.methods.items() for row in m.describe()]
         for name, p in self.head_parameters().items():
-            decay = 0.0 if name == "head.bias" else 1.0
+            decay = 0.0 if p.ndim == 1 else 1.0
             rows.append(
                 {"method": "(head)", "site": name, "shape": tuple(p.shape), "lr_mult": 1.0, "decay_mult": decay}
             )

@@ -19,7 +19,7 @@ from mambapeft_vision.backbones.build import build, cfg
 from mambapeft_vision.backbones.layers import PortedLayerNorm, PortedLinear, zero_head, zero_init
 from mambapeft_vision.backbones.layout import TokenLayout
 from mambapeft_vision.backbones.mixer import Mixer
-from mambapeft_vision.backbones.ports import InputPort, Joined, SidePort, TapPort
+from mambapeft_vision.backbones.ports import BranchPort, InputPort, Joined, ReplacePort, SidePort, TapPort
 from mambapeft_vision.backbones.scan_model import ScanModel
 from mambapeft_vision.backbones.timm_model import State
 
@@ -135,6 +135,9 @@ class Block(nn.Module):
         self.norm1 = LayerNorm(embed_dim, eps=norm_eps)
         self.norm2 = LayerNorm(embed_dim, eps=norm_eps)
         self.input = InputPort(f"{name}.input")
+        self.replace = ReplacePort(f"{name}.replace")
+        self.mixer_branch = BranchPort(f"{name}.mixer_branch")
+        self.mlp_branch = BranchPort(f"{name}.mlp_branch")
         self.after = SidePort(f"{name}.after")
         self.tap = TapPort(f"{name}.tap")
 
@@ -144,8 +147,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, layout: TokenLayout) -> tuple[Tensor, TokenLayout]:
         x, layout = self.input(x, layout)
-        x = x + self._dropped(self.mixer(self.norm1(x), layout))
-        x = x + self._dropped(self.mlp(self.norm2(x)))
+        x, _ = self.replace(x, None, layout)
+        normed = self.norm1(x)
+        x = x + self._dropped(self.mixer_branch(normed, self.mixer(normed, layout), layout))
+        normed = self.norm2(x)
+        x = x + self._dropped(self.mlp_branch(normed, self.mlp(normed), layout))
         x = self.after(x, x, self.training)
         self.tap(x, layout)
         return x, layout

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from mambapeft_vision.backbones.layout import TokenLayout
 from mambapeft_vision.backbones.ports import (
     AffixPort,
+    BranchPort,
     FunctionBranch,
+    FunctionPort,
     InputPort,
     Joined,
     LowRankBranch,
     Port,
     Ported,
+    ReplacePort,
     SidePort,
     TapPort,
     WeightPort,
@@ -32,13 +35,16 @@ __all__ = [
     "AffixPort",
     "Backbone",
     "Block",
+    "BranchPort",
     "FunctionBranch",
+    "FunctionPort",
     "InputPort",
     "Joined",
     "LowRankBranch",
     "Mixer",
     "Port",
     "Ported",
+    "ReplacePort",
     "SidePort",
     "TapPort",
     "TokenLayout",
@@ -99,7 +105,13 @@ class Block(Protocol):
 
     name: str
     input: InputPort  # tokens that enter the block
+    replace: ReplacePort  # tokens that enter the block, where others take their place
+    mixer_branch: BranchPort  # on the token mixer (the scans, the attention)
     tap: TapPort  # tokens that leave it
+
+    @property
+    def mlp_branch(self) -> BranchPort | None:
+        """On the MLP; None: the block has none."""
 
     @property
     def after(self) -> SidePort | None:
@@ -128,6 +140,15 @@ class Backbone(Protocol):
     # Parts
     layout: TokenLayout  # of the embedded tokens, without prompts
     prompt: InputPort  # the embedded tokens, once, before the first block
+    feature: FunctionPort  # what the head gets, [B, head_hidden_size]
+
+    @property
+    def images(self) -> FunctionPort:
+        """The images [B, C, H, W], before they are embedded."""
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Features that the head gets."""
 
     @property
     def roles(self) -> Mapping[str, tuple[str, ...]]:

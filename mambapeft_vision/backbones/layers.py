@@ -7,27 +7,32 @@ from mambapeft_kernels.low_rank.linear import compute_dtype
 from timm.layers import lecun_normal_
 from torch import Tensor, nn
 
-from mambapeft_vision.backbones.ports import Ported, SidePort
+from mambapeft_vision.backbones.ports import FunctionPort, Port, Ported, SidePort
 from mambapeft_vision.utils.errors import UserError
 
 
 class PortedLinear(Ported, nn.Linear):
-    """`nn.Linear` with a side port."""
+    """`nn.Linear` with a side port; without a bias, the port `offset` takes one."""
 
     cast_weights = ("weight",)
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, name: str) -> None:
         super().__init__(in_features, out_features, bias)
         self.side = SidePort(name)
+        self.offset = Port(f"{name}.offset")  # () → [out]
 
     @property
     def keeps_zeros(self) -> bool:
         """Whether a token of zeros comes out as zeros, and gives no weight a gradient."""
-        return self.bias is None and self.side.only_low_rank
+        return self.bias is None and self.offset.value is None and self.side.only_low_rank
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.read("bias")
-        return self.side.linear(x, self.read("weight", compute_dtype(x)), bias, self.training)
+        return self.side.linear(x, self.read("weight", compute_dtype(x)), self._bias(), self.training)
+
+    def _bias(self) -> Tensor | None:
+        if self.bias is not None:
+            return self.read("bias")
+        return None if self.offset.value is None else self.offset.value()
 
 
 class LinearWeights(Ported, nn.Linear):
@@ -46,11 +51,16 @@ class PortedLayerNorm(Ported, nn.LayerNorm):
 
 
 class PortedRMSNorm(Ported, nn.RMSNorm):
-    """`nn.RMSNorm` in its weight's dtype, which is read through a port."""
+    """`nn.RMSNorm` in its weight's dtype, which is read through a port. The port `offset` takes a bias."""
+
+    def __init__(self, dim: int, eps: float, *, name: str) -> None:
+        super().__init__(dim, eps)
+        self.offset = Port(f"{name}.offset")  # () → [D]
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.read("weight")
-        return F.rms_norm(x.to(weight.dtype), self.normalized_shape, weight, self.eps)
+        normed = F.rms_norm(x.to(weight.dtype), self.normalized_shape, weight, self.eps)
+        return normed if self.offset.value is None else normed + self.offset.value()
 
 
 class PortedPatches(Ported, nn.Conv2d):
@@ -86,6 +96,7 @@ class PatchEmbed(nn.Module):
         rows, columns = ((size - patch_size) // stride + 1 for size in img_size)
         self.grid_size = rows, columns
         self.num_patches = rows * columns
+        self.images = FunctionPort("images")
         self.proj = PortedPatches(in_chans, embed_dim, patch_size, stride, name="patch_embed.proj")
 
     def init_weights(self) -> None:
@@ -100,7 +111,7 @@ class PatchEmbed(nn.Module):
                 f"images are {images.shape[-2]}x{images.shape[-1]}, but this backbone was built for "
                 f"{self.img_size[0]}x{self.img_size[1]}; resize them or set backbone.img_size"
             )
-        return self.proj(images).flatten(2).transpose(1, 2)
+        return self.proj(self.images(images)).flatten(2).transpose(1, 2)
 
 
 def both_sides(img_size: int | tuple[int, int]) -> tuple[int, int]:

@@ -68,7 +68,7 @@ class MambaReg(ResidualStack):
         self.norm_neck: PortedRMSNorm | None = None
         if cls_reduce > 1:
             self.neck = PortedLinear(embed_dim, embed_dim // cls_reduce, bias=False, name="neck")
-            self.norm_neck = PortedRMSNorm(self.special_width, eps=norm_eps)
+            self.norm_neck = PortedRMSNorm(self.special_width, eps=norm_eps, name="norm_neck")
         sizes = {"d_state": d_state, "d_conv": d_conv, "expand": expand, "dt_rank": dt_rank}
         self.add_blocks(depth, drop_path_rate, norm_eps, **sizes)
         self.init_weights()

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from mambapeft_vision.backbones.layers import ConvWeights, LinearWeights, PortedLinear
 from mambapeft_vision.backbones.layout import TokenLayout
-from mambapeft_vision.backbones.ports import AffixPort, InputPort, Joined, Port, Ported, TapPort
+from mambapeft_vision.backbones.ports import (
+    AffixPort,
+    BranchPort,
+    InputPort,
+    Joined,
+    Port,
+    Ported,
+    ReplacePort,
+    TapPort,
+)
 from mambapeft_vision.utils.errors import UserError
 
 
@@ -220,17 +229,21 @@ class Mixer(Ported):
 
 
 class RMSNorm(Ported):
-    """Holds the weight of residual add + RMSNorm; the kernel computes both."""
+    """Holds the weight of residual add + RMSNorm; the kernel computes both. The port `offset` takes a bias."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int, eps: float, *, name: str) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
+        self.offset = Port(f"{name}.offset")  # () → [D]
 
     def forward(
         self, hidden: Tensor, residual: Tensor | None, branch_scale: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        return add_rms_norm(hidden, residual, self.read("weight"), self.eps, branch_scale)
+        normed, residual = add_rms_norm(hidden, residual, self.read("weight"), self.eps, branch_scale)
+        if self.offset.value is not None:
+            normed = normed + self.offset.value().to(normed.dtype)
+        return normed, residual
 
 
 class Block(nn.Module):
@@ -240,14 +253,16 @@ class Block(nn.Module):
     block, without drop path.
     """
 
-    after = mlp_side = None  # there is neither a port after the block nor an MLP
+    after = mlp_side = mlp_branch = None  # there is neither a port after the block nor an MLP
 
     def __init__(self, embed_dim: int, *, name: str, norm_eps: float, **mixer: Any) -> None:
         super().__init__()
         self.name = name
         self.mixer = Mixer(embed_dim, name=f"{name}.mixer", **mixer)
-        self.norm = RMSNorm(embed_dim, norm_eps)
+        self.norm = RMSNorm(embed_dim, norm_eps, name=f"{name}.norm")
         self.input = InputPort(f"{name}.input")
+        self.replace = ReplacePort(f"{name}.replace")
+        self.mixer_branch = BranchPort(f"{name}.mixer_branch")
         self.tap = TapPort(f"{name}.tap")
 
     def forward(
@@ -259,8 +274,9 @@ class Block(nn.Module):
                 f"{self.input.owner!r} changes the number of tokens in {self.name} from {residual.shape[1]} to "
                 f"{hidden.shape[1]}; only the first block's input can, as later tokens have a residual"
             )
+        hidden, residual = self.replace(hidden, residual, layout)
         normed, residual = self.norm(hidden, residual, branch_scale)
-        hidden = self.mixer(normed, layout)
+        hidden = self.mixer_branch(normed, self.mixer(normed, layout), layout)
         if self.tap.readers:
             self.tap(residual + hidden, layout)
         return hidden, residual, layout

@@ -46,6 +46,50 @@ class InputPort(Port):
         return (tokens, layout) if self.value is None else self.value(tokens, layout)
 
 
+class FunctionPort(Port):
+    """Takes one function of a tensor, which keeps its shape."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x if self.value is None else self.value(x)
+
+
+class ReplacePort(Port):
+    """Takes `value(tokens, layout) → (positions [n], new [B, n, D])`: tokens that take the place of some in a block.
+
+    Whatever the blocks before made of the tokens at these positions is dropped.
+    """
+
+    def __call__(self, hidden: Tensor, residual: Tensor | None, layout: TokenLayout) -> tuple[Tensor, Tensor | None]:
+        """[B, L, D] each. Where there is a residual sum the new tokens stand in it, so that drop path spares them."""
+        if self.value is None:
+            return hidden, residual
+        total = hidden if residual is None else residual
+        positions, new = self.value(total, layout)
+        total = total.index_copy(1, positions, new.to(total.dtype))
+        return (total, None) if residual is None else (hidden.index_fill(1, positions, 0), total)
+
+
+class BranchPort:
+    """On a residual branch of a block: any number of functions add to what leaves it, before the residual sum.
+
+    A function gets what entered the branch (the output of the norm), what leaves it (without other functions) and the
+    layout of both: (x [B, L, D], out [B, L, D], layout) → [B, L, D].
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.functions: list[tuple[str, Callable[[Tensor, Tensor, TokenLayout], Tensor]]] = []
+
+    def add(self, owner: str, function: Callable[[Tensor, Tensor, TokenLayout], Tensor]) -> None:
+        self.functions.append((owner, function))
+
+    def __call__(self, x: Tensor, out: Tensor, layout: TokenLayout) -> Tensor:
+        total = out
+        for _, function in self.functions:
+            total = total + function(x, out, layout)
+        return total
+
+
 class TapPort:
     """Hands a block's output [B, L, D] and its layout to any number of readers; no gradient comes back from them."""
 
@@ -316,6 +360,7 @@ def taken_ports(model: nn.Module) -> list[str]:
                 (isinstance(port, Port) and port.owner is not None)
                 or (isinstance(port, SidePort) and port.branches)
                 or (isinstance(port, TapPort) and port.readers)
+                or (isinstance(port, BranchPort) and port.functions)
             )
             if in_use:
                 taken.append(port.name)

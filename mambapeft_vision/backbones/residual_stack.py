@@ -36,7 +36,7 @@ class ResidualStack(ScanModel):
         self.layers = nn.ModuleList(
             Block(self.embed_dim, name=f"layers.{i}", norm_eps=norm_eps, **mixer) for i in range(depth)
         )
-        self.norm_f = RMSNorm(self.embed_dim, norm_eps)
+        self.norm_f = RMSNorm(self.embed_dim, norm_eps, name="norm_f")
         rates = [0.0, *(drop_path_rate * i / max(depth - 1, 1) for i in range(depth))]
         # One rate for the branch entering each block, and one for the branch entering the final norm.
         self._rates = [*rates[:depth], drop_path_rate]

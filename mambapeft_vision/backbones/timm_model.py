@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mambapeft_vision.backbones.layers import PatchEmbed, both_sides, zero_head
 from mambapeft_vision.backbones.layout import TokenLayout, select
-from mambapeft_vision.backbones.ports import InputPort, Ported
+from mambapeft_vision.backbones.ports import FunctionPort, InputPort, Ported
 from mambapeft_vision.utils.errors import UserError
 
 _POOLS = {
@@ -86,7 +86,7 @@ class TimmModel(Ported):
         self.num_classes = num_classes
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
-        self.prompt = InputPort("prompt")
+        self.prompt, self.feature = InputPort("prompt"), FunctionPort("feature")
         self._set_pool(global_pool)
         # The entry point that builds a registered model replaces both: timm's record, and the sizes that make it.
         self.pretrained_cfg: dict[str, Any] = {"architecture": type(self).__name__}
@@ -153,7 +153,7 @@ class TimmModel(Ported):
         return self._head(self.pool(x, self.output_layout()), pre_logits)
 
     def _head(self, feature: Tensor, pre_logits: bool = False) -> Tensor:
-        feature = F.dropout(feature, self.drop_rate, self.training)
+        feature = F.dropout(self.feature(feature), self.drop_rate, self.training)
         return feature if pre_logits else self.head(feature)
 
     def pool(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
@@ -221,6 +221,11 @@ class TimmModel(Ported):
         if return_prefix_tokens and special:
             intermediates = list(zip(intermediates, special))
         return intermediates if intermediates_only else (self.normed(state), intermediates)
+
+    @property
+    def images(self) -> FunctionPort:
+        """The images [B, C, H, W], before they are embedded."""
+        return self.patch_embed.images
 
     # -- heads ------------------------------------------------------------------------------------------------
 

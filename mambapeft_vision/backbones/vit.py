@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mambapeft_vision.backbones.build import build, cfg
 from mambapeft_vision.backbones.layers import PortedLayerNorm, PortedLinear, zero_head, zero_init
 from mambapeft_vision.backbones.layout import TokenLayout
-from mambapeft_vision.backbones.ports import InputPort, SidePort, TapPort
+from mambapeft_vision.backbones.ports import BranchPort, InputPort, ReplacePort, SidePort, TapPort
 from mambapeft_vision.backbones.timm_model import TimmModel
 from mambapeft_vision.utils.errors import UserError
 
@@ -61,6 +61,9 @@ class Block(nn.Module):
         self.norm2 = PortedLayerNorm(embed_dim, eps=1e-6)
         self.mlp = Mlp(embed_dim, mlp_ratio * embed_dim, name=f"{name}.mlp")
         self.input = InputPort(f"{name}.input")
+        self.replace = ReplacePort(f"{name}.replace")
+        self.mixer_branch = BranchPort(f"{name}.mixer_branch")
+        self.mlp_branch = BranchPort(f"{name}.mlp_branch")
         self.after = SidePort(f"{name}.after")
         self.tap = TapPort(f"{name}.tap")
 
@@ -70,8 +73,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, layout: TokenLayout) -> tuple[Tensor, TokenLayout]:
         x, layout = self.input(x, layout)
-        x = x + self._dropped(self.attn(self.norm1(x)))
-        x = x + self._dropped(self.mlp(self.norm2(x)))
+        x, _ = self.replace(x, None, layout)
+        normed = self.norm1(x)
+        x = x + self._dropped(self.mixer_branch(normed, self.attn(normed), layout))
+        normed = self.norm2(x)
+        x = x + self._dropped(self.mlp_branch(normed, self.mlp(normed), layout))
         x = self.after(x, x, self.training)
         self.tap(x, layout)
         return x, layout

@@ -1,12 +1,14 @@
-"""Lists the presets (method=NAME), or describes those that are named.
+"""Lists the presets (method=NAME), describes those that are named, or says which of them fit a backbone, and why not.
 
 mambapeft methods
 mambapeft methods lora_p_x hybrid
+mambapeft methods backbone=vit_s
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from mambapeft_vision.adapter.presets import Preset, read_presets
+from mambapeft_vision.adapter.presets import Preset, fitting_presets, read_presets
+from mambapeft_vision.commands.count import registered_name
 from mambapeft_vision.run.arguments import ArgumentParser
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.paths import configs_folder
@@ -14,19 +16,42 @@ from mambapeft_vision.utils.typed import nearest
 
 
 def main(arguments: Sequence[str]) -> None:
+    known = sorted(file.stem for file in (configs_folder() / "backbone").glob("*.yaml"))
     parser = ArgumentParser("mambapeft methods", __doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="presets to describe (default: list all)")
-    names = parser.parse_args(arguments).names
+    parser.add_argument("--backbone", choices=known, metavar="BACKBONE", help="list what fits it: " + ", ".join(known))
+    options = parser.parse_options(arguments)
     presets = read_presets(configs_folder() / "method")
-    for name in names:
+    for name in options.names:
         if name not in presets:
             raise UserError(f"{name} is no method; {nearest(name, presets)}")
-    if names:
-        print("\n\n".join(described(presets[name]) for name in names))
-        return
-    width = max(map(len, presets))
-    for preset in presets.values():
-        print(f"{preset.name:<{width}}  {preset.count:>12,}  {preset.what}")
+    chosen = {name: presets[name] for name in options.names or presets}
+    if options.backbone is not None:
+        print_fitting(chosen, options.backbone)
+    elif options.names:
+        print("\n\n".join(map(described, chosen.values())))
+    else:
+        print_lines((preset.name, f"{preset.count:>12,}  {preset.what}") for preset in chosen.values())
+
+
+def print_fitting(presets: dict[str, Preset], backbone: str) -> None:
+    """One line for each preset that fits a backbone (a file of configs/backbone), then why the others do not."""
+    fitting, reasons = fitting_presets(configs_folder() / "method", registered_name(backbone))
+    fitting = [name for name in fitting if name in presets]
+    misfits = [name for name in reasons if name in presets]
+    print(f"{len(fitting)} of {len(presets)} methods fit {backbone}:")
+    print_lines((name, presets[name].what) for name in fitting)
+    if misfits:
+        print(f"\nThese do not fit {backbone}:")
+        print_lines((name, reasons[name]) for name in misfits)
+
+
+def print_lines(lines: Iterable[tuple[str, str]]) -> None:
+    """Names and texts in two columns."""
+    rows = list(lines)
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, text in rows:
+        print(f"{name:<{width}}  {text}")
 
 
 def described(preset: Preset) -> str:

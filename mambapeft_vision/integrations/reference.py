@@ -16,6 +16,7 @@ from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.vim import Vim
 from mambapeft_vision.backbones.weights import Checkpoint, load_state
 from mambapeft_vision.integrations.reference_backbones import FAMILIES, backbone_arguments
+from mambapeft_vision.integrations.reference_svp import svp_arguments, svp_name
 from mambapeft_vision.methods.additional_scan import AdditionalScan
 from mambapeft_vision.methods.affix import Affix
 from mambapeft_vision.methods.dora import DoRA
@@ -47,19 +48,27 @@ def load_reference(
         state_dict: tensors or arrays by its names, with or without the `backbone.` prefix of its saved files, or
             the whole file's content. Its saved adapters hold no backbone: give that as `backbone_state`.
         num_classes: of the head.
-        family: whose code: "vim", or one of `reference_backbones.FAMILIES`, which have no PEFT arguments (their own
-            backbone's arguments are `module_kwargs`, and `peft_kwargs` is None).
+        family: whose code: "vim" (MambaPEFT's), "svp", or one of `reference_backbones.FAMILIES`. All but the first have
+            no PEFT arguments (theirs are all in `module_kwargs`, and `peft_kwargs` is None).
         backbone_state: the backbone's tensors by their official names, where `state_dict` has none.
         reproduce_reference_bugs: also load the forms whose behaviour is not what their name says, as they are.
     Returns: the model in evaluation mode (images [B, 3, H, W] → logits), and the parameters that the reference
         trains, head included, by its names (without `backbone.`).
     Raises: UserError for unknown arguments or keys, unsupported forms, and tensors that are missing or mis-shaped.
     """
-    if family != "vim":
-        return _load_plain(family, peft_kwargs, module_kwargs, state_dict, num_classes)
+    if family not in ("vim", "svp", *FAMILIES):
+        raise UserError(f"family={family!r} is unknown; known: vim, svp, {', '.join(FAMILIES)}")
+    if peft_kwargs is not None and family != "vim":
+        raise UserError(f"peft_kwargs={dict(peft_kwargs)!r}: the published code of {family} has none; give None")
+    if family == "svp":
+        module_kwargs, svp = svp_arguments(module_kwargs, reproduce_reference_bugs)
+    elif family != "vim":
+        return _load_plain(family, module_kwargs, state_dict, num_classes)
     sizes = _vim_arguments(module_kwargs)
     backbone = create_backbone(_variant(sizes), "random", **sizes)
-    if peft_kwargs is None:
+    if family == "svp":
+        parts, prefix = [_Part("svp", svp, svp_name)], ""
+    elif peft_kwargs is None:
         parts, prefix = [_full_fine_tuning()], ""
     else:
         kwargs = _with_defaults(peft_kwargs, _PEFT_DEFAULTS, "peft_kwargs")
@@ -88,17 +97,9 @@ def load_reference(
 
 
 def _load_plain(
-    family: str,
-    peft_kwargs: Mapping[str, Any] | None,
-    module_kwargs: Mapping[str, Any],
-    state_dict: Mapping[str, Any],
-    num_classes: int,
+    family: str, module_kwargs: Mapping[str, Any], state_dict: Mapping[str, Any], num_classes: int
 ) -> tuple[AdaptedModel, dict[str, nn.Parameter]]:
     """`load_reference` of a code that is a plain backbone, fully trained."""
-    if family not in FAMILIES:
-        raise UserError(f"family={family!r} is unknown; known: vim, {', '.join(FAMILIES)}")
-    if peft_kwargs is not None:
-        raise UserError(f"peft_kwargs={dict(peft_kwargs)!r}: the published code of {family} has none; give None")
     name, sizes = backbone_arguments(family, module_kwargs)
     state = _normalised(state_dict, "")
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in state.values()) else torch.float32

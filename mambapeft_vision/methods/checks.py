@@ -1,8 +1,10 @@
 """Checks of methods' arguments and targets. Each raises a UserError that says what was expected."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from mambapeft_vision.backbones.contract import Backbone, SidePort
+from mambapeft_vision.backbones.contract import Backbone, BranchPort, SidePort
 from mambapeft_vision.methods.method import Method
 from mambapeft_vision.methods.targets import owner_module
 from mambapeft_vision.utils.errors import UserError
@@ -49,3 +51,30 @@ def require_ported_linear(model: Backbone, parameter: str, who: str) -> tuple[nn
             f"out_proj (Vim), or to qkv, attn_out, mlp_up or mlp_down (ViT)"
         )
     return module, side
+
+
+def branches_of(model: Backbone, who: str, last_only: bool = False) -> list[tuple[str, BranchPort]]:
+    """Ports on the residual branches of all blocks (token mixer, MLP where there is one), by name, first to last.
+
+    last_only: of each block just the last one. Raises UserError for a block without such ports.
+    """
+    found = []
+    for block in model.blocks:
+        ports = [getattr(block, name, None) for name in ("mixer_branch", "mlp_branch")]
+        branches = [(port.name, port) for port in ports if port is not None]
+        if not branches:
+            raise UserError(
+                f"{who} works on the residual branches of every block, but {type(model).__name__} has no ports there "
+                f"in {block.name}; use a backbone of Vim's family or a ViT"
+            )
+        found += branches[-1:] if last_only else branches
+    return found
+
+
+def undecayed_biases(method: Method) -> list[dict[str, Any]]:
+    """Optimiser groups where tensors of one dimension (biases, scales) have no weight decay."""
+    owned = list(method.owned().values())
+    return [
+        {"params": [p for p in owned if p.ndim > 1], "lr_mult": method.lr_mult, "decay_mult": method.decay_mult},
+        {"params": [p for p in owned if p.ndim == 1], "lr_mult": method.lr_mult, "decay_mult": 0.0},
+    ]

@@ -33,6 +33,18 @@ def match_parameters(model: Backbone, targets: str | Iterable[str], who: str, ea
     return [name for name in names if name in found]
 
 
+def match_or_default(
+    model: Backbone, targets: str | Iterable[str] | None, default: Iterable[str], who: str
+) -> list[str]:
+    """As `match_parameters`; for None the parameters of all default roles that the backbone has."""
+    if targets is not None:
+        return match_parameters(model, targets, who)
+    found = match_parameters(model, default, who, each=False)
+    if not found:
+        raise UserError(f"{who}: {type(model).__name__} has none of {', '.join(default)}; set targets")
+    return found
+
+
 def role(model: Backbone, name: str, who: str) -> tuple[str, ...]:
     """Names of the parameters with a role, block after block. Raises UserError where the backbone lacks it."""
     if name not in model.roles:

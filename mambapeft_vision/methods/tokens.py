@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mambapeft_vision.backbones.contract import TokenLayout
+
 
 class TokenGenerator(nn.Module):
     """Learned tokens [n, out]: a table, or (with `hidden`) embedding [n, width] → Linear → Tanh → Linear.
@@ -134,3 +136,23 @@ def kept(at: list[int], length: int, device: torch.device) -> slice | Tensor:
 @torch.inference_mode(False)  # what is made during a test may be used in training
 def _kept_indices(at: tuple[int, ...], length: int, device: torch.device) -> Tensor:
     return torch.tensor([i + sum(place <= i for place in at) for i in range(length)], device=device)
+
+
+def patch_mask(layout: TokenLayout, like: Tensor) -> Tensor:
+    """[L, 1]: one for the image's patches, zero for all other tokens; on the device and in the dtype of `like`."""
+    return _patch_mask(layout, like.device, like.dtype)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is made during a test may be used in training
+def _patch_mask(layout: TokenLayout, device: torch.device, dtype: torch.dtype) -> Tensor:
+    mask = torch.zeros(layout.length, 1, dtype=dtype)
+    mask[list(layout.patches)] = 1
+    return mask.to(device)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is made during a test may be used in training
+def position_tensor(positions: tuple[int, ...], device: torch.device) -> Tensor:
+    """Positions of tokens as an index on a device."""
+    return torch.tensor(positions, device=device)

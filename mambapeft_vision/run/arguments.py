@@ -55,15 +55,25 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_with_overrides(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         """The options, and the overrides in their order. Raises UserError for a word that is neither."""
-        known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
-        words = [f"--{word}" if f"--{word.partition('=')[0]}" in known and "=" in word else word for word in arguments]
-        options, overrides = self.parse_known_args(words)
+        options, overrides = self.parse_known_args(self._in_one_dialect(arguments))
         for word in overrides:
             if word.startswith("-"):
-                self.error(f"{word} is unknown; {nearest(word.partition('=')[0], known)}")
+                self.error(f"{word} is unknown; {nearest(word.partition('=')[0], self._options())}")
             if "=" not in word and not word.startswith("~"):
                 self.error(f"{word} is unknown; expected key=value")
         return options, overrides
+
+    def parse_options(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """The options of a command that takes no overrides."""
+        return self.parse_args(self._in_one_dialect(arguments))
+
+    def _options(self) -> list[str]:
+        return [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+
+    def _in_one_dialect(self, arguments: Sequence[str]) -> list[str]:
+        """`option=VALUE` as `--option=VALUE`."""
+        known = self._options()
+        return [f"--{word}" if f"--{word.partition('=')[0]}" in known and "=" in word else word for word in arguments]
 
 
 def positive(text: str) -> int:

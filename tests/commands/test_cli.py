@@ -1,6 +1,7 @@
 """The command `mambapeft`: light, complete, with one dialect and one way to end."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,15 @@ def test_methods_are_listed_and_described(capsys):
     cli.main(["methods", "lora_p_x", "hybrid"])
     out = capsys.readouterr().out
     assert "lora_p_x: " in out and "1,769,472 parameters on vim_s" in out and "hybrid: " in out
+
+
+def test_methods_that_fit_a_backbone_are_listed_and_the_others_explained(capsys):
+    cli.main(["methods", "backbone=vit_s"])
+    fitting, others = capsys.readouterr().out.split("\nThese do not fit vit_s:\n")
+    names = [{line.split()[0] for line in part.splitlines()} for part in (fitting.partition(":\n")[2], others)]
+    assert names[0] | names[1] == {file.stem for file in (runs.CONFIGS / "method").glob("*.yaml")}
+    assert {"lora_qv", "svp", "vpt_deep", "lst"} <= names[0] and {"affix", "memba", "lora_p_x"} <= names[1]
+    assert re.search(r"lora_p_x +\S.*has no 'in_proj'", others) and re.search(r"affix +\S.*use a Vim backbone", others)
 
 
 # The doors

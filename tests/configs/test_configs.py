@@ -83,7 +83,8 @@ def test_method(name):
     plan = plan_of(f"method={name}", *backbone)
     model = build.build_model(plan, build.build_backbone(plan), num_classes=3)
     assert sorted(model.methods) == plan.methods
-    assert bool(model.owned()) == (name not in ("linear_probe", "spt_lora"))  # SPT first measures, then chooses
+    measures_first = ("spt_lora", "gps")
+    assert bool(model.owned()) == (name not in ("linear_probe", *measures_first))
 
 
 @pytest.mark.parametrize("name", [name for name in options("experiment") if name != "pretrain"])

@@ -31,6 +31,10 @@ ROWS = [
     *HYBRIDS,
     *((name, ON_VIT) for name in ("scratch", "full", "linear_probe", "bitfit", "cls_token", "prompt", "lora_embed")),
     ("lora_qv", "fact_tk", "adaptformer", "adapter_plus", "prompt", "pos_embed"),
+    *((name, ON_VIT) for name in ("svp", "ssf", "vpt_deep", "convpass", "houlsby", "pfeiffer", "diffit", "gps", "lst")),
+    ("svp", "vpt_deep", "convpass", "repadapter", "lora_p_x"),
+    ("ssf", "houlsby", "lst", "affix", "lora_in_proj"),
+    ("diffit", "repadapter_wo_bias", "pfeiffer", "gps"),
 ]
 CLASSES = 5
 

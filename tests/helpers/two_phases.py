@@ -5,18 +5,21 @@ import torch.nn.functional as F
 from helpers.method_cases import CLASSES, IMAGES, LABELS, ON_VIT, PRESETS, tiny_backbone
 
 from mambapeft_vision.adapter.model import adapt
+from mambapeft_vision.methods.gps import GPS
 from mambapeft_vision.methods.sdt import SDT
 from mambapeft_vision.methods.spt import SPT
 
 WARMUP, STEPS = 3, 6
-KINDS, BUDGETS = ("sdt", "vit", "vim"), {"vit": 1500, "vim": 1500}
+KINDS, BUDGETS = ("sdt", "vit", "vim", "gps"), {"vit": 1500, "vim": 1500}
 SPT_TARGETS = {"vit": PRESETS["spt_lora"].methods["spt_lora"]["targets"], "vim": ["layers.**", "norm_f.weight"]}
 
 
 def new_model(kind="sdt"):
-    """SDT on Vim, or SPT on the named backbone."""
+    """SDT or GPS on Vim, or SPT on the named backbone."""
     if kind == "sdt":
         method = SDT(warmup_steps=WARMUP, f_channels=0.9, f_states=0.75, f_off=0.25, rank=2, dropout=0.0, lr_mult=2.0)
+    elif kind == "gps":
+        method = GPS(targets=["in_proj", "conv"], per_neuron=2, warmup_steps=WARMUP)
     else:
         method = SPT(targets=SPT_TARGETS[kind], budget=BUDGETS[kind], warmup_steps=WARMUP, rank=2, scale=0.5)
     return adapt(new_backbone(kind), {"two_phases": method}, CLASSES, seed=1)

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -78,7 +78,21 @@ def test_means_and_deviations_by_hand(standard):
         "Structured": "41.33 ± 1.53",
         "Avg": "60.28 ± 1.53",
         "Groups": "61.33 ± 1.53",
+        "PPT": "0.562",
     }
+
+
+def test_accuracy_against_parameters(standard):
+    """A method of no parameters keeps its accuracy; 90 million parameters divide it by e."""
+    (collection,) = collect(full_set("a", seeds=[0]), standard)
+    (row,) = collection.rows
+    for trainable, factor in ((0, 1.0), (90_000_000, 1 / 2.718281828)):
+        records = {key: replace(record, trainable=trainable) for key, record in row.records.items()}
+        changed = replace(row, records=records)
+        assert changed.ppt(Score(80.0, None, (0,))) == pytest.approx(0.8 * factor)
+    assert row.ppt(Incomplete(3, 19)) is None
+    published = replace(row, records={key: replace(r, trainable=1_769_472) for key, r in row.records.items()})
+    assert f"{published.ppt(Score(71.52, None, (0,))):.3f}" == "0.666"  # LoRA_p(X) as published
 
 
 def test_deviation_is_that_of_the_averages_not_the_average_of_deviations(standard):

@@ -22,10 +22,16 @@ def tables_of(collection: Collection) -> list[Table]:
 def summary_table(collection: Collection) -> Table:
     columns = collection.columns()
     rows = [
-        [collection.label(row), *_counts(row), *(cell_text(row, row.average(groups)) for groups in columns.values())]
+        [
+            collection.label(row),
+            *_counts(row),
+            *(cell_text(row, row.average(groups)) for groups in columns.values()),
+            _ppt_text(row.ppt(row.average([collection.tasks]))),
+        ]
         for row in collection.rows
     ]
-    return _table(collection, "summary", ["Method", "Trained", "Head", *columns], rows)
+    note = f"PPT: {AVERAGE} / 100 · exp(-log10(P / 10⁷ + 1)), P trained parameters without the head."
+    return _table(collection, "summary", ["Method", "Trained", "Head", *columns, "PPT"], rows, [note])
 
 
 def task_table(collection: Collection) -> Table:
@@ -73,7 +79,17 @@ def cell_text(row: Row, cell: Cell) -> str:
     return text if len(cell.seeds) == row.most_seeds else f"{text} (n={len(cell.seeds)})"
 
 
-def _table(collection: Collection, what: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def _ppt_text(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.3f}"
+
+
+def _table(
+    collection: Collection,
+    what: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    more_notes: Sequence[str] = (),
+) -> Table:
     text = "".join(cell for row in rows for cell in row)
     counts = sorted({row.most_seeds for row in collection.rows})
     seeds = (
@@ -90,7 +106,7 @@ def _table(collection: Collection, what: str, header: Sequence[str], rows: Seque
         notes.append("n/m: only n of the m tasks are done, so there is no average.")
     if collection.mixed:
         notes.append(f"Mixed, as allowed: {collection.mixed}.")
-    return Table(f"{collection.title}: {what}", header, rows, notes)
+    return Table(f"{collection.title}: {what}", header, rows, [*notes, *more_notes])
 
 
 def _counts(row: Row) -> tuple[str, str]:

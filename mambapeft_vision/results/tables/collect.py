@@ -5,6 +5,7 @@ as in the paper; "Groups" the mean of the three group means. No average is forme
 """
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -157,6 +158,15 @@ class Row:
         seeds = tuple(done[0])
         by_seed = [_mean_of_means(groups, partial(self._percent, seed=seed)) for seed in seeds]
         return Score(mean, statistics.stdev(by_seed) if len(seeds) > 1 else None, seeds)
+
+    def ppt(self, cell: Cell) -> float | None:
+        """Performance and parameters in one number, acc · exp(-log10(P / 10⁷ + 1)); None where there is no accuracy.
+
+        acc is in [0, 1], P the trained parameters without the head. Source: V-PETL Bench (NeurIPS 2024).
+        """
+        if isinstance(cell, Incomplete):
+            return None
+        return cell.mean / 100 * math.exp(-math.log10(self.any_record.trainable / 1e7 + 1))
 
     def _percent(self, task: str, seed: int) -> float:
         return self.percents[task][seed]

@@ -11,7 +11,7 @@ from mambapeft_vision.utils.text import csv_cell
 
 CSV_COLUMNS = (
     "family", "backbone", "weights", "method", "preset", "trained", "column", "mean", "std", "seeds", "tasks_done",
-    "tasks", "published", "difference",
+    "tasks", "published", "difference", "ppt",
 )  # fmt: skip
 
 
@@ -54,4 +54,5 @@ def _csv_line(collection: Collection, row: Row, column: str, groups: Sequence[Se
         "tasks_done": total,
         "published": published,
         "difference": None if published is None else cell.mean - published,
+        "ppt": row.ppt(cell),
     }
