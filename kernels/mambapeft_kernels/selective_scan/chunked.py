@@ -12,13 +12,20 @@ broadcast products then run over long contiguous rows, which is what a CPU's vec
 import torch
 from torch import Tensor
 
+from mambapeft_kernels.derivatives import exporting
+
 # A chunk's largest tensor holds about this many numbers: small enough for a core's caches (measured: twice as fast
 # as four times as many on a small model), large enough to amortise Python's cost per operation.
 _CHUNK_ELEMENTS = 1 << 20
 
 
 def chunk_length(length: int, groups: int, batch: int, channels: int, states: int) -> int:
-    """Steps per chunk: bounded by memory per chunk, and never below 8 (the states kept grow as L / T)."""
+    """Steps per chunk: bounded by memory per chunk, and never below 8 (the states kept grow as L / T).
+
+    All steps while a model is exported: the number of chunks may not depend on the batch, which may be dynamic.
+    """
+    if exporting():
+        return length
     per_step = max(1, groups * batch * channels * states)
     return max(8, min(length, _CHUNK_ELEMENTS // per_step))
 
