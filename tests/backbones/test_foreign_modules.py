@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
 from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.backbones import create_backbone, unfused
 from mambapeft_vision.backbones.layers import ConvWeights, LinearWeights, PortedLinear, PortedPatches
 from mambapeft_vision.methods.affix import Affix
 from mambapeft_vision.methods.lora import LoRA
-from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
 
 # R + 2N = 32 divides into the groups of every kind of adapter.
 SIZES: dict[str, Any] = {"depth": 2, "embed_dim": 32, "d_state": 14, "dt_rank": 4}
