@@ -1,4 +1,4 @@
-"""What the ops with backward passes of their own share: autocast off, and derivatives of any order by the plain definition.
+"""What ops with a backward pass of their own share: autocast off, and derivatives of any order by the definition.
 
 A fused backward pass computes numbers that autograd cannot follow. Where somebody asks for derivatives of gradients
 (`create_graph=True`: Hessian-vector products, gradient penalties, influence functions), the gradients are those of the

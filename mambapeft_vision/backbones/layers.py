@@ -114,7 +114,7 @@ class PortedPatches(Ported, nn.Conv2d):
 
     @property
     def _is_plain(self) -> bool:
-        """Whether there is neither padding, dilation nor a group; other libraries may make such a layer of this type."""
+        """Whether there is no padding, dilation or group; other libraries make layers of this type that have some."""
         return self.padding == (0, 0) and self.dilation == (1, 1) and self.groups == 1
 
     def _as_product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -390,7 +390,7 @@ def test_a_model_that_was_built_in_inference_mode() -> None:
 @pytest.mark.parametrize("methods", ["none", "lora"])
 def test_second_derivatives_of_a_model(methods: str) -> None:
     found = []
-    for kernel in ("naive", "torch"):
+    for kernel in ("naive", "torch", "auto"):
         model = vim(kernel, torch.float64)
         if methods == "lora":
             lora = LoRA(targets=["in_proj", "out_proj"], rank=2)
@@ -407,8 +407,9 @@ def test_second_derivatives_of_a_model(methods: str) -> None:
         found.append([total.detach(), *torch.autograd.grad(total, parameters)])
         if methods == "lora" and kernel == "torch":  # both kernels share the branches: finite differences
             check_along_a_line(model, parameters, found[-1][1:])
-    for expected, mine in zip(*found, strict=True):
-        torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-10)
+    for expected, *others in zip(*found, strict=True):
+        for mine in others:
+            torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-10)
 
 
 def check_along_a_line(model: nn.Module, parameters: list[Tensor], gradient: list[Tensor]) -> None:
@@ -426,8 +427,9 @@ def check_along_a_line(model: nn.Module, parameters: list[Tensor], gradient: lis
     torch.testing.assert_close(slope, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_backward_pass_of_a_model_within_autocast() -> None:
-    model = vim("torch")
+@pytest.mark.parametrize("kernel", ["auto", "torch", "naive"])
+def test_a_backward_pass_of_a_model_within_autocast(kernel: str) -> None:
+    model = vim(kernel)
     with torch.autocast("cpu", torch.bfloat16):
         model(images()).sum().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())

@@ -1,5 +1,6 @@
 """Derivatives of gradients: every op gives those of its definition in plain PyTorch, or says that it cannot."""
 
+import importlib.util
 from collections.abc import Callable
 
 import pytest
@@ -21,6 +22,7 @@ from mambapeft_kernels.selective_scan import naive as naive_scan
 from torch import Tensor
 
 BATCH, LENGTH, CHANNELS, STATES, RANK = 2, 5, 4, 3, 2
+NUMBA = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="NOT RUN: needs numba")
 # Where the fused kernels run here, in float32.
 FUSED = [
     pytest.param("triton", "cpu", id="triton-interpreter"),
@@ -69,7 +71,8 @@ def mixer(backend: str) -> Callable[..., Tensor]:
 
 
 @pytest.mark.parametrize("related", [False, True])
-def test_the_vectorised_mixer(related: bool) -> None:
+@pytest.mark.parametrize("backend", ["torch", pytest.param("numba", marks=NUMBA)])
+def test_the_mixer_on_a_cpu(backend: str, related: bool) -> None:
     """related: inputs that are computed from each other, whose shared history must not be counted twice."""
     torch.manual_seed(0)
     inputs = [draw(BATCH, LENGTH, 2 * CHANNELS), *direction_inputs(), *direction_inputs()]
@@ -83,7 +86,7 @@ def test_the_vectorised_mixer(related: bool) -> None:
 
         return with_relations if related else mixer(backend)
 
-    assert_same(second_derivatives(run("torch"), inputs), second_derivatives(run("naive"), inputs), 1e-9)
+    assert_same(second_derivatives(run(backend), inputs), second_derivatives(run("naive"), inputs), 1e-9)
 
 
 @pytest.mark.parametrize(("backend", "device"), FUSED)
@@ -212,13 +215,13 @@ def test_published_kernels_say_that_they_cannot() -> None:
         torch.autograd.grad(out.sum(), x, create_graph=True)
 
 
-@pytest.mark.parametrize("which", ["mixer", "map"])
-def test_a_backward_pass_within_autocast(which: str) -> None:
+@pytest.mark.parametrize("run", [mixer("torch"), pytest.param(mixer("numba"), marks=NUMBA), scan_of_a_map("torch")])
+def test_a_backward_pass_within_autocast(run: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)
-    if which == "mixer":
-        inputs, run = [draw(BATCH, LENGTH, 2 * CHANNELS), *direction_inputs(), *direction_inputs()], mixer("torch")
+    if run.__qualname__.startswith("mixer"):
+        inputs = [draw(BATCH, LENGTH, 2 * CHANNELS), *direction_inputs(), *direction_inputs()]
     else:
-        inputs, run = ss2d_inputs(), scan_of_a_map("torch")
+        inputs = ss2d_inputs()
     inputs = narrowed(inputs, "cpu")
     with torch.autocast("cpu", torch.bfloat16):
         out = run(*inputs).sum()
