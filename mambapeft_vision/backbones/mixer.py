@@ -6,7 +6,7 @@ op of `mambapeft_kernels`.
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from mambapeft_vision.backbones.layout import TokenLayout
 from mambapeft_vision.backbones.ports import AffixPort, InputPort, Joined, Port, Ported, TapPort
 from mambapeft_vision.backbones.unfused import ModuleDirection, announce, mixer_through_modules
 from mambapeft_vision.utils.errors import UserError
+
+Directions: TypeAlias = Sequence[Direction] | Sequence[ModuleDirection]  # for the kernel, or to call modules
 
 _HELD = "conv1d", "x_proj", "dt_proj"  # modules whose weights the kernel reads
 
@@ -105,7 +107,7 @@ class Mixer(Ported):
             **{f"x_proj{suffix}": x_proj for suffix in self.suffixes},
         }
 
-    def directions(self, dtype: torch.dtype) -> tuple[Direction, ...] | tuple[ModuleDirection, ...]:
+    def directions(self, dtype: torch.dtype) -> Directions:
         """The weights of the scan directions, each read once (they may be computed when read); or their modules.
 
         dtype: of the activations.
@@ -177,9 +179,7 @@ class Mixer(Ported):
         x, z = xz.chunk(2, dim=-1)
         return x, self.gate.value(z)
 
-    def _scan(
-        self, xz: Tensor, z: Tensor | None, directions: Sequence[Direction] | Sequence[ModuleDirection]
-    ) -> Tensor:
+    def _scan(self, xz: Tensor, z: Tensor | None, directions: Directions) -> Tensor:
         """[B, L, E]; arguments as `_project` and `directions` return them."""
         if isinstance(directions[0], ModuleDirection):
             return mixer_through_modules(xz, z, cast(Sequence[ModuleDirection], directions), self.scale)
@@ -188,7 +188,7 @@ class Mixer(Ported):
     def _scan_apart(
         self,
         inputs: Sequence[tuple[Tensor, Tensor | None]],
-        directions: Sequence[Direction] | Sequence[ModuleDirection],
+        directions: Directions,
         keep: Sequence[slice | Tensor],
     ) -> Tensor:
         """[B, L, E] where each of two directions reads a buffer of its own, of which the tokens `keep` remain.
@@ -196,7 +196,8 @@ class Mixer(Ported):
         The gate of a kept token is the same in both, so outputs add up.
         """
         forward, backward = (
-            self._scan(*buffer, (direction,))[:, kept] for buffer, direction, kept in zip(inputs, directions, keep)
+            self._scan(*buffer, directions[i : i + 1])[:, kept]
+            for i, (buffer, kept) in enumerate(zip(inputs, keep, strict=True))
         )
         return forward + backward
 

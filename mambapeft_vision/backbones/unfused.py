@@ -51,10 +51,9 @@ def _scan(x: Tensor, d: ModuleDirection, wide: torch.dtype) -> Tensor:
     states, projected = d.A_log.shape[1], d.x_proj(u)
     dt, B, C = projected.split([projected.shape[-1] - 2 * states, states, states], dim=-1)
     delta = F.softplus(d.dt_proj(dt).to(wide))
-    u, B, C, A_log, D, state_offset, output_offset = (
-        t if t is None else t.to(wide) for t in (u, B, C, d.A_log, d.D, d.state_offset, d.output_offset)
-    )
-    return selective_scan(u, delta, -torch.exp(A_log), B, C, D, state_offset, output_offset)
+    A = -torch.exp(d.A_log.to(wide))
+    offsets = (None if t is None else t.to(wide) for t in (d.state_offset, d.output_offset))
+    return selective_scan(u.to(wide), delta, A, B.to(wide), C.to(wide), d.D.to(wide), *offsets)
 
 
 def announce(part: str, module: nn.Module) -> None:

@@ -34,7 +34,8 @@ def vim(kernel: str = "auto", dtype: torch.dtype = torch.float32, **sizes: Any) 
     create_backbone("vim_pico_patch8_32", "random", depth=1)  # registers the names with timm
     model: Any = timm.create_model("vim_pico_patch8_32", num_classes=4, **{**SIZES, **sizes})
     nn.init.normal_(model.head.weight)
-    model.set_kernel(kernel, "cpu")
+    if kernel != "auto":
+        model.set_kernel(kernel, "cpu")
     return model.to(dtype).eval()
 
 

@@ -1,5 +1,7 @@
 """The selective scan by itself, for mixers that compute through their modules."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,30 +36,36 @@ def selective_scan(
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, delta, A, B, C):
+    def forward(ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
         steps = chunk_length(u.shape[1], 1, u.shape[0], u.shape[2], A.shape[-1])
-        y, starts = scan_forward(*_time_major(u, delta), A[None], *_time_major(B, C), steps)
+        u_t, delta_t, B_t, C_t = map(_time_major, (u, delta, B, C))
+        y, starts = scan_forward(u_t, delta_t, A[None], B_t, C_t, steps)
         ctx.save_for_backward(u, delta, A, B, C, starts)
         ctx.steps = steps
-        return y[:, 0].transpose(0, 1)
+        return _batch_major(y)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         u, delta, A, B, C, starts = ctx.saved_tensors
         if differentiated_again():
             return tuple(plain_gradients(_definition, (u, delta, A, B, C), ctx.needs_input_grad, dy))
+        u_t, delta_t, B_t, C_t, dy_t = map(_time_major, (u, delta, B, C, dy))
+        need_dA = ctx.needs_input_grad[2]
         with no_autocast(u.device.type):
-            *grads, dA = scan_backward(
-                *_time_major(u, delta), A[None], *_time_major(B, C), starts, *_time_major(dy), ctx.steps, True
-            )
-        du, ddelta, dB, dC = (grad[:, 0].transpose(0, 1) for grad in grads)
-        return du, ddelta, dA[0], dB, dC
+            du, ddelta, dB, dC, dA = scan_backward(u_t, delta_t, A[None], B_t, C_t, starts, dy_t, ctx.steps, need_dA)
+        du, ddelta, dB, dC = map(_batch_major, (du, ddelta, dB, dC))
+        return du, ddelta, None if dA is None else dA[0], dB, dC
 
 
 def _definition(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     return naive.selective_scan(u, delta, A, B, C, u.new_zeros(u.shape[-1]))
 
 
-def _time_major(*tensors: Tensor) -> list[Tensor]:
-    """[B, L, C] → [L, 1, B, C] each."""
-    return [t.transpose(0, 1).unsqueeze(1).contiguous() for t in tensors]
+def _time_major(tensor: Tensor) -> Tensor:
+    """[B, L, C] → [L, 1, B, C]."""
+    return tensor.transpose(0, 1).unsqueeze(1).contiguous()
+
+
+def _batch_major(tensor: Tensor) -> Tensor:
+    """[L, 1, B, C] → [B, L, C]."""
+    return tensor[:, 0].transpose(0, 1)

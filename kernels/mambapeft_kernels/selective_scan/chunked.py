@@ -37,8 +37,14 @@ def _decay_and_input(u: Tensor, delta: Tensor, At: Tensor, B: Tensor) -> tuple[T
     return decay, inputs
 
 
-def _run_states(decay: Tensor, inputs: Tensor, h: Tensor) -> Tensor:
+def run_states(decay: Tensor, inputs: Tensor, h: Tensor) -> Tensor:
     """Turns `inputs` into the states of the chunk, in place."""
+    if exporting():  # the program may run where gradients are recorded, which `out=` does not allow
+        states = []
+        for t in range(decay.shape[0]):
+            h = torch.addcmul(inputs[t], decay[t], h)
+            states.append(h)
+        return torch.stack(states)
     for t in range(decay.shape[0]):
         h = torch.addcmul(inputs[t], decay[t], h, out=inputs[t])
     return inputs
@@ -59,8 +65,11 @@ def scan_forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, step
     for c, s in enumerate(range(0, length, steps)):
         e = min(length, s + steps)
         starts[c] = h
-        states = _run_states(*_decay_and_input(u[s:e], delta[s:e], At, B[s:e]), h)
-        torch.matmul(C[s:e].unsqueeze(-2), states, out=y[s:e].unsqueeze(-2))
+        states = run_states(*_decay_and_input(u[s:e], delta[s:e], At, B[s:e]), h)
+        if exporting():
+            y[s:e] = (C[s:e].unsqueeze(-2) @ states).squeeze(-2)
+        else:
+            torch.matmul(C[s:e].unsqueeze(-2), states, out=y[s:e].unsqueeze(-2))
         h = states[-1]
     return y, starts
 
@@ -92,7 +101,7 @@ def scan_backward(
         s = c * steps
         e = min(length, s + steps)
         decay, inputs = _decay_and_input(u[s:e], delta[s:e], At, B[s:e])
-        states = _run_states(decay, inputs, starts[c])
+        states = run_states(decay, inputs, starts[c])
         torch.matmul(states, dy[s:e].unsqueeze(-1), out=dC[s:e].unsqueeze(-1))
 
         adjoint = dy[s:e].unsqueeze(-2) * C[s:e].unsqueeze(-1)

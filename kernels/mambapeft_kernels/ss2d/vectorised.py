@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambapeft_kernels.derivatives import differentiated_again, exporting, no_autocast, plain_gradients
+from mambapeft_kernels.selective_scan.chunked import run_states
 from mambapeft_kernels.ss2d import naive
 from mambapeft_kernels.ss2d.api import DIRECTIONS, SS2DWeights
 from mambapeft_kernels.ss2d.naive import reading_orders
@@ -77,8 +78,7 @@ class _Sequence:
         delta = F.softplus(raw)
         decay = (delta.unsqueeze(-2) * self.At).exp_()
         states = (delta * u).unsqueeze(-2) * B.unsqueeze(-1)
-        for t in range(len(places)):
-            h = torch.addcmul(states[t], decay[t], h, out=states[t])
+        states = run_states(decay, states, h)
         return _Chunk(places, u, low, B, C, delta, decay, states)
 
     def read_states(self, states: Tensor) -> Tensor:

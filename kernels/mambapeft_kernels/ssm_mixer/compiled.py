@@ -120,7 +120,7 @@ class _Mixer(torch.autograd.Function):
 
             def definition(xz: Tensor, z: Tensor | None, *flat: Any) -> Tensor:
                 size, reverse = _FIELDS, ctx.reverse
-                own = tuple(Direction(*flat[i * size : (i + 1) * size], r) for i, r in enumerate(reverse))
+                own = tuple(Direction._make((*flat[i * size : (i + 1) * size], r)) for i, r in enumerate(reverse))
                 return naive.ssm_mixer(*halves(xz, z), own, ctx.scale)
 
             inputs, need = (xz, z, *rest[len(ctx.reverse) :]), (need_xz, need_z, *need_flat)
@@ -215,7 +215,7 @@ def _directions(
     flat: tuple[Tensor | None, ...] | list[Tensor | None], reverse: tuple[bool, ...], wide: torch.dtype
 ) -> list[Direction]:
     tensors: list[Any] = [None if t is None else t.detach().to(wide) for t in flat]
-    return [Direction(*tensors[i * _FIELDS : (i + 1) * _FIELDS], r) for i, r in enumerate(reverse)]
+    return [Direction._make((*tensors[i * _FIELDS : (i + 1) * _FIELDS], r)) for i, r in enumerate(reverse)]
 
 
 def _inputs(xz: Tensor, z: Tensor | None, wide: torch.dtype) -> tuple[np.ndarray, np.ndarray, int]:

@@ -17,8 +17,8 @@ from mambapeft_kernels.ssm_mixer.api import Direction
 def ssm_mixer(x: Tensor, z: Tensor, directions: tuple[Direction, ...], scale: float) -> Tensor:
     """See `mambapeft_kernels.ssm_mixer`."""
     with torch.autocast(x.device.type, enabled=False):
-        total = sum(_direction(x, d) for d in directions)
-        total = first_order_only(total, "choose kernel=torch or kernel=naive")
+        outputs = [_direction(x, d) for d in directions]
+        total = first_order_only(torch.stack(outputs).sum(0), "choose kernel=torch or kernel=naive")
         return (scale * F.silu(z.float()) * total).to(x.dtype)
 
 
