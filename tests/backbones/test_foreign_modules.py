@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, prune
 
 from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.backbones import create_backbone, unfused
+from mambapeft_vision.backbones.contract import frozen_casts
 from mambapeft_vision.backbones.layers import ConvWeights, LinearWeights, PortedLinear, PortedPatches
 from mambapeft_vision.methods.affix import Affix
 from mambapeft_vision.methods.lora import LoRA
@@ -356,6 +357,18 @@ def test_averages_of_weights_are_seen() -> None:
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         mine.data.lerp_(theirs.data, 1.0)
     assert torch.equal(autocast_logits(model), autocast_logits(other))
+
+
+def test_a_weight_that_is_replaced_while_casts_are_held_is_seen() -> None:
+    """Offloading puts another tensor in a parameter's place for each pass."""
+    model, expected = vim().requires_grad_(False), vim().requires_grad_(False)
+    with frozen_casts(model, torch.bfloat16):
+        held_logits = autocast_logits(model)
+        for m in (model, expected):
+            in_proj = m.layers[0].mixer.in_proj
+            in_proj.weight = nn.Parameter(3 * in_proj.weight, requires_grad=False)
+        assert torch.equal(autocast_logits(model), autocast_logits(expected))
+    assert not torch.equal(held_logits, autocast_logits(model))
 
 
 @pytest.mark.filterwarnings("ignore")
