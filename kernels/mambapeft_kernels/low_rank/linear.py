@@ -35,13 +35,14 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Se
     Under autocast everything is computed in its dtype.
     """
     settings, factors = _taken_apart(branches)
+    x = x.to(compute_dtype(x))  # before it is kept for the backward pass, so that only the narrow one is
     return _LowRankLinear.apply(x, weight, bias, settings, *factors)
 
 
 def add_low_rank(out: Tensor, x: Tensor, branches: Sequence[LowRankFactors]) -> Tensor:
     """Adds the branches, which have one rate of dropout, to out [..., out], which is contiguous, in place."""
     settings, factors = _taken_apart(branches)
-    return _AddLowRank.apply(out, x, settings, *factors)
+    return _AddLowRank.apply(out, x.to(out.dtype), settings, *factors)
 
 
 class _Settings(NamedTuple):
