@@ -12,6 +12,7 @@ from mambapeft_kernels.low_rank import low_rank_add
 from mambapeft_kernels.matmul import product
 from mambapeft_kernels.pixel_lookup import look_up
 from mambapeft_kernels.rms_norm import add_rms_norm
+from mambapeft_kernels.selective_scan import selective_scan
 from mambapeft_kernels.ss2d import SS2DWeights, prefix_states, ss2d
 from mambapeft_kernels.ssm_mixer import Direction, ssm_mixer
 
@@ -33,6 +34,7 @@ __all__ = [
     "prefix_states",
     "product",
     "resolve_backend",
+    "selective_scan",
     "ss2d",
     "ssm_mixer",
 ]

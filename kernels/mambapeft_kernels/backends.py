@@ -2,9 +2,12 @@
 
 import importlib.util
 import os
+from collections.abc import Iterable
 from functools import cache
 
 import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 # Name → what it is, best first for the devices it supports. `auto` never chooses the last two.
 BACKENDS: dict[str, str] = {
@@ -57,6 +60,17 @@ def _can_run(name: str, device: torch.device) -> bool:
 def interpreted(device: torch.device) -> bool:
     """Whether Triton kernels run in Triton's interpreter: tensors on a CPU and TRITON_INTERPRET=1."""
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def computes_now(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether operations on these tensors compute values in memory, which code outside of PyTorch can read.
+
+    Not while they are traced (torch.compile, torch.export, make_fx, torch.jit.trace) or counted, nor for subclasses of
+    tensors (fake, quantised, distributed).
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
+        return False
+    return all(t is None or type(t) in (Tensor, nn.Parameter) for t in tensors)
 
 
 def available_backends(device: torch.device | str) -> list[str]:

@@ -19,7 +19,7 @@ MAX_PARAMETERS = 2_000_000_000  # of a backbone that an adapter describes; Vim-B
 
 
 def load_adapter(folder: str | Path, weights: str = "official", seed: int = 0) -> AdaptedModel:
-    """The model of an adapter's folder, on a backbone built as the adapter says.
+    """The model of an adapter's folder in evaluation mode, on a backbone built as the adapter says, in its dtype.
 
     Args:
         folder: holds adapter.safetensors and adapter_config.json.
@@ -34,11 +34,13 @@ def load_adapter(folder: str | Path, weights: str = "official", seed: int = 0) -
         raise UserError(f"{folder}: its backbone would have {numbers:,} weights; expected at most {MAX_PARAMETERS:,}")
     backbone = create_backbone(spec["name"], weights, seed, **sizes)
     dtype = next((t.dtype for t in adapter.state.values() if t.is_floating_point()), None)
-    return apply_adapter(adapter, backbone.to(dtype))
+    if not _is_trained_on(adapter, backbone):
+        backbone.to(dtype)  # the adapter may have been trained on weights that were cast before
+    return apply_adapter(adapter, backbone).to(dtype)
 
 
 def apply_adapter(adapter: Adapter, backbone: Backbone) -> AdaptedModel:
-    """Attaches an adapter to a backbone with the same weights it was trained on.
+    """Attaches an adapter to a backbone with the same weights it was trained on; the model is in evaluation mode.
 
     Raises: UserError when the backbone's sha256 differs, or the tensors do not fit.
     """
@@ -47,14 +49,20 @@ def apply_adapter(adapter: Adapter, backbone: Backbone) -> AdaptedModel:
         raise UserError(
             f"{adapter.folder} was trained on {name}, but this backbone is {mine}; use backbone.name={name}"
         )
-    expected, actual = adapter.config["backbone"]["sha256"], backbone_sha256(backbone)
-    if expected not in (actual, content_sha256(backbone)):  # older adapters have that of resized positions
+    if not _is_trained_on(adapter, backbone):
         raise UserError(
-            f"{adapter.folder} was trained on {name} with weights sha256 {expected[:12]}…, but this backbone has "
-            f"{actual[:12]}…; load the weights it was trained on (backbone.weights=…)"
+            f"{adapter.folder} was trained on {name} with weights sha256 {adapter.config['backbone']['sha256'][:12]}…, "
+            f"but this backbone has {backbone_sha256(backbone)[:12]}…; load the weights it was trained on "
+            f"(backbone.weights=…)"
         )
     _check_fit(adapter, backbone)
     return _loaded(adapter, backbone)
+
+
+def _is_trained_on(adapter: Adapter, backbone: Backbone) -> bool:
+    """Whether the backbone has the weights that the adapter was trained on."""
+    # Older adapters have the hash of resized positions.
+    return adapter.config["backbone"]["sha256"] in (backbone_sha256(backbone), content_sha256(backbone))
 
 
 def build_methods(adapter: Adapter) -> dict[str, Method]:
@@ -81,4 +89,4 @@ def _check_fit(adapter: Adapter, backbone: Backbone) -> None:
 def _loaded(adapter: Adapter, backbone: Backbone) -> AdaptedModel:
     model = AdaptedModel(backbone, build_methods(adapter), adapter.config["num_classes"])
     model.load_adapter_state(adapter.state, str(adapter.folder / ADAPTER_FILE))
-    return model
+    return model.eval()

@@ -24,7 +24,7 @@ class AdaptedModel(nn.Module):
     """A frozen backbone with methods attached and a fresh zero head for the task.
 
     Args:
-        backbone: keeps the contract (`backbones/contract.py`); it is changed in place.
+        backbone: keeps the contract (`backbones/contract.py`); it is changed in place, and adapted once.
         methods: by name; names are the keys of `method:` in the config. Their order does not matter.
         num_classes: of the task.
         seed: of the methods' initial tensors; each method's draw depends on the seed and its name alone.
@@ -34,6 +34,7 @@ class AdaptedModel(nn.Module):
         super().__init__()
         if num_classes < 1:
             raise UserError(f"num_classes={num_classes!r}; expected a whole number >= 1")
+        _claim(backbone)
         self.backbone = backbone
         self.backbone_sha256 = backbone_sha256(backbone)
         for parameter in backbone.parameters():
@@ -41,6 +42,7 @@ class AdaptedModel(nn.Module):
         backbone.reset_classifier(num_classes)
         self.methods = cast(MutableMapping[str, Method], nn.ModuleDict())
         self.merge_report: dict[str, str] | None = None  # after merge(): what stayed attached, and why
+        self._folded: list[str] = []  # methods that are part of the backbone's weights since merge()
         for name in sorted(methods, key=lambda name: (methods[name].attach_order, name)):
             self._attach(name, methods[name], seed)
         self._check_owners()
@@ -157,7 +159,13 @@ class AdaptedModel(nn.Module):
 
         Args:
             metadata: recorded as it is: task, git commit, versions, … (JSON-safe).
+        Raises: UserError after a merge that folded a method: it is no longer an adapter's.
         """
+        if self._folded:
+            raise UserError(
+                f"{', '.join(self._folded)} cannot be saved as an adapter: merge() made it a part of the backbone's "
+                f"weights. Save before merge(), or write the merged model with export_official(model.backbone, path)"
+            )
         write_adapter(folder, self.adapter_state(), {**self.config(), **metadata})
 
     def config(self) -> dict[str, Any]:
@@ -179,6 +187,7 @@ class AdaptedModel(nn.Module):
     def merge(self) -> dict[str, str]:
         """Folds everything that is a function of weights into the backbone's weights, in place, for inference.
 
+        The model is in evaluation mode then, and is saved as a merged model, no longer as an adapter.
         Returns: the methods that stay attached, each with its reason ({}: the backbone is a plain one now).
         """
         left: dict[str, str] = {}
@@ -189,15 +198,39 @@ class AdaptedModel(nn.Module):
                 continue
             method.to_weight_space(self.backbone)
             del self.methods[name]
+            self._folded.append(name)
         bake_weights(cast(nn.Module, self.backbone))
-        self.requires_grad_(False)
+        self.requires_grad_(False).eval()
         self.merge_report = left
+        if not left:
+            _release(self.backbone)
         return left
 
 
 def adapt(backbone: Backbone, methods: Mapping[str, Method], num_classes: int, seed: int = 0) -> AdaptedModel:
     """Attaches `methods` to `backbone`, in place. See `AdaptedModel`."""
     return AdaptedModel(backbone, methods, num_classes, seed)
+
+
+_ADAPTED = "_is_adapted"  # set on a backbone, so that its copies have it too
+
+
+def _claim(backbone: Backbone) -> None:
+    """Marks a backbone as adapted. Raises UserError where it is already: methods would add up, and heads be replaced.
+
+    It stays marked where attaching fails, because some of its ports are taken then.
+    """
+    if getattr(backbone, _ADAPTED, False):
+        raise UserError(
+            "this backbone has methods attached already, or an attempt to attach some failed; expected a new one. "
+            "Make another one with create_backbone(...), give all methods at once, or merge() the model first"
+        )
+    setattr(backbone, _ADAPTED, True)
+
+
+def _release(backbone: Backbone) -> None:
+    """A backbone that everything was folded into is a plain one again."""
+    setattr(backbone, _ADAPTED, False)
 
 
 def _stable_seed(seed: int, name: str) -> int:

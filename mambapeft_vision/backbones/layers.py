@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from mambapeft_kernels.low_rank.linear import compute_dtype
 from timm.layers import lecun_normal_
@@ -16,8 +17,17 @@ class PortedLinear(Ported, nn.Linear):
 
     cast_weights = ("weight",)
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, name: str) -> None:
-        super().__init__(in_features, out_features, bias)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        name: str = "linear",
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
         self.side = SidePort(name)
         self.offset = Port(f"{name}.offset")  # () → [out]
 
@@ -36,11 +46,39 @@ class PortedLinear(Ported, nn.Linear):
 
 
 class LinearWeights(Ported, nn.Linear):
-    """Holds the weights of a linear map that a kernel computes."""
+    """Holds the weights of a linear map that a kernel computes; `forward` runs where `computes_as_held` says no."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.read("bias")
+        return F.linear(x, self.read("weight", compute_dtype(x)), bias)
 
 
 class ConvWeights(Ported, nn.Conv1d):
-    """Holds the weights of a convolution that a kernel computes."""
+    """Holds the weights of a convolution that a kernel computes; `forward` runs where `computes_as_held` says no."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.read("bias")
+        return self._conv_forward(x, self.read("weight"), bias)
+
+
+_HOLDERS = LinearWeights.forward, ConvWeights.forward
+
+
+def computes_as_held(module: nn.Module) -> bool:
+    """Whether a kernel may read the weights of `module` instead of calling it.
+
+    Not where somebody else takes part in its computation: another module in its place or around it (adapters of other
+    libraries, quantisation), a `forward` of its own (offloading), hooks (pruning, weight norm, activations). What
+    only computes its weights (weight ports, `torch.nn.utils.parametrize`) is held.
+    """
+    return (
+        getattr(type(module), "forward", None) in _HOLDERS
+        and "forward" not in vars(module)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
 
 
 class PortedLayerNorm(Ported, nn.LayerNorm):
@@ -69,17 +107,31 @@ class PortedPatches(Ported, nn.Conv2d):
     Computed as one matrix product over the patches: cuDNN's convolutions take seven times as long for so wide a stride.
     """
 
-    def __init__(self, in_chans: int, embed_dim: int, patch_size: int, stride: int, *, name: str) -> None:
-        super().__init__(in_chans, embed_dim, patch_size, stride)
+    def __init__(self, *args: Any, name: str = "patches", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.side = SidePort(name)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, D, rows, columns]."""
-        size, stride = self.kernel_size[0], self.stride[0]
-        patches = x.to(compute_dtype(x)).unfold(2, size, stride).unfold(3, size, stride)  # [B, C, rows, columns, p, p]
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise UserError(
+                f"images have shape {list(x.shape)}; expected [B, {self.in_channels}, H, W]. Change the images, or "
+                f"build the backbone for theirs (in_chans=…)"
+            )
+        bias = None if self.bias is None else self.read("bias")
+        compute = self._as_product if self._is_plain else self._conv_forward
+        return self.side(x, compute(x.to(compute_dtype(x)), self.read("weight"), bias), self.training)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether there is no padding, dilation or group; other libraries make layers of this type that have some."""
+        return self.padding == (0, 0) and self.dilation == (1, 1) and self.groups == 1
+
+    def _as_product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        (height, width), (down, right) = self.kernel_size, self.stride
+        patches = x.unfold(2, height, down).unfold(3, width, right)  # [B, C, rows, columns, height, width]
         flat = patches.permute(0, 2, 3, 1, 4, 5).flatten(3)
-        out = F.linear(flat, self.read("weight").flatten(1), self.read("bias")).permute(0, 3, 1, 2)
-        return self.side(x, out, self.training)
+        return F.linear(flat, weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 class PatchEmbed(nn.Module):

@@ -6,14 +6,14 @@ op of `mambapeft_kernels`.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from mambapeft_kernels import FUSED, Direction, add_rms_norm, ssm_mixer
 from torch import Tensor, nn
 
-from mambapeft_vision.backbones.layers import ConvWeights, LinearWeights, PortedLinear
+from mambapeft_vision.backbones.layers import ConvWeights, LinearWeights, PortedLinear, computes_as_held
 from mambapeft_vision.backbones.layout import TokenLayout
 from mambapeft_vision.backbones.ports import (
     AffixPort,
@@ -25,14 +25,20 @@ from mambapeft_vision.backbones.ports import (
     ReplacePort,
     TapPort,
 )
+from mambapeft_vision.backbones.unfused import ModuleDirection, announce, mixer_through_modules
 from mambapeft_vision.utils.errors import UserError
+
+Directions: TypeAlias = Sequence[Direction] | Sequence[ModuleDirection]  # for the kernel, or to call modules
+
+_HELD = "conv1d", "x_proj", "dt_proj"  # modules whose weights the kernel reads
 
 
 class Mixer(Ported):
     """The bidirectional selective-scan mixer of one block: [B, L, D] → [B, L, D].
 
     D embed_dim, E = expand·D channels, N states (read from A_log), R dt_rank, K conv taps. `*_b` is the direction
-    that reads the tokens from last to first. conv1d, x_proj and dt_proj only hold weights: the kernel reads them.
+    that reads the tokens from last to first. conv1d, x_proj and dt_proj hold weights that the kernel reads; they are
+    called only where somebody else takes part in them (see `unfused.py`).
 
     Args:
         halve_sum: average the two directions (Vim and Mamba-Reg do) instead of adding them (VideoMamba).
@@ -63,6 +69,7 @@ class Mixer(Ported):
         self.name = name
         self.d_inner = expand * embed_dim
         self.dt_rank = math.ceil(embed_dim / 16) if dt_rank is None else dt_rank
+        self.d_conv = d_conv
         self.scale = 0.5 if halve_sum else 1.0
         self.kernel = "auto"
 
@@ -109,22 +116,50 @@ class Mixer(Ported):
             **{f"x_proj{suffix}": x_proj for suffix in self.suffixes},
         }
 
-    def directions(self, dtype: torch.dtype) -> tuple[Direction, ...]:
-        """The weights of the scan directions, each read once (they may be computed when read).
+    def directions(self, dtype: torch.dtype) -> Directions:
+        """The weights of the scan directions, each read once (they may be computed when read); or their modules.
 
         dtype: of the activations.
         """
         nothing = (None,) * len(self.suffixes)
         offsets = [nothing if p.value is None else p.value() for p in (self.state_offset, self.output_offset)]
+        if not self._is_held():
+            return tuple(self._module_direction(suffix, *own) for suffix, *own in zip(self.suffixes, *offsets))
         narrow = dtype if self.kernel in FUSED else None
         return tuple(
             self._direction(suffix, narrow, state, output) for suffix, state, output in zip(self.suffixes, *offsets)
         )
 
+    def _is_held(self) -> bool:
+        """Whether a kernel may read the weights of conv1d, x_proj and dt_proj."""
+        for part in _HELD:
+            for suffix in self.suffixes:
+                module = getattr(self, f"{part}{suffix}")
+                if not computes_as_held(module):
+                    announce(part, module)
+                    return False
+        return True
+
+    def _module_direction(
+        self, suffix: str, state_offset: Tensor | None, output_offset: Tensor | None
+    ) -> ModuleDirection:
+        conv1d, x_proj, dt_proj = (getattr(self, f"{part}{suffix}") for part in _HELD)
+        return ModuleDirection(
+            conv1d=conv1d,
+            x_proj=x_proj,
+            dt_proj=dt_proj,
+            taps=self.d_conv,
+            A_log=self.read(f"A{suffix}_log"),
+            D=self.read(f"D{suffix}"),
+            state_offset=state_offset,
+            output_offset=output_offset,
+            reverse=suffix.endswith("_b"),
+        )
+
     def _direction(
         self, suffix: str, narrow: torch.dtype | None, state_offset: Tensor | None, output_offset: Tensor | None
     ) -> Direction:
-        conv1d, x_proj, dt_proj = (getattr(self, f"{part}{suffix}") for part in ("conv1d", "x_proj", "dt_proj"))
+        conv1d, x_proj, dt_proj = (getattr(self, f"{part}{suffix}") for part in _HELD)
         return Direction(
             conv_weight=conv1d.read("weight").squeeze(1),
             conv_bias=conv1d.read("bias"),
@@ -153,14 +188,16 @@ class Mixer(Ported):
         x, z = xz.chunk(2, dim=-1)
         return x, self.gate.value(z)
 
-    def _scan(self, xz: Tensor, z: Tensor | None, directions: Sequence[Direction]) -> Tensor:
-        """[B, L, E]; arguments as `_project` returns them."""
-        return ssm_mixer(xz, directions, self.scale, self.kernel, z=z)
+    def _scan(self, xz: Tensor, z: Tensor | None, directions: Directions) -> Tensor:
+        """[B, L, E]; arguments as `_project` and `directions` return them."""
+        if isinstance(directions[0], ModuleDirection):
+            return mixer_through_modules(xz, z, cast(Sequence[ModuleDirection], directions), self.scale)
+        return ssm_mixer(xz, cast(Sequence[Direction], directions), self.scale, self.kernel, z=z)
 
     def _scan_apart(
         self,
         inputs: Sequence[tuple[Tensor, Tensor | None]],
-        directions: Sequence[Direction],
+        directions: Directions,
         keep: Sequence[slice | Tensor],
     ) -> Tensor:
         """[B, L, E] where each of two directions reads a buffer of its own, of which the tokens `keep` remain.
@@ -168,7 +205,8 @@ class Mixer(Ported):
         The gate of a kept token is the same in both, so outputs add up.
         """
         forward, backward = (
-            self._scan(*buffer, (direction,))[:, kept] for buffer, direction, kept in zip(inputs, directions, keep)
+            self._scan(*buffer, directions[i : i + 1])[:, kept]
+            for i, (buffer, kept) in enumerate(zip(inputs, keep, strict=True))
         )
         return forward + backward
 
@@ -189,7 +227,7 @@ class Mixer(Ported):
 
     def _join_inside(self, h: Tensor, layout: TokenLayout) -> Joined:
         """The affix port's tokens beside in_proj's output, [B, L', 2E]."""
-        if self.gate.value is None and self.affix.ends is not None and self.in_proj.keeps_zeros:
+        if self.gate.value is None and self.affix.ends is not None and _keeps_zeros(self.in_proj):
             # in_proj leaves room at the ends, so that its output need not be copied: it is four times as wide as h.
             return self.affix.value(self.in_proj(F.pad(h, (0, 0, *self.affix.ends))), layout, has_room=True)
         xz, z = self._project(h)
@@ -226,6 +264,11 @@ class Mixer(Ported):
         dt = torch.exp(torch.empty_like(dt_proj.bias).uniform_(math.log(1e-3), math.log(0.1)))
         dt = dt.clamp(min=1e-4)
         dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of the bias is dt
+
+
+def _keeps_zeros(in_proj: nn.Module) -> bool:
+    """Not where another module stands in its place."""
+    return isinstance(in_proj, PortedLinear) and in_proj.keeps_zeros
 
 
 class RMSNorm(Ported):

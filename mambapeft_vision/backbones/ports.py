@@ -311,7 +311,7 @@ class Ported(nn.Module):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._weight_ports: dict[str, WeightPort] = {}
-        self._casts: dict[str, Tensor] = {}
+        self._casts: dict[str, tuple[Tensor, Tensor]] = {}  # name → the weight that was cast, and its cast
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The present value of a parameter: what its port makes of it, or the parameter itself.
@@ -322,8 +322,8 @@ class Ported(nn.Module):
         port = self._weight_ports.get(name)
         if port is not None:
             return port(weight)
-        cast = self._casts.get(name)
-        return weight if cast is None or cast.dtype != dtype else cast
+        source, cast = self._casts.get(name, (None, None))
+        return cast if cast is not None and source is weight and cast.dtype == dtype else weight
 
     def weight_port(self, name: str, parameter: str) -> WeightPort:
         """The port of the parameter `name`, made on first use; `parameter` is its name in the whole model."""
@@ -387,8 +387,8 @@ def frozen_casts(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
         if casts:
             torch._foreach_copy_(casts, [weight for *_, weight in held])  # a few launches for all of them
     try:
-        for (module, name, _), cast in zip(held, casts):
-            module._casts[name] = cast
+        for (module, name, weight), cast in zip(held, casts):
+            module._casts[name] = weight, cast
         yield
     finally:
         for module, name, _ in held:

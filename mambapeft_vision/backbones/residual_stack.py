@@ -1,6 +1,6 @@
 """What Vim, Mamba-Reg and VideoMamba share: their blocks on a residual sum, drop path and the final norm."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,13 @@ class ResidualStack(ScanModel):
         keep = self._keep[:, None]
         return (torch.rand(keep.shape[0], batch, device=keep.device) < keep).to(keep.dtype) / keep
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "ResidualStack":
+        """Moves, casts or empties all tensors; `_keep` gets its values again, since no state dict holds them."""
+        super()._apply(fn, recurse)
+        with torch.no_grad():
+            self._keep.copy_(1.0 - torch.tensor(self._rates))
+        return self
+
     def init_blocks(self, further_dt_bias: str = "drawn") -> None:
         """The initialisation of blocks, final norm and head that Vim and Mamba-Reg share; see `Mixer.init_weights`."""
         for block in self.blocks:
@@ -85,5 +92,3 @@ class ResidualStack(ScanModel):
             nn.init.ones_(block.norm.weight)
         nn.init.ones_(self.norm_f.weight)
         zero_init(self.head)
-        with torch.no_grad():  # a buffer that no state dict holds, for a model that was built without values
-            self._keep.copy_(1.0 - torch.tensor(self._rates))

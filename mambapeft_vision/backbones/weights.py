@@ -249,30 +249,25 @@ class Loaded:
     """The file's weights that a backbone was loaded with.
 
     sha256: of the file's own tensors, before any was resized: what is computed depends on the machine in its last bits.
-    content: of the backbone's tensors as loaded. versions: PyTorch's counters of writes to each parameter, which casts
-        and moves of the whole model leave as they are.
+    content: of the backbone's tensors as loaded. PyTorch's counters of writes would be quicker to compare, but writes
+        through `.data` do not raise them.
     """
 
     sha256: str
     content: str
-    versions: tuple[int, ...]
 
     @classmethod
     def of(cls, model: TimmModel, sha256: str) -> "Loaded":
-        return cls(sha256, tensors_sha256(_from_file(model)), _versions(model))
+        return cls(sha256, tensors_sha256(_from_file(model)))
 
     def still_in(self, model: TimmModel) -> bool:
-        """Whether the backbone holds these weights, in whatever dtype."""
-        return self.versions == _versions(model) or self.content == tensors_sha256(_from_file(model))
+        """Whether the backbone holds these weights, in the dtype in which they were loaded."""
+        return self.content == tensors_sha256(_from_file(model))
 
 
 def _from_file(model: TimmModel) -> dict[str, Tensor]:
     own = {name: p for name, p in model.named_parameters() if not name.startswith("head.")}
     return {name: p for name, p in own.items() if name not in model.not_in_file}
-
-
-def _versions(model: TimmModel) -> tuple[int, ...]:
-    return tuple(p._version for p in _from_file(model).values())
 
 
 def backbone_sha256(backbone: Any) -> str:

@@ -16,6 +16,7 @@ from mambapeft_vision.data import Preprocessing
 from mambapeft_vision.engine.config import TrainerConfig
 from mambapeft_vision.engine.schedule import make_optimizer, set_learning_rates
 from mambapeft_vision.engine.step import StepSettings, TrainStep
+from mambapeft_vision.utils.errors import UserError
 
 
 class Normalise(nn.Module):
@@ -90,6 +91,10 @@ class FineTuning(TrainingModule):
 
     Its saved state is the adapter (methods' tensors and the head), never the frozen backbone.
 
+    In a Trainer of one's own: `max_epochs` says how long it trains. Lightning does not see the steps, so `max_steps` is
+    refused, `trainer.global_step` stays 0 (`steps_done` counts) and callbacks that count steps do not act. There is no
+    validation step.
+
     Args:
         normalise: from the loader's images to the backbone's input.
         seed: with the epoch and the batch, decides dropout and drop path, so that a step draws the same whether or not
@@ -135,6 +140,14 @@ class FineTuning(TrainingModule):
 
     def configure_optimizers(self) -> Optimizer:
         return make_optimizer(self.model, self.recipe)
+
+    def on_fit_start(self) -> None:
+        trainer = self.trainer
+        if trainer.max_steps != -1 or trainer.max_epochs in (None, -1):
+            raise UserError(
+                f"Trainer(max_steps={trainer.max_steps}, max_epochs={trainer.max_epochs}): FineTuning takes its own "
+                f"steps, which Lightning does not count; expected max_epochs >= 0 and no max_steps"
+            )
 
     def on_train_start(self) -> None:
         self._renew_step()

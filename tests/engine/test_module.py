@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from helpers import runs
+from lightning.pytorch import Trainer
 from mambapeft_kernels import look_up
 from torch import nn
 
@@ -159,6 +160,16 @@ def test_state_is_the_adapter_and_loads_strictly(module):
     del state["head.bias"]
     with pytest.raises(ValueError, match=r"missing: head\.bias"):
         module.load_state_dict(state)
+
+
+@pytest.mark.parametrize("limits", [{"max_steps": 2, "max_epochs": 3}, {"max_epochs": -1}])
+def test_a_trainer_that_counts_steps_is_refused(module, limits):
+    """Steps are taken past Lightning: such a limit would never be reached."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", **quiet, **limits)
+    batches = [(torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long))]
+    with pytest.raises(ValueError, match=r"max_steps=.*expected max_epochs"):
+        trainer.fit(module, batches)
 
 
 def test_epoch_seeds_differ():

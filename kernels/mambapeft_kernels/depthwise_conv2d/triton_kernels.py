@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mambapeft_kernels.backends import interpreted
+from mambapeft_kernels.depthwise_conv2d import naive
+from mambapeft_kernels.derivatives import differentiated_again, plain_gradients
 
 
 @triton.jit
@@ -188,6 +190,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, dout):
     x, weight, bias = ctx.saved_tensors
+    if differentiated_again():
+        return tuple(plain_gradients(naive.depthwise_conv_silu, (x, weight, bias), ctx.needs_input_grad, dout))
     need_x, need_weight, need_bias = ctx.needs_input_grad
     dx, sums = torch.ops.mambapeft.depthwise_conv_silu_backward(dout, x, weight, bias, need_x, need_weight or need_bias)
     return (

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambapeft_kernels.derivatives import differentiated_again, plain_gradients
 from mambapeft_kernels.layer_norm import naive
 
 _FUSED = torch.float32, torch.bfloat16, torch.float16
@@ -153,6 +154,7 @@ def _op_backward(
     need: list[bool],
 ) -> list[Tensor]:
     """The gradients of hidden (in `dtype`), residual, weight and bias (float32); empty where not asked for."""
+    total = total.contiguous()
     width = total.shape[-1]
     rows = total.numel() // width
     tile = _tile(width)
@@ -180,7 +182,7 @@ def _(dnormed, dout, total, weight, branch_scale, eps, dtype, need):
 
 def _setup_context(ctx, inputs, output) -> None:
     hidden, _, weight, bias, eps, branch_scale, keep = inputs
-    ctx.save_for_backward(output[1] if keep else hidden.contiguous(), weight, branch_scale)
+    ctx.save_for_backward(output[1] if keep else hidden, weight, branch_scale)
     ctx.set_materialize_grads(False)
     ctx.keep, ctx.eps = keep, eps
     ctx.dtypes = hidden.dtype, torch.float32, weight.dtype, bias.dtype
@@ -191,10 +193,36 @@ def _setup_context(ctx, inputs, output) -> None:
 def _differentiate(ctx, dnormed, dout):
     total, weight, branch_scale = ctx.saved_tensors
     need = list(ctx.needs_input_grad[:4])
+    if differentiated_again():
+        return *_plainly(ctx, dnormed, dout if ctx.keep else None, total, weight, branch_scale), None, None, None
     grads = torch.ops.mambapeft.add_layer_norm_backward(
         dnormed, dout if ctx.keep else None, total, weight, branch_scale, ctx.eps, ctx.dtypes[0], need
     )
     return *(g.to(dtype) if n else None for g, dtype, n in zip(grads, ctx.dtypes, need)), None, None, None
+
+
+def _plainly(
+    ctx, dnormed: Tensor | None, dout: Tensor | None, total: Tensor, weight: Tensor, branch_scale: Tensor | None
+) -> list[Tensor | None]:
+    """The gradients of hidden, residual, weight and bias, which can be differentiated again."""
+
+    def norm(total: Tensor, weight: Tensor) -> Tensor:
+        return naive.layer_norm(total, weight, torch.zeros_like(weight), ctx.eps).to(ctx.dtypes[0])
+
+    need_hidden, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
+    grad = torch.zeros_like(total, dtype=ctx.dtypes[0]) if dnormed is None else dnormed
+    dtotal, dweight = plain_gradients(norm, (total, weight), (need_hidden or need_residual, need_weight), grad)
+    if dtotal is not None and dout is not None:
+        dtotal = dtotal + dout
+    scaled = dtotal
+    if dtotal is not None and branch_scale is not None:
+        scaled = dtotal * branch_scale.view(-1, *[1] * (total.ndim - 1))
+    return [
+        scaled.to(ctx.dtypes[0]) if scaled is not None and need_hidden else None,
+        dtotal if need_residual else None,
+        dweight,
+        grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.dtypes[3]) if need_bias else None,
+    ]
 
 
 torch.library.register_autograd("mambapeft::add_layer_norm", _differentiate, setup_context=_setup_context)

@@ -5,13 +5,15 @@ the gradient of `x` for the additions alone: a twelfth of a Vim-S block's time. 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mambapeft_kernels import low_rank_add, product
+from mambapeft_kernels.derivatives import differentiated_again, no_autocast, plain_gradients
 
 
 class LowRankFactors(NamedTuple):
@@ -30,16 +32,17 @@ class LowRankFactors(NamedTuple):
 def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[LowRankFactors]) -> Tensor:
     """F.linear(x, weight, bias) + the branches, which have one rate of dropout. [..., in] → [..., out].
 
-    Under autocast everything is computed in its dtype. Gradients of first order only.
+    Under autocast everything is computed in its dtype.
     """
     settings, factors = _taken_apart(branches)
+    x = x.to(compute_dtype(x))  # before it is kept for the backward pass, so that only the narrow one is
     return _LowRankLinear.apply(x, weight, bias, settings, *factors)
 
 
 def add_low_rank(out: Tensor, x: Tensor, branches: Sequence[LowRankFactors]) -> Tensor:
     """Adds the branches, which have one rate of dropout, to out [..., out], which is contiguous, in place."""
     settings, factors = _taken_apart(branches)
-    return _AddLowRank.apply(out, x, settings, *factors)
+    return _AddLowRank.apply(out, x.to(out.dtype), settings, *factors)
 
 
 class _Settings(NamedTuple):
@@ -80,8 +83,9 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, settings, *factors):
         dtype = compute_dtype(x)
         ctx.shape, ctx.dtypes = x.shape, (x.dtype, weight.dtype, None if bias is None else bias.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device.type):
             flat = x.to(dtype).reshape(-1, x.shape[-1])
+            plain_weight, plain_bias = weight, bias
             weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
             out = flat.new_empty(*x.shape[:-1], weight.shape[0])
             flat_out = out.view(-1, out.shape[-1])
@@ -91,18 +95,24 @@ class _LowRankLinear(torch.autograd.Function):
                 torch.addmm(bias, flat, weight.T, out=flat_out)
             kept = _add_branches(flat_out, flat, settings, factors)
         ctx.settings, ctx.factor_dtypes = settings, [t.dtype for t in factors]
-        ctx.save_for_backward(weight, *kept.tensors())
+        ctx.save_for_backward(weight, *kept.tensors(), x, plain_weight, plain_bias, *factors)
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        count = len(ctx.settings.scales)
         weight, *saved = ctx.saved_tensors
-        kept = _Kept.of(saved)
+        kept, inputs = _Kept.of(saved[: 4 + count]), saved[4 + count :]
+        if differentiated_again():
+            need_x, need_weight, need_bias, _, *need_factors = ctx.needs_input_grad
+            definition = partial(_linear_definition, ctx.settings, weight.dtype, kept.mask)
+            need = need_x, need_weight, need_bias, *need_factors
+            dx, dweight, dbias, *dfactors = plain_gradients(definition, inputs, need, grad)
+            return dx, dweight, dbias, None, *dfactors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         need_x, need_weight, need_bias, _, *need_factors = ctx.needs_input_grad
         dx = dweight = dbias = None
-        with torch.autocast(grad.device.type, enabled=False):
+        with no_autocast(grad.device.type):
             grad = grad.reshape(-1, grad.shape[-1]).to(weight.dtype)
             if need_weight:
                 dweight = product(grad.T, kept.x, weight_dtype)
@@ -119,23 +129,57 @@ class _AddLowRank(torch.autograd.Function):
     def forward(ctx, out, x, settings, *factors):
         ctx.shape, ctx.x_dtype = x.shape, x.dtype
         ctx.mark_dirty(out)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device.type):
             flat = x.to(out.dtype).reshape(-1, x.shape[-1])
             kept = _add_branches(out.view(-1, out.shape[-1]), flat, settings, factors)
         ctx.settings, ctx.factor_dtypes = settings, [t.dtype for t in factors]
-        ctx.save_for_backward(*kept.tensors())
+        ctx.save_for_backward(*kept.tensors(), x, *factors)
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        kept = _Kept.of(ctx.saved_tensors)
+        saved, count = ctx.saved_tensors, len(ctx.settings.scales)
+        kept, inputs = _Kept.of(saved[: 4 + count]), saved[4 + count :]
+        if differentiated_again():
+            _, need_x, _, *need_factors = ctx.needs_input_grad
+            definition = partial(_branches_definition, ctx.settings, grad.shape[-1], kept.x.dtype, kept.mask)
+            dx, *dfactors = plain_gradients(definition, inputs, (need_x, *need_factors), grad)
+            return grad, dx, None, *dfactors
         _, need_x, _, *need_factors = ctx.needs_input_grad
-        with torch.autocast(grad.device.type, enabled=False):
+        with no_autocast(grad.device.type):
             flat = grad.reshape(-1, grad.shape[-1]).to(kept.x.dtype)
             dlow, dfactors = _branch_gradients(flat, ctx.settings, kept, need_factors, ctx.factor_dtypes)
             dx = (dlow @ kept.down).view(ctx.shape).to(ctx.x_dtype) if need_x else None
         return grad, dx, None, *dfactors
+
+
+def _linear_definition(
+    settings: _Settings,
+    dtype: torch.dtype,
+    mask: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *factors: Tensor,
+) -> Tensor:
+    """`low_rank_linear` in plain PyTorch, for the dropout `mask` that was drawn."""
+    out = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    return out + _branches_definition(settings, out.shape[-1], dtype, mask, x, *factors)
+
+
+def _branches_definition(
+    settings: _Settings, features: int, dtype: torch.dtype, mask: Tensor | None, x: Tensor, *factors: Tensor
+) -> Tensor:
+    """What the branches add to `features` features, in plain PyTorch; mask: [m, Σr], of the dropout, or None."""
+    ranks = [len(down) for down in factors[::2]]
+    kept = [1.0] * len(ranks) if mask is None else mask.view(*x.shape[:-1], -1).split(ranks, dim=-1)
+    total = x.new_zeros(*x.shape[:-1], features, dtype=dtype)
+    for down, up, scale, rows, keep in zip(factors[::2], factors[1::2], settings.scales, settings.rows, kept):
+        low = F.linear(x.to(dtype), down.to(dtype)) * keep / (1 - settings.dropout)
+        part = F.linear(low, scale * up.to(dtype))
+        start, stop, _ = (rows or slice(None)).indices(features)
+        total = total + F.pad(part, (start, features - stop))
+    return total
 
 
 def _add_branches(out: Tensor, x: Tensor, settings: _Settings, factors: Sequence[Tensor]) -> _Kept:

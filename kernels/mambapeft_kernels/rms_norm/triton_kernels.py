@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambapeft_kernels.derivatives import differentiated_again, plain_gradients
 from mambapeft_kernels.rms_norm import naive
 
 _WIDE = torch.float32
@@ -173,10 +174,29 @@ def _setup_context(ctx, inputs, output) -> None:
 def _differentiate(ctx, dnormed, dout):
     out, weight, branch_scale = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
+    if differentiated_again():
+        return *_plainly(ctx, dnormed, dout, out, weight, branch_scale), None, None
     grads = torch.ops.mambapeft.add_rms_norm_backward(
         dnormed, dout, out, weight, branch_scale, ctx.eps, ctx.dtype, *need
     )
     return *(g if n else None for g, n in zip(grads, need)), None, None
+
+
+def _plainly(
+    ctx, dnormed: Tensor, dout: Tensor, out: Tensor, weight: Tensor, branch_scale: Tensor | None
+) -> list[Tensor | None]:
+    """The gradients of hidden, residual and weight, which can be differentiated again."""
+
+    def norm(total: Tensor, weight: Tensor) -> Tensor:
+        return naive.add_rms_norm(total, None, weight, ctx.eps)[0].to(ctx.dtype)
+
+    need_hidden, need_residual, need_weight = ctx.needs_input_grad[:3]
+    dtotal, dweight = plain_gradients(norm, (out, weight), (need_hidden or need_residual, need_weight), dnormed)
+    if dtotal is None:
+        return [None, None, dweight]
+    dtotal = dtotal + dout
+    scaled = dtotal if branch_scale is None else dtotal * branch_scale[:, None, None]
+    return [scaled.to(ctx.dtype) if need_hidden else None, dtotal if need_residual else None, dweight]
 
 
 torch.library.register_autograd("mambapeft::add_rms_norm", _differentiate, setup_context=_setup_context)

@@ -12,13 +12,20 @@ broadcast products then run over long contiguous rows, which is what a CPU's vec
 import torch
 from torch import Tensor
 
+from mambapeft_kernels.derivatives import exporting
+
 # A chunk's largest tensor holds about this many numbers: small enough for a core's caches (measured: twice as fast
 # as four times as many on a small model), large enough to amortise Python's cost per operation.
 _CHUNK_ELEMENTS = 1 << 20
 
 
 def chunk_length(length: int, groups: int, batch: int, channels: int, states: int) -> int:
-    """Steps per chunk: bounded by memory per chunk, and never below 8 (the states kept grow as L / T)."""
+    """Steps per chunk: bounded by memory per chunk, and never below 8 (the states kept grow as L / T).
+
+    All steps while a model is exported: the number of chunks may not depend on the batch, which may be dynamic.
+    """
+    if exporting():
+        return length
     per_step = max(1, groups * batch * channels * states)
     return max(8, min(length, _CHUNK_ELEMENTS // per_step))
 
@@ -30,8 +37,14 @@ def _decay_and_input(u: Tensor, delta: Tensor, At: Tensor, B: Tensor) -> tuple[T
     return decay, inputs
 
 
-def _run_states(decay: Tensor, inputs: Tensor, h: Tensor) -> Tensor:
+def run_states(decay: Tensor, inputs: Tensor, h: Tensor) -> Tensor:
     """Turns `inputs` into the states of the chunk, in place."""
+    if exporting():  # the program may run where gradients are recorded, which `out=` does not allow
+        states = []
+        for t in range(decay.shape[0]):
+            h = torch.addcmul(inputs[t], decay[t], h)
+            states.append(h)
+        return torch.stack(states)
     for t in range(decay.shape[0]):
         h = torch.addcmul(inputs[t], decay[t], h, out=inputs[t])
     return inputs
@@ -52,8 +65,11 @@ def scan_forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, step
     for c, s in enumerate(range(0, length, steps)):
         e = min(length, s + steps)
         starts[c] = h
-        states = _run_states(*_decay_and_input(u[s:e], delta[s:e], At, B[s:e]), h)
-        torch.matmul(C[s:e].unsqueeze(-2), states, out=y[s:e].unsqueeze(-2))
+        states = run_states(*_decay_and_input(u[s:e], delta[s:e], At, B[s:e]), h)
+        if exporting():
+            y[s:e] = (C[s:e].unsqueeze(-2) @ states).squeeze(-2)
+        else:
+            torch.matmul(C[s:e].unsqueeze(-2), states, out=y[s:e].unsqueeze(-2))
         h = states[-1]
     return y, starts
 
@@ -85,7 +101,7 @@ def scan_backward(
         s = c * steps
         e = min(length, s + steps)
         decay, inputs = _decay_and_input(u[s:e], delta[s:e], At, B[s:e])
-        states = _run_states(decay, inputs, starts[c])
+        states = run_states(decay, inputs, starts[c])
         torch.matmul(states, dy[s:e].unsqueeze(-1), out=dC[s:e].unsqueeze(-1))
 
         adjoint = dy[s:e].unsqueeze(-2) * C[s:e].unsqueeze(-1)

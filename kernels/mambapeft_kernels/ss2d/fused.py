@@ -7,7 +7,9 @@ kernel that adds up what reaches u. Gradients are computed only for what asks fo
 import torch
 from torch import Tensor
 
+from mambapeft_kernels.derivatives import differentiated_again, plain_gradients
 from mambapeft_kernels.matmul import product
+from mambapeft_kernels.ss2d import naive
 from mambapeft_kernels.ss2d.api import DIRECTIONS, SS2DWeights
 
 _LOG2E = 1.4426950408889634
@@ -140,8 +142,14 @@ def _setup_context(ctx, inputs, output) -> None:
 def _differentiate(ctx, dout, *_):
     need = list(ctx.needs_input_grad[:-1])
     tensors = ctx.saved_tensors
+    if differentiated_again():
+        return *plain_gradients(_definition, tensors[: len(need)], need, dout), None
     grads = torch.ops.mambapeft.ss2d_backward(dout, *tensors, need)
     return *(g.to(t.dtype) if asked else None for g, t, asked in zip(grads, tensors, need)), None
+
+
+def _definition(u: Tensor, *weights: Tensor | None) -> Tensor:
+    return naive.ss2d(u, SS2DWeights(*weights))  # type: ignore[arg-type]  # the first five are never None
 
 
 torch.library.register_autograd("mambapeft::ss2d", _differentiate, setup_context=_setup_context)

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from mambapeft_kernels.derivatives import differentiated_again, exporting, no_autocast, plain_gradients
+from mambapeft_kernels.selective_scan.chunked import run_states
+from mambapeft_kernels.ss2d import naive
 from mambapeft_kernels.ss2d.api import DIRECTIONS, SS2DWeights
 from mambapeft_kernels.ss2d.naive import reading_orders
 
@@ -21,7 +23,7 @@ _CHUNK_ELEMENTS = 1 << 18
 
 def ss2d(u: Tensor, weights: SS2DWeights) -> Tensor:
     """See `mambapeft_kernels.ss2d`."""
-    with torch.autocast(u.device.type, enabled=False):
+    with no_autocast(u.device.type):
         return _SS2D.apply(u, *weights)
 
 
@@ -51,7 +53,9 @@ class _Sequence:
         self.directions = torch.arange(DIRECTIONS, device=u.device)
         self.At = -torch.exp(w.A_logs.view(DIRECTIONS, channels, -1)).mT[:, None]  # [4, 1, N, E]
         per_step = DIRECTIONS * batch * channels * self.states
-        self.steps = max(8, min(height * width, _CHUNK_ELEMENTS // max(1, per_step)))
+        fits = max(8, min(height * width, _CHUNK_ELEMENTS // max(1, per_step)))
+        # In an exported model the number of chunks may not depend on the batch, which may be dynamic.
+        self.steps = height * width if exporting() else fits
 
     def ranges(self) -> list[slice]:
         """The steps of each chunk."""
@@ -74,8 +78,7 @@ class _Sequence:
         delta = F.softplus(raw)
         decay = (delta.unsqueeze(-2) * self.At).exp_()
         states = (delta * u).unsqueeze(-2) * B.unsqueeze(-1)
-        for t in range(len(places)):
-            h = torch.addcmul(states[t], decay[t], h, out=states[t])
+        states = run_states(decay, states, h)
         return _Chunk(places, u, low, B, C, delta, decay, states)
 
     def read_states(self, states: Tensor) -> Tensor:
@@ -101,8 +104,15 @@ class _SS2D(torch.autograd.Function):
         return y.transpose(0, 1).reshape(u.shape).to(u.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout):
+        if differentiated_again():
+            inputs = ctx.saved_tensors[: len(SS2DWeights._fields) + 1]
+            return tuple(plain_gradients(_definition, inputs, ctx.needs_input_grad, dout))
+        with no_autocast(dout.device.type):
+            return _SS2D._gradients(ctx, dout)
+
+    @staticmethod
+    def _gradients(ctx, dout):
         count = len(SS2DWeights._fields)
         u, *kept = ctx.saved_tensors
         weights, starts = kept[:count], kept[count:]
@@ -156,6 +166,10 @@ class _SS2D(torch.autograd.Function):
         )
         du = du_map.transpose(0, 1).reshape(u.shape).to(u.dtype) if ctx.needs_input_grad[0] else None
         return du, *(g.to(t.dtype) if asked else None for g, t, asked in zip(found, weights, need))
+
+
+def _definition(u: Tensor, *weights: Tensor | None) -> Tensor:
+    return naive.ss2d(u, SS2DWeights(*weights))  # type: ignore[arg-type]  # the first five are never None
 
 
 def _sequence(u: Tensor, weights: tuple[Tensor | None, ...]) -> _Sequence:

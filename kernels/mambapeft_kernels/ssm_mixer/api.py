@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mambapeft_kernels.backends import FUSED, resolve_backend
+from mambapeft_kernels.backends import FUSED, computes_now, resolve_backend
 
 
 class Direction(NamedTuple):
@@ -56,6 +56,8 @@ def ssm_mixer(
         from mambapeft_kernels.ssm_mixer import fused
 
         return fused.run(xz, z, directions, scale, chosen)
+    if chosen == "numba" and not computes_now([xz, z, *(t for d in directions for t in d[:-1])]):
+        chosen = "torch"  # what is traced (compiled, exported) is made of PyTorch's operations
     if chosen == "numba":
         from mambapeft_kernels.ssm_mixer import compiled
 

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from mambapeft_kernels.derivatives import differentiated_again, no_autocast, plain_gradients
+from mambapeft_kernels.ssm_mixer import naive
 from mambapeft_kernels.ssm_mixer import numba_loops as loops
-from mambapeft_kernels.ssm_mixer.api import Direction
+from mambapeft_kernels.ssm_mixer.api import Direction, halves
 
 _FIELDS = len(Direction._fields) - 1  # every field but `reverse` is a tensor or None
 
@@ -112,8 +113,24 @@ class _Mixer(torch.autograd.Function):
         return out.to(xz.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        if differentiated_again():
+            xz, z, _, *rest = ctx.saved_tensors
+            need_xz, need_z, _, _, *need_flat = ctx.needs_input_grad
+
+            def definition(xz: Tensor, z: Tensor | None, *flat: Any) -> Tensor:
+                size, reverse = _FIELDS, ctx.reverse
+                own = tuple(Direction._make((*flat[i * size : (i + 1) * size], r)) for i, r in enumerate(reverse))
+                return naive.ssm_mixer(*halves(xz, z), own, ctx.scale)
+
+            inputs, need = (xz, z, *rest[len(ctx.reverse) :]), (need_xz, need_z, *need_flat)
+            dxz, dz, *dflat = plain_gradients(definition, inputs, need, dout)
+            return dxz, dz, None, None, *dflat
+        with no_autocast("cpu"):
+            return _Mixer._gradients(ctx, dout)
+
+    @staticmethod
+    def _gradients(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         xz, z, total, *rest = ctx.saved_tensors
         starts, flat = rest[: len(ctx.reverse)], rest[len(ctx.reverse) :]
         wide, batch = total.dtype, total.shape[0]
@@ -198,7 +215,7 @@ def _directions(
     flat: tuple[Tensor | None, ...] | list[Tensor | None], reverse: tuple[bool, ...], wide: torch.dtype
 ) -> list[Direction]:
     tensors: list[Any] = [None if t is None else t.detach().to(wide) for t in flat]
-    return [Direction(*tensors[i * _FIELDS : (i + 1) * _FIELDS], r) for i, r in enumerate(reverse)]
+    return [Direction._make((*tensors[i * _FIELDS : (i + 1) * _FIELDS], r)) for i, r in enumerate(reverse)]
 
 
 def _inputs(xz: Tensor, z: Tensor | None, wide: torch.dtype) -> tuple[np.ndarray, np.ndarray, int]:

@@ -7,14 +7,16 @@ the scans (`_scans`) and the convolution (`_convolution`). Gradients are compute
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mambapeft_kernels.derivatives import differentiated_again, plain_gradients
 from mambapeft_kernels.matmul import product
 from mambapeft_kernels.selective_scan.checkpoints import checkpoint_shape
+from mambapeft_kernels.ssm_mixer import naive
 from mambapeft_kernels.ssm_mixer.api import Direction, halves
 
 _FIELDS = Direction._fields[:-1]  # every field but `reverse` is a tensor or None
@@ -310,6 +312,10 @@ def _differentiate(ctx, dout, *_):
     xz, z, *rest = ctx.saved_tensors
     kept, tensors = rest[: ctx.count], rest[ctx.count :]
     need_xz, need_z, need = ctx.needs_input_grad[0], ctx.needs_input_grad[1], list(ctx.needs_input_grad[2])
+    if differentiated_again():
+        definition = partial(_definition, ctx.constants)
+        dxz, dz, *own = plain_gradients(definition, (xz, z, *tensors), (need_xz, need_z, *need), dout)
+        return dxz, dz, own, None, None, None, None, None
     dxz, dz, *grads = torch.ops.mambapeft.mixer_backward(
         dout, xz, z, *kept, tensors, *ctx.constants, need_xz, need_z, need
     )
@@ -319,6 +325,16 @@ def _differentiate(ctx, dout, *_):
         for (direction, field), tensor, asked in zip(slots, tensors, need)
     ]
     return dxz if need_xz else None, dz if need_z else None, own, None, None, None, None, None
+
+
+def _definition(constants: tuple[Any, ...], xz: Tensor, z: Tensor | None, *tensors: Tensor) -> Tensor:
+    """The op in plain PyTorch; constants: present, reverse, scale, backend."""
+    present, reverse, scale, _ = constants
+    there = iter(tensors)
+    flat: list[Any] = [next(there) if p else None for p in present]
+    size = len(_FIELDS)
+    directions = tuple(Direction._make((*flat[i * size : (i + 1) * size], r)) for i, r in enumerate(reverse))
+    return naive.ssm_mixer(*halves(xz, z), directions, scale)
 
 
 torch.library.register_autograd("mambapeft::mixer_forward", _differentiate, setup_context=_setup_context)

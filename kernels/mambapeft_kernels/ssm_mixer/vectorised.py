@@ -4,16 +4,16 @@ One autograd node for the whole core. It keeps x, z, the ungated sum and one sta
 convolution, Δ, B and C are recomputed in the backward. Gradients are computed only for what asks for them.
 """
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mambapeft_kernels.causal_conv1d.naive import causal_conv_silu
+from mambapeft_kernels.derivatives import differentiated_again, no_autocast, plain_gradients
 from mambapeft_kernels.selective_scan.chunked import chunk_length, scan_backward, scan_forward
+from mambapeft_kernels.ssm_mixer import naive
 from mambapeft_kernels.ssm_mixer.api import Direction
 
 _FIELDS = len(Direction._fields) - 1  # every field but `reverse` is a tensor or None
@@ -23,8 +23,7 @@ def ssm_mixer(x: Tensor, z: Tensor, directions: tuple[Direction, ...], scale: fl
     """See `mambapeft_kernels.ssm_mixer`."""
     flat = [t for d in directions for t in d[:_FIELDS]]
     reverse = tuple(d.reverse for d in directions)
-    kind = x.device.type  # the meta device has no autocast
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+    with no_autocast(x.device.type):
         return _Mixer.apply(x, z, scale, reverse, *flat)
 
 
@@ -73,8 +72,21 @@ class _Mixer(torch.autograd.Function):
         return (scale * F.silu(z.to(wide)) * total).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out):
+        x, z, _, _, *flat = ctx.saved_tensors
+        if differentiated_again():
+            need_x, need_z, _, _, *need_flat = ctx.needs_input_grad
+
+            def definition(x: Tensor, z: Tensor, *flat: Tensor | None) -> Tensor:
+                return naive.ssm_mixer(x, z, tuple(_unflatten(flat, ctx.reverse)), ctx.scale)
+
+            dx, dz, *dflat = plain_gradients(definition, (x, z, *flat), (need_x, need_z, *need_flat), grad_out)
+            return dx, dz, None, None, *dflat
+        with no_autocast(grad_out.device.type):
+            return _Mixer._gradients(ctx, grad_out)
+
+    @staticmethod
+    def _gradients(ctx, grad_out):
         x, z, total, starts, *flat = ctx.saved_tensors
         wide, reverse = total.dtype, ctx.reverse
         need_x, need_z, _, _, *need_flat = ctx.needs_input_grad

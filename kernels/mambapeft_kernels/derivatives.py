@@ -1,0 +1,66 @@
+"""What ops with a backward pass of their own share: autocast off, and derivatives of any order by the definition.
+
+A fused backward pass computes numbers that autograd cannot follow. Where somebody asks for derivatives of gradients
+(`create_graph=True`: Hessian-vector products, gradient penalties, influence functions), the gradients are those of the
+op's definition in plain PyTorch instead: slower, and right in all orders.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def no_autocast(kind: str) -> AbstractContextManager[None]:
+    """Autocast off for a type of device; some (meta) have none."""
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def differentiated_again() -> bool:
+    """Within a backward pass: whether its result will be differentiated (`create_graph=True`)."""
+    return torch.is_grad_enabled()
+
+
+def exporting() -> bool:
+    """Whether `torch.export` traces the model, perhaps for any batch; PyTorch 2.6 does not tell it from compiling."""
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+
+
+def plain_gradients(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    need: Sequence[bool],
+    grad: Tensor,
+) -> list[Tensor | None]:
+    """Gradients of function(*inputs) by autograd, which can be differentiated again; None where `need` is false.
+
+    Args:
+        function: the op's definition in plain PyTorch.
+        inputs: as the forward pass saved them, with their history.
+        grad: of the output.
+    """
+    with torch.enable_grad(), no_autocast(grad.device.type):
+        # Views, because an input may be computed from another one: gradients stop here, and none is counted twice.
+        fresh = [t.view_as(t) if t is not None and needed else t for t, needed in zip(inputs, need)]
+        wanted = [t for t, needed in zip(fresh, need) if t is not None and needed]
+        found = iter(torch.autograd.grad(function(*fresh), wanted, grad, create_graph=True, allow_unused=True))
+    return [next(found) if t is not None and needed else None for t, needed in zip(inputs, need)]
+
+
+def first_order_only(out: Tensor, remedy: str) -> Tensor:
+    """`out`, whose gradient cannot be differentiated: that is an error instead of a silent zero."""
+    return _FirstOrder.apply(out, remedy)
+
+
+class _FirstOrder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out, remedy):
+        ctx.remedy = remedy
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if differentiated_again():
+            raise RuntimeError(f"second derivatives (create_graph=True) do not exist here; {ctx.remedy}")
+        return grad, None

@@ -1,0 +1,487 @@
+"""Adapters, hooks, masks and weights of other libraries on modules whose weights a kernel would read."""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+from mambapeft_vision.adapter.model import adapt
+from mambapeft_vision.backbones import create_backbone, unfused
+from mambapeft_vision.backbones.contract import frozen_casts
+from mambapeft_vision.backbones.layers import ConvWeights, LinearWeights, PortedLinear, PortedPatches
+from mambapeft_vision.methods.affix import Affix
+from mambapeft_vision.methods.lora import LoRA
+
+# R + 2N = 32 divides into the groups of every kind of adapter.
+SIZES: dict[str, Any] = {"depth": 2, "embed_dim": 32, "d_state": 14, "dt_rank": 4}
+HELD = ["conv1d", "conv1d_b", "x_proj", "x_proj_b", "dt_proj", "dt_proj_b"]
+LINEAR = ["in_proj", "x_proj", "x_proj_b", "dt_proj", "dt_proj_b", "out_proj", "head"]
+CONVOLUTIONS = ["conv1d", "conv1d_b", "patch_embed.proj"]
+
+
+@pytest.fixture(autouse=True)
+def announcements_start_afresh() -> None:
+    unfused._announce.cache_clear()
+
+
+def vim(kernel: str = "auto", dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
+    torch.manual_seed(0)
+    create_backbone("vim_pico_patch8_32", "random", depth=1)  # registers the names with timm
+    model: Any = timm.create_model("vim_pico_patch8_32", num_classes=4, **{**SIZES, **sizes})
+    nn.init.normal_(model.head.weight)
+    if kernel != "auto":
+        model.set_kernel(kernel, "cpu")
+    return model.to(dtype).eval()
+
+
+def images(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+
+def held(model: Any) -> list[nn.Module]:
+    return [getattr(mixer, part) for mixer in model.mixers for part in HELD]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The unfused mixer computes the same
+
+
+def test_the_unfused_mixer_computes_the_same() -> None:
+    """Output, first and second derivatives of every parameter, when one module has a hook that changes nothing."""
+    plain, hooked = vim("naive", torch.float64), vim("naive", torch.float64)
+    for mixer in hooked.mixers:
+        mixer.dt_proj_b.register_forward_hook(lambda *_: None)
+    results = []
+    for model in (plain, hooked):
+        loss = model(images(torch.float64)).logsumexp(1).sum()
+        parameters = list(model.parameters())
+        first = torch.autograd.grad(loss, parameters, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), parameters)
+        results.append([loss, *first, *second])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["mambareg_pico_patch8_32", "videomamba_pico_patch8_32", "arm_pico_patch8_32"])
+def test_other_backbones_too(name: str) -> None:
+    model = create_backbone(name, "random").double().eval()
+    x = torch.randn(2, 3, *model.patch_embed.img_size, dtype=torch.float64)
+    expected, seen = model(x), []
+    for mixer in model.mixers:
+        for suffix in mixer.suffixes:
+            getattr(mixer, f"x_proj{suffix}").register_forward_hook(lambda module, *_: seen.append(module))
+    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-12)
+    assert len(seen) == sum(len(mixer.suffixes) for mixer in model.mixers)
+
+
+@pytest.mark.parametrize("position", ["prefix", "infix"])
+def test_with_methods_of_our_own(position: str) -> None:
+    """Weight ports and affix tokens take part in a mixer that calls its modules."""
+    outputs = []
+    for hooked in (False, True):
+        backbone = create_backbone("vim_pico_patch8_32", "random", **SIZES).double()
+        methods = {
+            "affix": Affix(tokens=2, position=position),
+            "lora": LoRA(targets=["x_proj", "dt_proj", "conv", "in_proj"], rank=2, space="weight"),
+        }
+        model = adapt(backbone, methods, 4).double().eval()
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for p in model.trained().values():
+                p.copy_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+        if hooked:
+            for module in held(backbone):
+                module.register_forward_hook(lambda *_: None)
+        out = model(images(torch.float64))
+        outputs.append([out, *torch.autograd.grad(out.square().sum(), list(model.trained().values()))])
+    for expected, found in zip(*outputs, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_a_mixer_without_changes_stays_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = vim()
+    parametrizations.weight_norm(model.layers[0].mixer.x_proj)  # a computed weight can be read
+    monkeypatch.setattr("mambapeft_vision.backbones.mixer.mixer_through_modules", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(images())
+
+
+def test_it_is_announced_once() -> None:
+    model = vim()
+    for module in held(model):
+        module.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="conv1d of a mixer has a hook") as told:
+        model(images())
+        model(images())
+    assert len(told) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Hooks
+
+
+HOOKS: dict[str, Callable[[nn.Module, Callable[..., None]], Any]] = {
+    "forward": lambda m, seen: m.register_forward_hook(lambda *_: seen()),
+    "before forward": lambda m, seen: m.register_forward_pre_hook(lambda *_: seen()),
+    "backward": lambda m, seen: m.register_full_backward_hook(lambda *_: seen()),
+    "before backward": lambda m, seen: m.register_full_backward_pre_hook(lambda *_: seen()),
+}
+
+
+@pytest.mark.parametrize("part", HELD)
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_are_called(hook: str, part: str) -> None:
+    model, calls = vim(depth=1), []
+    HOOKS[hook](getattr(model.layers[0].mixer, part), lambda: calls.append(1))
+    model(images()).sum().backward()
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("part", HELD)
+def test_a_hook_may_change_the_output(part: str) -> None:
+    model = vim(depth=1)
+    before = model(images())
+    handle = getattr(model.layers[0].mixer, part).register_forward_hook(lambda *args: args[-1] * 1.5)
+    assert not torch.allclose(model(images()), before, atol=1e-4)
+    handle.remove()
+    assert torch.equal(model(images()), before)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Masks, norms, other modules, offloading
+
+
+@pytest.mark.parametrize("part", HELD)
+def test_pruning_trains_and_can_be_made_permanent(part: str) -> None:
+    model = vim(depth=1)
+    module = getattr(model.layers[0].mixer, part)
+    prune.l1_unstructured(module, "weight", amount=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(images()).square().sum().backward()
+        assert module.weight_orig.grad.abs().sum() > 0
+        assert not module.weight_orig.grad[module.weight_mask == 0].any()
+        optimizer.step()
+    expected = model(images())
+    prune.remove(module, "weight")
+    torch.testing.assert_close(model(images()), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", HELD)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_the_older_weight_norm(part: str) -> None:
+    model = vim(depth=1)
+    expected = model(images())
+    module = getattr(model.layers[0].mixer, part)
+    nn.utils.weight_norm(module)
+    torch.testing.assert_close(model(images()), expected, rtol=1e-4, atol=1e-5)
+    for _ in range(2):  # the weight of the first step is not that of the second
+        model(images()).square().sum().backward()
+        assert module.weight_g.grad.abs().sum() > 0
+        with torch.no_grad():
+            module.weight_g.mul_(1.5)
+    assert not torch.allclose(model(images()), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["x_proj", "dt_proj_b"])
+def test_a_quantised_layer_in_its_place(part: str) -> None:
+    """Dynamic quantisation replaces a linear map by a module without a weight tensor."""
+    model = vim(depth=1)
+    mixer = model.layers[0].mixer
+    before = model(images())
+    linear = getattr(mixer, part)
+    plain = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
+    plain.load_state_dict(linear.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is on its way out
+        quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(plain), {nn.Linear})[0]
+    assert not isinstance(quantised, nn.Linear)
+    setattr(mixer, part, quantised)
+    after = model(images())
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, before, rtol=0.1, atol=0.1)
+
+
+def test_a_model_quantised_as_a_whole_runs() -> None:
+    model = vim(depth=1)
+    before = model(images())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear, LinearWeights, PortedLinear})
+    torch.testing.assert_close(model(images()), before, rtol=0.1, atol=0.1)
+
+
+def test_weights_that_are_offloaded_to_a_store() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = vim()
+    expected = model(images())
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    assert model.layers[0].mixer.x_proj.weight.is_meta
+    torch.testing.assert_close(model(images()), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Adapters of peft
+
+
+# Kinds that work on tokens of language models, or need more than a target's name; GLoRA takes no subclass of nn.Linear.
+NO_ADAPTERS = {
+    "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "GLORA", "LN_TUNING", "MULTITASK_PROMPT_TUNING", "POLY",
+    "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "SHADOW", "TRAINABLE_TOKENS", "XLORA",
+}  # fmt: skip
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ADALORA": {"total_step": 10, "init_r": 2, "target_r": 2},
+    "BOFT": {"boft_block_size": 2},
+    "C3A": {"block_size": 2},
+    "FOURIERFT": {"n_frequency": 5},
+    "GRALORA": {"r": 4},
+    "IA3": {"feedforward_modules": []},
+    "OFT": {"oft_block_size": 2, "r": 0},
+    "ROAD": {"group_size": 2},
+    "SHIRA": {"r": 1},
+    "VBLORA": {"num_vectors": 8, "vector_length": 2, "topk": 2},
+    "WAVEFT": {"n_frequency": 16},
+}
+VARIANTS = {
+    "LORA dora": {"use_dora": True},
+    "LORA rslora": {"use_rslora": True},
+    "LORA pissa": {"init_lora_weights": "pissa"},
+    "LORA olora": {"init_lora_weights": "olora"},
+    "LORA bias": {"lora_bias": True},
+}
+NEVER_MERGES = {"LILY"}
+MERGES_INTO_A_BIAS = {"BEFT", "LORA bias"}
+WITH_BIAS = ["dt_proj", "dt_proj_b", "head"]
+WRONG_IN_PEFT = {("OFT", "patch_embed.proj")}  # its merge differs with timm's own models too
+
+
+def kinds() -> list[str]:
+    try:
+        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    except ImportError:
+        return ["peft is not installed"]
+    names = {getattr(kind, "name", str(kind)) for kind in PEFT_TYPE_TO_TUNER_MAPPING}
+    return sorted((names - NO_ADAPTERS) | set(VARIANTS))
+
+
+def with_adapter(kind: str, targets: list[str]) -> Any:
+    """A model with a peft adapter whose tensors are not zero; None where peft refuses, or attaches to nothing."""
+    from peft import get_peft_model
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    name, *_ = kind.split()
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[name]
+    known = inspect.signature(config).parameters
+    arguments = {"r": 2, **SETTINGS.get(name, {}), **VARIANTS.get(kind, {})}
+    arguments = {key: value for key, value in arguments.items() if key in known}
+    try:
+        model: Any = get_peft_model(vim(), config(target_modules=targets, **arguments)).eval()
+    except (ValueError, TypeError, KeyError, NotImplementedError):
+        return None
+    trained = [p for p in model.parameters() if p.requires_grad]
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in trained:
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return model if trained else None
+
+
+def check_adapter(kind: str, model: Any) -> None:
+    out = model(images())
+    out.square().sum().backward()
+    dead = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not dead, f"{kind} does not train {dead}"
+    if kind not in NEVER_MERGES:
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(images()), out, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", kinds())
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_peft_train_and_merge(kind: str) -> None:
+    pytest.importorskip("peft")
+    linear = WITH_BIAS if kind in MERGES_INTO_A_BIAS else LINEAR
+    for target in linear:
+        assert with_adapter(kind, [target]) is not None, f"{kind} is refused on {target}"
+    check_adapter(kind, with_adapter(kind, linear))
+    for target in CONVOLUTIONS:  # few kinds take convolutions, fewer those with groups
+        model = with_adapter(kind, [target])
+        if model is not None and (kind, target) not in WRONG_IN_PEFT:
+            check_adapter(kind, model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_on_a_weight_alone() -> None:
+    """peft's `target_parameters` puts the weight in place only while the module runs."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(vim(), peft.LoraConfig(target_parameters=["x_proj.weight"], r=2))
+    model(images()).square().sum().backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(p.grad is not None for p in trained.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Weights that change between passes: no old cast is ever used
+
+
+def autocast_logits(model: nn.Module) -> Tensor:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        return model(images())
+
+
+@pytest.mark.parametrize("part", ["in_proj", "x_proj", "out_proj"])
+def test_writes_through_data_are_seen(part: str) -> None:
+    model, reference = vim().requires_grad_(False), vim().requires_grad_(False)
+    before = autocast_logits(model)
+    for m in (model, reference):
+        getattr(m.layers[0].mixer, part).weight.data.mul_(3)
+    after = autocast_logits(model)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, autocast_logits(reference))  # which never ran before
+
+
+def test_averages_of_weights_are_seen() -> None:
+    model, other = vim().requires_grad_(False), vim().requires_grad_(False)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.2)
+    autocast_logits(model)
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        mine.data.lerp_(theirs.data, 1.0)
+    assert torch.equal(autocast_logits(model), autocast_logits(other))
+
+
+def test_a_weight_that_is_replaced_while_casts_are_held_is_seen() -> None:
+    """Offloading puts another tensor in a parameter's place for each pass."""
+    model, expected = vim().requires_grad_(False), vim().requires_grad_(False)
+    with frozen_casts(model, torch.bfloat16):
+        held_logits = autocast_logits(model)
+        for m in (model, expected):
+            in_proj = m.layers[0].mixer.in_proj
+            in_proj.weight = nn.Parameter(3 * in_proj.weight, requires_grad=False)
+        assert torch.equal(autocast_logits(model), autocast_logits(expected))
+    assert not torch.equal(held_logits, autocast_logits(model))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_merge_of_peft_is_seen() -> None:
+    pytest.importorskip("peft")
+    model = with_adapter("LORA", ["in_proj", "out_proj", "x_proj"])
+    apart = autocast_logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(autocast_logits(model), apart, rtol=0.1, atol=0.2)  # bfloat16 rounds elsewhere
+    assert not torch.allclose(autocast_logits(vim()), apart, rtol=0.1, atol=0.2), "an adapter that does nothing"
+
+
+def test_training_after_an_evaluation_in_inference_mode() -> None:
+    model = vim().requires_grad_(False)
+    model.pos_embed.requires_grad_(True)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        model(images())
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images()).sum().backward()
+    assert model.pos_embed.grad.abs().sum() > 0
+
+
+def test_a_model_that_was_built_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = vim()
+        assert torch.isfinite(model(images())).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Derivatives of whole models
+
+
+@pytest.mark.parametrize("methods", ["none", "lora"])
+def test_second_derivatives_of_a_model(methods: str) -> None:
+    found = []
+    for kernel in ("naive", "torch", "auto"):
+        model = vim(kernel, torch.float64)
+        if methods == "lora":
+            lora = LoRA(targets=["in_proj", "out_proj"], rank=2)
+            adapted = adapt(vim(kernel, torch.float64), {"lora": lora}, 4).double()
+            generator = torch.Generator().manual_seed(2)
+            with torch.no_grad():
+                for p in adapted.trained().values():
+                    p.copy_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+            model, parameters = adapted, list(adapted.trained().values())
+        else:
+            parameters = [model.layers[0].mixer.in_proj.weight, model.head.weight]
+        first = torch.autograd.grad(model(images(torch.float64)).logsumexp(1).sum(), parameters, create_graph=True)
+        total = sum(g.square().sum() for g in first)
+        found.append([total.detach(), *torch.autograd.grad(total, parameters)])
+        if methods == "lora" and kernel == "torch":  # both kernels share the branches: finite differences
+            check_along_a_line(model, parameters, found[-1][1:])
+    for expected, *others in zip(*found, strict=True):
+        for mine in others:
+            torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-10)
+
+
+def check_along_a_line(model: nn.Module, parameters: list[Tensor], gradient: list[Tensor]) -> None:
+    generator = torch.Generator().manual_seed(4)
+    line = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+    values = []
+    for step in (1e-5, -2e-5):
+        with torch.no_grad():
+            for p, direction in zip(parameters, line, strict=True):
+                p.add_(step * direction)
+        first = torch.autograd.grad(model(images(torch.float64)).logsumexp(1).sum(), parameters)
+        values.append(sum(g.square().sum() for g in first))
+    slope = (values[0] - values[1]) / 2e-5
+    expected = sum((g * direction).sum() for g, direction in zip(gradient, line, strict=True))
+    torch.testing.assert_close(slope, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "torch", "naive"])
+def test_a_backward_pass_of_a_model_within_autocast(kernel: str) -> None:
+    model = vim(kernel)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images()).sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Layers that other libraries make of ours
+
+
+def test_layers_have_the_signatures_of_pytorch() -> None:
+    for ours, theirs in ((PortedLinear, nn.Linear), (LinearWeights, nn.Linear)):
+        mine, plain = ours(6, 4, bias=False, dtype=torch.float64), theirs(6, 4, bias=False, dtype=torch.float64)
+        mine.load_state_dict(plain.state_dict())
+        x = torch.randn(3, 6, dtype=torch.float64)
+        torch.testing.assert_close(mine(x), plain(x))
+    x = torch.randn(2, 4, 9, 8)
+    options: list[dict[str, Any]] = [
+        {"kernel_size": 3, "stride": 2},
+        {"kernel_size": (2, 3), "stride": (2, 1), "bias": False},
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 3, "dilation": 2, "groups": 2},
+        {"kernel_size": 3, "padding": "same"},
+        {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+    ]
+    for option in options:
+        conv, ported = nn.Conv2d(4, 6, **option), PortedPatches(4, 6, **option)
+        ported.load_state_dict(conv.state_dict())
+        torch.testing.assert_close(ported(x), conv(x), rtol=1e-4, atol=1e-5)
+    conv, held_conv = nn.Conv1d(4, 4, 3, groups=4), ConvWeights(4, 4, 3, groups=4)
+    held_conv.load_state_dict(conv.state_dict())
+    torch.testing.assert_close(held_conv(x[:, :, 0]), conv(x[:, :, 0]))
+
+
+def test_images_of_other_channels_are_refused_readably() -> None:
+    with pytest.raises(ValueError, match=r"\[2, 1, 32, 32\]; expected \[B, 3, H, W\].*in_chans"):
+        vim()(torch.randn(2, 1, 32, 32))
+
+
+def test_shapes_without_values() -> None:
+    model = vim().to("meta")
+    assert model(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 4)
