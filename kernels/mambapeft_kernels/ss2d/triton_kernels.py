@@ -176,6 +176,7 @@ def _segment_states(
     A = _states(a_ptr, k, chan, E, N, NB)
     weight, bias = _dt_weights(weight_ptr, bias_ptr, k, chan, E, R, RP)
     i = tl.arange(0, BLOCK_T)
+    first: tl.constexpr = BLOCK_T - 1 if BACKWARD else 0
     h = tl.zeros([NB, BLOCK_E], tl.float32)
     total = tl.zeros([BLOCK_E], tl.float32)
     for c in range(chunks):
@@ -194,10 +195,8 @@ def _segment_states(
                 dy = tl.load(dy_ptr + b * L * E + (place * E)[:, None] + chan[None, :], mask=mask, other=0.0)
                 C = tl.load(entry + N + n, mask=live, other=0.0).to(tl.float32)
                 x = decay * dy.to(tl.float32) * C[:, None]
-                first: tl.constexpr = BLOCK_T - 1
             else:
                 x = delta * u * tl.load(entry + n, mask=live, other=0.0).to(tl.float32)[:, None]
-                first: tl.constexpr = 0
             x = tl.where((i == first)[:, None], x + decay * _row(h, n, NB)[None, :], x)
             if BACKWARD:
                 _, s = tl.associative_scan((tl.flip(decay, 0), tl.flip(x, 0)), 0, _then)
