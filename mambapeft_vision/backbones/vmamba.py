@@ -1,14 +1,15 @@
 """VMamba (arXiv 2401.10166): four stages of blocks that scan a map in four directions.
 
 Plain PyTorch that reads top to bottom and knows nothing of PEFT. Maps are channel-last, [B, H, W, D]: that is what
-the kernels read. Parameter names are those of the official checkpoints, but for the head: `head`, there
-`classifier.head`. Images may have any size. D embed_dim of a stage, E channels, N states, R dt_rank.
+the kernels read, and their places row by row are the tokens [B, L, D]. Parameter names are those of the official
+checkpoints, but for `norm` and `head`: there `classifier.norm` and `classifier.head`. Images may have any size.
+D embed_dim of a stage, E channels, N states, R dt_rank.
 """
 
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, cast
 
@@ -24,18 +25,19 @@ from mambapeft_kernels import (
     resolve_backend,
     ss2d,
 )
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
-from timm.models import register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from mambapeft_vision.backbones.build import build, cfg
 from mambapeft_vision.backbones.layers import PortedLinear, both_sides, zero_head
-from mambapeft_vision.backbones.layout import TokenLayout
-from mambapeft_vision.backbones.ports import InputPort, Port, Ported, SidePort, TapPort
+from mambapeft_vision.backbones.layout import TokenLayout, select
+from mambapeft_vision.backbones.ports import InputPort, Port, Ported, PrefixPort, SidePort, TapPort
+from mambapeft_vision.backbones.timm_model import State, TimmModel
+from mambapeft_vision.backbones.timm_model import stream as tokens_of
 from mambapeft_vision.backbones.vit import Mlp
 from mambapeft_vision.utils.errors import UserError
-
-DIRECTIONS = 4  # row by row, column by column, and both backwards
 
 
 class RefusedPort(InputPort):
@@ -87,20 +89,24 @@ class SS2D(Ported):
     """The mixer of one block, [B, H, W, D] → [B, H, W, D]: out_proj(norm(scans(silu(conv(in_proj))))).
 
     In the vanilla layout in_proj also makes a gate z [B, H, W, E]: out_proj(norm(...) · silu(z)).
+    The four directions, along the first axis of the weights: row by row, column by column, and both backwards.
     """
+
+    suffixes = ("_0", "_1", "_2", "_3")
 
     def __init__(self, embed_dim: int, *, name: str, d_state: int, ssm_ratio: float, vanilla: bool) -> None:
         super().__init__()
         self.name = name
+        directions = len(self.suffixes)
         self.d_inner = inner = int(ssm_ratio * embed_dim)
         self.dt_rank = rank = math.ceil(embed_dim / 16)
         self.gated = vanilla
         self.kernel = "auto"
-        self.x_proj_weight = nn.Parameter(torch.empty(DIRECTIONS, rank + 2 * d_state, inner))
-        self.A_logs = nn.Parameter(torch.empty(DIRECTIONS * inner, d_state))
-        self.Ds = nn.Parameter(torch.empty(DIRECTIONS * inner))
-        self.dt_projs_weight = nn.Parameter(torch.empty(DIRECTIONS, inner, rank))
-        self.dt_projs_bias = nn.Parameter(torch.empty(DIRECTIONS, inner))
+        self.x_proj_weight = nn.Parameter(torch.empty(directions, rank + 2 * d_state, inner))
+        self.A_logs = nn.Parameter(torch.empty(directions * inner, d_state))
+        self.Ds = nn.Parameter(torch.empty(directions * inner))
+        self.dt_projs_weight = nn.Parameter(torch.empty(directions, inner, rank))
+        self.dt_projs_bias = nn.Parameter(torch.empty(directions, inner))
         in_proj = PortedLinear(embed_dim, inner * (2 if vanilla else 1), bias=False, name=f"{name}.in_proj")
         conv2d = Conv2dWeights(inner, inner, 3, padding=1, groups=inner, bias=vanilla)
         if vanilla:  # the official order of keys
@@ -111,7 +117,7 @@ class SS2D(Ported):
         # The fused kernels round it to the activations' dtype as they read it: a cast is half of the bytes.
         self.cast_weights = ("x_proj_weight",)
 
-        self.affix = Port(f"{name}.affix")  # () → [4, n, E], tokens in front of each direction's sequence
+        self.affix = PrefixPort(f"{name}.affix")  # () → [4, n, E]
         self.gate = Port(f"{name}.gate") if vanilla else RefusedPort(f"{name}.gate", "VMamba's blocks have no gate")
         self.state_offset = Port(f"{name}.state_offset")  # () → four [E, N]
         self.output_offset = Port(f"{name}.output_offset")  # () → four [E]
@@ -189,6 +195,11 @@ class Stream(NamedTuple):
         hidden = self.hidden if self.scale is None else self.hidden * self.scale[:, None, None, None]
         return hidden if self.residual is None else self.residual + hidden
 
+    def state(self) -> State:
+        """The same as tokens."""
+        residual = None if self.residual is None else self.residual.flatten(1, 2)
+        return State(self.hidden.flatten(1, 2), map_layout(self.hidden), residual, self.scale)
+
 
 class Block(nn.Module):
     """x += drop_path(op(norm(x))); x += drop_path(mlp(norm2(x))), x: [B, H, W, D]; no MLP in the vanilla layout."""
@@ -197,7 +208,7 @@ class Block(nn.Module):
 
     def __init__(self, embed_dim: int, *, name: str, mlp_ratio: float, **mixer: Any) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.embed_dim = name, embed_dim
         self.norm = Norm(embed_dim)
         self.op = SS2D(embed_dim, name=f"{name}.op", **mixer)
         if mlp_ratio:
@@ -243,7 +254,9 @@ def map_layout(x: Tensor) -> TokenLayout:
 class PatchEmbed(nn.ModuleDict):
     """Images [B, C, H, W] → [B, H/p, W/p, D] by two convolutions (3x3 for p = 4), norms and GELU; sides round up."""
 
-    def __init__(self, in_chans: int, embed_dim: int, patch_size: int) -> None:
+    def __init__(self, img_size: tuple[int, int], in_chans: int, embed_dim: int, patch_size: int) -> None:
+        if patch_size % 2:
+            raise UserError(f"backbone.patch_size={patch_size}; expected an even number, but with vanilla=true")
         side = patch_size // 2
         super().__init__(
             {
@@ -253,6 +266,8 @@ class PatchEmbed(nn.ModuleDict):
                 "7": Norm(embed_dim),
             }
         )
+        self.img_size = img_size
+        self.grid_size = tuple(math.ceil(size / patch_size) for size in img_size)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.gelu(self["2"](self["0"](images.permute(0, 2, 3, 1))))
@@ -262,8 +277,10 @@ class PatchEmbed(nn.ModuleDict):
 class VanillaPatchEmbed(nn.ModuleDict):
     """Images [B, C, H, W] → [B, H/p, W/p, D]: one product for each patch, and a norm."""
 
-    def __init__(self, in_chans: int, embed_dim: int, patch_size: int) -> None:
+    def __init__(self, img_size: tuple[int, int], in_chans: int, embed_dim: int, patch_size: int) -> None:
         super().__init__({"0": Conv2d(in_chans, embed_dim, patch_size, patch_size), "2": Norm(embed_dim)})
+        self.img_size = img_size
+        self.grid_size = tuple(size // patch_size for size in img_size)
 
     def forward(self, images: Tensor) -> Tensor:
         return self["2"](self["0"](images.permute(0, 2, 3, 1)))
@@ -302,7 +319,7 @@ class Stage(nn.Module):
         self.downsample = downsample
 
 
-class VMamba(Ported):
+class VMamba(TimmModel):
     """VMamba.
 
     Args:
@@ -313,9 +330,14 @@ class VMamba(Ported):
         d_state, ssm_ratio: N, and E / D.
         mlp_ratio: hidden width of the MLPs / D; 0: none.
         vanilla: the first version's layout: a gate, biases of the convolutions, patches without overlap.
-        num_classes: 0 for features only.
+        num_classes: 0 for features only. The head starts at zero.
         drop_path_rate: both branches of block i of n are dropped with rate linspace(0, rate, n)[i].
+        global_pool, drop_rate: see `TimmModel`.
     """
+
+    family = "vmamba"
+    norm_name = "norm"
+    head_names = ("classifier.head.", "head.")
 
     def __init__(
         self,
@@ -330,20 +352,19 @@ class VMamba(Ported):
         vanilla: bool = False,
         num_classes: int = 1000,
         drop_path_rate: float = 0.2,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
     ) -> None:
-        super().__init__()
         widths = tuple(dims << i for i in range(len(depths))) if isinstance(dims, int) else tuple(dims)
         if len(widths) != len(depths):
             raise UserError(f"backbone.dims={dims} and backbone.depths={depths}; expected one width for each stage")
-        self.img_size, self.in_chans = both_sides(img_size), in_chans
-        self.default_cfg: dict[str, Any] = {}  # set where the model is registered
-        self.pretrained_cfg = self.default_cfg
-        self.embed_dim, self.num_features, self.num_classes = widths[0], widths[-1], num_classes
-        rows, columns = (math.ceil(side / patch_size) for side in self.img_size)
-        self.layout = self.layout_of((rows, columns))
+        embedding = VanillaPatchEmbed if vanilla else PatchEmbed
+        patch_embed = embedding(both_sides(img_size), in_chans, widths[0], patch_size)
+        super().__init__(
+            img_size, patch_size, None, widths[0], in_chans, num_classes, global_pool, drop_rate, patch_embed
+        )
+        self.num_features = widths[-1]
         self.prompt = RefusedPort("prompt", "the maps of VMamba have no room for other tokens")
-
-        self.patch_embed = (VanillaPatchEmbed if vanilla else PatchEmbed)(in_chans, widths[0], patch_size)
         stages = []
         sizes = {"d_state": d_state, "ssm_ratio": ssm_ratio, "mlp_ratio": mlp_ratio, "vanilla": vanilla}
         for s, (dim, depth) in enumerate(zip(widths, depths)):
@@ -354,14 +375,20 @@ class VMamba(Ported):
                 downsample = PatchMerging(dim, widths[s + 1], name=name) if vanilla else Downsample(dim, widths[s + 1])
             stages.append(Stage(blocks, downsample))
         self.layers = nn.ModuleList(stages)
-        self.classifier = nn.ModuleDict({"norm": Norm(self.num_features)})
-        self.head: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.norm = Norm(self.num_features)
+        self.head = zero_head(self.head_hidden_size, num_classes)
+        #: One entry for each stage: its channels, its stride in pixels and its name.
+        self._feature_info = [
+            {"num_chs": dim, "reduction": patch_size << s, "module": f"layers.{s}"} for s, dim in enumerate(widths)
+        ]
 
         rates = torch.linspace(0, drop_path_rate, sum(depths))
         self._keep: Tensor
         self.register_buffer("_keep", 1.0 - rates.repeat_interleave(2), persistent=False)
         self._drops = drop_path_rate > 0
         self.init_weights()
+
+    # -- parts ------------------------------------------------------------------------------------------------
 
     @property
     def stages(self) -> list[Stage]:
@@ -370,10 +397,6 @@ class VMamba(Ported):
     @property
     def blocks(self) -> list[Block]:
         return [cast(Block, block) for stage in self.stages for block in stage.blocks]
-
-    @property
-    def _norm(self) -> Norm:
-        return cast(Norm, self.classifier["norm"])
 
     @property
     def mixers(self) -> list[SS2D]:
@@ -410,7 +433,7 @@ class VMamba(Ported):
         return cast(Block, self.get_submodule(path)).op.row_blocks.get(name, {}) if op else {}
 
     def layout_of(self, grid: tuple[int, int]) -> TokenLayout:
-        """The map of patches as tokens; their mean is read out."""
+        """A map's places as tokens; their mean is read out."""
         return TokenLayout(grid[0] * grid[1], grid)
 
     def output_layout(self) -> TokenLayout:
@@ -432,35 +455,44 @@ class VMamba(Ported):
         """Nothing: the kernels of VMamba compile when they are first launched."""
         return ()
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new zero head for `num_classes` classes (0: none), on the backbone's device and dtype."""
-        self.num_classes = num_classes
-        weight = self._norm.weight
-        self.head = zero_head(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
+    # -- from images to features ------------------------------------------------------------------------------
 
-    def get_classifier(self) -> nn.Module:
-        return self.head
+    def embed(self, images: Tensor) -> tuple[Tensor, TokenLayout]:
+        map_ = self.patch_embed(images)
+        return map_.flatten(1, 2), map_layout(map_)
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] → the last map [B, H/32, W/32, D] after the final norm (sides round up)."""
-        stream = Stream(self.patch_embed(images))
-        scales = self._branch_scales(images.shape[0])
+    def run_blocks(
+        self, tokens: Tensor, layout: TokenLayout, take: Collection[int] = (), stop: int | None = None
+    ) -> tuple[State, list[State]]:
+        """As `TimmModel.run_blocks`; `take` and `stop` count stages, whose states are those before downsampling."""
+        stream, taken = Stream(tokens.unflatten(1, layout.grid)), []
+        scales = self._branch_scales(tokens.shape[0])
         # The two factors of each block in turn; without drop path there are none, however many blocks.
         pairs = itertools.repeat((None, None)) if scales is None else iter(scales.unflatten(0, (-1, 2)))
-        for s, stage in enumerate(self.stages):
+        for s, stage in enumerate(self.stages[:stop]):
+            if s:
+                stream = Stream(self.stages[s - 1].downsample(stream.total()))
             for block in stage.blocks:
-                stream = block(stream, *next(pairs))
-            if s + 1 < len(self.stages):
-                stream = Stream(stage.downsample(stream.total()))
-        return self._norm.add(*stream)[0]
+                arguments = stream, *next(pairs)
+                if self.grad_checkpointing:
+                    stream = checkpoint(block, *arguments, use_reentrant=False)
+                else:
+                    stream = block(*arguments)
+            if s in take:
+                taken.append(stream.state())
+        return stream.state(), taken
+
+    def normed(self, state: State, positions: Sequence[int] | None = None) -> Tensor:
+        """As `TimmModel.normed`; the norm is that of the last stage, and states of others are only added up."""
+        if isinstance(self.norm, Norm) and state.hidden.shape[-1] == self.num_features:
+            tokens, _ = self.norm.add(state.hidden, state.residual, state.branch_scale)
+        else:
+            tokens = tokens_of(state)
+        return tokens if positions is None else select(tokens, positions)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """[B, H, W, D] → [B, classes]; or with `pre_logits` the mean over the map [B, D]."""
-        feature = x.mean((1, 2))
-        return feature if pre_logits else self.head(feature)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(images))
+        """Tokens [B, L, D] of images of any size → logits; with `pre_logits` what the head reads."""
+        return self._head(self.pool(x, self.layout_of((1, x.shape[1]))), pre_logits)
 
     def _branch_scales(self, batch: int) -> Tensor | None:
         """[2 blocks, B] drop-path factors, 0 or 1 / keep, drawn per sample and branch; None outside training."""
@@ -469,10 +501,35 @@ class VMamba(Ported):
         keep = self._keep[:, None]
         return (torch.rand(keep.shape[0], batch, device=keep.device) < keep).to(keep.dtype) / keep
 
+    # -- timm -------------------------------------------------------------------------------------------------
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """One entry for each stage: its channels, its stride in pixels and its name."""
+        return self._feature_info[: len(self.layers)]
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's patterns of parameter names, by stage (`coarse`) or by block."""
+        downsample, block = (r"^layers\.(\d+)\.downsample", (0,)), (r"^layers\.(\d+)\.blocks\.(\d+)", None)
+        return {
+            "stem": r"^patch_embed",
+            "blocks": r"^layers\.(\d+)" if coarse else [downsample, block, (r"^norm\.", (99999,))],
+        }
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """As `TimmModel.prune_intermediate_layers`, of stages."""
+        take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        self.stages[-1].downsample = nn.Identity()
+        return take
+
+    # -- weights ----------------------------------------------------------------------------------------------
+
     def init_weights(self) -> None:
-        """VMamba's own initialisation of everything."""
+        """VMamba's own initialisation of everything; the head is zero."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, PortedLinear):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -484,7 +541,7 @@ class VMamba(Ported):
             elif isinstance(module, SS2D):
                 module.init_weights()
 
-    def from_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def convert_checkpoint(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """The tensors of an official checkpoint (of any age) under the names and in the shapes of this model.
 
         Raises: UserError for the checkpoint of another variant, naming it.
@@ -495,7 +552,7 @@ class VMamba(Ported):
         return {
             name: tensor.flatten(1) if name in own and own[name].ndim == 2 and tensor.shape[2:] == (1, 1) else tensor
             for name, tensor in renamed.items()
-        }
+        }, ()
 
     def _check_variant(self, state: dict[str, Tensor]) -> None:
         """s1 and s2 files carry the same names and are easily confused."""
@@ -506,13 +563,11 @@ class VMamba(Ported):
         kind = f"those of {names[0]}" if names else "no published variant's"
         raise UserError(
             f"the weights are {kind}: (D, E, N, blocks of each stage) {given}; expected {mine}. Choose the backbone "
-            f"that they belong to, or the file of {self.default_cfg.get('name', 'this variant')}"
+            f"that they belong to, or the file of {self.pretrained_cfg['architecture']}"
         )
 
-    @staticmethod
-    def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict of this model under the official names, in their order."""
-        return {re.sub(r"^head\.", "classifier.head.", name): tensor for name, tensor in state.items()}
+    def official_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {re.sub(r"^(norm|head)\.", r"classifier.\1.", name): tensor for name, tensor in state.items()}
 
 
 # Old name → new name, in this order.
@@ -521,8 +576,7 @@ _RENAMED = (
     (r"^patch_embed\.norm\.", "patch_embed.2."),
     (r"\.ln_1\.", ".norm."),
     (r"\.self_attention\.", ".op."),
-    (r"^norm\.", "classifier.norm."),
-    (r"^classifier\.head\.", "head."),
+    (r"^classifier\.norm\.", "norm."),
 )
 
 
@@ -558,13 +612,38 @@ def _sizes(state: Mapping[str, Tensor]) -> tuple[int, int, int, tuple[int, ...]]
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Variants. A model's `default_cfg` says everything needed to use it: input, normalisation, where weights come from.
+# Variants
 
 
-def _build(name: str, drop_path_rate: float, url: str, kwargs: dict[str, Any]) -> VMamba:
-    # timm.create_model hands these to every entry point; they steer timm's own loader, which we do not use.
-    for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-        kwargs.pop(key, None)
+def _published(file: str, tag: str = "v2cls") -> dict[str, Any]:
+    return cfg(
+        fixed_input_size=False,
+        crop_mode="squash",
+        first_conv="patch_embed.0",
+        url=f"https://github.com/MzeroMiko/VMamba/releases/download/%23{tag}/{file}",
+        license="mit",
+        origin_url="https://github.com/MzeroMiko/VMamba",
+        paper_ids="arXiv:2401.10166",
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vmamba_tiny_s1l8": _published("vssm1_tiny_0230s_ckpt_epoch_264.pth"),
+        "vmamba_small_s2l15": _published("vssm_small_0229_ckpt_epoch_222.pth"),
+        "vmamba_base_s2l15": _published("vssm_base_0229_ckpt_epoch_237.pth"),
+        "vmamba_tiny_s2l5": _published("vssm_tiny_0230_ckpt_epoch_262.pth"),
+        "vmamba_small_s1l20": _published("vssm1_small_0229s_ckpt_epoch_240.pth"),
+        "vmamba_base_s1l20": _published("vssm1_base_0229s_ckpt_epoch_225.pth"),
+        "vmamba_vanilla_tiny": _published("vssmtiny_dp01_ckpt_epoch_292.pth", "v0cls"),
+        "vmamba_vanilla_small": _published("vssmsmall_dp03_ckpt_epoch_238.pth", "v0cls"),
+        "vmamba_vanilla_base": _published("vssmbase_dp06_ckpt_epoch_241.pth", "v0cls"),
+        "vmamba_pico_patch4_32": cfg(32, fixed_input_size=False, crop_mode="squash", first_conv="patch_embed.0"),
+    }
+)
+
+
+def _build(name: str, pretrained: bool, drop_path_rate: float, kwargs: dict[str, Any]) -> VMamba:
     dim, inner, states, depths = OFFICIAL_SIZES[name]
     sizes: dict[str, Any] = {
         "dims": dim,
@@ -575,76 +654,65 @@ def _build(name: str, drop_path_rate: float, url: str, kwargs: dict[str, Any]) -
     }
     if name.startswith("vmamba_vanilla"):
         sizes |= {"vanilla": True, "mlp_ratio": 0.0}
-    sizes |= kwargs
-    model = VMamba(**sizes)
-    model.default_cfg = model.pretrained_cfg = {
-        "input_size": (model.in_chans, *model.img_size),
-        "interpolation": "bicubic",
-        "crop_pct": 1.0,
-        "crop_mode": "squash",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "num_classes": 1000,
-        "first_conv": "patch_embed.0",
-        "classifier": "head",
-        "url": url,
-        "architecture": {key: value for key, value in sizes.items() if key != "num_classes"},
-    }
-    return model
-
-
-_RELEASES = "https://github.com/MzeroMiko/VMamba/releases/download/%23"
+    return build(VMamba, name, pretrained, sizes, kwargs)
 
 
 @register_model
 def vmamba_tiny_s1l8(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """VMamba-T, E = D."""
-    return _build("vmamba_tiny_s1l8", 0.2, f"{_RELEASES}v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth", kwargs)
+    return _build("vmamba_tiny_s1l8", pretrained, 0.2, kwargs)
 
 
 @register_model
 def vmamba_small_s2l15(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """VMamba-S, E = 2D."""
-    return _build("vmamba_small_s2l15", 0.3, f"{_RELEASES}v2cls/vssm_small_0229_ckpt_epoch_222.pth", kwargs)
+    return _build("vmamba_small_s2l15", pretrained, 0.3, kwargs)
 
 
 @register_model
 def vmamba_base_s2l15(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """VMamba-B, E = 2D."""
-    return _build("vmamba_base_s2l15", 0.6, f"{_RELEASES}v2cls/vssm_base_0229_ckpt_epoch_237.pth", kwargs)
+    return _build("vmamba_base_s2l15", pretrained, 0.6, kwargs)
 
 
 @register_model
 def vmamba_tiny_s2l5(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """VMamba-T with E = 2D and fewer blocks."""
-    return _build("vmamba_tiny_s2l5", 0.2, f"{_RELEASES}v2cls/vssm_tiny_0230_ckpt_epoch_262.pth", kwargs)
+    return _build("vmamba_tiny_s2l5", pretrained, 0.2, kwargs)
 
 
 @register_model
 def vmamba_small_s1l20(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """VMamba-S with E = D and more blocks."""
-    return _build("vmamba_small_s1l20", 0.3, f"{_RELEASES}v2cls/vssm1_small_0229s_ckpt_epoch_240.pth", kwargs)
+    return _build("vmamba_small_s1l20", pretrained, 0.3, kwargs)
 
 
 @register_model
 def vmamba_base_s1l20(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """VMamba-B with E = D and more blocks."""
-    return _build("vmamba_base_s1l20", 0.5, f"{_RELEASES}v2cls/vssm1_base_0229s_ckpt_epoch_225.pth", kwargs)
+    return _build("vmamba_base_s1l20", pretrained, 0.5, kwargs)
 
 
 @register_model
 def vmamba_vanilla_tiny(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """The first version of VMamba-T: 16 states, a gate, no MLP."""
-    return _build("vmamba_vanilla_tiny", 0.2, f"{_RELEASES}v0cls/vssmtiny_dp01_ckpt_epoch_292.pth", kwargs)
+    return _build("vmamba_vanilla_tiny", pretrained, 0.2, kwargs)
 
 
 @register_model
 def vmamba_vanilla_small(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """The first version of VMamba-S: 16 states, a gate, no MLP."""
-    return _build("vmamba_vanilla_small", 0.3, f"{_RELEASES}v0cls/vssmsmall_dp03_ckpt_epoch_238.pth", kwargs)
+    return _build("vmamba_vanilla_small", pretrained, 0.3, kwargs)
 
 
 @register_model
 def vmamba_vanilla_base(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """The first version of VMamba-B: 16 states, a gate, no MLP."""
-    return _build("vmamba_vanilla_base", 0.5, f"{_RELEASES}v0cls/vssmbase_dp06_ckpt_epoch_241.pth", kwargs)
+    return _build("vmamba_vanilla_base", pretrained, 0.5, kwargs)
+
+
+@register_model
+def vmamba_pico_patch4_32(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """A very small VMamba (maps of 8 x 8 and 4 x 4) for tests; no pretrained weights."""
+    sizes = {"dims": 32, "depths": (1, 2), "ssm_ratio": 2.0, "mlp_ratio": 2.0, "drop_path_rate": 0.1, "img_size": 32}
+    return build(VMamba, "vmamba_pico_patch4_32", pretrained, sizes, kwargs)

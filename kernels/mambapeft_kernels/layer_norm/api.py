@@ -21,7 +21,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, backe
     """
     _check_shapes("layer_norm", x, {"weight": (weight, x.shape[-1:]), "bias": (bias, x.shape[-1:])})
     chosen = resolve_backend(backend, x.device, x.dtype)
-    if chosen == "torch":
+    if chosen in ("torch", "numba"):  # Numba has no such loops
         wide = torch.promote_types(x.dtype, torch.float32)
         return F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps).to(x.dtype)
     if chosen not in FUSED:
@@ -57,7 +57,7 @@ def add_layer_norm(
     }
     _check_shapes("add_layer_norm", hidden, expected)
     chosen = resolve_backend(backend, hidden.device, hidden.dtype)
-    if chosen == "torch":
+    if chosen in ("torch", "numba"):  # Numba has no such loops
         residual = naive.add_branch(hidden, residual, branch_scale)
         return layer_norm(residual, weight, bias, eps, chosen).to(hidden.dtype), residual
     if chosen not in FUSED:

@@ -125,9 +125,10 @@ def _backward(
 def _(
     dout, u, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset, proj, ckpt, need
 ):
-    w = SS2DWeights(x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset)
+    weights = x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset
     du = u.new_empty(u.shape if need[0] else (0,))
-    return [du, *(u.new_empty(t.shape if asked else (0,), dtype=torch.float32) for t, asked in zip(w, need[1:]))]
+    shapes = [t.shape if t is not None and asked else (0,) for t, asked in zip(weights, need[1:])]
+    return [du, *(u.new_empty(shape, dtype=torch.float32) for shape in shapes)]
 
 
 def _setup_context(ctx, inputs, output) -> None:
