@@ -336,13 +336,11 @@ class TimmModel(Ported):
 
     #: What `weights` calls models whose checkpoints have these keys.
     family: str
-    #: What names of the head's tensors start with in published files.
-    head_names: tuple[str, ...] = ("head.",)
 
     def convert_checkpoint(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """A published file's tensors as this model has them (positions may still have another grid).
 
-        Returns: the tensors, head excluded, and the names of those that such a file does not hold and that were added.
+        Returns: the tensors, and the names of those that such a file does not hold and that were added.
         """
         return state, ()
 

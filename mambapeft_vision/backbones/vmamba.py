@@ -337,7 +337,6 @@ class VMamba(TimmModel):
 
     family = "vmamba"
     norm_name = "norm"
-    head_names = ("classifier.head.", "head.")
 
     def __init__(
         self,
@@ -576,7 +575,7 @@ _RENAMED = (
     (r"^patch_embed\.norm\.", "patch_embed.2."),
     (r"\.ln_1\.", ".norm."),
     (r"\.self_attention\.", ".op."),
-    (r"^classifier\.norm\.", "norm."),
+    (r"^classifier\.(norm|head)\.", r"\1."),
 )
 
 

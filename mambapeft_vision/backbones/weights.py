@@ -140,12 +140,12 @@ def load_weights(model: TimmModel, path: str | Path, sha256: str | None = None, 
 def load_state(model: TimmModel, checkpoint: Checkpoint, source: str, with_head: bool = False) -> None:
     """`load_weights` of a checkpoint that was read from `source`."""
     check_family(model, checkpoint, source)
-    head = _renamed_head(model, checkpoint.state)
     expected = {k: v for k, v in model.state_dict().items() if not k.startswith("head.")}
-    plain = {k: v for k, v in checkpoint.state.items() if not k.startswith(model.head_names)}
-    given, added = model.convert_checkpoint(plain)
+    converted, added = model.convert_checkpoint(checkpoint.state)
+    head = {k: v for k, v in converted.items() if k.startswith("head.")}
+    given = {k: v for k, v in converted.items() if not k.startswith("head.")}
     dtype = next(model.parameters()).dtype
-    in_file = tensors_sha256({k: plain.get(k, v).to(dtype) for k, v in given.items() if k not in added})
+    in_file = tensors_sha256({k: checkpoint.state.get(k, v).to(dtype) for k, v in given.items() if k not in added})
     first = f"{model.pretrained_cfg.get('first_conv', 'patch_embed.proj')}.weight"
     position, filters = given.get("pos_embed"), given.get(first)
     if position is not None and position.ndim == 3 and position.shape[1] != model.pos_embed.shape[1]:
@@ -164,16 +164,6 @@ def load_state(model: TimmModel, checkpoint: Checkpoint, source: str, with_head:
     model.load_state_dict(given, strict=False)
     model.not_in_file = added
     model.loaded = Loaded.of(model, in_file)
-
-
-def _renamed_head(model: TimmModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The head's tensors in a checkpoint, under the model's names."""
-    return {
-        f"head.{key.removeprefix(prefix)}": tensor
-        for key, tensor in state.items()
-        for prefix in model.head_names
-        if key.startswith(prefix)
-    }
 
 
 def read_checkpoint(path: str | Path, key: str = "model") -> Checkpoint:

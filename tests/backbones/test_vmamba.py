@@ -8,10 +8,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import group_parameters
 
 from mambapeft_vision.backbones import vmamba
+from mambapeft_vision.backbones import weights as weights_module
 from mambapeft_vision.backbones.ports import taken_ports
 from mambapeft_vision.backbones.vmamba import OFFICIAL_SIZES, VMamba
+from mambapeft_vision.backbones.weights import Checkpoint, load_state
 from mambapeft_vision.utils.errors import UserError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "vmamba"
@@ -28,11 +31,14 @@ KEYS = {
 }
 
 
-def tiny(**kwargs) -> VMamba:
-    """A small model with random weights, in evaluation mode."""
-    torch.manual_seed(0)
+def tiny(seed: int = 0, **kwargs) -> VMamba:
+    """A small model with random weights, its head's too, in evaluation mode."""
+    torch.manual_seed(seed)
     sizes = {"dims": (6, 8, 10, 12), "depths": (1, 1, 2, 1), "mlp_ratio": 2.0, "num_classes": 5, "img_size": 40}
-    return VMamba(**{**sizes, **kwargs}).double().eval()
+    model = VMamba(**{**sizes, **kwargs})
+    for parameter in model.head.parameters():
+        torch.nn.init.normal_(parameter)
+    return model.double().eval()
 
 
 def golden(name: str) -> tuple[VMamba, dict]:
@@ -52,7 +58,7 @@ def golden(name: str) -> tuple[VMamba, dict]:
     ).double()
     tensors = {key: torch.from_numpy(value) for key, value in content.items()}
     weights = {key.removeprefix("param/"): t.double() for key, t in tensors.items() if key.startswith("param/")}
-    model.load_state_dict(model.from_official(weights), strict=True)
+    load_state(model, Checkpoint(weights), name, with_head=True)
     return model.eval(), tensors
 
 
@@ -70,7 +76,7 @@ def test_values_of_the_published_code(name, kernel):
     loss = F.cross_entropy(logits, labels)
     assert abs(loss.item() - expected["loss"].item()) <= 1e-10
     names, parameters = zip(*model.named_parameters())
-    found = model.to_official(dict(zip(names, torch.autograd.grad(loss, parameters))))
+    found = model.official_state(dict(zip(names, torch.autograd.grad(loss, parameters))))
     wanted = {key.removeprefix("grad/"): t for key, t in expected.items() if key.startswith("grad/")}
     assert found.keys() == wanted.keys()
     for key, gradient in found.items():
@@ -83,19 +89,19 @@ def test_keys_and_shapes_are_the_official_ones_in_order(name):
     listed = json.loads((GOLDEN / f"{file}.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
         model = timm.create_model(name)
-    state = model.to_official(model.state_dict())
+    state = model.official_state(model.state_dict())
     assert {key: list(t.shape) for key, t in state.items()} == listed["keys"]
     assert list(state) == list(listed["keys"])
     assert sum(p.numel() for p in model.parameters()) == listed["n_params"] == count
 
 
 def test_every_registered_variant_has_its_sizes():
-    assert set(KEYS) == set(OFFICIAL_SIZES) == set(timm.list_models(module="vmamba"))
+    assert set(KEYS) == set(OFFICIAL_SIZES) == set(timm.list_models(module="vmamba")) - {"vmamba_pico_patch4_32"}
 
 
 def test_old_names_and_four_dimensional_linear_weights_load():
     model = tiny()
-    state = model.to_official(model.state_dict())
+    state = model.official_state(model.state_dict())
     old = {}
     for name, tensor in state.items():
         if name.endswith(("in_proj.weight", "out_proj.weight", "fc1.weight", "fc2.weight", "head.weight")):
@@ -105,18 +111,18 @@ def test_old_names_and_four_dimensional_linear_weights_load():
         name = name.replace("patch_embed.0.", "patch_embed.proj.").replace("patch_embed.2.", "patch_embed.norm.")
         old[name.removeprefix("classifier.")] = tensor
     assert old.keys() != state.keys()
-    loaded = model.from_official(old)
-    assert loaded.keys() == model.state_dict().keys()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+    other = tiny(seed=1)
+    load_state(other, Checkpoint(old), "old", with_head=True)
+    assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values()))
 
 
 def test_the_file_of_another_variant_is_named():
     with torch.device("meta"):
         one, two = (timm.create_model(name) for name in ("vmamba_tiny_s1l8", "vmamba_tiny_s2l5"))
     with pytest.raises(UserError, match=r"those of vmamba_tiny_s1l8: .* \(96, 96, 1, .* expected \(96, 192"):
-        two.from_official(one.to_official(one.state_dict()))
+        two.convert_checkpoint(one.official_state(one.state_dict()))
     with pytest.raises(UserError, match="no published variant's"):
-        two.from_official(tiny().state_dict())
+        two.convert_checkpoint(tiny().state_dict())
 
 
 @pytest.mark.parametrize("size", [(40, 56), (33, 65), (4, 4)], ids=str)
@@ -125,8 +131,9 @@ def test_any_size_of_images(size):
     images = torch.randn(2, 3, *size, dtype=torch.float64)
     features = model.forward_features(images)
     rows, columns = model.output_layout().grid
-    assert features.shape == (2, rows, columns, model.num_features)
-    assert model(images).shape == (2, 5)
+    assert features.shape == (2, rows * columns, model.num_features)
+    assert torch.equal(model(images), model.forward_head(features))
+    assert tiny()(images).shape == (2, 5)  # whatever size it was made for
 
 
 @pytest.mark.parametrize("vanilla", [False, True])
@@ -170,8 +177,9 @@ def test_initialisation_is_vmambas():
     assert 0.001 * 0.99 <= dt.min() <= dt.max() <= 0.1 * 1.01
     assert op.x_proj_weight.abs().max() <= 32**-0.5
     assert op.dt_projs_weight.abs().max() <= 2**-0.5
-    for linear in (op.in_proj, op.out_proj, model.blocks[0].mlp.fc1, model.head):
+    for linear in (op.in_proj, op.out_proj, model.blocks[0].mlp.fc1):
         assert linear.weight.std().item() == pytest.approx(0.02, rel=0.15)
+    assert not model.head.weight.any()
     assert not model.head.bias.any()
 
 
@@ -255,3 +263,85 @@ def test_the_head_is_replaced_by_a_zero_one():
     model.reset_classifier(7)
     assert model.get_classifier() is model.head
     assert torch.equal(model(images), torch.zeros(1, 7, dtype=torch.float64))
+
+
+def test_intermediate_features_are_those_of_the_stages():
+    """Maps before each downsampling; the last one, with the norm, is what the head reads."""
+    model, images = tiny(), torch.randn(2, 3, 40, 56, dtype=torch.float64)
+    final, maps = model.forward_intermediates(images, norm=True)
+    assert [m.shape[1:] for m in maps] == [(6, 10, 14), (8, 5, 7), (10, 3, 4), (12, 2, 2)]
+    assert [info["num_chs"] for info in model.feature_info] == [6, 8, 10, 12]
+    assert [info["reduction"] for info in model.feature_info] == [4, 8, 16, 32]
+    assert torch.equal(maps[-1].flatten(2).transpose(1, 2), final)
+    assert torch.equal(final, model.forward_features(images))
+    state, _ = model.run_blocks(*model.embed(images), stop=1)
+    assert torch.equal(maps[0].flatten(2).transpose(1, 2), state.hidden + state.residual)
+    early = model.forward_intermediates(images, indices=[1], stop_early=True, intermediates_only=True)
+    assert torch.equal(early[0], maps[1])
+
+
+def test_features_only_leaves_out_later_stages():
+    torch.manual_seed(0)
+    model = timm.create_model("vmamba_pico_patch4_32", features_only=True, out_indices=(0,))
+    assert [info["module"] for info in model.feature_info.info] == ["layers.0"]
+    assert not any(name.startswith("model.layers.1") or "downsample" in name for name, _ in model.named_parameters())
+    (found,) = model(torch.randn(1, 3, 32, 48))
+    assert found.shape == (1, 32, 8, 12)
+
+
+@pytest.mark.parametrize("coarse", [True, False])
+def test_groups_of_layers_run_from_the_input_to_the_norm(coarse):
+    model = tiny()
+    groups = group_parameters(model, model.group_matcher(coarse), reverse=True)
+    assert set(groups) == {name for name, _ in model.named_parameters()}
+    stem, first, last = (groups[n] for n in ("patch_embed.0.weight", "layers.0.blocks.0.norm.weight", "norm.weight"))
+    assert stem < first < last
+    blocks = {groups[f"{block.name}.norm.weight"] for block in model.blocks}
+    assert len(blocks) == (4 if coarse else 5)
+
+
+def test_checkpointing_changes_no_gradient():
+    model, images = tiny(drop_path_rate=0.2).train(), torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    found = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(1)
+        found.append(torch.autograd.grad(model(images).square().sum(), list(model.parameters())))
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(*found))
+
+
+def test_pools():
+    model, images = tiny(), torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    tokens = model.forward_features(images)
+    pools = {"avg": tokens.mean(1), "max": tokens.amax(1), "avgmax": (tokens.mean(1) + tokens.amax(1)) / 2, "": tokens}
+    for pool, expected in pools.items():
+        model.reset_classifier(0, pool)
+        assert torch.allclose(model(images), expected, rtol=0, atol=1e-14)
+    with pytest.raises(UserError, match="no special tokens"):
+        model.reset_classifier(0, "token")
+
+
+def test_filters_fit_other_channels():
+    model, other = (timm.create_model("vmamba_pico_patch4_32", in_chans=n).eval() for n in (3, 1))
+    load_state(other, Checkpoint(model.official_state(model.state_dict())), "a file")
+    images = torch.randn(2, 1, 40, 40)
+    assert torch.allclose(
+        other.forward_features(images), model.forward_features(images.expand(-1, 3, -1, -1)), rtol=0, atol=1e-5
+    )
+
+
+def test_published_weights_are_fetched_from_their_address(monkeypatch):
+    """An unreachable address is said, with what to do."""
+    asked = []
+
+    def refuse(url, **_):
+        asked.append(url)
+        raise OSError("no network")
+
+    monkeypatch.setattr(weights_module, "download_cached_file", refuse)
+    with torch.device("meta"):
+        model = timm.create_model("vmamba_tiny_s1l8")
+    with pytest.raises(UserError, match=r"vmamba_tiny_s1l8 could not be fetched .* backbone.weights=PATH"):
+        weights_module.load_official(model)
+    assert asked == [model.pretrained_cfg["url"]]
+    assert asked[0].endswith("v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth")

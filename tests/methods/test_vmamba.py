@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from mambapeft_vision.adapter.model import AdaptedModel, adapt
 from mambapeft_vision.backbones.vmamba import VMamba
+from mambapeft_vision.backbones.weights import Checkpoint, export_official, load_state, load_weights, read_state_dict
 from mambapeft_vision.methods.additional_scan import AdditionalScan
 from mambapeft_vision.methods.affix import Affix
 from mambapeft_vision.methods.linear_probe import LinearProbe
@@ -86,8 +87,9 @@ def golden(case: str) -> tuple[AdaptedModel, dict[str, torch.Tensor], dict[str, 
     tensors = {key: torch.from_numpy(value) for key, value in content.items()}
     weights = {k.removeprefix("param/"): t.double() for k, t in tensors.items() if k.startswith("param/")}
     plain = backbone(config["module_kwargs"])
-    own = {f"module.{key}" for key in plain.state_dict()}
-    plain.load_state_dict({k.removeprefix("module."): t for k, t in weights.items() if k in own}, strict=True)
+    own = {f"module.{key}" for key in plain.official_state(plain.state_dict())}
+    official = {k.removeprefix("module."): t for k, t in weights.items() if k in own}
+    load_state(plain, Checkpoint(official), case)
     model = adapt(plain, {"method": kind(**sizes)}, config["num_classes"]).eval()
     extra = {k for k in weights if k.startswith("module.") and k not in own}
     trained = {theirs(k, endings, extra): p for k, p in model.methods["method"].named_parameters()}
@@ -152,10 +154,8 @@ def test_affix_that_shares_its_tokens_and_what_has_no_place():
 
 
 def test_weights_of_a_file_load_and_export_under_official_names(tmp_path):
-    from mambapeft_vision.backbones.weights import export_official, load_weights, read_state_dict
-
     model = tiny()
-    state = model.to_official({**model.state_dict(), "head.weight": torch.zeros(1000, 24)})
+    state = model.official_state({**model.state_dict(), "head.weight": torch.zeros(1000, 24)})
     torch.save({"model": state}, tmp_path / "official.pth")
     other = VMamba(dims=(16, 24), depths=(1, 2), mlp_ratio=2.0, num_classes=0, img_size=24).double()
     load_weights(other, tmp_path / "official.pth")
