@@ -128,7 +128,7 @@ class Block(nn.Module):
         self, embed_dim: int, mlp_hidden: int, drop_path: float, norm_eps: float, *, name: str, **mixer: Any
     ) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.embed_dim = name, embed_dim
         self.drop_path = drop_path
         self.mixer = FourWayMixer(embed_dim, name=f"{name}.mixer", **mixer)
         self.mlp = SwiGLU(embed_dim, mlp_hidden, name=f"{name}.mlp")

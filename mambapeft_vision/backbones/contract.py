@@ -21,6 +21,7 @@ from mambapeft_vision.backbones.ports import (
     LowRankBranch,
     Port,
     Ported,
+    PrefixPort,
     ReplacePort,
     SidePort,
     TapPort,
@@ -44,6 +45,7 @@ __all__ = [
     "Mixer",
     "Port",
     "Ported",
+    "PrefixPort",
     "ReplacePort",
     "SidePort",
     "TapPort",
@@ -82,7 +84,7 @@ class Mixer(Protocol):
 
     name: str  # of the module within the backbone
     suffixes: tuple[str, ...]  # one for each scan direction: what the names of its parameters end in
-    affix: AffixPort
+    affix: AffixPort | PrefixPort  # tokens beside the image's, or in front of each direction's own sequence
     gate: Port  # z [B, L, E] → the tensor whose silu gates the output
     state_offset: Port  # () → one [E, N] for each direction
     output_offset: Port  # () → one [E] for each direction
@@ -104,6 +106,7 @@ class Block(Protocol):
     """One block of a backbone."""
 
     name: str
+    embed_dim: int  # D of its tokens
     input: InputPort  # tokens that enter the block
     replace: ReplacePort  # tokens that enter the block, where others take their place
     mixer_branch: BranchPort  # on the token mixer (the scans, the attention)

@@ -300,7 +300,7 @@ class Block(nn.Module):
 
     def __init__(self, embed_dim: int, *, name: str, norm_eps: float, **mixer: Any) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.embed_dim = name, embed_dim
         self.mixer = Mixer(embed_dim, name=f"{name}.mixer", **mixer)
         self.norm = RMSNorm(embed_dim, norm_eps, name=f"{name}.norm")
         self.input = InputPort(f"{name}.input")

@@ -259,6 +259,13 @@ class AffixPort(Port):
         self.inner, self.ends = inner, ends
 
 
+class PrefixPort(Port):
+    """Takes `value() → [K, n, E]`: n tokens in front of the sequence of each of a mixer's K directions.
+
+    They join after the convolution. As they do not depend on the image, the scans need only the states that they leave.
+    """
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Weights
 

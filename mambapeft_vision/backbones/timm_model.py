@@ -53,6 +53,7 @@ class TimmModel(Ported):
         global_pool: what the head reads: "token" (the special tokens), "avg", "max", "avgmax" (over the patches), or
             "" (all tokens as they are).
         drop_rate: dropout in front of the head.
+        patch_embed: another than `PatchEmbed`, with `img_size` and `grid_size`.
     """
 
     pos_embed: nn.Parameter
@@ -78,9 +79,12 @@ class TimmModel(Ported):
         num_classes: int,
         global_pool: str,
         drop_rate: float,
+        patch_embed: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.patch_embed = PatchEmbed(both_sides(img_size), patch_size, stride or patch_size, in_chans, embed_dim)
+        if patch_embed is None:
+            patch_embed = PatchEmbed(both_sides(img_size), patch_size, stride or patch_size, in_chans, embed_dim)
+        self.patch_embed: Any = patch_embed
         self.embed_dim = self.num_features = embed_dim
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -235,13 +239,15 @@ class TimmModel(Ported):
             raise UserError(f"global_pool={global_pool!r}; expected one of {known}")
         self.global_pool = global_pool
         layout = self.layout_of(self.patch_embed.grid_size)
+        if global_pool == "token" and not layout.special:
+            raise UserError(f"global_pool='token', but {type(self).__name__} has no special tokens; choose 'avg'")
         #: Of the embedded tokens, without prompts.
         self.layout = layout if global_pool == "token" else replace(layout, readout="mean")
 
     @property
     def head_hidden_size(self) -> int:
         """Features that the head reads."""
-        return self.special_width if self.global_pool == "token" else self.embed_dim
+        return self.special_width if self.global_pool == "token" else self.num_features
 
     @property
     def default_cfg(self) -> dict[str, Any]:
@@ -265,7 +271,8 @@ class TimmModel(Ported):
                 raise UserError("global_pool='token' reads what was pruned away; choose 'avg', 'max', 'avgmax' or ''")
             self._set_pool(global_pool)
         self.num_classes = num_classes
-        like = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
+        parameter = next(self.parameters())
+        like = {"device": parameter.device, "dtype": parameter.dtype}
         self.head = zero_head(self.head_hidden_size, num_classes, **like).train(self.training)
 
     # -- what timm's tools and methods ask --------------------------------------------------------------------
@@ -306,7 +313,7 @@ class TimmModel(Ported):
     def no_weight_decay(self) -> set[str]:
         """Parameters that no optimiser should decay: tokens, positions, and A, of which a scan takes exponentials."""
         tokens = ("cls_token", "pos_embed", "pos_embed_cls")
-        return {name for name, _ in self.named_parameters() if name in tokens or name.endswith("_log")}
+        return {name for name, _ in self.named_parameters() if name in tokens or name.endswith(("_log", "A_logs"))}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's patterns of parameter names, from the input to the head, for layer-wise learning rates."""
@@ -338,9 +345,13 @@ class TimmModel(Ported):
     def convert_checkpoint(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """A published file's tensors as this model has them (positions may still have another grid).
 
-        Returns: the tensors, head excluded, and the names of those that such a file does not hold and that were added.
+        Returns: the tensors, and the names of those that such a file does not hold and that were added.
         """
         return state, ()
+
+    def official_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This model's tensors, head included, under the names that published files have, in their order."""
+        return state
 
 
 def stream(state: State) -> Tensor:

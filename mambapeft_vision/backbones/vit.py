@@ -54,7 +54,7 @@ class Block(nn.Module):
 
     def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: int, drop_path: float, *, name: str) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.embed_dim = name, embed_dim
         self.drop_path = drop_path
         self.norm1 = PortedLayerNorm(embed_dim, eps=1e-6)
         self.attn = Attention(embed_dim, num_heads, name=f"{name}.attn")

@@ -51,6 +51,9 @@ def load_official(model: TimmModel, sha256: str | None = None, license_accepted:
     if record.get("file"):
         load_weights(model, record["file"], sha256)
         return
+    if record.get("url"):
+        load_weights(model, _download(record), sha256)
+        return
     if record.get("hf_hub_id") is None:
         name, origin = record["architecture"], record.get("origin_url")
         published = f"no weights whose file names are known ({origin})" if origin else "no published weights"
@@ -72,7 +75,7 @@ def load_pretrained(model: TimmModel, license_accepted: str | None = None) -> No
     elif kind == "file":
         load_weights(model, source, with_head=True)
     elif kind == "url":
-        load_weights(model, download_cached_file(source), with_head=True)
+        load_weights(model, _download(record), with_head=True)
     elif kind == "local-dir":
         names = ("model.safetensors", "pytorch_model.bin")  # as timm.models.save_for_hf writes them
         paths = [Path(source) / name for name in names]
@@ -81,6 +84,17 @@ def load_pretrained(model: TimmModel, license_accepted: str | None = None) -> No
         load_weights(model, _fetch(record, license_accepted), with_head=True)
     else:
         load_official(model)  # raises with the reason
+
+
+def _download(record: Mapping[str, Any]) -> Path:
+    """The file at a record's address, from PyTorch's cache or downloaded."""
+    try:
+        return Path(download_cached_file(record["url"], progress=False))
+    except OSError as error:  # urllib's are among them
+        raise UserError(
+            f"the weights of {record['architecture']} could not be fetched from {record['url']} "
+            f"({type(error).__name__}). Download the file elsewhere and give backbone.weights=PATH"
+        ) from error
 
 
 def _fetch(record: Mapping[str, Any], license_accepted: str | None) -> Path:
@@ -126,20 +140,21 @@ def load_weights(model: TimmModel, path: str | Path, sha256: str | None = None, 
 def load_state(model: TimmModel, checkpoint: Checkpoint, source: str, with_head: bool = False) -> None:
     """`load_weights` of a checkpoint that was read from `source`."""
     check_family(model, checkpoint, source)
-    head = {k: v for k, v in checkpoint.state.items() if k.startswith("head.")}
     expected = {k: v for k, v in model.state_dict().items() if not k.startswith("head.")}
-    plain = {k: v for k, v in checkpoint.state.items() if not k.startswith("head.")}
-    given, added = model.convert_checkpoint(plain)
+    converted, added = model.convert_checkpoint(checkpoint.state)
+    head = {k: v for k, v in converted.items() if k.startswith("head.")}
+    given = {k: v for k, v in converted.items() if not k.startswith("head.")}
     dtype = next(model.parameters()).dtype
-    in_file = tensors_sha256({k: plain.get(k, v).to(dtype) for k, v in given.items() if k not in added})
-    position, filters = given.get("pos_embed"), given.get("patch_embed.proj.weight")
+    in_file = tensors_sha256({k: checkpoint.state.get(k, v).to(dtype) for k, v in given.items() if k not in added})
+    first = f"{model.pretrained_cfg.get('first_conv', 'patch_embed.proj')}.weight"
+    position, filters = given.get("pos_embed"), given.get(first)
     if position is not None and position.ndim == 3 and position.shape[1] != model.pos_embed.shape[1]:
         special_rows = model.pos_embed.shape[1] == model.layout.length
         position = resize_pos_embed(position, model.layout_of, model.layout.grid, special_rows)
         given = {**given, "pos_embed": position}
     if filters is not None and filters.ndim == 4 and filters.shape[1] == 3 != model.in_chans:
         adapted = adapt_input_conv(model.in_chans, filters.to(dtype))
-        given = {**given, "patch_embed.proj.weight": adapted}
+        given = {**given, first: adapted}
     check_state(expected, given, source)
     check_finite(given, source)
     mine = dict(model.head.named_parameters(prefix="head"))
@@ -341,7 +356,7 @@ def export_official(model: TimmModel, path: str | Path) -> None:
 
     Raises: UserError when methods are still attached to it.
     """
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    state = model.official_state({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
     attached = taken_ports(model)
     if attached:
         raise UserError(f"the backbone still has methods attached ({attached[0]}, …); call merge() first")

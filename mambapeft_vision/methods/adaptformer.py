@@ -37,13 +37,13 @@ class AdaptFormer(Method):
         self.sites = nn.ModuleDict()
 
     def attach(self, model: Backbone) -> None:
-        square = like(model).new_empty(model.embed_dim, model.embed_dim)
         for block in model.blocks:
             if block.mlp_side is None:
                 raise UserError(
                     f"{self.name} works beside the MLP of every block, but {type(model).__name__} has no such place in "
                     f"{block.name}; use backbone=vit_s"
                 )
+            square = like(model).new_empty(block.embed_dim, block.embed_dim)
             site = Bottleneck(square, self.rank, self.scale, self.dropout)
             self.sites[site_key(f"{block.name}.mlp")] = site
             block.mlp_side.add(FunctionBranch(self.name, site))

@@ -1,12 +1,13 @@
 """Affix-tuning: learned tokens beside the image's in every mixer (MambaPEFT, arXiv 2411.03855)."""
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambapeft_vision.backbones.contract import Backbone, Joined, TokenLayout
+from mambapeft_vision.backbones.contract import Backbone, Joined, Mixer, PrefixPort, TokenLayout
 from mambapeft_vision.methods.checks import require_positive
 from mambapeft_vision.methods.method import Method
 from mambapeft_vision.methods.targets import like, mixers_of
@@ -20,9 +21,10 @@ POSITIONS = {"prefix": "prefix", "infix": "infix", "around_class": "around_speci
 class Affix(Method):
     """n tokens for each layer (and direction) join the sequence before the scan; their outputs are dropped after it.
 
-    Inner tokens have width 2E (x and gate z) and join in_proj's output, so they pass conv1d, x_proj, scan and gate.
-    The gate half only gates outputs that are dropped: it is dead, and `lean` leaves it out. Outer tokens have width D
-    and join in_proj's input.
+    Where each direction has a sequence of its own (VMamba), tokens have width E and join in front of it, after the
+    convolution. Elsewhere inner tokens have width 2E (x and gate z) and join in_proj's output, so they pass conv1d,
+    x_proj, scan and gate. The gate half only gates outputs that are dropped: it is dead, and `lean` leaves it out.
+    Outer tokens have width D and join in_proj's input.
 
     prefix: inner dual: each direction reads its own tokens first. One buffer, [P_f | tokens | reversed P_b], serves
         both directions: each meets the other's tokens last, where a causal scan no longer sees them. inner single:
@@ -80,28 +82,50 @@ class Affix(Method):
     def attach(self, model: Backbone) -> None:
         mixers = mixers_of(model, self.name)
         model.layout.places(POSITIONS[self.position], self.tokens)  # refuses what this backbone has no place for
-        width = model.embed_dim
-        if self.inner:
-            width = mixers[0].d_inner * (1 if self.lean else 2)
+        widths = [self._width(model, mixer) for mixer in mixers]
         directions = len(mixers[0].suffixes)
-        self._per_layer, self._pairs = (directions if self.directions == "dual" else 1), directions // 2
-        hidden = (self.hidden or width) if self.projection else None
-        total = len(mixers) * self._per_layer * width
-        self.sites = TokenGenerator(self.tokens, width, total, hidden, "table", like(model))
-        self._layers = len(mixers)
+        self._per_layer = directions if self.directions == "dual" else 1
+        self._columns = [self._per_layer * width for width in widths]
+        distinct = set(widths)  # stages may differ
+        hidden = (self.hidden or max(distinct)) if self.projection else None
+        mean = sum(distinct) // len(distinct)
+        self.sites = TokenGenerator(self.tokens, mean, sum(self._columns), hidden, "table", like(model))
         ends = (self.tokens, self.tokens) if self.inner and self.position == "prefix" else None
         for i, mixer in enumerate(mixers):
-            mixer.affix.set(self.name, LayerAffix(self, i), inner=self.inner, ends=ends)
+            if isinstance(mixer.affix, PrefixPort):
+                mixer.affix.set(self.name, partial(self._prefixes, i, directions))
+            else:
+                mixer.affix.set(self.name, LayerAffix(self, i, directions // 2), inner=self.inner, ends=ends)
 
-    def layer_tokens(self, layer: int, pair: int) -> Tensor:
-        """[n, 1 or 2, width] of one layer and pair of directions. All layers' are generated at once, at layer 0."""
-        if self._table is None or (layer == 0 and pair == 0):  # None: a block that is recomputed for its gradient
-            self._table = self.sites().unflatten(1, (self._layers, self._per_layer, -1)).unbind(1)
+    def _width(self, model: Backbone, mixer: Mixer) -> int:
+        """Of one token. Raises UserError where the mixer has no place for such tokens."""
+        if isinstance(mixer.affix, PrefixPort):
+            if not self.inner or self.position != "prefix":
+                raise UserError(
+                    f"{self.name}: position={self.position!r}, inner={self.inner}, but {type(model).__name__} takes "
+                    f"tokens in front of each direction's sequence alone; use position: prefix with inner: true"
+                )
+            return mixer.d_inner
+        if not self.inner:
+            return model.embed_dim
+        return mixer.d_inner * (1 if self.lean else 2)
+
+    def _prefixes(self, layer: int, directions: int) -> Tensor:
+        """[K, n, E] in front of each direction's sequence."""
+        return self.layer_tokens(layer).transpose(0, 1).expand(directions, -1, -1)
+
+    def layer_tokens(self, layer: int, first: bool = True, last: bool = True) -> Tensor:
+        """[n, per layer, width] of one layer. All layers' are generated at once, at layer 0.
+
+        first, last: whether this is the layer's first and last call of a forward.
+        """
+        if self._table is None or (layer == 0 and first):  # None: a block that is recomputed for its gradient
+            self._table = self.sites().split(self._columns, dim=1)
         assert self._table is not None
-        tokens = self._table[layer]
-        if layer == self._layers - 1 and pair == self._pairs - 1:
+        tokens = self._table[layer].unflatten(1, (self._per_layer, -1))
+        if layer == len(self._columns) - 1 and last:
             self._table = None  # holds the graph of this forward
-        return tokens if self._per_layer == 1 else tokens[:, 2 * pair : 2 * pair + 2]
+        return tokens
 
     def fold(self) -> None:
         self.sites.fold()
@@ -117,12 +141,14 @@ class LayerAffix:
     pair: 0, the tokens as they stand; 1 (a mixer with four directions), the same in another order of the patches.
     """
 
-    def __init__(self, method: Affix, layer: int) -> None:
-        self.method, self.layer = method, layer
+    def __init__(self, method: Affix, layer: int, pairs: int) -> None:
+        self.method, self.layer, self.pairs = method, layer, pairs
 
     def __call__(self, tokens: Tensor, layout: TokenLayout, has_room: bool = False, pair: int = 0) -> Joined:
         method = self.method
-        new = method.layer_tokens(self.layer, pair)
+        new = method.layer_tokens(self.layer, first=pair == 0, last=pair == self.pairs - 1)
+        if method.directions == "dual":
+            new = new[:, 2 * pair : 2 * pair + 2]
         if new.shape[-1] != tokens.shape[-1]:  # lean: the gate half is zero
             new = F.pad(new, (0, tokens.shape[-1] - new.shape[-1]))
         own = new.unbind(1)

@@ -43,7 +43,9 @@ def test_every_yaml_is_covered_here():
 
 @pytest.mark.parametrize("name", options("backbone"))
 def test_backbone(name):
-    plan = plan_of(f"backbone={name}", "backbone.weights=random", "+backbone.depth=1", "+backbone.embed_dim=16")
+    stages = name.startswith("vmamba")
+    small = ["dims=16", "depths=[1,1]"] if stages else ["depth=1", "embed_dim=16"]
+    plan = plan_of(f"backbone={name}", "backbone.weights=random", *(f"+backbone.{size}" for size in small))
     backbone = build.build_backbone(plan)
     assert backbone.pretrained_cfg["architecture"] == plan.config["backbone"]["name"]
     assert backbone.embed_dim == 16

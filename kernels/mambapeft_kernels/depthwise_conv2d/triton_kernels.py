@@ -172,7 +172,8 @@ def _op_backward(
         chunks = 16
         grid, sizes, tile = _launch(x, chunks)
         parts = x.new_empty((grid[0], 10, x.shape[-1]), dtype=torch.float32)
-        _weight_gradient[(*grid, 10)](g, x, parts, *sizes, CHUNKS=chunks, **tile)
+        taps = (*grid, 10)  # nine, and the bias
+        _weight_gradient[taps](g, x, parts, *sizes, CHUNKS=chunks, **tile)
     return dx, parts.sum(0)
 
 

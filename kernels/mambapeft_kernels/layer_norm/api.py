@@ -1,5 +1,9 @@
 """The public functions of LayerNorm."""
 
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mambapeft_kernels.backends import FUSED, resolve_backend
@@ -16,7 +20,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, backe
     Raises: ValueError for shapes that do not fit each other or a backend that cannot run here.
     """
     _check_shapes("layer_norm", x, {"weight": (weight, x.shape[-1:]), "bias": (bias, x.shape[-1:])})
-    if resolve_backend(backend, x.device, x.dtype) not in FUSED:
+    chosen = resolve_backend(backend, x.device, x.dtype)
+    if chosen in ("torch", "numba"):  # Numba has no such loops
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps).to(x.dtype)
+    if chosen not in FUSED:
         return naive.layer_norm(x, weight, bias, eps)
     from mambapeft_kernels.layer_norm import triton_kernels as triton
 
@@ -48,14 +56,18 @@ def add_layer_norm(
         "branch_scale": (branch_scale, hidden.shape[:1]),
     }
     _check_shapes("add_layer_norm", hidden, expected)
-    if resolve_backend(backend, hidden.device, hidden.dtype) not in FUSED:
+    chosen = resolve_backend(backend, hidden.device, hidden.dtype)
+    if chosen in ("torch", "numba"):  # Numba has no such loops
+        residual = naive.add_branch(hidden, residual, branch_scale)
+        return layer_norm(residual, weight, bias, eps, chosen).to(hidden.dtype), residual
+    if chosen not in FUSED:
         return naive.add_layer_norm(hidden, residual, weight, bias, eps, branch_scale)
     from mambapeft_kernels.layer_norm import triton_kernels as triton
 
     return triton.add_layer_norm(hidden, residual, weight, bias, eps, branch_scale)
 
 
-def _check_shapes(op: str, x: Tensor, expected: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
+def _check_shapes(op: str, x: Tensor, expected: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
     if x.ndim < 2:
         raise ValueError(f"{op}: expected at least [B, D], got {tuple(x.shape)}")
     for name, (tensor, shape) in expected.items():

@@ -21,9 +21,14 @@ def add_layer_norm(
     branch_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """residual' = residual + branch_scale · hidden;  normed = LayerNorm(residual'), in `hidden`'s dtype."""
+    residual = add_branch(hidden, residual, branch_scale)
+    return layer_norm(residual, weight, bias, eps).to(hidden.dtype), residual
+
+
+def add_branch(hidden: Tensor, residual: Tensor | None, branch_scale: Tensor | None) -> Tensor:
+    """residual + branch_scale · hidden, in at least float32."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     branch = hidden.to(wide)
     if branch_scale is not None:
         branch = branch * branch_scale.to(wide).view(-1, *[1] * (hidden.ndim - 1))
-    residual = branch if residual is None else residual + branch
-    return layer_norm(residual, weight, bias, eps).to(hidden.dtype), residual
+    return branch if residual is None else residual + branch

@@ -1,5 +1,6 @@
 """The public functions of the two-dimensional selective scan, and their argument type."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -22,6 +23,11 @@ class SS2DWeights(NamedTuple):
     Ds: Tensor  # [4E]
     initial_states: Tensor | None = None  # [4, E, N], the state before a direction's first token; None: zero
     state_offset: Tensor | None = None  # [4, E, N], added to the state where C reads it
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "SS2DWeights":
+        """The weights with every tensor changed."""
+        changed = [None if t is None else change(t) for t in self]
+        return SS2DWeights(*changed)  # type: ignore[arg-type]  # the first five are never None
 
 
 def ss2d(u: Tensor, weights: SS2DWeights, backend: str = "auto") -> Tensor:

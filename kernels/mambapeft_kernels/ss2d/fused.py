@@ -88,36 +88,37 @@ def _backward(
     from mambapeft_kernels.ss2d import triton_kernels as triton
 
     w = SS2DWeights(x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset)
-    asked, (need_u, *_) = SS2DWeights(*need[1:]), need
+    need_u, *rest = need
+    asked = dict(zip(SS2DWeights._fields, rest))
     u, dout = u.contiguous(), dout.contiguous()
     grads = {name: u.new_empty(0, dtype=torch.float32) for name in SS2DWeights._fields}
     du = u.new_empty(0)
     with torch.cuda.device_of(u):
         wanted = {
             "u": need_u,
-            "proj": need_u or asked.x_proj_weight,
-            "weight": asked.dt_projs_weight,
-            "bias": asked.dt_projs_bias,
-            "A": asked.A_logs,
-            "first": asked.initial_states,
-            "offset": asked.state_offset,
+            "proj": need_u or asked["x_proj_weight"],
+            "weight": asked["dt_projs_weight"],
+            "bias": asked["dt_projs_bias"],
+            "A": asked["A_logs"],
+            "first": asked["initial_states"],
+            "offset": asked["state_offset"],
         }
         if any(wanted.values()):
             found = _scans(u, proj, w).backward(dout, ckpt, wanted)
             if need_u:
                 du = triton.merge(found["u"], dout, _skip(w), found["proj"], _x_proj(u, w))
-            if asked.x_proj_weight:
+            if asked["x_proj_weight"]:
                 dproj = found["proj"].flatten(0, 1)
                 grads["x_proj_weight"] = product(dproj.T, u.flatten(0, 2), torch.float32).view(x_proj_weight.shape)
             grads["dt_projs_weight"], grads["dt_projs_bias"] = found["weight"], found["bias"]
-            if asked.A_logs:
+            if asked["A_logs"]:
                 A = -torch.exp(A_logs.float())
                 grads["A_logs"] = found["A"].mT.reshape(A.shape) * A
-            if asked.initial_states:
+            if asked["initial_states"]:
                 grads["initial_states"] = found["first"].mT.contiguous()
-            if asked.state_offset:
+            if asked["state_offset"]:
                 grads["state_offset"] = found["offset"].mT.contiguous()
-        if asked.Ds:
+        if asked["Ds"]:
             grads["Ds"] = triton.channel_products(dout, u).repeat(DIRECTIONS)
     return [du, *grads.values()]
 
@@ -126,9 +127,10 @@ def _backward(
 def _(
     dout, u, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset, proj, ckpt, need
 ):
-    w = SS2DWeights(x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset)
+    weights = x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset
     du = u.new_empty(u.shape if need[0] else (0,))
-    return [du, *(u.new_empty(t.shape if asked else (0,), dtype=torch.float32) for t, asked in zip(w, need[1:]))]
+    shapes = [t.shape if t is not None and asked else (0,) for t, asked in zip(weights, need[1:])]
+    return [du, *(u.new_empty(shape, dtype=torch.float32) for shape in shapes)]
 
 
 def _setup_context(ctx, inputs, output) -> None:

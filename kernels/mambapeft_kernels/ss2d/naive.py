@@ -34,7 +34,7 @@ def prefix_states(tokens: Tensor, weights: SS2DWeights) -> Tensor:
 def _scan(u: Tensor, k: int, weights: SS2DWeights) -> tuple[Tensor, Tensor]:
     """Outputs [B, L, E] and last state [B, E, N] of direction k on its sequence u [B, L, E]."""
     batch, length, channels = u.shape
-    w = SS2DWeights(*(t if t is None else t.to(u.dtype) for t in weights))
+    w = weights.each(lambda t: t.to(u.dtype))
     states, rank = w.A_logs.shape[1], w.dt_projs_weight.shape[2]
     dt, B, C = (u @ w.x_proj_weight[k].T).split([rank, states, states], dim=-1)
     delta = F.softplus(dt @ w.dt_projs_weight[k].T + w.dt_projs_bias[k])

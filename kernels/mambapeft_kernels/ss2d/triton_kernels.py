@@ -96,12 +96,12 @@ def _states(ptr, k, chan, E, N: tl.constexpr, NB: tl.constexpr):
 
 
 @triton.jit
-def _dt_weights(weight_ptr, bias_ptr, k, chan, E, R: tl.constexpr, RP: tl.constexpr):
-    """dt_projᵀ [RP, channels] and its bias [channels] of direction k."""
+def _dt_weights(weight_ptr, bias_ptr, k, chan, E, R: tl.constexpr, RP: tl.constexpr, io: tl.constexpr):
+    """dt_projᵀ [RP, channels] in the activations' dtype and its bias [channels], of direction k."""
     rank = tl.arange(0, RP)
     mask = (rank < R)[:, None] & (chan < E)[None, :]
     weight = tl.load(weight_ptr + ((k * E + chan) * R)[None, :] + rank[:, None], mask=mask, other=0.0)
-    return weight, tl.load(bias_ptr + k * E + chan, mask=chan < E, other=0.0)
+    return weight.to(io), tl.load(bias_ptr + k * E + chan, mask=chan < E, other=0.0)
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def _inputs(
     mask = live[:, None] & (chan < E)[None, :]
     u = tl.load(u_ptr + (place * E)[:, None] + chan[None, :], mask=mask, other=0.0)
     low = _low(proj_ptr, place, live, k, R, RP, P)
-    raw = _dot(low, weight.to(low.dtype), PRECISION) + bias[None, :]
+    raw = _dot(low, weight, PRECISION) + bias[None, :]
     delta = _softplus(raw, u.dtype == tl.float32)
     return u.to(tl.float32), tl.where(mask, delta, 0.0)
 
@@ -174,8 +174,9 @@ def _segment_states(
     P: tl.constexpr = R + 2 * N
     L: tl.constexpr = H * W
     A = _states(a_ptr, k, chan, E, N, NB)
-    weight, bias = _dt_weights(weight_ptr, bias_ptr, k, chan, E, R, RP)
+    weight, bias = _dt_weights(weight_ptr, bias_ptr, k, chan, E, R, RP, u_ptr.dtype.element_ty)
     i = tl.arange(0, BLOCK_T)
+    first: tl.constexpr = BLOCK_T - 1 if BACKWARD else 0
     h = tl.zeros([NB, BLOCK_E], tl.float32)
     total = tl.zeros([BLOCK_E], tl.float32)
     for c in range(chunks):
@@ -194,10 +195,8 @@ def _segment_states(
                 dy = tl.load(dy_ptr + b * L * E + (place * E)[:, None] + chan[None, :], mask=mask, other=0.0)
                 C = tl.load(entry + N + n, mask=live, other=0.0).to(tl.float32)
                 x = decay * dy.to(tl.float32) * C[:, None]
-                first: tl.constexpr = BLOCK_T - 1
             else:
                 x = delta * u * tl.load(entry + n, mask=live, other=0.0).to(tl.float32)[:, None]
-                first: tl.constexpr = 0
             x = tl.where((i == first)[:, None], x + decay * _row(h, n, NB)[None, :], x)
             if BACKWARD:
                 _, s = tl.associative_scan((tl.flip(decay, 0), tl.flip(x, 0)), 0, _then)
@@ -229,7 +228,7 @@ def _forward(
     P: tl.constexpr = R + 2 * N
     L: tl.constexpr = H * W
     A = _states(a_ptr, k, chan, E, N, NB)
-    weight, bias = _dt_weights(weight_ptr, bias_ptr, k, chan, E, R, RP)
+    weight, bias = _dt_weights(weight_ptr, bias_ptr, k, chan, E, R, RP, u_ptr.dtype.element_ty)
     h = tl.zeros([NB, BLOCK_E], tl.float32)
     if HAS_FIRST:
         h = _states(first_ptr, k, chan, E, N, NB)
@@ -285,7 +284,7 @@ def _backward(
     P: tl.constexpr = R + 2 * N
     L: tl.constexpr = H * W
     A = _states(a_ptr, k, chan, E, N, NB)
-    weight, bias = _dt_weights(weight_ptr, bias_ptr, k, chan, E, R, RP)
+    weight, bias = _dt_weights(weight_ptr, bias_ptr, k, chan, E, R, RP, u_ptr.dtype.element_ty)
     carry = tl.zeros([NB, BLOCK_E], tl.float32)  # a_{t+1} g_{t+1}
     if SEGMENTS > 1:
         carry = _entered(carry, decay_ptr, end_ptr, A, b * 4 + k, segment, chan, E, True, SEGMENTS, N, NB)
@@ -329,6 +328,9 @@ def _backward(
             x = delta * u * B[:, None]
             x = tl.where(is_first, x + decay * first, x)
             _, h, _, before = tl.associative_scan((decay, x, ones, tl.where(is_first, first, zeros)), 0, _then_keeping)
+            if NEED_PROJ:  # before the adjoint: h is not needed any more
+                read = dy * (h + _row(offset, n, NB)[None, :])
+                _store_channel_sums(dentry + R + N + n, read, live, PRECISION)
             # q = a g, and `after`, what arrives from the next step: g = C dy + after.
             last = _row(carry, n, NB)[None, :]
             is_last = (i == BLOCK_T - 1)[:, None]
@@ -345,8 +347,6 @@ def _backward(
             carry = _with_row(carry, n, tl.sum(tl.where(is_first, q, 0.0), axis=0), NB)
             if NEED_PROJ:
                 _store_channel_sums(dentry + R + n, g * (delta * u), live, PRECISION)
-                read = dy * (h + _row(offset, n, NB)[None, :])
-                _store_channel_sums(dentry + R + N + n, read, live, PRECISION)
             if NEED_A:
                 dA = _with_row(dA, n, _row(dA, n, NB) + tl.sum(passed * delta, axis=0), NB)
             if NEED_OFFSET:
@@ -358,7 +358,7 @@ def _backward(
         draw = (u * gB + passed_A * (1.0 / _LOG2E)) * _one_minus_exp(delta, u_ptr.dtype.element_ty == tl.float32)
         if NEED_PROJ:
             io = dproj_ptr.dtype.element_ty
-            dlow = _dot(draw.to(io), tl.trans(weight.to(io)), PRECISION)
+            dlow = _dot(draw.to(io), tl.trans(weight), PRECISION)
             at = dentry[:, None] + rank[None, :]
             tl.store(at, dlow.to(io), mask=live[:, None] & (rank < R)[None, :])
         if NEED_WEIGHT:

@@ -116,7 +116,7 @@ class _SS2D(torch.autograd.Function):
         count = len(SS2DWeights._fields)
         u, *kept = ctx.saved_tensors
         weights, starts = kept[:count], kept[count:]
-        need = SS2DWeights(*ctx.needs_input_grad[1:])
+        need = dict(zip(SS2DWeights._fields, ctx.needs_input_grad[1:]))
         s = _sequence(u, weights)
         w, At = s.w, s.At
         dy_map = dout.to(s.tokens.dtype).flatten(1, 2).transpose(0, 1)  # [L, B, E]
@@ -143,29 +143,29 @@ class _SS2D(torch.autograd.Function):
             du = c.delta * gB
             for k in range(DIRECTIONS):
                 du_map.index_add_(0, c.places[:, k], du[:, k])
-            if need.A_logs:
+            if need["A_logs"]:
                 dA += torch.einsum("tkbne,tkbe->kne", passed, c.delta)
-            if need.state_offset:
+            if need["state_offset"]:
                 doffset += torch.einsum("tkbe,tkbn->kne", dy, c.C)
-            if need.dt_projs_weight:
+            if need["dt_projs_weight"]:
                 dweight += torch.einsum("tkbe,tkbr->ker", draw, c.low)
-            if need.dt_projs_bias:
+            if need["dt_projs_bias"]:
                 dbias += draw.sum((0, 2))
         if ctx.needs_input_grad[0]:
             du_map += dproj_map.flatten(2) @ w.x_proj_weight.flatten(0, 1)
-        found = SS2DWeights(
-            x_proj_weight=_outer(dproj_map.flatten(2), s.tokens).view_as(w.x_proj_weight)
-            if need.x_proj_weight
-            else None,
-            dt_projs_weight=dweight,
-            dt_projs_bias=dbias,
-            A_logs=(dA * At[:, 0]).mT.flatten(0, 1),
-            Ds=(dy_map * s.tokens).sum((0, 1)).repeat(DIRECTIONS) if need.Ds else None,
-            initial_states=carry.sum(1).mT,
-            state_offset=doffset.mT,
-        )
+        found = {
+            "dt_projs_weight": dweight,
+            "dt_projs_bias": dbias,
+            "A_logs": (dA * At[:, 0]).mT.flatten(0, 1),
+            "initial_states": carry.sum(1).mT,
+            "state_offset": doffset.mT,
+        }
+        if need["x_proj_weight"]:
+            found["x_proj_weight"] = _outer(dproj_map.flatten(2), s.tokens).view_as(w.x_proj_weight)
+        if need["Ds"]:
+            found["Ds"] = (dy_map * s.tokens).sum((0, 1)).repeat(DIRECTIONS)
         du = du_map.transpose(0, 1).reshape(u.shape).to(u.dtype) if ctx.needs_input_grad[0] else None
-        return du, *(g.to(t.dtype) if asked else None for g, t, asked in zip(found, weights, need))
+        return du, *(found[name].to(t.dtype) if need[name] else None for name, t in zip(need, weights))
 
 
 def _definition(u: Tensor, *weights: Tensor | None) -> Tensor:
@@ -174,7 +174,7 @@ def _definition(u: Tensor, *weights: Tensor | None) -> Tensor:
 
 def _sequence(u: Tensor, weights: tuple[Tensor | None, ...]) -> _Sequence:
     wide = torch.promote_types(u.dtype, torch.float32)
-    return _Sequence(u.to(wide), SS2DWeights(*(t if t is None else t.to(wide) for t in weights)))
+    return _Sequence(u.to(wide), SS2DWeights._make(weights).each(lambda t: t.to(wide)))
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
