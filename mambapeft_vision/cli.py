@@ -10,7 +10,6 @@ from importlib import import_module
 
 from mambapeft_vision import __version__
 from mambapeft_vision.run.arguments import ArgumentParser
-from mambapeft_vision.run.exit import run_cli
 from mambapeft_vision.utils.typed import nearest
 
 # Command → what it does; the module of its name in mambapeft_vision/commands does it.
@@ -57,6 +56,10 @@ def main(arguments: Sequence[str]) -> int | None:
 
 def run(*command: str) -> None:
     """The whole of a program: `main` with this process's command line behind `command`, then the exit code."""
+    try:
+        from mambapeft_vision.run.exit import run_cli  # Hydra's import takes a moment, in which Ctrl-C may come
+    except KeyboardInterrupt:
+        sys.exit(130)
     run_cli(partial(main, [*command, *sys.argv[1:]]))
 
 

@@ -3,6 +3,7 @@
 The only file that knows both sides.
 """
 
+import copy
 import hashlib
 import re
 from collections.abc import Mapping, MutableMapping
@@ -202,6 +203,13 @@ class AdaptedModel(nn.Module):
 def adapt(backbone: Backbone, methods: Mapping[str, Method], num_classes: int, seed: int = 0) -> AdaptedModel:
     """Attaches `methods` to `backbone`, in place. See `AdaptedModel`."""
     return AdaptedModel(backbone, methods, num_classes, seed)
+
+
+def on_meta(backbone: Backbone) -> Backbone:
+    """A copy of a backbone with shapes and no values, to find out what attaching methods would take."""
+    memo: dict[int, object] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in backbone.parameters()}
+    memo |= {id(b): b.to("meta") for module in backbone.modules() for b in module.buffers(recurse=False)}
+    return copy.deepcopy(backbone, memo)
 
 
 def _stable_seed(seed: int, name: str) -> int:

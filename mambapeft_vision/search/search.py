@@ -31,11 +31,11 @@ from mambapeft_vision.integrations.wandb_logger import RunLogger, WandbLogger
 from mambapeft_vision.results.plots import drawn, save_png
 from mambapeft_vision.run.build import build_logger
 from mambapeft_vision.run.exit import summary
+from mambapeft_vision.run.inputs import Inputs
 from mambapeft_vision.run.run import train
 from mambapeft_vision.search.plots import history, importances
 from mambapeft_vision.search.space import Point, Space
 from mambapeft_vision.sweep.display import say
-from mambapeft_vision.sweep.input_hashes import Inputs
 from mambapeft_vision.sweep.jobs import Job, plan_jobs
 from mambapeft_vision.sweep.worker_cache import Kept
 from mambapeft_vision.utils.atomic import write_text
@@ -129,8 +129,9 @@ def check_inputs(study: optuna.Study, jobs: Sequence[Job]) -> None:
     inputs = Inputs()
     now: dict[str, str | None] = {}
     for job in jobs:
-        images, weights = inputs.of(job.plan)
-        now |= {f"images of {job.plan.task}": images, "weights of the backbone": weights}
+        found = inputs.of(job.plan)
+        now |= {f"images of {job.plan.task}": found.images, "weights of the backbone": found.weights}
+        now |= {"method files": found.methods}
     recorded = study.user_attrs.get("inputs")
     then = recorded if isinstance(recorded, dict) else {}
     changed = [name for name, value in now.items() if None not in (value, then.get(name)) and then[name] != value]
