@@ -4,12 +4,13 @@ import ast
 import json
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, cast
 
 from mambapeft_vision.adapter.files import ADAPTER_FILE, CONFIG_FILE, read_adapter
 from mambapeft_vision.adapter.load import load_adapter
 from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.backbones.contract import Backbone
+from mambapeft_vision.backbones.timm_model import TimmModel
 from mambapeft_vision.backbones.weights import export_official, read_state_dict
 from mambapeft_vision.integrations.reference import load_reference
 from mambapeft_vision.results.record import RunRecord
@@ -118,7 +119,7 @@ def merge_to_official(folder: str | Path, weights: str, out: str | Path) -> Back
     if left:
         reasons = "\n  ".join(f"{name}: {reason}" for name, reason in left.items())
         raise UserError(f"{folder} cannot become a plain checkpoint:\n  {reasons}")
-    export_official(model.backbone, out)
+    export_official(cast(TimmModel, model.backbone), out)
     return model.backbone
 
 

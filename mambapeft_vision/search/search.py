@@ -22,7 +22,7 @@ from typing import Any
 import optuna
 from omegaconf import OmegaConf
 from optuna.storages import JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
@@ -102,6 +102,7 @@ def open_study(settings: Search) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     settings.folder.mkdir(parents=True, exist_ok=True)
     if settings.storage is None:
+        _drop_incomplete_line(settings.folder / JOURNAL)
         storage: JournalStorage | RDBStorage = JournalStorage(JournalFileBackend(str(settings.folder / JOURNAL)))
     else:
         storage = _database(settings.storage)
@@ -119,6 +120,22 @@ def open_study(settings: Search) -> optuna.Study:
             f"cannot be compared with new ones; give this one another name with name=..."
         )
     return study
+
+
+def _drop_incomplete_line(journal: Path) -> None:
+    """Cuts off the line that a killed process was writing, which Optuna reads no further than."""
+    if not journal.is_file():
+        return
+    lock = JournalFileSymlinkLock(str(journal))  # of another process that is writing one now
+    lock.acquire()
+    try:
+        content = journal.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(journal, whole)
+            say(f"the last line of {journal} was incomplete, and is left out")
+    finally:
+        lock.release()
 
 
 def check_inputs(study: optuna.Study, jobs: Sequence[Job]) -> None:
