@@ -1,17 +1,19 @@
 """The command `mambapeft`: one subcommand for each thing that the project does. `mambapeft --help` lists them.
 
-Light to import: a command's own module, and PyTorch with it, is imported when the command is called.
+Light to import: a command's own module, and PyTorch with it, is imported when the command is called. Nothing else is
+imported before `run` can answer Ctrl-C.
 """
 
 import sys
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from mambapeft_vision import __version__
-from mambapeft_vision.run.arguments import ArgumentParser
-from mambapeft_vision.run.exit import run_cli
-from mambapeft_vision.utils.typed import nearest
+
+if TYPE_CHECKING:
+    from mambapeft_vision.run.arguments import ArgumentParser
 
 # Command → what it does; the module of its name in mambapeft_vision/commands does it.
 COMMANDS = {
@@ -50,6 +52,8 @@ def main(arguments: Sequence[str]) -> int | None:
         return None
     command, *rest = arguments
     if command not in COMMANDS:
+        from mambapeft_vision.utils.typed import nearest
+
         _parser().error(f"{command} is no command; {nearest(command, COMMANDS)}")
     code: int | None = import_module(f"mambapeft_vision.commands.{command.replace('-', '_')}").main(rest)
     return code
@@ -57,10 +61,16 @@ def main(arguments: Sequence[str]) -> int | None:
 
 def run(*command: str) -> None:
     """The whole of a program: `main` with this process's command line behind `command`, then the exit code."""
+    try:
+        from mambapeft_vision.run.exit import run_cli  # Hydra's import takes a moment, in which Ctrl-C may come
+    except KeyboardInterrupt:
+        sys.exit(130)  # as run/exit.py has it
     run_cli(partial(main, [*command, *sys.argv[1:]]))
 
 
-def _parser() -> ArgumentParser:
+def _parser() -> "ArgumentParser":
+    from mambapeft_vision.run.arguments import ArgumentParser
+
     width = max(map(len, COMMANDS))
     listed = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
     parser = ArgumentParser(

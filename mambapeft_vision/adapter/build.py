@@ -7,6 +7,7 @@ from typing import Any
 
 from mambapeft_vision.methods.method import Method
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.typed import check_arguments
 
 _METHOD_TARGET = re.compile(r"mambapeft_vision\.methods\.[a-z][a-z0-9_]*\.[A-Z][A-Za-z0-9]*")
@@ -17,9 +18,9 @@ def build_method(name: str, spec: Any, source: str) -> Method:
 
     source: where the spec stands, for messages: `<source>.<name>`. Raises: UserError.
     """
-    where = f"{source}.{name}"
+    where = f"{source}.{plain(name)}"
     if not isinstance(spec, Mapping):
-        raise UserError(f"{where}={spec!r}; expected a mapping with _target_ and arguments")
+        raise UserError(f"{where}={shown(spec)}; expected a mapping with _target_ and arguments")
     arguments = {key: value for key, value in spec.items() if key != "_target_"}
     cls = _method_class(spec.get("_target_"), where)
     check_arguments(cls, arguments, where)
@@ -33,7 +34,7 @@ def build_method(name: str, spec: Any, source: str) -> Method:
 
 def _method_class(target: Any, where: str) -> type[Method]:
     if not isinstance(target, str) or not _METHOD_TARGET.fullmatch(target):
-        raise UserError(f"{where} names {target!r}; only classes in mambapeft_vision.methods are allowed")
+        raise UserError(f"{where} names {shown(target)}; only classes in mambapeft_vision.methods are allowed")
     module_name, _, class_name = target.rpartition(".")
     try:
         cls = getattr(importlib.import_module(module_name), class_name)

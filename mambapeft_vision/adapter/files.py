@@ -6,18 +6,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from mambapeft_vision.utils.atomic import atomic_path, write_json
+from mambapeft_vision.utils.atomic import write_bytes, write_json
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.names import check_method_name
 from mambapeft_vision.utils.state_dict_checks import check_finite
+from mambapeft_vision.utils.tensor_files import tensors_sha256
+from mambapeft_vision.utils.text import plain, shown
+from mambapeft_vision.utils.untrusted import read_bytes, read_json, refuse_references
 
 ADAPTER_FILE = "adapter.safetensors"
 CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 1
 _MAX_CONFIG_BYTES = 10_000_000
+_MAX_TENSOR_BYTES = 4_000_000_000
+_CHECKSUM = "tensors_sha256"  # in the metadata of adapter.safetensors; who changes the tensors leaves it out
+_DTYPES = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+}
+_AGAIN = "copy it again from where it was made"
 
 
 @dataclass(frozen=True)
@@ -30,12 +43,12 @@ class Adapter:
 
 
 def write_adapter(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Writes both files into `folder`, each atomically. config: JSON-safe."""
+    """Writes both files into `folder`, each atomically; the tensors with a checksum. config: JSON-safe."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
-    with atomic_path(folder / ADAPTER_FILE) as temporary:
-        temporary.write_bytes(serialize(tensors))  # unlike save_file, this says what a disk has against it
+    # Unlike safetensors' save_file, write_bytes says what a disk has against it.
+    write_bytes(folder / ADAPTER_FILE, serialize(tensors, {_CHECKSUM: tensors_sha256(tensors)}))
     write_json(folder / CONFIG_FILE, dict(config))
 
 
@@ -47,35 +60,43 @@ def read_adapter(folder: str | Path) -> Adapter:
     folder = Path(folder)
     path = folder / CONFIG_FILE
     try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise UserError(f"{path} has {path.stat().st_size:,} bytes; expected at most {_MAX_CONFIG_BYTES:,}")
-        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except UserError:
-        raise
+        config = read_json(path, max_bytes=_MAX_CONFIG_BYTES)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; expected the folder of a finished run or adapter") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); expected the folder of a finished run") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no valid JSON: {error}; copy it again from where it was made") from error
     if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
         version = config.get("format_version") if isinstance(config, dict) else None
         raise UserError(
-            f"{path}: format_version {version!r}; this release reads {FORMAT_VERSION}. Update mambapeft_vision"
+            f"{path}: format_version {shown(version)}; this release reads {FORMAT_VERSION}. Update mambapeft_vision"
         )
     _check_adapter_config(config, path)
-    tensors = folder / ADAPTER_FILE
+    refuse_references(config, str(path))
+    return Adapter(folder, config, _read_tensors(folder / ADAPTER_FILE))
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors, which are those that were written if the file says what they were."""
     try:
-        with safe_open(tensors, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        content = read_bytes(file, max_bytes=_MAX_TENSOR_BYTES)
+        state = deserialize(content)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{tensors} cannot be read: {error}; copy it again from where it was made") from error
-    check_finite(state, str(tensors))
-    return Adapter(folder, config, state)
+        raise UserError(f"{file} cannot be read: {plain(error)}; {_AGAIN}") from error
+    odd = [name for name, tensor in state.items() if tensor.dtype not in _DTYPES]
+    if odd:
+        raise UserError(f"{file}: {shown(odd[0])} is of type {state[odd[0]].dtype}; expected numbers. {_AGAIN}")
+    recorded = _metadata(content).get(_CHECKSUM)
+    if recorded is not None and recorded != tensors_sha256(state):
+        raise UserError(f"{file} is damaged: its tensors are not those that were saved (sha256); {_AGAIN}")
+    check_finite(state, str(file))
+    return state
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+def _metadata(content: bytes) -> dict[str, Any]:
+    """The texts beside the tensors of a safetensors file, whose library has read it."""
+    length = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + length]).get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _check_adapter_config(config: Mapping[str, Any], path: Path) -> None:
@@ -93,3 +114,8 @@ def _check_adapter_config(config: Mapping[str, Any], path: Path) -> None:
         raise UserError(
             f"{path}: missing or of the wrong type: {', '.join(wrong)}; copy it again from where it was made"
         )
+    for name in config["methods"]:
+        try:
+            check_method_name(name)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None

@@ -1,21 +1,18 @@
 """From an adapter's files to a model."""
 
-import copy
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from mambapeft_vision.adapter.build import build_method
 from mambapeft_vision.adapter.files import ADAPTER_FILE, CONFIG_FILE, Adapter, read_adapter
-from mambapeft_vision.adapter.model import AdaptedModel
+from mambapeft_vision.adapter.model import AdaptedModel, on_meta
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.contract import Backbone
 from mambapeft_vision.backbones.weights import backbone_sha256, content_sha256
 from mambapeft_vision.methods.method import Method
 from mambapeft_vision.utils.errors import UserError
-
-MAX_PARAMETERS = 2_000_000_000  # of a backbone that an adapter describes; Vim-B has 98 million
 
 
 def load_adapter(folder: str | Path, weights: str = "official", seed: int = 0) -> AdaptedModel:
@@ -26,17 +23,27 @@ def load_adapter(folder: str | Path, weights: str = "official", seed: int = 0) -
         weights: of the backbone: "official", "random" (drawn from `seed`) or a file; its hash must fit the adapter.
     """
     adapter = read_adapter(folder)
-    spec = adapter.config["backbone"]
-    sizes = {key: value for key, value in spec["architecture"].items() if key != "num_classes"}  # of older adapters
-    with torch.device("meta"):  # shapes without values: an adapter's sizes are untrusted
-        numbers = sum(p.numel() for p in create_backbone(spec["name"], "random", **sizes).parameters())
-    if numbers > MAX_PARAMETERS:
-        raise UserError(f"{folder}: its backbone would have {numbers:,} weights; expected at most {MAX_PARAMETERS:,}")
-    backbone = create_backbone(spec["name"], weights, seed, **sizes)
+    check_sizes(adapter)
+    backbone = create_backbone(adapter.config["backbone"]["name"], weights, seed, **_architecture(adapter))
     dtype = next((t.dtype for t in adapter.state.values() if t.is_floating_point()), None)
     if not _is_trained_on(adapter, backbone):
         backbone.to(dtype)  # the adapter may have been trained on weights that were cast before
     return apply_adapter(adapter, backbone).to(dtype)
+
+
+def check_sizes(adapter: Adapter) -> None:
+    """Fits an adapter to the backbone that it describes, on shapes alone: its sizes are untrusted, and cost nothing.
+
+    Raises: UserError for a backbone that is too large, or tensors that do not fit it.
+    """
+    with torch.device("meta"):
+        backbone = create_backbone(adapter.config["backbone"]["name"], "random", **_architecture(adapter))
+    _check_fit(adapter, backbone)
+
+
+def _architecture(adapter: Adapter) -> dict[str, Any]:
+    sizes = adapter.config["backbone"]["architecture"]
+    return {key: value for key, value in sizes.items() if key != "num_classes"}  # which older adapters have
 
 
 def apply_adapter(adapter: Adapter, backbone: Backbone) -> AdaptedModel:
@@ -73,11 +80,9 @@ def build_methods(adapter: Adapter) -> dict[str, Method]:
 
 def _check_fit(adapter: Adapter, backbone: Backbone) -> None:
     """Raises UserError where the tensors do not fit the methods; on tensors without values, whatever their size."""
-    memo: dict[int, object] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in backbone.parameters()}
-    memo |= {id(b): b.to("meta") for module in backbone.modules() for b in module.buffers(recurse=False)}
     with torch.device("meta"):
         try:
-            _loaded(adapter, copy.deepcopy(backbone, memo))
+            _loaded(adapter, on_meta(backbone))
         except UserError as error:
             if str(adapter.folder) in str(error):
                 raise

@@ -3,6 +3,7 @@
 The only file that knows both sides.
 """
 
+import copy
 import hashlib
 import re
 from collections.abc import Mapping, MutableMapping
@@ -231,6 +232,13 @@ def _claim(backbone: Backbone) -> None:
 def _release(backbone: Backbone) -> None:
     """A backbone that everything was folded into is a plain one again."""
     setattr(backbone, _ADAPTED, False)
+
+
+def on_meta(backbone: Backbone) -> Backbone:
+    """A copy of a backbone with shapes and no values, to find out what attaching methods would take."""
+    memo: dict[int, object] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in backbone.parameters()}
+    memo |= {id(b): b.to("meta") for module in backbone.modules() for b in module.buffers(recurse=False)}
+    return copy.deepcopy(backbone, memo)
 
 
 def _stable_seed(seed: int, name: str) -> int:

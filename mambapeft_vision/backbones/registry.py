@@ -14,10 +14,12 @@ from torch import nn
 import mambapeft_vision.backbones as package
 from mambapeft_vision.backbones.weights import LICENSE_ACCEPTED, load_official, load_weights
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.text import shown
 from mambapeft_vision.utils.typed import check_arguments
 
 # Far beyond any model; an adapter's config is untrusted, and its sizes must not cost hours or all memory.
 LARGEST, DEEPEST = 16_384, 1_024
+MAX_PARAMETERS = 1_000_000_000
 
 
 def create_backbone(
@@ -39,13 +41,14 @@ def create_backbone(
         architecture: other sizes than the variant's, e.g. img_size, drop_path_rate.
     """
     if name not in registered():
-        raise UserError(f"backbone.name={name!r} is unknown; known: {', '.join(registered())}")
+        raise UserError(f"backbone.name={shown(name)} is unknown; known: {', '.join(registered())}")
     if not 0 <= seed < 2**63:
         raise UserError(f"backbone.seed={seed}; expected 0 to 2^63 - 1")
     kind: type[nn.Module] = get_type_hints(model_entrypoint(name))["return"]
     if weights_license not in (None, LICENSE_ACCEPTED):
         raise UserError(f"backbone.weights_license={weights_license!r}; expected {LICENSE_ACCEPTED!r}, or leave it out")
     check_sizes(kind, architecture)
+    _check_parameters(name, architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # `architecture` holds sizes alone by now: timm has arguments that read files and fetch weights.
@@ -57,6 +60,17 @@ def create_backbone(
     elif weights_sha256 is not None:
         raise UserError("backbone.weights=random are no file; leave backbone.weights_sha256 out, or give a file")
     return model
+
+
+def _check_parameters(name: str, architecture: Mapping[str, Any]) -> None:
+    """Raises UserError for sizes that each are in range, but together take the memory of a machine."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in timm.create_model(name, num_classes=0, **architecture).parameters())
+    if count > MAX_PARAMETERS:
+        raise UserError(
+            f"backbone {name} with {shown(dict(architecture))} would have {count:,} parameters; expected at most "
+            f"{MAX_PARAMETERS:,}"
+        )
 
 
 @cache

@@ -1,7 +1,6 @@
 """Weights of backbones: published checkpoints in, their layout out. Never unpickles code."""
 
-import argparse
-import hashlib
+import io
 import math
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -11,8 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save as serialize
 from timm.models import adapt_input_conv
 from timm.models._builder import _resolve_pretrained_source
 from timm.models._hub import download_cached_file
@@ -21,10 +19,13 @@ from torch import Tensor
 from mambapeft_vision.backbones.layout import TokenLayout, select
 from mambapeft_vision.backbones.ports import taken_ports
 from mambapeft_vision.backbones.timm_model import TimmModel
-from mambapeft_vision.utils.atomic import atomic_path
+from mambapeft_vision.utils.atomic import write_bytes
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.hashing import sha256_file
+from mambapeft_vision.utils.names import user_path
 from mambapeft_vision.utils.state_dict_checks import check_finite, check_state
+from mambapeft_vision.utils.tensor_files import metadata_of, read_tensors, tensors_sha256
+from mambapeft_vision.utils.text import shown
 
 LICENSE_ACCEPTED = "accepted"
 
@@ -133,7 +134,7 @@ def load_weights(model: TimmModel, path: str | Path, sha256: str | None = None, 
     Raises: UserError naming the architecture that the file is for, or listing missing, unknown and mis-shaped keys.
     """
     if sha256 is not None:
-        _check_sha256(Path(path), sha256)
+        _check_sha256(user_path(path), sha256)
     load_state(model, read_checkpoint(path), str(path), with_head)
 
 
@@ -169,30 +170,21 @@ def load_state(model: TimmModel, checkpoint: Checkpoint, source: str, with_head:
 def read_checkpoint(path: str | Path, key: str = "model") -> Checkpoint:
     """The tensors of a checkpoint file, under their names there; from `content[key]` where there is such a key.
 
-    Pickled files are read with PyTorch's restricted unpickler; besides tensors only `argparse.Namespace`
-    (a leftover of training in the official files) is allowed.
+    Nothing in the file is executed (`read_tensors`). Raises UserError.
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
-        raise UserError(f"backbone weights {str(path)!r} do not exist; give a .pth or .safetensors file")
+        raise UserError(f"backbone weights {shown(str(path))} do not exist; give a .pth or .safetensors file")
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return Checkpoint(load_file(path), _made_for(file.metadata() or {}, path.stem))
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # the restricted unpickler raises anything on bytes that are no pickle
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        content = read_tensors(path)
+    except OSError as error:
         raise UserError(
-            f"{path} cannot be read as a checkpoint: {reason}. Expected safetensors, or a PyTorch file that holds "
-            f"tensors only; download it again"
+            f"backbone weights {shown(str(path))} cannot be read ({error.strerror}); give a .pth or .safetensors file"
         ) from error
     state = content.get(key, content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{path} holds no state dict of tensors (under {key!r} or at top level)")
-    return Checkpoint(state, _made_for(content, path.stem))
+        raise UserError(f"{shown(str(path))} holds no state dict of tensors (under {key!r} or at top level)")
+    return Checkpoint(state, _made_for({**content, **metadata_of(path)}, path.stem))
 
 
 def read_state_dict(path: str | Path, key: str = "model") -> dict[str, Tensor]:
@@ -234,7 +226,7 @@ def check_family(model: TimmModel, checkpoint: Checkpoint, source: str) -> None:
     if not families or model.family in families:
         return
     mine, theirs = FAMILIES[model.family][0], " or ".join(FAMILIES[f][0] for f in families)
-    stated = f" (it says {checkpoint.made_for!r})" if families == by_name else ""
+    stated = f" (it says {shown(checkpoint.made_for)})" if families == by_name else ""
     raise UserError(
         f"{source} holds weights of {theirs}{stated}, but this backbone is {mine}, where even the same keys mean "
         f"something else. Choose a backbone of {theirs}, or weights of {mine}"
@@ -296,16 +288,6 @@ def content_sha256(backbone: Any) -> str:
     return tensors_sha256({n: p for n, p in backbone.named_parameters() if not n.startswith("head.")})
 
 
-def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, shapes, dtypes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        if not tensor.is_meta:  # a model without values, made to count parameters
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _check_sha256(path: Path, expected: str) -> None:
     if not path.is_file():
         return  # for the reader to say
@@ -362,8 +344,10 @@ def export_official(model: TimmModel, path: str | Path) -> None:
         raise UserError(f"the backbone still has methods attached ({attached[0]}, …); call merge() first")
     architecture = model.pretrained_cfg["architecture"]
     path = Path(path)
-    with atomic_path(path) as temporary:
-        if path.suffix == ".safetensors":
-            save_file(state, temporary, metadata={"format": "pt", "architecture": architecture})
-        else:
-            torch.save({"model": state, "architecture": architecture}, temporary)
+    if path.suffix == ".safetensors":
+        content = serialize(state, metadata={"format": "pt", "architecture": architecture})
+    else:
+        file = io.BytesIO()
+        torch.save({"model": state, "architecture": architecture}, file)
+        content = file.getvalue()
+    write_bytes(path, content)  # unlike those libraries, this says what a disk has against it

@@ -17,8 +17,8 @@ from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.results.tables import Standard
 from mambapeft_vision.run.config import register_schemas
 from mambapeft_vision.run.exit import nearest
+from mambapeft_vision.run.inputs import Inputs
 from mambapeft_vision.run.run_config import Resolved
-from mambapeft_vision.sweep.input_hashes import Inputs
 from mambapeft_vision.sweep.jobs import Job, state_of
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.untrusted import read_yaml

@@ -6,11 +6,11 @@ to-hub           adapter folder  →  Hugging Face hub folder; with --push it is
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from mambapeft_vision.integrations.convert import from_reference, merge_to_official, push_to_hub, to_hub_folder
+from mambapeft_vision.results.record import is_finished, read_record
 from mambapeft_vision.run.arguments import ArgumentParser
 
 
@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> None:
         merge_to_official(args.adapter, args.weights, args.out)
         print(f"wrote {args.out}")
     else:
-        record = Path(args.adapter) / "result.json"
-        folder = to_hub_folder(args.adapter, args.out, json.loads(record.read_text()) if record.is_file() else None)
+        record = read_record(args.adapter) if is_finished(Path(args.adapter)) else None
+        folder = to_hub_folder(args.adapter, args.out, record)
         print(f"wrote {folder}")
         if args.push:
             print(push_to_hub(folder, args.push))

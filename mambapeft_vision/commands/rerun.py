@@ -11,7 +11,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(
         "mambapeft rerun",
         "A recorded run again, on the images and weights that it had; the outcome is compared with the recorded one.\n"
-        "Files go to <outputs>-again. Further words are those of `mambapeft train`, such as seed=1 or -m seed=1,2.",
+        "Files go to <paths.outputs>-again. Further words are those of `mambapeft train`, such as seed=1.",
         usage="%(prog)s RESULT [key=value ...]",
     )
     parser.add_argument("result", help="result.json, or the folder of a finished run")

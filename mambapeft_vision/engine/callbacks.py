@@ -9,13 +9,14 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from mambapeft_vision.engine.checkpoint import INPUTS
 from mambapeft_vision.engine.module import FineTuning, TrainingModule
 from mambapeft_vision.utils.atomic import write_text
 from mambapeft_vision.utils.console import Console
@@ -33,6 +34,7 @@ def callbacks_of_a_run(
     methods: str,
     checkpoint: Path,
     checkpoint_every_s: float,
+    inputs: Mapping[str, str | None],
     ends_sweep: bool,
     history: "History",
     console: Console,
@@ -46,6 +48,7 @@ def callbacks_of_a_run(
 
     Args:
         task, methods: for messages.
+        inputs: fingerprints of what the run is made from, for its checkpoints.
         ends_sweep: whether a sweep ends with a run that is not finite.
     """
     return [
@@ -53,7 +56,7 @@ def callbacks_of_a_run(
         history,
         ProgressLine(console, history),
         WarmupPhases(console),
-        checkpoints := Checkpoints(checkpoint, checkpoint_every_s),
+        checkpoints := Checkpoints(checkpoint, checkpoint_every_s, inputs),
         StopAtSigterm(checkpoints),
     ]
 
@@ -267,9 +270,14 @@ class WarmupPhases(Callback):
 
 
 class Checkpoints(Callback):
-    """Saves the run's state at ends of epochs, at most every `every_s` seconds, and at the last one."""
+    """Saves the run's state at ends of epochs, at most every `every_s` seconds, and at the last one.
 
-    def __init__(self, file: Path, every_s: float) -> None:
+    Args:
+        inputs: fingerprints of what the run is made from; they are saved with its state.
+    """
+
+    def __init__(self, file: Path, every_s: float, inputs: Mapping[str, str | None] | None = None) -> None:
+        self._inputs = dict(inputs or {})
         self._file = file
         self._every_s = every_s
         self._saved = time.monotonic()
@@ -280,6 +288,9 @@ class Checkpoints(Callback):
         due = last or time.monotonic() - self._saved >= self._every_s
         if due and _training(pl_module).can_be_saved:
             self.save(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[INPUTS] = self._inputs
 
     def save(self, trainer: Trainer) -> None:
         """Saves the end of this epoch, unless it is saved."""

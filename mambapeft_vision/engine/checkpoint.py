@@ -1,43 +1,36 @@
-"""Checkpoints of a run in progress: whole or absent, small, and read without running anything in them."""
+"""Checkpoints of a run in progress: whole or absent, small, checked when read, and read without running anything."""
 
-import io
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.plugins import CheckpointIO
 
-from mambapeft_vision.utils.atomic import atomic_path
+from mambapeft_vision.utils.atomic import write_bytes
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.tensor_files import load_checked, with_checksum
 
 CHECKPOINT_FILE = "checkpoint.ckpt"
+INPUTS = "inputs"  # key of the fingerprints of what the run is made from
 _NEEDED = {"epoch", "global_step", "loops", "state_dict", "optimizer_states"}
+_REMEDY = "delete it to train this run from its start"
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Writes through a temporary file; reads with PyTorch's restricted unpickler."""
+    """Writes atomically, with a checksum; compares that, and reads with PyTorch's restricted unpickler."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        content = io.BytesIO()  # PyTorch's own writing of files does not say what a disk has against it
-        torch.save(checkpoint, content)
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(content.getbuffer())
+        write_bytes(path, with_checksum(checkpoint))
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Reads with `weights_only=True`, whatever is asked for. Raises UserError for a damaged file."""
+        """Reads with `weights_only=True`, whatever is asked for. Raises UserError."""
         try:
-            content = torch.load(path, map_location=map_location, weights_only=True)
-        except MemoryError:
-            raise
-        except Exception as error:  # the restricted unpickler raises anything on bytes that are no pickle
-            raise UserError(
-                f"{path} cannot be read as a checkpoint ({type(error).__name__}); delete it to train this run "
-                f"from its start"
-            ) from error
+            content = load_checked(path, map_location=map_location)
+        except (UserError, OSError) as error:
+            raise UserError(f"{error}; {_REMEDY}") from error
         if not isinstance(content, dict) or not content.keys() >= _NEEDED:
-            raise UserError(f"{path} is no checkpoint of a run; delete it to train this run from its start")
+            raise UserError(f"{path} is no checkpoint of a run; {_REMEDY}")
         return content
 
     def remove_checkpoint(self, path: str | Path) -> None:

@@ -2,18 +2,24 @@
 
 import ast
 import json
-import shutil
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, cast
 
 from mambapeft_vision.adapter.files import ADAPTER_FILE, CONFIG_FILE, read_adapter
 from mambapeft_vision.adapter.load import load_adapter
 from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.backbones.contract import Backbone
+from mambapeft_vision.backbones.timm_model import TimmModel
 from mambapeft_vision.backbones.weights import export_official, read_state_dict
 from mambapeft_vision.integrations.reference import load_reference
-from mambapeft_vision.utils.atomic import write_text
+from mambapeft_vision.results.record import RunRecord
+from mambapeft_vision.utils.atomic import write_bytes, write_text
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.text import markdown, plain, shown
+from mambapeft_vision.utils.untrusted import parse_json, read_text
+
+_MAX_CONFIG_BYTES = 1_000_000
 
 # -- the reference's adapters ---------------------------------------------------------------------------------
 
@@ -43,25 +49,37 @@ def read_reference_config(path: str | Path) -> tuple[dict[str, Any] | None, dict
     A .py file is parsed, not run: only literals and `dict(...)` calls are understood.
     """
     path = Path(path)
+    expected = "expected `model = dict(backbone=dict(...))`, or JSON with peft_kwargs and module_kwargs"
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            content = json.loads(text)
-            return content["peft_kwargs"], content["module_kwargs"]
-        backbone = _assigned_literal(ast.parse(text), "model", path)["backbone"]
-    except FileNotFoundError as error:
-        raise UserError(f"config {str(path)!r} does not exist") from error
-    except (KeyError, SyntaxError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} is no config of the reference ({type(error).__name__}: {error}); expected `model = "
-            f"dict(backbone=dict(...))`, or JSON with peft_kwargs and module_kwargs"
-        ) from error
+        text = read_text(path, max_bytes=_MAX_CONFIG_BYTES)
+    except OSError as error:
+        raise UserError(f"config {shown(str(path))} does not exist or cannot be read ({error.strerror})") from error
+    if path.suffix == ".json":
+        content = parse_json(text, str(path))
+        parts = [content.get(key) if isinstance(content, dict) else None for key in ("peft_kwargs", "module_kwargs")]
+        if not (isinstance(parts[0], (dict, NoneType)) and isinstance(parts[1], dict)):
+            raise UserError(f"{plain(path)} is no config of the reference; {expected}")
+        return parts[0], parts[1]
+    try:
+        model = _assigned_literal(ast.parse(text), "model", path)
+    except (KeyError, SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = f"{type(error).__name__}: {plain(error)}"
+        raise UserError(f"{plain(path)} is no config of the reference ({reason}); {expected}") from None
+    backbone = model.get("backbone") if isinstance(model, dict) else None
+    if not isinstance(backbone, dict):
+        raise UserError(f"{plain(path)} is no config of the reference; {expected}")
     kind = backbone.pop("type", None)
     if kind == "VisionMamba":
         return None, backbone
     if kind != "VimPEFTModel" or "module" not in backbone:
-        raise UserError(f"{path}: backbone type {kind!r}; expected VimPEFTModel with a module, or VisionMamba")
+        raise UserError(
+            f"{plain(path)}: backbone type {shown(kind)}; expected VimPEFTModel with a module, or VisionMamba"
+        )
     module = backbone.pop("module")
+    if not isinstance(module, dict):
+        raise UserError(f"{plain(path)}: module={shown(module)}; {expected}")
     return backbone, module
 
 
@@ -95,30 +113,40 @@ def merge_to_official(folder: str | Path, weights: str, out: str | Path) -> Back
 
     Raises: UserError naming the methods that cannot be merged, and why.
     """
+    _make_folder(Path(out).parent)
     model = load_adapter(folder, weights)
     left = model.merge()
     if left:
         reasons = "\n  ".join(f"{name}: {reason}" for name, reason in left.items())
         raise UserError(f"{folder} cannot become a plain checkpoint:\n  {reasons}")
-    export_official(model.backbone, out)
+    export_official(cast(TimmModel, model.backbone), out)
     return model.backbone
 
 
 # -- Hugging Face hub folders -----------------------------------------------------------------------------------
 
 
-def to_hub_folder(folder: str | Path, out: str | Path, result: dict[str, Any] | None = None) -> Path:
+def to_hub_folder(folder: str | Path, out: str | Path, result: RunRecord | None = None) -> Path:
     """A folder ready for the Hugging Face hub: the adapter's two files and a model card.
 
     Args:
         result: the run's result.json, for the card's numbers; None: the card says that none were given.
     """
     adapter, out = read_adapter(folder), Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    if out.exists() and out.samefile(adapter.folder):
+        raise UserError(f"--out {out} is the adapter's own folder; expected another one. Choose a new folder")
+    _make_folder(out)
     for name in (ADAPTER_FILE, CONFIG_FILE):
-        shutil.copy2(adapter.folder / name, out / name)
+        write_bytes(out / name, (adapter.folder / name).read_bytes())
     write_text(out / "README.md", model_card(adapter.config, result))
     return out
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes the folder of what is to be written, before the work."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; expected a folder to write to. Choose another one")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def push_to_hub(folder: str | Path, repository: str) -> str:
@@ -134,22 +162,24 @@ def push_to_hub(folder: str | Path, repository: str) -> str:
     return str(api.upload_folder(repo_id=repository, folder_path=str(folder)))
 
 
-def model_card(config: dict[str, Any], result: dict[str, Any] | None) -> str:
+def model_card(config: dict[str, Any], result: RunRecord | None) -> str:
     """The card: what it is, what it stands on, its accuracy, and how to load it."""
-    methods = " + ".join(config["methods"]) or "linear probe"
-    task = (result or {}).get("task") or config.get("task") or "not recorded"
-    accuracy = (result or {}).get("accuracy")
+    names = [markdown(name) for name in config["methods"]]
+    methods = " + ".join(names) or "linear probe"
+    task = markdown(config.get("task") or "not recorded" if result is None else result.task)
+    accuracy = None if result is None else result.accuracy
+    backbone = markdown(config["backbone"]["name"])
     lines = [
         "---",
         "library_name: mambapeft_vision",
         "pipeline_tag: image-classification",
-        "tags: [vision-mamba, peft, " + ", ".join(config["methods"]) + "]",
+        "tags: [vision-mamba, peft, " + ", ".join(names) + "]",
         "---",
         f"# {methods} on {task}",
         "",
-        f"An adapter of mambapeft_vision (format {config['format_version']}) for `{config['backbone']['name']}`,",
+        f"An adapter of mambapeft_vision (format {config['format_version']}) for `{backbone}`,",
         f"{config['num_classes']} classes. It holds no backbone: its weights have sha256 "
-        f"`{config['backbone']['sha256']}`.",
+        f"`{markdown(config['backbone']['sha256'])}`.",
         "",
         f"Test accuracy: {'not recorded' if accuracy is None else f'{100 * accuracy:.2f} %'}",
         "",
@@ -160,7 +190,7 @@ def model_card(config: dict[str, Any], result: dict[str, Any] | None) -> str:
         "",
         "Methods:",
         "```json",
-        json.dumps(config["methods"], indent=2),
+        json.dumps(config["methods"], indent=2).replace("`", "\\u0060"),
         "```",
     ]
     return "\n".join(lines) + "\n"

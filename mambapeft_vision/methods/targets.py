@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from mambapeft_vision.backbones.contract import ROLES, Backbone, Mixer, Ported, WeightPort
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.text import shown
+
+LONGEST_PATTERN = 200
 
 
 def match_parameters(model: Backbone, targets: str | Iterable[str], who: str, each: bool = True) -> list[str]:
@@ -53,8 +56,29 @@ def role(model: Backbone, name: str, who: str) -> tuple[str, ...]:
 
 
 def _matching(pattern: str, names: list[str]) -> list[str]:
-    expression = re.compile(re.escape(pattern).replace(r"\*\*", ".+").replace(r"\*", r"[^.]*"))
-    return [name for name in names if expression.fullmatch(name)]
+    if len(pattern) > LONGEST_PATTERN:
+        raise UserError(f"{shown(pattern)}; expected a pattern of at most {LONGEST_PATTERN} characters. Shorten it")
+    return [name for name in names if fits(pattern, name)]
+
+
+def fits(pattern: str, name: str) -> bool:
+    """Whether a pattern means a name, in time linear in both.
+
+    `*` stands for any characters but dots, also none; `**` for one character or more of any kind. All places of the
+    pattern that the name can have come to are followed at once, as bits of a number; nothing is ever tried again.
+    """
+    tokens = re.findall(r"\*\*|.", pattern, re.DOTALL)
+    within = sum(1 << place for place, token in enumerate(tokens) if token == "*")
+    across = sum(1 << place for place, token in enumerate(tokens) if token == "**")
+    places = 1
+    for character in [None, *name]:
+        if character is not None:
+            letters = sum(1 << place for place, token in enumerate(tokens) if token == character != "*")
+            stay = across | (0 if character == "." else within)
+            places = ((places & (letters | across)) << 1) | (places & stay)
+        while (more := places | ((places & within) << 1)) != places:  # a star that stands for nothing
+            places = more
+    return bool(places >> len(tokens) & 1)
 
 
 def _reason(model: Backbone, target: str, names: list[str]) -> str:
@@ -63,8 +87,8 @@ def _reason(model: Backbone, target: str, names: list[str]) -> str:
     if target in ROLES:
         return f"{kind} has no {target!r} ({ROLES[target]}); its roles: {roles}"
     shapes = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
-    near = difflib.get_close_matches(target, [*model.roles, *shapes], n=3, cutoff=0.3) or shapes
-    return f"{target!r} matches no parameter of {kind}; nearest: {', '.join(near)}. Its roles: {roles}"
+    near = difflib.get_close_matches(target[:LONGEST_PATTERN], [*model.roles, *shapes], n=3, cutoff=0.3) or shapes
+    return f"{shown(target)} matches no parameter of {kind}; nearest: {', '.join(near)}. Its roles: {roles}"
 
 
 def owner_module(model: Backbone, parameter: str) -> tuple[nn.Module, str]:

@@ -19,6 +19,7 @@ from mambapeft_vision.run.build import build_backbone, build_dataset, build_mode
 from mambapeft_vision.run.run_config import RunPlan
 from mambapeft_vision.utils.console import Console
 from mambapeft_vision.utils.environment import reset_peak_memory
+from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.malloc import keep_freed_memory
 
 
@@ -61,6 +62,7 @@ def assemble(
     device: str | None = None,
     kernel: str | None = None,
     rank: int = 0,
+    test_only: bool = False,
 ) -> Setup:
     """Builds a run's model and loads its data.
 
@@ -70,6 +72,7 @@ def assemble(
             the plan's methods.
         device, kernel: instead of the plan's.
         rank: of this process among those of the run.
+        test_only: load no training images, and lay out no task.
 
     Raises: UserError.
     """
@@ -85,16 +88,28 @@ def assemble(
     precision = resolve_precision(plan.recipe.precision, place)
     apply_precision(precision)
     task = sources.task(plan)
-    task.check()  # before weights are fetched: missing data is the commonest mistake
+    task.check(test_only=test_only)  # before weights are fetched: missing data is the commonest mistake
     backbone = sources.backbone(plan)
+    _check_channels(backbone)
     backend = set_kernel(backbone, kernel, place)
     console.say(mambapeft_kernels.describe(kernel, place))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     compilations = backbone.compile_ahead(backend, dtype, place)  # beside the decoding
     model = attach(backbone, task.num_classes)
     preprocessing = Preprocessing.from_timm(backbone.default_cfg)
-    task.load(preprocessing, ConsoleProgress(f"decode {task.name}", "images"))
-    if task.train_set.images.device != place:
-        task.train_set = task.train_set.to(place)  # and there they stay: a step chooses its batch on the device
+    progress = ConsoleProgress(f"decode {task.name}", "images")
+    if test_only:
+        task.load_test(preprocessing, progress)
+    else:
+        task.load(preprocessing, progress)
+        if task.train_set.images.device != place:
+            task.train_set = task.train_set.to(place)  # and there they stay: a step chooses its batch on the device
     wait(compilations)
     return Setup(place, backend, precision, task, model, Normalise(preprocessing), plan.recipe.cuda_graph)
+
+
+def _check_channels(backbone: Backbone) -> None:
+    """Images are decoded to three channels, which another patch embedding would only say at the first step."""
+    channels = getattr(backbone, "in_chans", 3)  # no part of the contract
+    if channels != 3:
+        raise UserError(f"backbone.in_chans={channels}; expected 3, as images are read as RGB. Leave it out")

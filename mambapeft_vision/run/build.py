@@ -9,10 +9,11 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 from mambapeft_vision.adapter.build import build_method
-from mambapeft_vision.adapter.model import AdaptedModel, adapt
+from mambapeft_vision.adapter.model import AdaptedModel, adapt, on_meta
 from mambapeft_vision.adapter.scaling import scaled
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.contract import Backbone
+from mambapeft_vision.backbones.registry import MAX_PARAMETERS
 from mambapeft_vision.backbones.weights import load_weights
 from mambapeft_vision.data import TaskDataModule
 from mambapeft_vision.integrations.wandb_logger import NoLogger, RunLogger, WandbLogger
@@ -76,7 +77,23 @@ def build_methods(plan: RunPlan, backbone: Backbone) -> dict[str, Method]:
 
 
 def build_model(plan: RunPlan, backbone: Backbone, num_classes: int) -> AdaptedModel:
+    _check_sizes(plan, backbone, num_classes)
     return adapt(backbone, build_methods(plan, backbone), num_classes, plan.seed)
+
+
+def _check_sizes(plan: RunPlan, backbone: Backbone, num_classes: int) -> None:
+    """Raises UserError for methods that would take the memory of a machine; found on shapes alone."""
+    with torch.device("meta"):
+        try:
+            model = adapt(on_meta(backbone), build_methods(plan, backbone), num_classes, plan.seed)
+        except RuntimeError as error:  # PyTorch's, for sizes beyond all memory
+            raise UserError(f"method={plan.method_names}: impossible sizes ({error}); lower them") from error
+    count = sum(parameter.numel() for parameter in model.trained().values())
+    if count > MAX_PARAMETERS:
+        raise UserError(
+            f"method={plan.method_names} would train {count:,} parameters; expected at most {MAX_PARAMETERS:,}. "
+            f"Lower its sizes"
+        )
 
 
 def build_backbone_offline(plan: RunPlan) -> tuple[Backbone, str]:

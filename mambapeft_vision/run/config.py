@@ -71,13 +71,15 @@ class TrainConfig:
 
 
 @dataclass
-class MethodPathsConfig:
+class EvaluatePathsConfig:
     """Where files are, for an evaluation.
 
     Args:
+        cache: folder of decoded images; null decodes them. The one that the run had is not asked.
         methods: folder with method files of your own, whose code is run.
     """
 
+    cache: str | None = MISSING
     methods: str | None = MISSING
 
 
@@ -99,7 +101,7 @@ class EvaluateConfig:
     device: str = MISSING
     dataset_folder: str | None = MISSING
     backbone_weights: str | None = MISSING
-    paths: MethodPathsConfig = MISSING
+    paths: EvaluatePathsConfig = MISSING
 
 
 def to_dict(cfg: DictConfig) -> dict[str, Any]:

@@ -1,91 +1,129 @@
 """`evaluate.py run=...`: builds a finished run's model from its folder, merges it and tests it again."""
 
+import math
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from mambapeft_vision.adapter.files import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from mambapeft_vision.adapter.files import Adapter, read_adapter
-from mambapeft_vision.adapter.load import apply_adapter
+from mambapeft_vision.adapter.load import apply_adapter, check_sizes
 from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.backbones.contract import Backbone
 from mambapeft_vision.engine.predict import Predictions
 from mambapeft_vision.methods import add_methods_folder
+from mambapeft_vision.results.claims import computed
+from mambapeft_vision.results.files import read_text
+from mambapeft_vision.results.layout import EVALUATION_FILE, RESULT_FILE, RUN_CONFIG_FILE
 from mambapeft_vision.results.migrations import migrated_config
-from mambapeft_vision.results.record import RESULT_FILE, RunRecord, read_record
+from mambapeft_vision.results.record import RunRecord, read_record
 from mambapeft_vision.run.assemble import Setup, assemble
 from mambapeft_vision.run.config import TrainConfig
-from mambapeft_vision.run.finish import test
-from mambapeft_vision.run.run import CONFIG_FILE
+from mambapeft_vision.run.finish import test, versions_of
+from mambapeft_vision.run.inputs import Fingerprints, Inputs, changed, own_methods_sha256
 from mambapeft_vision.run.run_config import RunPlan, make_plan
 from mambapeft_vision.utils.atomic import write_json
 from mambapeft_vision.utils.console import Console
-from mambapeft_vision.utils.environment import device_name, git_state, library_versions
+from mambapeft_vision.utils.environment import device_name, git_state
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.names import user_path
+from mambapeft_vision.utils.text import plain, shown
+from mambapeft_vision.utils.untrusted import parse_yaml
 
-EVALUATION_FILE = "evaluation.json"
+NO_LOGGER = "mambapeft_vision.integrations.wandb_logger.NoLogger"
+_NO_SIZES = ("_target_", "name", "weights", "weights_sha256", "weights_license", "seed")  # of the section `backbone`
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Tests the adapter in `cfg.run` and writes evaluation.json there; returns what it holds.
 
-    Only `paths.methods` of this command can add code: a run's folder is data.
+    A run's folder is data: it says what was computed. Where files are, and whose code runs, only this command says.
     Raises: UserError.
     """
-    folder = Path(cfg.run).expanduser()
+    folder = user_path(cfg.run)
     if cfg.paths.methods is not None:
         add_methods_folder(cfg.paths.methods)
     record = read_record(folder)
-    plan = make_plan(_with_moved_files(_read_config(folder / CONFIG_FILE), cfg))
+    plan = make_plan(_config(folder / RUN_CONFIG_FILE, cfg))
     console = Console()
     adapter = read_adapter(folder)
     _check_same_task(adapter, record, plan)
+    _check_same_backbone(adapter, plan)
     setup = assemble(
         plan,
         console,
         attach=lambda backbone, num_classes: _apply(adapter, backbone, num_classes),
         device=cfg.device,
         kernel=cfg.kernel,
+        test_only=True,
     )
+    now = Fingerprints(Inputs().images(plan), setup.model.backbone_sha256, own_methods_sha256(plan))
+    other = changed(Fingerprints.of_record(record), now)
+    if other:
+        console.say(f"the {other} are not those that the run was made from")
     unmerged = setup.model.merge()
     predictions = test(setup, console)
-    evaluation = _evaluation(setup, record, predictions, unmerged)
-    write_json(folder / EVALUATION_FILE, evaluation)
+    evaluation = _evaluation(plan, setup, record, predictions, unmerged)
+    evaluation["data_manifest"] = now.images or setup.task.manifest_hash
+    file = folder / EVALUATION_FILE
+    write_json(file, evaluation)
     console.say(
         f"accuracy {predictions.accuracy:.2%} of {len(predictions.labels):,} test images; "
-        f"recorded {record.accuracy:.2%}. Written to {folder / EVALUATION_FILE}"
+        f"recorded {record.accuracy:.2%}. Written to {file}"
     )
+    if not other and not math.isclose(predictions.loss, record.loss, rel_tol=0.01, abs_tol=1e-3):
+        console.say(
+            f"the test loss is {predictions.loss:.4g}, recorded {record.loss:.4g}: more than roundings differ. A file "
+            f"of {folder}, or the code, is not as it was"
+        )
     return evaluation
 
 
-def _read_config(path: Path) -> DictConfig:
-    """A run's config.yaml, checked against the schema."""
+def _config(path: Path, cfg: DictConfig) -> DictConfig:
+    """What a run's config.yaml says of what was computed, checked against the schema; the rest from the command."""
+    content = parse_yaml(read_text(path, "the folder of a finished run"), str(path))
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no config of a run: expected keys and values; copy it again from where it was made")
+    recorded = content.get("paths")
+    data = recorded.get("data") if isinstance(recorded, dict) else None
+    paths = {"data": str(data), "outputs": str(cfg.run), "cache": cfg.paths.cache, "methods": cfg.paths.methods}
+    command: dict[str, Any] = {"paths": paths, "logger": {"_target_": NO_LOGGER}, "resume": True, "dry_run": False}
     try:
-        text = path.read_text(encoding="utf-8")
-        if "${" in text:  # OmegaConf would look up what it names, such as variables of the environment
-            raise UserError(f"{path} holds references (${{...}}); expected resolved values, as a run writes them")
-        config = migrated_config(OmegaConf.to_container(OmegaConf.create(text)))
-        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), config)
-        assert isinstance(merged, DictConfig)  # a merge with a mapping is one
-        return merged
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); expected the folder of a finished run") from error
-    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no config of a run: {error}; copy it again from where it was made") from error
+        # Migrated like any config of an earlier release; what follows is checked by make_plan.
+        config = OmegaConf.merge(OmegaConf.structured(TrainConfig), computed(migrated_config(content)), command)
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise UserError(f"{path} is no config of a run: {plain(error)}; copy it again from where it was made") from None
+    assert isinstance(config, DictConfig)
+    if cfg.dataset_folder is not None:
+        config.dataset.folder = cfg.dataset_folder
+    if cfg.backbone_weights is not None:
+        config.backbone.weights = cfg.backbone_weights
+    return config
 
 
 def _check_same_task(adapter: Adapter, record: RunRecord, plan: RunPlan) -> None:
     """Raises UserError where the files of a run are of different tasks."""
-    tasks = {ADAPTER_CONFIG_FILE: adapter.config.get("task"), RESULT_FILE: record.task, CONFIG_FILE: plan.task}
+    tasks = {ADAPTER_CONFIG_FILE: adapter.config.get("task"), RESULT_FILE: record.task, RUN_CONFIG_FILE: plan.task}
     if len(set(tasks.values())) > 1:
-        listed = ", ".join(f"{task!r} ({file})" for file, task in tasks.items())
+        listed = ", ".join(f"{shown(task)} ({file})" for file, task in tasks.items())
         raise UserError(f"{adapter.folder} holds files of different tasks: {listed}; expected those of one run")
+
+
+def _check_same_backbone(adapter: Adapter, plan: RunPlan) -> None:
+    """Raises UserError where config.yaml asks for another backbone than the adapter's, before memory is used for it."""
+    spec = adapter.config["backbone"]
+    sizes = {key: value for key, value in plan.backbone.items() if key not in _NO_SIZES}
+    others = [key for key, value in sizes.items() if key in spec["architecture"] and spec["architecture"][key] != value]
+    if plan.backbone.get("name") != spec["name"] or others:
+        what = f"{others[0]}={shown(sizes[others[0]])}" if others else shown(plan.backbone.get("name"))
+        raise UserError(
+            f"{adapter.folder} holds files of different backbones: {RUN_CONFIG_FILE} has {what}, {ADAPTER_CONFIG_FILE} "
+            f"another; expected those of one run"
+        )
+    check_sizes(adapter)
 
 
 def _apply(adapter: Adapter, backbone: Backbone, num_classes: int) -> AdaptedModel:
@@ -97,15 +135,9 @@ def _apply(adapter: Adapter, backbone: Backbone, num_classes: int) -> AdaptedMod
     return apply_adapter(adapter, backbone)
 
 
-def _with_moved_files(config: DictConfig, cfg: DictConfig) -> DictConfig:
-    if cfg.dataset_folder is not None:
-        config.dataset.folder = cfg.dataset_folder
-    if cfg.backbone_weights is not None:
-        config.backbone.weights = cfg.backbone_weights
-    return config
-
-
-def _evaluation(setup: Setup, record: RunRecord, predictions: Predictions, unmerged: dict[str, str]) -> dict[str, Any]:
+def _evaluation(
+    plan: RunPlan, setup: Setup, record: RunRecord, predictions: Predictions, unmerged: dict[str, str]
+) -> dict[str, Any]:
     commit, dirty = git_state()
     return {
         "task": record.task,
@@ -118,13 +150,12 @@ def _evaluation(setup: Setup, record: RunRecord, predictions: Predictions, unmer
         "num_test": len(predictions.labels),
         "unmerged": unmerged,
         "test_images_per_second": predictions.images_per_second,
-        "data_manifest": setup.task.manifest_hash,
         "device": str(setup.device),
         "device_name": device_name(setup.device),
         "kernel": setup.kernel,
         "precision": setup.precision,
         "git_commit": commit,
         "git_dirty": dirty,
-        "versions": library_versions(),
+        "versions": versions_of(plan),
         "evaluated_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -4,20 +4,30 @@ Light to import, as config.py is.
 """
 
 import difflib
+import errno
 import functools
 import json
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -25,13 +35,20 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from mambapeft_vision.adapter.specs import RENAMED
 from mambapeft_vision.utils.atomic import write_json
+from mambapeft_vision.utils.console import say
 from mambapeft_vision.utils.errors import DISK_REMEDIES, NotFiniteError, Preempted, SweepEnded, UserError
+from mambapeft_vision.utils.progress import CANNOT_WRITE
+from mambapeft_vision.utils.text import command, override, plain
 from mambapeft_vision.utils.typed import nearest
 
 CRASH = 1
 USER_MISTAKE = 2
 INTERRUPTED = 130  # as shells report Ctrl-C
 PREEMPTED = 143  # as shells report SIGTERM: the state is saved, start the same command again
+NO_READER = 141  # as shells report SIGPIPE: who read the output (`| head`) has gone
+
+# What can be wrong with an output or a disk where the system names no file.
+_OF_A_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 @dataclass(frozen=True)
@@ -73,13 +90,13 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
             function(cfg)
             return
         overrides = " ".join(hydra.overrides.task)
-        print(f"\n━━ run {hydra.job.num + 1}: {overrides}", flush=True)
+        say(f"\n━━ run {hydra.job.num + 1}: {overrides}")
         try:
             function(cfg)
         except Exception as error:
             failure = Failure(overrides, summary(error), is_mistake(error))
             write_json(Path(hydra.runtime.output_dir) / f"failure-{hydra.job.num}.json", asdict(failure))
-            print(describe_error(error), file=sys.stderr, flush=True)
+            say(describe_error(error), sys.stderr)
             if (
                 isinstance(error, NotFiniteError) and error.ends_sweep and _launches
             ):  # jobs elsewhere have begun already
@@ -89,41 +106,87 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Calls a command and leaves with its exit code, or with 1 (crash), 2 (mistake), 130 or 143 (told to end)."""
+    """Calls a command and leaves with its exit code, or with one of those above."""
     # Where other programs want the cores too, PyTorch's spinning threads would make a step 30 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises what happened; it is described here
+    code = _code_of(main)
+    _give_up_streams()
+    if code:
+        sys.exit(code)
+
+
+def _code_of(main: Callable[[], int | None]) -> int | None:
+    """Calls a command → its exit code; says what went wrong."""
+    interrupted = _remember_ctrl_c()
     failures: list[Failure] = []
     code = None
     try:
         code = main()
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        return _interrupted()
     except Preempted as stop:
-        print(f"\n{stop}; the same command continues", file=sys.stderr)
-        sys.exit(PREEMPTED)
+        say(f"\n{stop}; the same command continues", sys.stderr)
+        return PREEMPTED
     except SweepEnded as end:
-        print(f"\nthe sweep ends with this run ({end}); the same command goes on", file=sys.stderr)
+        say(f"\nthe sweep ends with this run ({end}); the same command goes on", sys.stderr)
+    except BrokenPipeError as error:
+        if error.filename is None:
+            return NO_READER
+        say(describe_error(error), sys.stderr)
+        return CRASH
     except Exception as error:
+        if interrupted:  # while something was imported, which may turn Ctrl-C into an error of its own
+            return _interrupted()
         # Of a job that raised, Hydra has already said with which overrides.
-        print(describe_error(error), file=sys.stderr)
-        sys.exit(USER_MISTAKE if is_mistake(error) else CRASH)
+        say(describe_error(error), sys.stderr)
+        return USER_MISTAKE if is_mistake(error) else CRASH
     finally:
         failures += _take_failures()
     if failures:
         lines = [f"  {failure.overrides}: {failure.error}" for failure in failures]
-        print(f"\n{len(failures)} of the runs failed:\n" + "\n".join(lines), file=sys.stderr)
-        sys.exit(USER_MISTAKE if all(failure.mistake for failure in failures) else CRASH)
-    if code:
-        sys.exit(code)
+        say(f"\n{len(failures)} of the runs failed:\n" + "\n".join(lines), sys.stderr)
+        return USER_MISTAKE if all(failure.mistake for failure in failures) else CRASH
+    return code
+
+
+def _interrupted() -> int:
+    say("\ninterrupted; the same command continues from the last checkpoint", sys.stderr)
+    return INTERRUPTED
+
+
+def _remember_ctrl_c() -> list[int]:
+    """A list that is no longer empty once Ctrl-C was pressed."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is (
+        signal.default_int_handler
+    ):
+        signal.signal(signal.SIGINT, note)
+    return seen
+
+
+def _give_up_streams() -> None:
+    """Sends what Python still holds of an output that cannot be written to nowhere: it would end with code 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except CANNOT_WRITE:
+            with suppress(*CANNOT_WRITE):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def is_mistake(error: Exception) -> bool:
     """Whether the user can repair it; then a traceback would only hide the message."""
     if isinstance(error, (UserError, HydraException, OmegaConfBaseException)):  # some of Hydra's are OSErrors too
         return True
-    return isinstance(error, OSError) and error.errno in DISK_REMEDIES and error.filename is not None
+    if not isinstance(error, OSError) or error.errno not in DISK_REMEDIES:
+        return False
+    return error.filename is not None or error.errno in _OF_A_WRITE
 
 
 def summary(error: Exception) -> str:
@@ -135,6 +198,9 @@ def summary(error: Exception) -> str:
 def describe_error(error: Exception) -> str:
     if is_mistake(error):
         return f"error: {_message(error)}"
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        # What no table knows: a file that was deleted meanwhile, a file system of a kind of its own.
+        return f"error: {plain(error.filename)}: {error.strerror} ({errno.errorcode.get(error.errno, error.errno)})"
     return "".join(traceback.format_exception(error)).rstrip()
 
 
@@ -148,9 +214,21 @@ def _message(error: Exception) -> str:
             return (file[0] if file else "") + _config_error(cause)
     if isinstance(error, OmegaConfBaseException):
         return _config_error(error)
+    if isinstance(error, OverrideParseException):
+        return _override_error(error)
     if isinstance(error, OSError) and error.errno in DISK_REMEDIES:
-        return f"{error.filename}: {error.strerror}; {DISK_REMEDIES[error.errno]}"
+        place = "the output" if error.filename is None else plain(error.filename)
+        return f"{place}: {error.strerror}; {DISK_REMEDIES[error.errno]}"
     return str(error)
+
+
+def _override_error(error: OverrideParseException) -> str:
+    """Instead of the words of Hydra's grammar: how to quote a value that it reads otherwise."""
+    key, equals, value = str(error.override).partition("=")
+    if not equals or not re.fullmatch(r"[+~]{0,2}[\w./@-]+", key):
+        return f"{plain(error.override)} is no override; expected key=value"
+    quoted = command(override(key, value))
+    return f"{plain(error.override)} cannot be read; if the value is text, write {plain(quoted)}"
 
 
 def _config_error(error: OmegaConfBaseException) -> str:

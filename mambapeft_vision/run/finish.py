@@ -11,24 +11,24 @@ from mambapeft_vision.engine.callbacks import History
 from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE
 from mambapeft_vision.engine.config import STOP
 from mambapeft_vision.engine.predict import Predictions, predict
-from mambapeft_vision.results.pictures import PAGE_FILE, draw_from_files, page_of_predictions
-from mambapeft_vision.results.record import RunRecord, read_record, write_record
+from mambapeft_vision.results.layout import CONFUSION_FILE, CURVES_FILE, PAGE_FILE
+from mambapeft_vision.results.pictures import draw_from_files, page_of_predictions
+from mambapeft_vision.results.predictions import read_labels
+from mambapeft_vision.results.record import RunRecord, write_record
 from mambapeft_vision.run.assemble import Setup
 from mambapeft_vision.run.failure_record import forget_failure
+from mambapeft_vision.run.inputs import OWN_METHODS, own_methods_sha256
 from mambapeft_vision.run.report_lines import summarise
 from mambapeft_vision.run.run_config import RunPlan
-from mambapeft_vision.utils.console import Console
+from mambapeft_vision.utils.console import Console, say, warned_of
 from mambapeft_vision.utils.environment import device_name, git_state, library_versions, peak_memory_bytes
 from mambapeft_vision.utils.errors import NotFiniteError
 
 
-def finish(
-    plan: RunPlan, setup: Setup, history: History, console: Console, *, pictures: bool, started: float
-) -> RunRecord:
-    """Saves the adapter, merges it, tests the merged model, and returns the result, which is not written yet.
+def finish(plan: RunPlan, setup: Setup, history: History, console: Console, *, started: float) -> RunRecord:
+    """Saves the adapter, merges it, tests the merged model, and writes the result, which makes the run a finished one.
 
     Args:
-        pictures: whether to draw them.
         started: `time.monotonic()` at the beginning of this attempt.
 
     Raises: NotFiniteError for a test loss that is no result.
@@ -39,10 +39,11 @@ def finish(
     predictions = test(setup, console)
     _check_finite(plan, predictions)
     predictions.save(plan.folder)
-    if pictures:
-        _draw(plan, setup, predictions)
     wall_seconds = time.monotonic() - started + history.seconds_before
-    return _make_record(plan, setup, counts, unmerged, history, predictions, wall_seconds)
+    record = _make_record(plan, setup, counts, unmerged, history, predictions, wall_seconds)
+    write_record(plan.folder, record)
+    _remove_leftovers(plan.folder)
+    return record
 
 
 def test(setup: Setup, console: Console) -> Predictions:
@@ -58,18 +59,11 @@ def test(setup: Setup, console: Console) -> Predictions:
     )
 
 
-def keep(folder: Path, record: RunRecord) -> None:
-    """Writes result.json, which makes the run a finished one, and removes what only an unfinished one needs."""
-    write_record(folder, record)
-    _remove_leftovers(folder)
-
-
-def finished_before(plan: RunPlan) -> RunRecord:
-    """The result of a run that is finished; says that it is not repeated."""
-    record = read_record(plan.folder)
+def finished_before(plan: RunPlan, record: RunRecord) -> RunRecord:
+    """Returns the result of a run that is finished; says that it is not repeated."""
     with suppress(OSError):  # the folder may be read-only
         _remove_leftovers(plan.folder)  # there if the run was killed right after its end
-    print(f"{summarise(record, plan.folder)}\nThis run was finished before; resume=false runs it again.")
+    say(f"{summarise(record, plan.folder)}\nThis run was finished before; resume=false runs it again.")
     return record
 
 
@@ -86,21 +80,31 @@ def _adapter_metadata(plan: RunPlan) -> dict[str, Any]:
         "fingerprint": plan.fingerprint,
         "git_commit": commit,
         "git_dirty": dirty,
-        "versions": library_versions(),
+        "versions": versions_of(plan),
     }
 
 
-def _draw(plan: RunPlan, setup: Setup, predictions: Predictions) -> None:
-    images, _ = next(iter(setup.task.test_dataloader()))
-    what = f"{plan.method_names} on {plan.task}, seed {plan.seed}"
-    page_of_predictions(
-        images[:32].numpy(),
-        predictions.predicted[:32].tolist(),
-        predictions.labels[:32].tolist(),
-        plan.folder / PAGE_FILE,
-        title=f"{what}: {predictions.accuracy:.1%} right",
-    )
-    draw_from_files(plan.folder, title=what, num_classes=setup.task.num_classes)
+def versions_of(plan: RunPlan) -> dict[str, str]:
+    """Of what a run's result is made with: libraries, and method files of one's own by their hash."""
+    own = own_methods_sha256(plan)
+    return library_versions() | ({} if own is None else {OWN_METHODS: own})
+
+
+def draw(plan: RunPlan, setup: Setup) -> None:
+    """Draws the pictures of a finished run. What cannot be drawn is left out, which a line on stderr says."""
+    title = f"{plan.method_names} on {plan.task}, seed {plan.seed}"
+    with warned_of(PAGE_FILE):
+        predicted, labels = read_labels(plan.folder)
+        images, _ = next(iter(setup.task.test_dataloader()))
+        page_of_predictions(
+            images[:32].numpy(),
+            predicted[:32].tolist(),
+            labels[:32].tolist(),
+            plan.folder / PAGE_FILE,
+            title=f"{title}: {(predicted == labels).mean():.1%} right",
+        )
+    with warned_of(f"{CURVES_FILE}, {CONFUSION_FILE}"):
+        draw_from_files(plan.folder, title=title, num_classes=setup.task.num_classes)
 
 
 def _check_finite(plan: RunPlan, predictions: Predictions) -> None:
@@ -154,7 +158,7 @@ def _make_record(
         fingerprint=plan.fingerprint,
         git_commit=commit,
         git_dirty=dirty,
-        versions=library_versions(),
+        versions=versions_of(plan),
         finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         config=plan.config,
     )

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 
 from lightning.pytorch import Callback
@@ -14,6 +15,8 @@ from mambapeft_vision.engine.loop import make_trainer, step_settings, train
 from mambapeft_vision.engine.module import FineTuning
 from mambapeft_vision.methods import add_methods_folder
 from mambapeft_vision.run.assemble import Setup, assemble
+from mambapeft_vision.run.inputs import Fingerprints, own_methods_sha256
+from mambapeft_vision.run.resume import settle_checkpoint
 from mambapeft_vision.run.run_config import RunPlan
 from mambapeft_vision.utils.console import Console
 from mambapeft_vision.utils.errors import UserError
@@ -41,10 +44,12 @@ def fit(
         methods=plan.method_names,
         checkpoint=checkpoint,
         checkpoint_every_s=plan.recipe.checkpoint_every_s,
+        inputs=asdict(inputs_of(plan, setup)),
         ends_sweep=plan.recipe.on_nonfinite == STOP,
         history=history,
         console=console,
     )
+    settle_checkpoint(plan.folder, inputs_of(plan, setup), console.say)
     if checkpoint.is_file():
         console.say(f"continues from {checkpoint}")
     devices = plan.recipe.devices
@@ -54,6 +59,11 @@ def fit(
     with other_ranks(devices, partial(fit_rank, plan)):
         fit_here(plan, setup, console, [*own, *callbacks])
     return history
+
+
+def inputs_of(plan: RunPlan, setup: Setup) -> Fingerprints:
+    """Of what an assembled run is made from."""
+    return Fingerprints(setup.task.manifest_hash, setup.model.backbone_sha256, own_methods_sha256(plan))
 
 
 def fit_rank(plan: RunPlan, rank: int) -> None:

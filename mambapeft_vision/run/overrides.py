@@ -13,6 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.names import user_path
+from mambapeft_vision.utils.text import override
 
 MULTIRUN = {"-m", "--multirun"}
 NO_PART_OF_A_SWEEP = ("paths.", "logger", "hydra", "sweep")  # where and how it runs
@@ -22,10 +24,11 @@ def prepare_multirun(arguments: Sequence[str], configs: Path) -> list[str]:
     """A command line of train.py with what Hydra does not do itself: glob() expanded, the sweep and the
     folder of this start of it named.
 
-    Command lines without --multirun are left alone. Raises: UserError for a glob that matches nothing.
+    Of command lines without --multirun only `~` is expanded. Raises: UserError for a glob that matches nothing.
     """
+    arguments = [_at_home(argument) for argument in arguments]
     if not MULTIRUN & set(arguments):
-        return list(arguments)
+        return arguments
     folders = [configs, *_config_folders(arguments)]
     expanded = [_expanded(argument, folders) for argument in arguments]
     places = [number for number, text in enumerate(expanded) if "=" in text and not text.startswith("-")]
@@ -66,10 +69,17 @@ def sweep_name(overrides: Sequence[str]) -> str:
 def _expanded(argument: str, folders: Sequence[Path]) -> str:
     if argument.startswith("-") or "=glob(" not in argument:
         return argument
-    override = OverridesParser.create().parse_override(argument)
-    if not isinstance(override.value(), Glob):
+    parsed = OverridesParser.create().parse_override(argument)
+    if not isinstance(parsed.value(), Glob):
         return argument
-    return f"{argument.partition('=')[0]}={','.join(glob_options(override, folders))}"
+    return f"{argument.partition('=')[0]}={','.join(glob_options(parsed, folders))}"
+
+
+def _at_home(argument: str) -> str:
+    """`paths.outputs=~/…` with the home folder written out: Hydra makes a folder below it, and would call it `~`."""
+    key, _, value = argument.partition("=")
+    path = value.strip("'\"")
+    return override(key, user_path(path)) if key == "paths.outputs" and path.startswith("~") else argument
 
 
 def _config_folders(arguments: Sequence[str]) -> Iterator[Path]:

@@ -7,6 +7,7 @@ is chosen anew (logger=wandb, method=[a,d]) takes the place of what was recorded
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from mambapeft_vision.results.record import RunRecord, read_record
 from mambapeft_vision.run.config import TrainConfig
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.identity import undeciding
+from mambapeft_vision.utils.text import plain, shown
 
 FLAG = "--from-result"
 ROOT_CONFIG = "from_result"  # its name in Hydra's store
 _GROUPS = ("backbone", "dataset", "trainer", "logger", "method", "experiment")
+READS_ONLY = "mambapeft_vision.data.TaskDataModule"  # any other data module makes its task's folder
 _NOT_BESIDE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp")
 # What may differ between the sections of a run and of the record that it is compared with.
 _WHERE = {"folder", "seed", "batch_size", *undeciding("dataset")}
@@ -109,7 +112,7 @@ def _root_config(record: RunRecord, arguments: Sequence[str], configs: Path) -> 
     known = [field.name for field in dataclasses.fields(TrainConfig)]
     unknown = [key for key in record.config if key not in known]
     if unknown:
-        raise UserError(f"the record's config has {', '.join(unknown)}, which this release does not know")
+        raise UserError(f"the record's config has {plain(', '.join(unknown))}, which this release does not know")
     root = yaml.safe_load((configs / "train.yaml").read_text(encoding="utf-8"))
     groups: list[dict[str, str | None]] = [{group: None} for group in _GROUPS if group != "logger"]
     groups.append({"logger": "none"})  # whom a run tells is the command's decision, and never the record's
@@ -126,33 +129,55 @@ def _fresh() -> dict[str, Any]:
 
 
 def _paths(record: RunRecord, overrides: set[str], current: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the record's data is, and outputs beside its own, which stay as they are."""
-    then = record.config["paths"]
+    """Where files are. Nothing is written where a record says: it names the folder from which the data are read."""
+    then = record.config.get("paths")
+    then = then if isinstance(then, Mapping) else {}
     if then.get("methods") is not None and "paths.methods" not in overrides:
         raise UserError(
-            f"the recorded run had method files of its own in {then['methods']}; a record is data and runs no code: "
-            f"give paths.methods=DIR if you trust them"
+            f"the recorded run had method files of its own in {shown(then['methods'])}; a record is data and runs no "
+            f"code: give paths.methods=DIR if you trust them"
         )
-    return {**current, "data": _plain(then["data"]), "outputs": f"{_plain(then['outputs'])}-again", "methods": None}
+    data = current["data"] if _lays_out(record) else _plain(then.get("data", current["data"]))
+    outputs, cache = f"{current['outputs']}-again", f"{current['data']}/cache"
+    return {**current, "data": data, "outputs": outputs, "cache": cache, "methods": None}
+
+
+def _lays_out(record: RunRecord) -> bool:
+    """Whether the task's folder is written to; it is then below the command's own paths.data."""
+    dataset, data = record.config["dataset"], _data_of(record)
+    if dataset.get("_target_") == READS_ONLY:
+        return False
+    folder = os.path.normpath(str(dataset.get("folder")))
+    if not folder.startswith(f"{os.path.normpath(data)}/"):
+        raise UserError(
+            f"the record's task makes its images in {shown(folder)}, which is not below its paths.data; a record "
+            f"does not say where files are written: give dataset=NAME of a task of yours"
+        )
+    return True
+
+
+def _data_of(record: RunRecord) -> str:
+    paths = record.config.get("paths")
+    return str(paths.get("data")) if isinstance(paths, Mapping) else ""
 
 
 def _movable(value: Any, record: RunRecord, key: str = "") -> Any:
     """A resolved section with its ties to `paths.data` and `seed` again, so that they can be overridden."""
     if isinstance(value, Mapping):
-        return {name: _movable(item, record, f"{key}.{name}") for name, item in value.items()}
+        return {_plain(name): _movable(item, record, f"{key}.{name}") for name, item in value.items()}
     if isinstance(value, list):
         return [_movable(item, record) for item in value]
     if key == ".dataset.seed" and value == record.seed:
         return "${seed}"
     if isinstance(value, str):
-        data = str(record.config["paths"]["data"]).rstrip("/") + "/"
+        data = _data_of(record).rstrip("/") + "/"
         return f"${{paths.data}}/{_plain(value[len(data) :])}" if value.startswith(data) else _plain(value)
     return value
 
 
 def _plain(text: Any) -> str:
     if "${" in str(text):
-        raise UserError(f"the record's config holds {text!r}; expected resolved values")
+        raise UserError(f"the record's config holds {shown(str(text))}; expected resolved values")
     return str(text)
 
 

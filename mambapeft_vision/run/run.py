@@ -1,32 +1,50 @@
 """One run from its config to its result: plan → assemble → fit → finish."""
 
+import os
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from lightning.pytorch import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from mambapeft_vision.adapter.files import ADAPTER_FILE
+from mambapeft_vision.adapter.files import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from mambapeft_vision.engine.errors import readable_errors
 from mambapeft_vision.methods import add_methods_folder
+from mambapeft_vision.results.layout import (
+    CHECKPOINT_FILE,
+    FAILURE_FILE,
+    LOG_FILE,
+    METRICS_FILE,
+    OVERRIDES_FILE,
+    PREDICTIONS_FILE,
+    RESULT_FILE,
+    RUN_CONFIG_FILE,
+)
 from mambapeft_vision.results.pictures import pictures_of
-from mambapeft_vision.results.record import RunRecord, is_finished
+from mambapeft_vision.results.record import RunRecord, is_finished, read_record
 from mambapeft_vision.run.assemble import FRESH, Setup, Sources, assemble
 from mambapeft_vision.run.build import build_logger
 from mambapeft_vision.run.failure_record import failures_noted
-from mambapeft_vision.run.finish import finish, finished_before, keep
+from mambapeft_vision.run.finish import draw, finish, finished_before, versions_of
 from mambapeft_vision.run.fit import fit
+from mambapeft_vision.run.inputs import Fingerprints, Inputs, changed
 from mambapeft_vision.run.report_lines import dry_run_report, starting_lines, summarise
 from mambapeft_vision.run.rerun import check_inputs, compare, differences
 from mambapeft_vision.run.run_config import RunPlan, make_plan, set_aside
 from mambapeft_vision.utils.atomic import remove_leftovers, write_text
-from mambapeft_vision.utils.console import Console
-from mambapeft_vision.utils.environment import device_name, git_state, library_versions
+from mambapeft_vision.utils.console import Console, say
+from mambapeft_vision.utils.environment import device_name, git_state
+from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.lock import locked
 
-CONFIG_FILE, OVERRIDES_FILE, LOG_FILE = "config.yaml", "overrides.yaml", "train.log"
+_FILES = (
+    *(RESULT_FILE, RUN_CONFIG_FILE, OVERRIDES_FILE, LOG_FILE, METRICS_FILE, PREDICTIONS_FILE, CHECKPOINT_FILE),
+    *(FAILURE_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE),
+)
 
 
 @dataclass(frozen=True)
@@ -59,32 +77,47 @@ def train(
     Returns: the run's result; None for a dry run.
     Raises: UserError.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise UserError("torchrun starts this command many times; start it once, with trainer.devices=N for N GPUs")
     if cfg.paths.methods is not None:
         add_methods_folder(cfg.paths.methods)
     plan = make_plan(cfg)
     if plan.dry_run:
-        print(dry_run_report(plan))
+        say(dry_run_report(plan))
         return None
+    outdated = ""
     if plan.resume and is_finished(plan.folder):
-        return finished_before(plan)
-    return run_training(plan, RunContext(overrides, sources, expected, callbacks))
+        record = read_record(plan.folder)
+        outdated = changed(Fingerprints.of_record(record), Inputs().of(plan))
+        if not outdated:
+            return finished_before(plan, record)
+    return run_training(plan, RunContext(overrides, sources, expected, callbacks), outdated)
 
 
-def run_training(plan: RunPlan, context: RunContext) -> RunRecord:
-    """The (rest of the) run, alone in its folder; result.json is written last. Raises UserError."""
+def run_training(plan: RunPlan, context: RunContext, outdated: str = "") -> RunRecord:
+    """The (rest of the) run, alone in its folder; result.json is written last.
+
+    Args:
+        outdated: in what the finished run that is there differs from what there is now; it is set aside.
+
+    Raises: UserError.
+    """
     with ExitStack() as stack:
         stack.enter_context(failures_noted(plan.folder, context.overrides))
         stack.enter_context(_readable_errors_of(plan))
-        aside = None if plan.resume else _make_room(plan.folder)
+        stack.enter_context(_deletion_noticed(plan.folder))
+        aside = None if plan.resume and not outdated else _make_room(plan.folder)
         plan.folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(plan.folder))
         if plan.resume and is_finished(plan.folder):  # by another process, since this one looked
-            return finished_before(plan)
+            return finished_before(plan, read_record(plan.folder))
+        _refuse_folders(plan.folder)
         remove_leftovers(plan.folder)
         _write_config(plan, context.overrides)
         console = stack.enter_context(Console(plan.folder / LOG_FILE))
         if aside is not None:
-            console.say(f"the run that was here is kept in {aside}")
+            reason = f" was made from other {outdated} and" if outdated else ""
+            console.say(f"the run that was here{reason} is kept in {aside}")
 
         started = time.monotonic()
         console.say(f"{plan.method_names} on {plan.task}, seed {plan.seed}, in {plan.folder}")
@@ -100,15 +133,26 @@ def run_training(plan: RunPlan, context: RunContext) -> RunRecord:
         record = None
         try:
             history = fit(plan, setup, console, logger.log_epoch, context.callbacks)
-            pictures = plan.recipe.picture or logger.pictures
-            record = finish(plan, setup, history, console, pictures=pictures, started=started)
+            record = finish(plan, setup, history, console, started=started)
+            if plan.recipe.picture or logger.pictures:  # after the result: no picture is worth it
+                draw(plan, setup)
         finally:
             logger.finish(record, pictures_of(plan.folder))
-        keep(plan.folder, record)
         console.say(summarise(record, plan.folder))
         if context.expected is not None:
             console.say(compare(context.expected, record))
         return record
+
+
+@contextmanager
+def _deletion_noticed(folder: Path) -> Iterator[None]:
+    """Raises UserError where the run's folder was deleted while it ran."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if folder.is_dir():
+            raise
+        raise UserError(f"{folder} was deleted while the run was at work in it; start it again") from error
 
 
 def _readable_errors_of(plan: RunPlan) -> AbstractContextManager[None]:
@@ -123,6 +167,13 @@ def _readable_errors_of(plan: RunPlan) -> AbstractContextManager[None]:
     )
 
 
+def _refuse_folders(folder: Path) -> None:
+    """Raises UserError for folders where the run's files belong: found now, and not after the training."""
+    for name in _FILES:
+        if (folder / name).is_dir():
+            raise UserError(f"{folder / name} is a folder; expected a file, or nothing. Move it")
+
+
 def _make_room(folder: Path) -> Path | None:
     """Sets what is in `folder` aside and returns where it is now; raises InUseError where another process works."""
     if not folder.exists():
@@ -132,12 +183,14 @@ def _make_room(folder: Path) -> Path | None:
 
 
 def _write_config(plan: RunPlan, overrides: Sequence[str]) -> None:
-    write_text(plan.folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(plan.config)))
+    write_text(plan.folder / RUN_CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(plan.config)))
     write_text(plan.folder / OVERRIDES_FILE, OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
 
 
 def _compare_inputs(plan: RunPlan, setup: Setup, expected: RunRecord, console: Console) -> None:
     """Raises UserError for other images or weights than `expected` had; says what else is not as it was."""
-    check_inputs(expected, plan.config, setup.task.manifest_hash, setup.model.backbone_sha256)
-    changed = differences(expected, library_versions(), git_state()[0], device_name(setup.device))
-    console.say(f"not as recorded: {', '.join(changed)}" if changed else "versions and device are as recorded")
+    images = setup.task.fingerprint(check_images=True)  # a manifest that came with the images proves nothing
+    check_inputs(expected, plan.config, images, setup.model.backbone_sha256)
+    versions = versions_of(plan)
+    others = differences(expected, versions, git_state()[0], device_name(setup.device))
+    console.say(f"not as recorded: {', '.join(others)}" if others else "versions and device are as recorded")

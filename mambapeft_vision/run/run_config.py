@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from mambapeft_vision.adapter.specs import for_backbone, in_old_words
 from mambapeft_vision.engine.config import TrainerConfig
+from mambapeft_vision.results.layout import SET_ASIDE
 from mambapeft_vision.run.config import GIVEN, METHOD_SIZES, PathsConfig, TrainConfig, to_dict
 from mambapeft_vision.run.exit import nearest
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.identity import fingerprint, identity
+from mambapeft_vision.utils.names import check_method_name, check_name, user_path
+from mambapeft_vision.utils.text import shown
 
 # Of a folder with methods' names; file systems allow 255 bytes.
 LONGEST_NAME = 120
+MOST_PARTS = 8  # of a task's name, which are folders below paths.outputs
 
 
 @dataclass(frozen=True)
@@ -151,9 +154,9 @@ def _checked(cfg: DictConfig) -> dict[str, Any]:
     config["method"] = _sized_methods(config)
     _check_values(config, "")
     TrainerConfig(**config["trainer"]).check()
-    task = config["dataset"].get("name")
-    if not isinstance(task, str) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", task):
-        raise UserError(f"dataset.name={task!r}; expected letters, digits, '_', '-', '.', in parts split by '/'")
+    check_name(config["dataset"].get("name"), "dataset.name", parts=MOST_PARTS)
+    for name in config["method"]:
+        check_method_name(name)
     return config
 
 
@@ -169,7 +172,7 @@ def _identity_of(config: dict[str, Any]) -> Mapping[str, Any]:
 
 
 def _plan(config: dict[str, Any], deciding: Mapping[str, Any]) -> RunPlan:
-    digest, outputs = fingerprint(deciding), Path(config["paths"]["outputs"]).expanduser()
+    digest, outputs = fingerprint(deciding), user_path(config["paths"]["outputs"])
     folder = run_folder(outputs, config["dataset"]["name"], list(config["method"]), config["seed"], digest)
     return RunPlan(config, TrainerConfig(**config["trainer"]), digest, folder)
 
@@ -203,16 +206,24 @@ def _folder_name(methods: list[str]) -> str:
 
 def set_aside(folder: Path) -> Path | None:
     """Renames a run's folder to `<name>.replaced-<n>`; None when there is none."""
-    if not folder.exists():
-        return None
+    return folder.rename(free_name(folder)) if folder.exists() else None
+
+
+def free_name(folder: Path) -> Path:
+    """The first of `<name>.replaced-<n>` that is not there yet: for what is set aside of a run's folder."""
     number = 1
-    while (aside := folder.with_name(f"{folder.name}.replaced-{number}")).exists():
+    while (aside := folder.with_name(f"{folder.name}{SET_ASIDE}{number}")).exists():
         number += 1
-    return folder.rename(aside)
+    return aside
 
 
 def _check_values(section: Any, name: str) -> None:
-    """Raises UserError for what no key means and the record, JSON in UTF-8, cannot hold: infinity, NaN, other bytes."""
+    """Raises UserError for what no key means and the record, JSON in UTF-8, cannot hold: infinity, NaN, other bytes.
+
+    Nor may a value hold `${`, as a folder's real name could: who reads the record refuses references.
+    """
+    if isinstance(section, str) and "${" in section:
+        raise UserError(f"{name}={shown(section)}; expected no '${{' in a value. Rename the file or folder")
     if isinstance(section, float) and not math.isfinite(section):
         raise UserError(f"{name}={section}; expected a finite number")
     if isinstance(section, str) and not _is_utf8(section):

@@ -22,7 +22,7 @@ from typing import Any
 import optuna
 from omegaconf import OmegaConf
 from optuna.storages import JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
@@ -31,11 +31,11 @@ from mambapeft_vision.integrations.wandb_logger import RunLogger, WandbLogger
 from mambapeft_vision.results.plots import drawn, save_png
 from mambapeft_vision.run.build import build_logger
 from mambapeft_vision.run.exit import summary
+from mambapeft_vision.run.inputs import Inputs
 from mambapeft_vision.run.run import train
 from mambapeft_vision.search.plots import history, importances
 from mambapeft_vision.search.space import Point, Space
 from mambapeft_vision.sweep.display import say
-from mambapeft_vision.sweep.input_hashes import Inputs
 from mambapeft_vision.sweep.jobs import Job, plan_jobs
 from mambapeft_vision.sweep.worker_cache import Kept
 from mambapeft_vision.utils.atomic import write_text
@@ -102,6 +102,7 @@ def open_study(settings: Search) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     settings.folder.mkdir(parents=True, exist_ok=True)
     if settings.storage is None:
+        _drop_incomplete_line(settings.folder / JOURNAL)
         storage: JournalStorage | RDBStorage = JournalStorage(JournalFileBackend(str(settings.folder / JOURNAL)))
     else:
         storage = _database(settings.storage)
@@ -121,6 +122,22 @@ def open_study(settings: Search) -> optuna.Study:
     return study
 
 
+def _drop_incomplete_line(journal: Path) -> None:
+    """Cuts off the line that a killed process was writing, which Optuna reads no further than."""
+    if not journal.is_file():
+        return
+    lock = JournalFileSymlinkLock(str(journal))  # of another process that is writing one now
+    lock.acquire()
+    try:
+        content = journal.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(journal, whole)
+            say(f"the last line of {journal} was incomplete, and is left out")
+    finally:
+        lock.release()
+
+
 def check_inputs(study: optuna.Study, jobs: Sequence[Job]) -> None:
     """Compares the images and weights that there are with those that the study was begun with.
 
@@ -129,8 +146,9 @@ def check_inputs(study: optuna.Study, jobs: Sequence[Job]) -> None:
     inputs = Inputs()
     now: dict[str, str | None] = {}
     for job in jobs:
-        images, weights = inputs.of(job.plan)
-        now |= {f"images of {job.plan.task}": images, "weights of the backbone": weights}
+        found = inputs.of(job.plan)
+        now |= {f"images of {job.plan.task}": found.images, "weights of the backbone": found.weights}
+        now |= {"method files": found.methods}
     recorded = study.user_attrs.get("inputs")
     then = recorded if isinstance(recorded, dict) else {}
     changed = [name for name, value in now.items() if None not in (value, then.get(name)) and then[name] != value]

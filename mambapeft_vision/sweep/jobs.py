@@ -19,9 +19,9 @@ from mambapeft_vision.data.tasks import TASKS
 from mambapeft_vision.results.layout import CHECKPOINT_FILE
 from mambapeft_vision.results.record import is_finished, read_record
 from mambapeft_vision.run.config import register_schemas
+from mambapeft_vision.run.inputs import Inputs
 from mambapeft_vision.run.overrides import glob_options, sweep_name
 from mambapeft_vision.run.run_config import Resolved, RunPlan, make_plan, seed_is_within
-from mambapeft_vision.sweep.input_hashes import Inputs
 
 # Swept keys of which a task's config may depend.
 MEDDLING = ("dataset", "paths", "experiment", "+", "~")

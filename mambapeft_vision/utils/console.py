@@ -1,12 +1,33 @@
 """What a run says: lines on the terminal and in train.log, and one live line that is rewritten on a terminal."""
 
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
 from mambapeft_vision.utils.progress import CANNOT_WRITE, LiveDisplay
+from mambapeft_vision.utils.text import plain
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Prints a line. A stream that cannot be written (a full disk, a closed pipe) takes none, and ends nothing.
+
+    Args:
+        stream: default: standard output.
+    """
+    with suppress(*CANNOT_WRITE):
+        print(text, file=sys.stdout if stream is None else stream, flush=True)
+
+
+@contextmanager
+def warned_of(what: str) -> Iterator[None]:
+    """For what is never worth a result, such as pictures: any error in it is a line on stderr."""
+    try:
+        yield
+    except Exception as error:
+        say(f"warning: {plain(what)}: {type(error).__name__}: {plain(error)}", sys.stderr)
 
 
 class Console:
@@ -58,8 +79,7 @@ class Console:
         self._display.clear()
 
     def _print(self, text: str) -> None:
-        with suppress(*CANNOT_WRITE):
-            print(text, file=self._stream, flush=True)
+        say(text, self._stream)
 
     def _write_log(self, text: str) -> None:
         if self._log is not None:

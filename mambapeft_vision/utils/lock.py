@@ -4,6 +4,7 @@ The system gives a lock back when its process ends, however it ends. A file syst
 """
 
 import errno
+import fcntl
 import os
 import re
 import socket
@@ -38,6 +39,37 @@ def locked(folder: Path) -> Iterator[None]:
         InUseError: at once, naming the holder.
         UserError: where `.lock` is a link or no plain file.
     """
+    with _folder_locked(folder), _file_locked(folder):
+        yield
+
+
+@contextmanager
+def _folder_locked(folder: Path) -> Iterator[None]:
+    """A lock on the folder itself, which stays where `.lock` is deleted; nothing where the system offers none."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        yield
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno == errno.EWOULDBLOCK:
+            os.close(descriptor)
+            raise _in_use(folder) from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _in_use(folder: Path) -> InUseError:
+    holder = _holder(folder / LOCK_FILE)
+    return InUseError(f"{folder} is in use by {holder}; wait for it or end it, or give this run other paths.outputs")
+
+
+@contextmanager
+def _file_locked(folder: Path) -> Iterator[None]:
     file = folder / LOCK_FILE
     descriptors: list[int] = []
 
@@ -49,9 +81,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock = _acquired(file, 0.0, mode=_SHARED, on_acquired=sign)
     except Timeout:
-        raise InUseError(
-            f"{folder} is in use by {_holder(file)}; wait for it or end it, or give this run other paths.outputs"
-        ) from None
+        raise _in_use(folder) from None
     except PermissionError as error:
         if os.path.lexists(file):
             raise InUseError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import shown
 
+_METHOD = re.compile(r"[A-Za-z]\w*")
 _PART = re.compile(r"\w[\w.-]*")
 LONGEST = 100  # bytes of one part: file systems take 255, and endings are added
 
@@ -30,6 +31,20 @@ def check_name(name: object, key: str, *, parts: int = 1) -> str:
             "bytes. Choose another name"
         )
     return text
+
+
+def check_method_name(name: object) -> str:
+    """The name of a method in a config, which is part of names of tensors and folders.
+
+    Raises:
+        UserError: for one that is not a letter followed by letters, digits and underscores.
+    """
+    if not isinstance(name, str) or not _METHOD.fullmatch(name) or len(name.encode()) > LONGEST:
+        raise UserError(
+            f"method name {shown(name)}; expected letters, digits and underscores, at most {LONGEST} bytes. "
+            "Choose another name"
+        )
+    return name
 
 
 def user_path(text: str | os.PathLike[str]) -> Path:

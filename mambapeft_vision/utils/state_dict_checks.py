@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mambapeft_vision.utils.errors import NotFiniteError, UserError
+from mambapeft_vision.utils.text import plain
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
@@ -14,7 +15,7 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     for name, tensor in tensors.items():
         bad = 0 if tensor.is_meta else int((~torch.isfinite(tensor)).sum())
         if bad:
-            wrong.append(f"{name} ({bad:,} of {tensor.numel():,})")
+            wrong.append(f"{plain(name)} ({bad:,} of {tensor.numel():,})")
     if wrong:
         shown = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more tensors" if len(wrong) > 4 else "")
         raise NotFiniteError(f"{source}: NaN or infinity in {shown}; expected numbers. Get or make the file again")
@@ -23,7 +24,7 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
 def check_state(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
     """Raises UserError naming tensors of `given` that are missing, unknown or of another shape or kind."""
     problems = [f"missing: {n}" for n in expected if n not in given]
-    problems += [f"unknown: {n}" for n in given if n not in expected]
+    problems += [f"unknown: {plain(n)}" for n in given if n not in expected]
     problems += [
         f"shape of {n}: {tuple(given[n].shape)}, expected {tuple(t.shape)}"
         for n, t in expected.items()

@@ -68,7 +68,9 @@ def open_plain(file: Path | str, *, max_bytes: int, follow_links: bool = False) 
 def read_bytes(file: Path | str, *, max_bytes: int, follow_links: bool = False) -> bytes:
     """The content of a plain file; of one that grows meanwhile never more than the limit. Raises as `open_plain`."""
     with open_plain(file, max_bytes=max_bytes, follow_links=follow_links) as opened:
-        content = opened.read(max_bytes + 1)
+        content = opened.read(os.fstat(opened.fileno()).st_size + 1)  # not the limit: Python would ask for that memory
+        while len(content) <= max_bytes and (more := opened.read(_READ_BYTES)):
+            content += more
     if len(content) > max_bytes:
         raise _too_large(file, len(content), max_bytes)
     return content

@@ -41,6 +41,7 @@ def test_callbacks_of_a_run_are_called_in_the_stated_order():
             methods="a method",
             checkpoint=Path("checkpoint.ckpt"),
             checkpoint_every_s=0,
+            inputs={},
             ends_sweep=True,
             history=History(Path("metrics.csv"), print),
             console=Console(stream=io.StringIO()),

@@ -1,11 +1,11 @@
 """scripts/convert_checkpoint.py: the reference's files in, official checkpoints and hub folders out."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.fake_records import fake_record
 from helpers.golden_values import load_golden
 from helpers.method_cases import pooled
 
@@ -13,6 +13,7 @@ from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.weights import load_weights
 from mambapeft_vision.commands import convert
 from mambapeft_vision.integrations.convert import load_adapter, merge_to_official, push_to_hub, read_reference_config
+from mambapeft_vision.results.record import write_record
 from mambapeft_vision.run.exit import run_cli
 from mambapeft_vision.utils.errors import UserError
 
@@ -73,13 +74,26 @@ def test_reference_adapter_to_ours_to_a_plain_checkpoint(tmp_path, name):
 def test_hub_folder_has_a_card_with_the_results(tmp_path):
     _, (config, adapter, weights) = reference_files(tmp_path, "lora_X")
     command("from-reference", config, adapter, "--weights", weights, "--out", tmp_path / "ours")
-    (tmp_path / "ours" / "result.json").write_text(json.dumps({"task": "vtab/cifar", "accuracy": 0.625}))
+    write_record(tmp_path / "ours", fake_record("vtab/cifar", "lora_p_x", 0, 0.625))
     command("to-hub", tmp_path / "ours", "--out", tmp_path / "hub")
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "# lora_p_x on vtab/cifar" in card
     assert "62.50 %" in card
     assert "vim_tiny_patch16_224" in card
     assert load_adapter(tmp_path / "hub", weights).counts()["trainable"] == 2304
+
+
+def test_a_hub_folder_is_another_one_than_the_adapters(tmp_path):
+    _, (config, adapter, weights) = reference_files(tmp_path, "lora_X")
+    command("from-reference", config, adapter, "--weights", weights, "--out", tmp_path / "ours")
+    with pytest.raises(UserError, match="is the adapter's own folder"):
+        command("to-hub", tmp_path / "ours", "--out", tmp_path / "ours")
+
+
+def test_a_merged_checkpoint_makes_its_folder_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file; expected a folder"):
+        command("merge", tmp_path / "no adapter", "--weights", "random", "--out", tmp_path / "file" / "m.pth")
 
 
 def test_pushing_without_a_token_says_what_to_do(tmp_path, monkeypatch):

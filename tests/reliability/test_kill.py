@@ -20,8 +20,8 @@ from helpers.run_files import check_files, check_same
 from mambapeft_vision.data import cache
 from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE
 from mambapeft_vision.results.record import RESULT_FILE
+from mambapeft_vision.run.inputs import Inputs
 from mambapeft_vision.run.run import train
-from mambapeft_vision.sweep.input_hashes import Inputs
 from mambapeft_vision.sweep.jobs import State, plan_jobs, state_of
 from mambapeft_vision.sweep.sweep import Command, sweep
 

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 from helpers import crashes, runs
+from omegaconf import open_dict
 
 from mambapeft_vision import cli
+from mambapeft_vision.data.manifest import TaskEntry, write_entry
 from mambapeft_vision.results.record import read_record
 from mambapeft_vision.run.failure_record import FAILURE_FILE
 from mambapeft_vision.run.rerun import differences, split_flag, store_root_config
 from mambapeft_vision.run.run_config import make_plan
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.hashing import sha256_file
 
 MORE = ["trainer.max_epochs=2", "method.lora_p_x.dropout=0.2", "+backbone.drop_path_rate=0.2", "seed=3"]
 
@@ -37,6 +40,9 @@ def done(tmp_path_factory):
     return Done(tmp_path_factory.mktemp("again"))
 
 
+DEMO = "mambapeft_vision.data.DemoDataModule"
+
+
 def again(tmp_path, result, *more):
     return crashes.command(tmp_path, "train.py", "--from-result", str(result), *more)
 
@@ -47,7 +53,7 @@ def test_twice_in_two_processes_is_the_same_to_the_last_bit(done, tmp_path, caps
     assert code == 0, err
     assert "accuracy and test loss are the recorded ones, to the last bit" in out
     assert "versions and device are as recorded" in out
-    folder = Path(f"{done.outputs}-again") / done.folder.relative_to(done.outputs)
+    folder = tmp_path / "outputs-again" / done.folder.relative_to(done.outputs)  # the command's, not the record's
     for name in ("adapter.safetensors", "predictions.npz"):
         assert (folder / name).read_bytes() == (done.folder / name).read_bytes()
     record = read_record(folder)
@@ -56,7 +62,9 @@ def test_twice_in_two_processes_is_the_same_to_the_last_bit(done, tmp_path, caps
         done.record.accuracy,
         done.record.loss,
     )
-    cli.main(["rerun", str(done.folder)])  # a folder will do, and the command of its own
+    cli.main(
+        ["rerun", str(done.folder), f"paths.outputs={tmp_path / 'outputs-again'}"]
+    )  # a folder will do, and the command of its own
     assert "was finished before" in capsys.readouterr().out
 
 
@@ -111,6 +119,9 @@ def edited(done, tmp_path, edit):
         (lambda config: config.update(hydra={"run": {"dir": "/"}}), "config has hydra, which this release does not"),
         (lambda config: config.update(defaults=["x"]), "config has defaults, which"),
         (lambda config: config["method"]["lora_p_x"].update(targets="${oc.env:HOME}"), "expected resolved values"),
+        (lambda config: config["method"].update({"${oc.env:HOME}": {}}), "expected letters"),
+        (lambda config: config["dataset"].update(_target_=DEMO, folder="/etc/x"), "not below its paths.data"),
+        (lambda config: config["dataset"].update(_target_=DEMO, folder="data/../../x"), "not below its paths.data"),
         (lambda config: config["paths"].update(methods="/tmp/code"), "give paths.methods=DIR if you trust them"),
     ],
 )
@@ -150,6 +161,35 @@ def test_the_fingerprint_is_found_again_wherever_the_data_is(done, tmp_path):
     code, out, err = again(tmp_path, done.alone, "dry_run=true", "paths.data=elsewhere", f"paths.outputs={tmp_path}")
     assert code == 0 and f"seed3-{done.record.fingerprint[:8]}" in out, err
     assert make_plan(runs.compose_train(runs.overrides(done.task, tmp_path))).fingerprint != done.record.fingerprint
+
+
+def test_a_record_does_not_say_where_files_are_written(done, tmp_path):
+    def elsewhere(config):
+        config["paths"].update(outputs="/theirs", cache="/theirs/cache")
+
+    code, out, err = again(tmp_path, edited(done, tmp_path, elsewhere), "--cfg", "job", "--resolve")
+    assert code == 0 and "outputs: outputs-again" in out and "cache: data/cache" in out and "/theirs" not in out, err
+
+
+def test_names_are_checked_before_any_folder_is_made(done, tmp_path):
+    cfg = runs.compose_train(runs.overrides(done.task, tmp_path))
+    with open_dict(cfg):
+        cfg.method[f"{tmp_path}/victim/x"] = {}
+    with pytest.raises(UserError, match="method name"):
+        make_plan(cfg)
+    assert not (tmp_path / "victim").exists()
+
+
+def test_the_images_of_a_record_are_read_again(done, tmp_path):
+    """A manifest that came with them proves nothing."""
+    data = shutil.copytree(done.data, tmp_path / "data")
+    record = json.loads(done.alone.read_text())
+    lists = {split: sha256_file(data / "tiny" / f"{split}.txt") for split in ("train800val200", "test")}
+    write_entry(data, "tiny", TaskEntry("0" * 64, lists, 60, 1, {"test": 3}, True))
+    record["data_manifest"] = "0" * 64
+    (tmp_path / "result.json").write_text(json.dumps(record))
+    code, _, err = again(tmp_path, tmp_path / "result.json", f"paths.data={data}", f"paths.outputs={tmp_path / 'o'}")
+    assert code == 2 and "are not those of the record" in err, err
 
 
 def test_a_record_does_not_choose_who_is_told(done, tmp_path):

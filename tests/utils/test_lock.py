@@ -138,8 +138,18 @@ def test_a_second_user_of_a_shared_folder_is_locked_out(mode):
             other.start()
             answer = ours.recv()
             other.join()
-        expected = f"is in use by process {process.pid}" if mode == 0o666 else "belongs to another user"
-        assert expected in answer
+        holder = "another process" if mode == 0o600 else f"process {process.pid}"  # which nobody else may read
+        assert f"is in use by {holder}" in answer
+
+
+def test_who_deletes_the_lock_of_a_run_lets_nobody_in(tmp_path):
+    """The folder itself is locked too."""
+    with held(tmp_path):
+        (tmp_path / LOCK_FILE).unlink()
+        with pytest.raises(InUseError, match="is in use by another process"), locked(tmp_path):
+            pytest.fail("two at once")
+    with locked(tmp_path):
+        pass
 
 
 def test_names_of_temporary_files_cannot_be_foreseen(tmp_path):

@@ -1,0 +1,143 @@
+"""What a result is made from, told by fingerprints: images, weights, method files of one's own.
+
+Whoever goes on from something older (a finished run, a checkpoint, a search, an evaluation) asks `changed` whether it
+was made from what there is now.
+"""
+
+import ast
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mambapeft_vision.backbones.weights import backbone_sha256
+from mambapeft_vision.data.image_list import read_list
+from mambapeft_vision.data.manifest import manifest_hash
+from mambapeft_vision.results.record import RunRecord
+from mambapeft_vision.run.build import build_backbone_offline, build_dataset
+from mambapeft_vision.run.run_config import RunPlan
+from mambapeft_vision.utils.names import user_path
+
+OWN_METHODS = "method files"  # among a result's versions
+_PACKAGE = "mambapeft_vision.methods."
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """What something was made from; None for what is not known, or not there.
+
+    Args:
+        images: the hash of the task (`TaskDataModule.manifest_hash`).
+        weights: sha256 of the backbone's tensors.
+        methods: sha256 of the method files of one's own; None where the run takes the package's methods alone.
+    """
+
+    images: str | None
+    weights: str | None
+    methods: str | None
+
+    @classmethod
+    def of_record(cls, record: RunRecord) -> "Fingerprints":
+        return cls(record.data_manifest, record.backbone_sha256, record.versions.get(OWN_METHODS))
+
+
+def changed(then: Fingerprints, now: Fingerprints) -> str:
+    """What is not as it was, in words ("images and weights"), or "". What either does not know is not compared."""
+    words = {"images": "images", "weights": "weights of the backbone", "methods": "method files"}
+    before, present = asdict(then), asdict(now)
+    return " and ".join(
+        word for key, word in words.items() if None not in (before[key], present[key]) and before[key] != present[key]
+    )
+
+
+class Inputs:
+    """Fingerprints of what there is now; each is taken once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, str | None] = {}
+
+    def made(self, record: RunRecord, plan: RunPlan) -> bool:
+        """Whether `record` was made from what there is now. What is not there to compare with counts as the same."""
+        return not changed(Fingerprints.of_record(record), self.of(plan))
+
+    def of(self, plan: RunPlan) -> Fingerprints:
+        return Fingerprints(self.images(plan), self._weights(plan), own_methods_sha256(plan))
+
+    def images(self, plan: RunPlan) -> str | None:
+        """The hash of the task; None where its lists are not there."""
+        key = _key(plan.dataset, without="seed")
+        if key not in self._known:
+            self._known[key] = _images_hash(plan)
+        return self._known[key]
+
+    def _weights(self, plan: RunPlan) -> str | None:
+        key = _key(plan.backbone)
+        if key not in self._known:
+            self._known[key] = _weights_hash(plan)
+        return self._known[key]
+
+
+def own_methods_sha256(plan: RunPlan) -> str | None:
+    """sha256 of the files of `paths.methods` that define the plan's methods, and of those that these import there."""
+    if plan.paths.methods is None:
+        return None
+    files = _files_of(plan.method_specs.values(), user_path(plan.paths.methods))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        digest.update(f"{name} {len(content)} ".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _files_of(specs: Iterable[Any], folder: Path) -> dict[str, bytes]:
+    targets = [str(spec.get("_target_", "")) for spec in specs if isinstance(spec, dict)]
+    names = [target.removeprefix(_PACKAGE).partition(".")[0] for target in targets if target.startswith(_PACKAGE)]
+    files: dict[str, bytes] = {}
+    while names:
+        name = names.pop()
+        file = folder / f"{name}.py"
+        if name not in files and file.is_file():
+            files[name] = file.read_bytes()
+            names += _imported(files[name])
+    return files
+
+
+def _imported(source: bytes) -> list[str]:
+    """Names of the modules in `mambapeft_vision.methods` that a file imports, and those of its relative imports."""
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except (SyntaxError, ValueError):  # for Python to say when the file is imported
+        return []
+    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            base = f"{_PACKAGE}{node.module or ''}" if node.level else node.module or ""
+            modules += [f"{base.rstrip('.')}.{alias.name}" for alias in node.names]
+    return [module.removeprefix(_PACKAGE).partition(".")[0] for module in modules if module.startswith(_PACKAGE)]
+
+
+def _key(section: dict[str, Any], without: str = "") -> str:
+    return json.dumps({k: v for k, v in section.items() if k != without}, sort_keys=True)
+
+
+def _images_hash(plan: RunPlan) -> str | None:
+    """As `TaskDataModule.manifest_hash`, without decoding anything; None where the task is not there."""
+    task = build_dataset(plan)
+    files = [task.folder / f"{split}.txt" for split in (task.train_split, task.test_split)]
+    if not all(file.is_file() for file in files):
+        return None
+    lists = [read_list(file, task.num_classes, remedy=task.remedy()) for file in files]
+    return manifest_hash(task.folder, lists)
+
+
+def _weights_hash(plan: RunPlan) -> str | None:
+    """None where the file is not there, or official weights have not been downloaded."""
+    weights = plan.backbone.get("weights")
+    if weights not in ("official", "random") and not user_path(str(weights)).is_file():
+        return None
+    backbone, what = build_backbone_offline(plan)
+    return None if weights == "official" and what != "weights: official" else backbone_sha256(backbone)

@@ -1,0 +1,154 @@
+"""Files with tensors, read within bounds: safetensors, and PyTorch's through its restricted unpickler.
+
+The format is told by the content, never by the name. Nothing in a file is executed.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.text import plain
+from mambapeft_vision.utils.untrusted import open_plain
+
+MAX_BYTES = 16_000_000_000  # of a file of weights
+_MAX_HEADER = 100_000_000  # of safetensors, as that library has it
+_ZIP = b"PK\3\4"
+_TRAILER = b"\nsha256:"  # after the file that `torch.save` writes, which PyTorch's reader takes no notice of
+_TRAILER_BYTES = len(_TRAILER) + 64
+_FORMS = "Expected safetensors, or a PyTorch file that holds tensors only"
+
+
+def read_tensors(file: Path | str, *, max_bytes: int = MAX_BYTES) -> Any:
+    """What a file of weights holds: a dict of tensors, or what `torch.save` was given, if that is plain data.
+
+    Args:
+        max_bytes: of the file; no tensor takes more memory than the file has for it.
+
+    Raises:
+        UserError: for a file that is damaged, holds more than tensors and plain data, or exceeds the limits.
+        OSError: for a file that is missing or not permitted.
+    """
+    with open_plain(file, max_bytes=max_bytes, follow_links=True) as opened:
+        if is_safetensors(opened):
+            try:
+                return load_file(file)
+            except SafetensorError as error:
+                raise UserError(
+                    f"{plain(file)} cannot be read as safetensors ({plain(error)}). Download it again"
+                ) from None
+        return _load(opened, str(file), f"{_FORMS}; download it again")
+
+
+def is_safetensors(opened: BinaryIO) -> bool:
+    """Whether the content begins as safetensors does: the length of a header, and the header's brace."""
+    start = opened.read(9)
+    opened.seek(0)
+    return len(start) == 9 and int.from_bytes(start[:8], "little") <= _MAX_HEADER and start[8:] == b"{"
+
+
+def metadata_of(file: Path | str) -> dict[str, Any]:
+    """The texts that a safetensors file, which `read_tensors` has read, has beside its tensors; {} of other files."""
+    with open_plain(file, max_bytes=MAX_BYTES, follow_links=True) as opened:
+        if not is_safetensors(opened):
+            return {}
+        metadata = json.loads(opened.read(int.from_bytes(opened.read(8), "little"))).get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _load(opened: BinaryIO, where: str, remedy: str, map_location: Any = "cpu") -> Any:
+    """Reads a file of PyTorch's. `argparse.Namespace` is allowed: a leftover of training in official files."""
+    _check_zip(opened, where, remedy)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(opened, map_location=map_location, weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # the restricted unpickler raises anything on bytes that are no pickle
+        # Its text is advice to run what the file holds.
+        raise UserError(
+            f"{plain(where)} cannot be read as a checkpoint: it is damaged, or holds more than tensors "
+            f"({type(error).__name__}). {remedy}"
+        ) from None
+    for tensor in _tensors(content):
+        size = tensor.numel() * tensor.element_size()
+        if tensor.layout is not torch.strided or size > tensor.untyped_storage().nbytes():
+            raise UserError(
+                f"{plain(where)} holds a tensor of shape {tuple(tensor.shape)} whose values are not in the file. "
+                f"{remedy}"
+            )
+    return content
+
+
+def _check_zip(opened: BinaryIO, where: str, remedy: str) -> None:
+    """PyTorch's zip files are stored without compression, so that what they unpack to is what they take."""
+    is_zip, size = opened.read(4) == _ZIP, opened.seek(0, os.SEEK_END)
+    opened.seek(0)
+    if not is_zip:
+        return
+    try:
+        with zipfile.ZipFile(opened) as archive:
+            infos = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
+        raise UserError(f"{plain(where)} cannot be read as a checkpoint: {plain(error)}. {remedy}") from None
+    if any(info.compress_type != zipfile.ZIP_STORED for info in infos) or sum(i.file_size for i in infos) > size:
+        raise UserError(f"{plain(where)} is compressed; expected a file as torch.save writes it. {remedy}")
+    opened.seek(0)
+
+
+def _tensors(content: Any) -> Iterator[Tensor]:
+    stack, seen = [content], set()
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            stack.extend(value.values() if isinstance(value, Mapping) else value)
+
+
+# Our own files
+
+
+def with_checksum(content: Any) -> bytes:
+    """`torch.save` of a value, followed by a sha256 that `load_checked` compares."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    saved = file.getvalue()
+    return saved + _TRAILER + hashlib.sha256(saved).hexdigest().encode()
+
+
+def load_checked(file: Path | str, *, max_bytes: int = MAX_BYTES, map_location: Any = "cpu") -> Any:
+    """What `with_checksum` was given.
+
+    Raises:
+        UserError: for a file that differs from what was written, in any bit.
+        OSError: for a file that is missing or not permitted.
+    """
+    with open_plain(file, max_bytes=max_bytes) as opened:
+        content = opened.read()
+    saved, trailer = content[:-_TRAILER_BYTES], content[-_TRAILER_BYTES:]
+    if trailer != _TRAILER + hashlib.sha256(saved).hexdigest().encode():
+        raise UserError(f"{plain(file)} cannot be read: it is not as it was written (its checksum differs)")
+    return _load(io.BytesIO(saved), str(file), "Delete it", map_location)
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        if not tensor.is_meta:  # a model without values, made to count parameters
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

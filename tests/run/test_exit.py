@@ -1,0 +1,183 @@
+"""How commands end where the disk, the terminal or the system gives way."""
+
+import errno
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import faults, runs
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
+
+from mambapeft_vision.results.record import is_finished, read_record
+from mambapeft_vision.run.exit import CRASH, INTERRUPTED, NO_READER, USER_MISTAKE, describe_error, is_mistake, run_cli
+from mambapeft_vision.run.overrides import prepare_multirun
+from mambapeft_vision.run.run import train
+from mambapeft_vision.utils.atomic import write_text
+from mambapeft_vision.utils.errors import UserError
+
+FULL = Path("/dev/full")
+
+
+@pytest.fixture
+def task(tmp_path):
+    return runs.lay_out_task(tmp_path / "task")
+
+
+def short(task: Path, outputs: Path, *more: str) -> list[str]:
+    return runs.overrides(task, outputs, "trainer.max_epochs=1", "paths.cache=null", *more)
+
+
+def code_of(main) -> int:
+    with pytest.raises(SystemExit) as end:
+        run_cli(main)
+    return end.value.code
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="NOT RUN: needs Linux's /dev/full")
+def test_a_run_whose_output_is_full_ends_well(task, tmp_path):
+    command = [sys.executable, str(runs.ROOT / "train.py"), *short(task, tmp_path / "out")]
+    with FULL.open("w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=full, cwd=tmp_path, timeout=300)
+    assert ended.returncode == 0
+    assert is_finished(runs.only_run_folder(tmp_path / "out"))
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="NOT RUN: needs Linux's /dev/full")
+def test_what_is_printed_for_people_to_keep_is_missed(tmp_path):
+    """A table that went nowhere is no success."""
+    script = "import sys; from mambapeft_vision.run.exit import run_cli\nrun_cli(lambda: print('x' * 100_000))"
+    with FULL.open("w") as full:
+        ended = subprocess.run([sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == USER_MISTAKE
+    assert ended.stderr.startswith("error: the output: No space left on device; free some space")
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    script = "from mambapeft_vision.run.exit import run_cli\nrun_cli(lambda: [print('x' * 100) for _ in range(10_000)])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == NO_READER
+    assert process.stderr.read() == ""
+
+
+def test_a_picture_that_fails_costs_no_result(task, tmp_path, monkeypatch, capsys):
+    def draw(*_: object, **__: object) -> None:
+        raise MemoryError("too many classes")
+
+    monkeypatch.setattr("mambapeft_vision.run.finish.page_of_predictions", draw)
+    record = runs.run(short(task, tmp_path / "out", "trainer.picture=true"))
+    folder = runs.only_run_folder(tmp_path / "out")
+    assert read_record(folder) == record
+    assert "predictions.png: MemoryError: too many classes" in capsys.readouterr().err
+    assert (folder / "confusion.png").is_file()
+
+
+def test_a_folder_where_a_file_belongs_is_found_before_the_training(task, tmp_path):
+    command = short(task, tmp_path / "out", "dry_run=false")
+    with pytest.raises(RuntimeError, match="stop"):
+        runs.run(command, faults.raises(RuntimeError("stop"), 1))
+    (runs.only_run_folder(tmp_path / "out") / "result.json").mkdir()
+    with pytest.raises(UserError, match=r"result\.json is a folder; expected a file"):
+        runs.run(command)
+
+
+def test_a_run_whose_folder_is_deleted_says_so(task, tmp_path):
+    with pytest.raises(UserError, match="was deleted while the run was at work in it; start it again"):
+        runs.run(short(task, tmp_path / "out"), faults.InStep(2, lambda: shutil.rmtree(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE])
+def test_errors_of_a_write_name_the_file(tmp_path, monkeypatch, number):
+    def fail(descriptor: int) -> None:
+        raise OSError(number, "as the system says")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError) as caught:
+        write_text(tmp_path / "table.md", "text")
+    assert is_mistake(caught.value)
+    assert describe_error(caught.value).startswith(f"error: {tmp_path}/table.md: as the system says; ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_that_no_table_knows_are_one_line():
+    assert describe_error(FileNotFoundError(errno.ENOENT, "No such file", "a/b")) == "error: a/b: No such file (ENOENT)"
+    assert describe_error(KeyError("x")) == "KeyError: 'x'"  # of one that was raised, with its traceback
+
+
+def test_ctrl_c_that_an_import_turns_into_another_error():
+    """numpy's lazy imports end in a RecursionError."""
+
+    def main() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RecursionError from None
+
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert code_of(main) == INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert code_of(lambda: 1 / 0) == CRASH
+
+
+@pytest.mark.parametrize("module", ["pydantic", "hydra", "torch", "lightning", "mambapeft_vision.run.exit"])
+def test_ctrl_c_while_modules_are_imported(tmp_path, module):
+    script = f"""
+import signal, sys
+
+class CtrlC:
+    def find_spec(name, *_):
+        if name == {module!r}:
+            sys.meta_path.remove(CtrlC)
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, CtrlC)
+sys.argv[1:] = ["dry_run=true"]
+from mambapeft_vision.cli import run
+run("train")
+"""
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=runs.heed_ctrl_c)
+    assert ended.returncode == INTERRUPTED and "Traceback" not in ended.stderr, ended.stderr
+
+
+@pytest.mark.parametrize("value", ["sp/a=b", "a b", "a,b:c"])
+def test_hydras_grammar_is_translated(value):
+    key = "dataset.folder"
+    try:
+        parsed = OverridesParser.create().parse_overrides([f"{key}={value}"])[0].value()
+        assert parsed == value or value == "a,b:c"  # which Hydra takes for a choice
+    except OverrideParseException as error:
+        message = describe_error(error)
+        assert "mismatched" not in message and f"""'{key}="{value}"'""" in message
+
+
+def test_the_home_folder_is_written_out(tmp_path):
+    words = prepare_multirun(["-m", 'paths.outputs="~/o"', "seed=1,2"], runs.CONFIGS)
+    assert f"paths.outputs={Path.home()}/o" in words
+
+
+def test_torchrun_is_told_what_to_do(task, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(UserError, match=r"trainer\.devices=N"):
+        train(runs.compose_train(short(task, tmp_path)))
+
+
+def test_other_channels_are_refused_before_anything_is_decoded(task, tmp_path, monkeypatch):
+    monkeypatch.setattr("mambapeft_vision.data.TaskDataModule.load", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(UserError, match=r"in_chans=4; expected 3"):
+        runs.run(["backbone.weights=random", *short(task, tmp_path, "+backbone.in_chans=4")])
+
+
+def test_a_folder_with_a_reference_for_a_name_is_refused_before_training(task, tmp_path):
+    with pytest.raises(UserError, match=r"dataset\.folder=.*Rename"):
+        runs.run(short(task.rename(tmp_path / "x"), tmp_path / "out", r"dataset.folder='\${HOME}'"))
