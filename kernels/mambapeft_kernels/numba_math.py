@@ -3,7 +3,8 @@
 Numba calls the C library for `math.exp`, one number at a time. These polynomials become part of the caller's loop, so
 that a loop over channels runs in the CPU's vector units. tests/kernels/test_numba.py holds their accuracy.
 """
-# mypy: ignore-errors  (Numba infers these types when it compiles)
+# Numba infers these types when it compiles.
+# mypy: ignore-errors
 
 import math
 

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from helpers.kernel_cases import errors, relative_error
-from helpers.ss2d_cases import cast, make_map, make_weights, output_gradient, results
 from mambapeft_kernels import SS2DWeights, prefix_states, ss2d
+
+from mambapeft_vision.benchmarks.ss2d_cases import cast, make_map, make_weights, output_gradient, results
 
 CPU = [pytest.param("torch", "cpu", id="torch-cpu"), pytest.param("triton", "cpu", id="triton-interpreter")]
 GPU = [pytest.param(name, "cuda", id=f"{name}-gpu", marks=pytest.mark.gpu) for name in ("torch", "triton", "cuda")]

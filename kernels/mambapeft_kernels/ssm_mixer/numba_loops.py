@@ -9,7 +9,8 @@ lie: so nothing here may be regrouped by it, and sums over channels have an orde
 Constants have the arrays' dtype: beside an integer literal Numba computes in float64.
 Time runs from the last token to the first where `reverse` is set: step s reads token t = L - 1 - s.
 """
-# mypy: ignore-errors  (Numba infers these types when it compiles)
+# Numba infers these types when it compiles.
+# mypy: ignore-errors
 
 import numpy as np
 from numba import njit
