@@ -1,5 +1,7 @@
 """Inputs and references that the tests of `ss2d` and its benchmark share."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from mambapeft_kernels import SS2DWeights, ss2d
@@ -45,7 +47,8 @@ def make_map(batch: int, height: int, width: int, channels: int, device: str = "
 
 def cast(weights: SS2DWeights, dtype: torch.dtype, grad: bool = True) -> SS2DWeights:
     """Fresh leaves of the weights in `dtype`."""
-    return SS2DWeights(*(t if t is None else t.detach().to(dtype).requires_grad_(grad) for t in weights))
+    fresh: list[Any] = [t if t is None else t.detach().to(dtype).requires_grad_(grad) for t in weights]
+    return SS2DWeights(*fresh)
 
 
 def results(

@@ -44,9 +44,18 @@ RECORD = RunRecord(
     finished_at="2026-01-01T00:00:00+00:00",
     config={
         "seed": 0,
+        "method_sizes": "given",
+        "sweep": None,
         "backbone": {"name": "vim_small_patch16_224"},
         "dataset": {"train_split": "train800val200", "test_split": "test", "batch_size": 32},
-        "trainer": {"clip_norm": None, "learning_rate": 1e-3},
+        "trainer": {
+            "clip_norm": None,
+            "learning_rate": 1e-3,
+            "micro_batch": None,
+            "cuda_graph": True,
+            "devices": 1,
+            "on_nonfinite": "stop",
+        },
         "method": {"lora_p_x": {"rank": 64}},
     },
 )
