@@ -21,7 +21,7 @@ class SSF(Method):
 
     Args:
         targets: roles or patterns of names of weights; None: all of `ROLES` that the backbone has.
-        init: "published", γ ~ N(1, 0.02²) and β ~ N(0, 0.02²); or "identity", γ = 1 and β = 0.
+        init: "published", γ ~ N(1, 0.02²) and β ~ N(0, 0.02²); or "zero", γ = 1 and β = 0.
     """
 
     def __init__(
@@ -33,14 +33,14 @@ class SSF(Method):
         decay_mult: float = 0.0,
     ) -> None:
         super().__init__(lr_mult=lr_mult, decay_mult=decay_mult)
-        if init not in ("published", "identity"):
-            raise UserError(f"SSF: init={init!r}; expected 'published' or 'identity'")
+        if init not in ("published", "zero"):
+            raise UserError(f"SSF: init={init!r}; expected 'published' or 'zero'")
         self.targets, self.init = targets, init
         self.sites = nn.ModuleDict()
 
     @property
     def identity_at_init(self) -> bool:
-        return self.init == "identity"
+        return self.init == "zero"
 
     def attach(self, model: Backbone) -> None:
         for parameter in match_or_default(model, self.targets, ROLES, self.name):

@@ -15,7 +15,7 @@ from mambapeft_vision.integrations.reference import load_reference
 from mambapeft_vision.utils.errors import UserError
 
 FOLDER = GOLDEN / "backbones"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.npz"))
+NAMES = sorted(path.stem for path in FOLDER.glob("*.npz") if not path.stem.startswith("svp"))  # a method, no backbone
 TOLERANCE = 1e-10
 # Registered name → the list of its official keys with 1000 classes, and its parameters without the head.
 OFFICIAL = {

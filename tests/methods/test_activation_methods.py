@@ -90,7 +90,7 @@ def test_ssf_merges_where_every_map_has_a_bias():
     torch.testing.assert_close(model(IMAGES), expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", [lambda: SSF(init="identity"), lambda: Houlsby(dim=2, init="zero")])
+@pytest.mark.parametrize("method", [lambda: SSF(init="zero"), lambda: Houlsby(dim=2, init="zero")])
 def test_starts_that_are_the_identity(method):
     model = adapt(backbone("vim").eval(), {"m": method()}, CLASSES).eval()
     assert model.methods["m"].identity_at_init
@@ -427,7 +427,7 @@ def test_dropout_is_active_in_training_only(method):
     [
         (lambda: SVP(cross="first"), "'own' or 'first_half'"),
         (lambda: SVP(rank=0), "rank=0"),
-        (lambda: SSF(init="zero"), "'published' or 'identity'"),
+        (lambda: SSF(init="none"), "'published' or 'zero'"),
         (lambda: VPTDeep(tokens=2, position="middle"), "prefix_suffix"),
         (lambda: Convpass(conv_init="zero"), "'identity' or 'xavier'"),
         (lambda: RepAdapter(dim=3), "groups=2"),
