@@ -26,7 +26,8 @@ from mambapeft_vision.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [name for name in registered() if "_pico_" in name or "_nano_" in name]
-MODULES = ["arm", "mambareg", "videomamba", "vim", "vit"]
+SEQUENCES = [name for name in TINY if not name.startswith("vmamba")]  # VMamba's maps: test_vmamba.py
+MODULES = ["arm", "mambareg", "videomamba", "vim", "vit", "vmamba"]
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 #: Test of timm → beginnings of the names that it cannot hold for, and why.
