@@ -101,10 +101,13 @@ def _check_range(key: str, number: Any) -> None:
     if key in ("drop_path_rate", "drop_rate"):
         if not 0 <= number < 1:
             raise UserError(f"backbone.{key}={number}; expected 0 <= {key} < 1")
+    elif key == "mlp_ratio":
+        if not 0 <= number <= LARGEST:
+            raise UserError(f"backbone.mlp_ratio={number}; expected a number from 0 to {LARGEST:,}")
     elif key == "norm_eps":
         if not number > 0:
             raise UserError(f"backbone.{key}={number}; expected a number > 0")
     else:
-        largest = DEEPEST if key == "depth" else LARGEST
+        largest = DEEPEST if key in ("depth", "depths") else LARGEST
         if not 1 <= number <= largest:
             raise UserError(f"backbone.{key}={number}; expected a whole number from 1 to {largest:,}")

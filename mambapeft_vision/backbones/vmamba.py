@@ -94,12 +94,22 @@ class SS2D(Ported):
 
     suffixes = ("_0", "_1", "_2", "_3")
 
-    def __init__(self, embed_dim: int, *, name: str, d_state: int, ssm_ratio: float, vanilla: bool) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        *,
+        name: str,
+        d_state: int,
+        ssm_ratio: float,
+        vanilla: bool,
+        conv_bias: bool,
+        dt_rank: int | None,
+    ) -> None:
         super().__init__()
         self.name = name
         directions = len(self.suffixes)
         self.d_inner = inner = int(ssm_ratio * embed_dim)
-        self.dt_rank = rank = math.ceil(embed_dim / 16)
+        self.dt_rank = rank = math.ceil(embed_dim / 16) if dt_rank is None else dt_rank
         self.gated = vanilla
         self.kernel = "auto"
         self.x_proj_weight = nn.Parameter(torch.empty(directions, rank + 2 * d_state, inner))
@@ -108,7 +118,7 @@ class SS2D(Ported):
         self.dt_projs_weight = nn.Parameter(torch.empty(directions, inner, rank))
         self.dt_projs_bias = nn.Parameter(torch.empty(directions, inner))
         in_proj = PortedLinear(embed_dim, inner * (2 if vanilla else 1), bias=False, name=f"{name}.in_proj")
-        conv2d = Conv2dWeights(inner, inner, 3, padding=1, groups=inner, bias=vanilla)
+        conv2d = Conv2dWeights(inner, inner, 3, padding=1, groups=inner, bias=conv_bias)
         if vanilla:  # the official order of keys
             self.in_proj, self.conv2d, self.out_norm = in_proj, conv2d, Norm(inner)
         else:
@@ -330,6 +340,8 @@ class VMamba(TimmModel):
         d_state, ssm_ratio: N, and E / D.
         mlp_ratio: hidden width of the MLPs / D; 0: none.
         vanilla: the first version's layout: a gate, biases of the convolutions, patches without overlap.
+        conv_bias: whether the mixers' convolutions have biases; None: in the first version's layout.
+        dt_rank: R; None: ceil(D / 16).
         num_classes: 0 for features only. The head starts at zero.
         drop_path_rate: both branches of block i of n are dropped with rate linspace(0, rate, n)[i].
         global_pool, drop_rate: see `TimmModel`.
@@ -349,6 +361,8 @@ class VMamba(TimmModel):
         ssm_ratio: float = 1.0,
         mlp_ratio: float = 4.0,
         vanilla: bool = False,
+        conv_bias: bool | None = None,
+        dt_rank: int | None = None,
         num_classes: int = 1000,
         drop_path_rate: float = 0.2,
         global_pool: str = "avg",
@@ -366,6 +380,7 @@ class VMamba(TimmModel):
         self.prompt = RefusedPort("prompt", "the maps of VMamba have no room for other tokens")
         stages = []
         sizes = {"d_state": d_state, "ssm_ratio": ssm_ratio, "mlp_ratio": mlp_ratio, "vanilla": vanilla}
+        sizes |= {"conv_bias": vanilla if conv_bias is None else conv_bias, "dt_rank": dt_rank}
         for s, (dim, depth) in enumerate(zip(widths, depths)):
             blocks = [Block(dim, name=f"layers.{s}.blocks.{b}", **sizes) for b in range(depth)]
             downsample: nn.Module = nn.Identity()

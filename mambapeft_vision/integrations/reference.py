@@ -4,8 +4,7 @@
 computed exactly as it computes it, or refused with the reason: some of its forms do something other than they say.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,9 +12,11 @@ from torch import Tensor, nn
 
 from mambapeft_vision.adapter.model import AdaptedModel, adapt
 from mambapeft_vision.backbones import create_backbone
-from mambapeft_vision.backbones.vim import Vim
+from mambapeft_vision.backbones.timm_model import TimmModel
 from mambapeft_vision.backbones.weights import Checkpoint, load_state
+from mambapeft_vision.integrations import reference_vmamba
 from mambapeft_vision.integrations.reference_backbones import FAMILIES, backbone_arguments
+from mambapeft_vision.integrations.reference_parts import GENERATOR, Part, with_defaults
 from mambapeft_vision.integrations.reference_svp import svp_arguments, svp_name
 from mambapeft_vision.methods.additional_scan import AdditionalScan
 from mambapeft_vision.methods.affix import Affix
@@ -43,48 +44,62 @@ def load_reference(
     """Builds our model from the reference's arguments and state dict.
 
     Args:
-        peft_kwargs: arguments of its `VimPEFTModel` (without `module`); None: its plain `VisionMamba`, fully trained.
-        module_kwargs: arguments of its `VisionMamba`.
+        peft_kwargs: arguments of its `VimPEFTModel` or `VSSMPEFTModel` (without `module`); None: its plain backbone,
+            fully trained.
+        module_kwargs: arguments of that backbone (`VisionMamba`, `VSSM`).
         state_dict: tensors or arrays by its names, with or without the `backbone.` prefix of its saved files, or
             the whole file's content. Its saved adapters hold no backbone: give that as `backbone_state`.
         num_classes: of the head.
-        family: whose code: "vim" (MambaPEFT's), "svp", or one of `reference_backbones.FAMILIES`. All but the first have
-            no PEFT arguments (theirs are all in `module_kwargs`, and `peft_kwargs` is None).
+        family: whose code: "vim" and "vmamba" (MambaPEFT's), "svp", or one of `reference_backbones.FAMILIES`. All but
+            the first two have no PEFT arguments (theirs are all in `module_kwargs`, and `peft_kwargs` is None).
         backbone_state: the backbone's tensors by their official names, where `state_dict` has none.
         reproduce_reference_bugs: also load the forms whose behaviour is not what their name says, as they are.
     Returns: the model in evaluation mode (images [B, 3, H, W] → logits), and the parameters that the reference
         trains, head included, by its names (without `backbone.`).
     Raises: UserError for unknown arguments or keys, unsupported forms, and tensors that are missing or mis-shaped.
     """
-    if family not in ("vim", "svp", *FAMILIES):
-        raise UserError(f"family={family!r} is unknown; known: vim, svp, {', '.join(FAMILIES)}")
-    if peft_kwargs is not None and family != "vim":
+    if family not in (*_WITH_METHODS, "svp", *FAMILIES):
+        raise UserError(f"family={family!r} is unknown; known: {', '.join((*_WITH_METHODS, 'svp', *FAMILIES))}")
+    if peft_kwargs is not None and family not in _WITH_METHODS:
         raise UserError(f"peft_kwargs={dict(peft_kwargs)!r}: the published code of {family} has none; give None")
+    if family in FAMILIES:
+        return _load_plain(family, module_kwargs, state_dict, num_classes)
     if family == "svp":
         module_kwargs, svp = svp_arguments(module_kwargs, reproduce_reference_bugs)
-    elif family != "vim":
-        return _load_plain(family, module_kwargs, state_dict, num_classes)
-    sizes = _vim_arguments(module_kwargs)
-    backbone = create_backbone(_variant(sizes), "random", **sizes)
-    if family == "svp":
-        parts, prefix = [_Part("svp", svp, svp_name)], ""
-    elif peft_kwargs is None:
-        parts, prefix = [_full_fine_tuning()], ""
+    if family in ("vim", "svp"):
+        sizes = _vim_arguments(module_kwargs)
+        backbone = create_backbone(_variant(sizes), "random", **sizes)
     else:
-        kwargs = _with_defaults(peft_kwargs, _PEFT_DEFAULTS, "peft_kwargs")
-        parts, prefix = _parts(kwargs, reproduce_reference_bugs), "module."
+        name, sizes = reference_vmamba.backbone_of(module_kwargs)
+        backbone = create_backbone(name, "random", **sizes)
+    if family == "svp":
+        parts, prefix = [Part("svp", svp, svp_name)], ""
+    elif peft_kwargs is None:
+        parts, prefix = [_full_fine_tuning(backbone)], ""
+    else:
+        kwargs = with_defaults(peft_kwargs, _PEFT_DEFAULTS, "peft_kwargs")
+        _refuse_quantised(kwargs)
+        _refuse_substring_training(kwargs, reproduce_reference_bugs)
+        if family == "vim":
+            parts = _parts(kwargs, reproduce_reference_bugs)
+        else:
+            parts = reference_vmamba.parts_of(kwargs, module_kwargs, reproduce_reference_bugs)
+        prefix = "module."
 
     state = _normalised(state_dict, prefix)
     if backbone_state is not None:
-        plain = _normalised(backbone_state, "")
-        state = {**{prefix + k: v for k, v in plain.items() if not k.startswith("head.")}, **state}
+        plain = backbone.convert_checkpoint(_normalised(backbone_state, ""))[0]
+        plain = backbone.official_state({k: v for k, v in plain.items() if not k.startswith("head.")})
+        state = {**{prefix + k: v for k, v in plain.items()}, **state}
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in state.values()) else torch.float32
     _load_backbone(backbone.to(dtype), state, prefix)
 
-    targets: dict[str, nn.Parameter] = {prefix + name: p for name, p in backbone.named_parameters()}
+    own_names = dict(backbone.named_parameters())
+    targets = {prefix + name: p for name, p in backbone.official_state(own_names).items()}
     model = adapt(backbone, {part.name: part.method for part in parts}, num_classes)
     own = {part.reference_name(prefix, key): p for part in parts for key, p in part.method.owned().items()}
-    targets |= own | model.head_parameters()
+    head = model.head_parameters() if prefix else backbone.official_state(model.head_parameters())
+    targets |= own | head
     check_state(targets, state, "the reference's state dict")
     with torch.no_grad():
         for name, tensor in targets.items():
@@ -93,7 +108,7 @@ def load_reference(
     trained = {reference for part in parts if part.trained for reference in part.references(prefix)}
     for name in set(own) - trained:
         own[name].requires_grad_(False)
-    return model.eval(), {n: p for n, p in targets.items() if n in trained or n.startswith("head.")}
+    return model.eval(), {n: p for n, p in targets.items() if n in trained or n in head}
 
 
 def _load_plain(
@@ -116,9 +131,9 @@ def _load_plain(
     return model.eval(), {**names, **head}
 
 
-def _load_backbone(backbone: Vim, state: Mapping[str, Tensor], prefix: str) -> None:
+def _load_backbone(backbone: TimmModel, state: Mapping[str, Tensor], prefix: str) -> None:
     """Before anything is attached, so that the model knows the hash of the weights it stands on."""
-    expected = dict(backbone.named_parameters())
+    expected = backbone.official_state(dict(backbone.named_parameters()))
     given = {n: state[prefix + n] for n in expected if prefix + n in state}
     if prefix and not given:
         raise UserError(
@@ -126,27 +141,14 @@ def _load_backbone(backbone: Vim, state: Mapping[str, Tensor], prefix: str) -> N
             "checkpoint as backbone_state, e.g. read_state_dict('vim_s_midclstok_80p5acc.pth')"
         )
     check_state(expected, given, "the reference's state dict")
-    backbone.load_state_dict(given)
+    backbone.load_state_dict(backbone.convert_checkpoint(given)[0])
 
+
+# Backbones of MambaPEFT's code; others are published without methods.
+_WITH_METHODS = ("vim", "vmamba")
 
 # ------------------------------------------------------------------------------------------------------------
 # One switch of the reference = one of our methods
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One of our methods, and how its tensors are called in the reference."""
-
-    name: str
-    method: Method
-    rename: Callable[[str], str]  # our tensor's name within the method → the reference's, without prefix
-    trained: bool = True
-
-    def reference_name(self, prefix: str, key: str) -> str:
-        return prefix + self.rename(key)
-
-    def references(self, prefix: str) -> set[str]:
-        return {self.reference_name(prefix, key) for key in self.method.owned()}
 
 
 # reference's switch → (its name in ours, targets, rows); a target of x_proj or dt_proj stands for both directions.
@@ -179,9 +181,7 @@ _DIRECT = {switch: tuple(tensors) for switch, tensors in _OFFSETS.items()}
 _DIRECT["conv1d"] += ("conv1d.bias", "conv1d_b.bias")
 
 
-def _parts(kwargs: dict[str, Any], bugs: bool) -> list[_Part]:
-    _refuse_quantised(kwargs)
-    _refuse_substring_training(kwargs, bugs)
+def _parts(kwargs: dict[str, Any], bugs: bool) -> list[Part]:
     parts = [_lora(kwargs, key) for key in _LORA_TARGETS if kwargs[f"lora_{key}"]]
     parts += [_learnable(kwargs, key) for key in _OFFSETS if kwargs[f"learnable_{key}"]]
     optional = {
@@ -194,7 +194,7 @@ def _parts(kwargs: dict[str, Any], bugs: bool) -> list[_Part]:
     return parts + [build() for switch, build in optional.items() if kwargs[switch]]
 
 
-def _lora(kwargs: dict[str, Any], key: str) -> _Part:
+def _lora(kwargs: dict[str, Any], key: str) -> Part:
     name, target, rows = _LORA_TARGETS[key]
     suffix = "" if key == "out_proj" else f"_{key}"  # the reference's `dim` and `s` are those of out_proj
     sizes = {"rank": kwargs[f"dim{suffix}"], "scale": kwargs[f"s{suffix}"], "rows": rows}
@@ -215,17 +215,17 @@ def _lora(kwargs: dict[str, Any], key: str) -> _Part:
         return f"{mixer}.lora_{key}{direction}.{_FACTORS[factor]}"
 
     trained = kwargs[f"train_lora_{key}"] or (key == "dt" and kwargs["train_lora_d"])
-    return _Part(name, method, rename, trained)
+    return Part(name, method, rename, trained)
 
 
-def _learnable(kwargs: dict[str, Any], key: str) -> _Part:
+def _learnable(kwargs: dict[str, Any], key: str) -> Part:
     offset = kwargs[f"learnable_{key}_v2"]
     tensors = tuple(_OFFSETS[key]) if offset else _DIRECT[key]
     targets = [t if t in _MODEL_TENSORS else f"layers.*.mixer.{t}" for t in tensors]
     trained = kwargs[f"train_{key}"]
     if not offset:
         # A frozen tensor of the backbone is no method of ours: train_* = False simply leaves it frozen.
-        return _Part(f"direct_{key}", Unfreeze(targets=targets), lambda own: own, trained)
+        return Part(f"direct_{key}", Unfreeze(targets=targets), lambda own: own, trained)
 
     def rename(own: str) -> str:
         # layers.0.mixer.conv1d_b.weight.offset → layers.0.mixer.learnable_conv1d_weight_b
@@ -235,17 +235,17 @@ def _learnable(kwargs: dict[str, Any], key: str) -> _Part:
         parts = parameter.split(".")
         return ".".join(parts[:3]) + "." + _OFFSETS[key][".".join(parts[3:])]
 
-    return _Part(f"offset_{key}", Offset(targets=targets), rename, trained)
+    return Part(f"offset_{key}", Offset(targets=targets), rename, trained)
 
 
-def _patch_embed(kwargs: dict[str, Any]) -> _Part:
+def _patch_embed(kwargs: dict[str, Any]) -> Part:
     method = LoRA(
         targets="patch_embed.proj.weight",
         rank=kwargs["dim_patch_embed"],
         scale=kwargs["s_patch_embed"],
         dropout=0.1,
     )
-    return _Part(
+    return Part(
         "lora_embed",
         method,
         lambda own: f"patch_embed.lora_patch_embed.{_FACTORS[own.rpartition('.')[2]]}",
@@ -253,7 +253,7 @@ def _patch_embed(kwargs: dict[str, Any]) -> _Part:
     )
 
 
-def _adapter(kwargs: dict[str, Any]) -> _Part:
+def _adapter(kwargs: dict[str, Any]) -> Part:
     method = ParallelAdapter(
         targets="layers.*.mixer.out_proj.weight",
         rank=kwargs["dim_adaptf"],
@@ -265,17 +265,9 @@ def _adapter(kwargs: dict[str, Any]) -> _Part:
         site, _, factor = own.rpartition(".")
         return f"{site.removesuffix('.out_proj.weight')}.adaptf.{_FACTORS[factor]}"
 
-    return _Part("parallel_adapter", method, rename, kwargs["train_adaptformer"])
+    return Part("parallel_adapter", method, rename, kwargs["train_adaptformer"])
 
 
-_GENERATOR = {
-    "table": "embedding.weight",
-    "embedding": "embedding.weight",
-    "fc1.weight": "transform.0.weight",
-    "fc1.bias": "transform.0.bias",
-    "fc2.weight": "transform.2.weight",
-    "fc2.bias": "transform.2.bias",
-}
 _AFFIX_FORMS: dict[str, dict[str, Any]] = {
     "inner_single_prefix": {"position": "prefix", "directions": "single", "inner": True},
     "inner_dual_prefix": {"position": "prefix", "directions": "dual", "inner": True},
@@ -299,7 +291,7 @@ _WRONG_AFFIX = {
 }
 
 
-def _affix(kwargs: dict[str, Any], bugs: bool) -> _Part:
+def _affix(kwargs: dict[str, Any], bugs: bool) -> Part:
     kind = kwargs["prefix_type"]
     if kind in _WRONG_AFFIX:
         raise UserError(f"prefix_type={kind!r} of the reference is wrong: {_WRONG_AFFIX[kind]}")
@@ -316,10 +308,10 @@ def _affix(kwargs: dict[str, Any], bugs: bool) -> _Part:
         hidden=kwargs["encoder_hidden_size"] if kwargs["prefix_projection"] else None,
         **_AFFIX_FORMS[kind],
     )
-    return _Part("affix", method, lambda own: f"prefix_encoder.{_GENERATOR[own]}", kwargs["train_prefix"])
+    return Part("affix", method, lambda own: f"prefix_encoder.{GENERATOR[own]}", kwargs["train_prefix"])
 
 
-def _prompt(kwargs: dict[str, Any]) -> _Part:
+def _prompt(kwargs: dict[str, Any]) -> Part:
     kind = kwargs["prompt_type"]
     if kind == "infix":
         raise UserError(
@@ -329,7 +321,7 @@ def _prompt(kwargs: dict[str, Any]) -> _Part:
     if kind not in ("prefix", "suffix", "prefix_suffix"):
         raise UserError(f"prompt_type={kind!r} is unknown; known: prefix, infix, suffix, prefix_suffix")
     method = Prompt(tokens=kwargs["prompt_num_tokens"], position=kind, projection=kwargs["prompt_projection"])
-    return _Part("prompt", method, lambda own: f"prompt_encoder.{_GENERATOR[own]}", kwargs["train_prompt"])
+    return Part("prompt", method, lambda own: f"prompt_encoder.{GENERATOR[own]}", kwargs["train_prompt"])
 
 
 _SCAN_TENSORS = {
@@ -340,7 +332,7 @@ _SCAN_TENSORS = {
 }
 
 
-def _additional_scan(kwargs: dict[str, Any], bugs: bool) -> _Part:
+def _additional_scan(kwargs: dict[str, Any], bugs: bool) -> Part:
     position = kwargs["scan_addition_pos"]
     if position not in ("prefix", "suffix"):
         raise UserError(f"scan_addition_pos={position!r} is unknown; known: prefix, suffix")
@@ -362,11 +354,12 @@ def _additional_scan(kwargs: dict[str, Any], bugs: bool) -> _Part:
         parts = own.split(".")
         return ".".join(parts[:3]) + "." + _SCAN_TENSORS[".".join(parts[3:])]
 
-    return _Part("additional_scan", method, rename, kwargs["train_additional_scan"])
+    return Part("additional_scan", method, rename, kwargs["train_additional_scan"])
 
 
-def _full_fine_tuning() -> _Part:
-    return _Part("full", Unfreeze(targets="**"), lambda own: own)
+def _full_fine_tuning(backbone: TimmModel) -> Part:
+    names = {own: next(iter(backbone.official_state({own: p}))) for own, p in backbone.named_parameters()}
+    return Part("full", Unfreeze(targets="**"), names.__getitem__)
 
 
 def _refuse_quantised(kwargs: dict[str, Any]) -> None:
@@ -476,7 +469,7 @@ def _vim_arguments(module_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     known = {**_MODULE_DEFAULTS, **{k: d for k, (d, _) in _MODULE_REQUIRED.items()}}
     known["flip_img_sequences_ratio"] = -1.0
     given = {k: v for k, v in module_kwargs.items() if k not in _MODULE_IGNORED}
-    values = _with_defaults(given, known, "module_kwargs")
+    values = with_defaults(given, known, "module_kwargs")
     for key, (_, supported) in _MODULE_REQUIRED.items():
         if values[key] != supported:
             raise UserError(f"module_kwargs: {key}={values[key]!r}; only {supported!r} is supported (as in the paper)")
@@ -496,13 +489,6 @@ def _variant(sizes: Mapping[str, Any]) -> str:
     width = {192: "tiny", 384: "small", 768: "base"}.get(sizes["embed_dim"], "tiny")
     stride = "_stride8" if sizes["stride"] == 8 and sizes["patch_size"] == 16 else ""
     return f"vim_{width}_patch16{stride}_224"
-
-
-def _with_defaults(given: Mapping[str, Any], defaults: Mapping[str, Any], what: str) -> dict[str, Any]:
-    unknown = sorted(set(given) - set(defaults))
-    if unknown:
-        raise UserError(f"{what}: unknown argument(s) {', '.join(unknown)}; known: {', '.join(sorted(defaults))}")
-    return {**defaults, **given}
 
 
 def _normalised(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:

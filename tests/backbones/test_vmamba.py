@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models import group_parameters
+from timm.optim import param_groups_weight_decay
 
 from mambapeft_vision.backbones import vmamba
 from mambapeft_vision.backbones import weights as weights_module
@@ -345,3 +346,13 @@ def test_published_weights_are_fetched_from_their_address(monkeypatch):
         weights_module.load_official(model)
     assert asked == [model.pretrained_cfg["url"]]
     assert asked[0].endswith("v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth")
+
+
+def test_weight_decay_spares_what_it_must_not_touch():
+    model = tiny()
+    spared, decayed = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
+    names = {id(p): name for name, p in model.named_parameters()}
+    kept = {names[id(p)] for p in decayed["params"]}
+    assert not any(name.endswith(("A_logs", ".Ds", ".bias")) or "norm" in name for name in kept)
+    assert {"patch_embed.0.weight", "layers.0.blocks.0.op.in_proj.weight"} <= kept
+    assert spared["weight_decay"] == 0

@@ -157,7 +157,8 @@ def test_only_the_gradient_asked_for(backend, device, name):
     leaf.requires_grad_()
     out = ss2d(u, weights, backend=backend)
     out.backward(output_gradient(out))
-    assert torch.equal(leaf.grad, expected[f"d {name}"])
+    # On a GPU a kernel that leaves out a gradient is compiled apart, and may round what it shares in another way.
+    assert relative_error(leaf.grad, expected[f"d {name}"]) <= (0 if device == "cpu" else 1e-6)
     assert all(t.grad is None for t in (u, *weights) if t is not leaf)
 
 

@@ -1,7 +1,6 @@
 """Methods on VMamba against values of MambaPEFT's published code in float64: logits, loss and every gradient."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -9,109 +8,168 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mambapeft_vision.adapter.model import AdaptedModel, adapt
+from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.backbones.vmamba import VMamba
-from mambapeft_vision.backbones.weights import Checkpoint, export_official, load_state, load_weights, read_state_dict
-from mambapeft_vision.methods.additional_scan import AdditionalScan
+from mambapeft_vision.backbones.weights import export_official, load_weights, read_state_dict
+from mambapeft_vision.integrations.reference import load_reference
 from mambapeft_vision.methods.affix import Affix
 from mambapeft_vision.methods.linear_probe import LinearProbe
-from mambapeft_vision.methods.lora import LoRA
-from mambapeft_vision.methods.offset import Offset
-from mambapeft_vision.methods.parallel_adapter import ParallelAdapter
 from mambapeft_vision.methods.state_offset import StateOffset
 from mambapeft_vision.utils.errors import UserError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "vmamba"
 
-# File → the method with its sizes, and the names of its tensors: our ending → the published code's.
-LORA = {"down": "adapter_down", "up": "adapter_up"}
-CASES = {
-    "lp": (LinearProbe, {}, {}),
-    "lora_in_proj": (LoRA, {"targets": "in_proj", "rank": 4, "scale": 1.0}, LORA),
-    "lora_out_proj": (LoRA, {"targets": "out_proj", "rank": 4, "scale": 0.5}, LORA),
-    "lora_x_proj": (LoRA, {"targets": "x_proj", "space": "weight", "rank": 3, "scale": 0.7}, LORA),
-    "lora_x_proj_d_state4": (LoRA, {"targets": "x_proj", "space": "weight", "rank": 3, "scale": 0.7}, LORA),
-    "lora_d": (LoRA, {"targets": "x_proj", "rows": "d", "space": "weight", "rank": 2, "scale": 0.5}, LORA),
-    "lora_dt": (LoRA, {"targets": "dt_proj", "space": "weight", "rank": 3, "scale": 0.5}, LORA),
-    "parallel_adapter": (ParallelAdapter, {"rank": 5, "scale": 0.5}, LORA),
-    "addscan_prefix_copy": (
-        AdditionalScan,
-        {"states": 1},
-        {"A_logs": "A_log_scan_addi", "x_proj_weight": "x_proj_scan_addi"},
-    ),
-    "affix_inner_dual_prefix_noproj": (Affix, {"tokens": 3}, {"table": "embedding.weight"}),
-    "affix_inner_dual_prefix_proj": (
-        Affix,
-        {"tokens": 2, "projection": True, "hidden": 12},
-        {
-            "embedding": "embedding.weight",
-            "fc1.weight": "transform.0.weight",
-            "fc1.bias": "transform.0.bias",
-            "fc2.weight": "transform.2.weight",
-            "fc2.bias": "transform.2.bias",
-        },
-    ),
-    "learnable_A_v2": (Offset, {"targets": "A_log"}, {"offset": "learnable_A_logs"}),
-    "learnable_D_v2": (Offset, {"targets": "D"}, {"offset": "learnable_D"}),
-    "learnable_bias_v2": (Offset, {"targets": "dt_bias"}, {"offset": "learnable_bias"}),
-    "learnable_conv2d_v2": (Offset, {"targets": "conv"}, {"offset": "learnable_conv1d_weight"}),
-}
+CONFIGURATIONS = sorted(path.stem for path in GOLDEN.glob("*.npz"))
 
 
-def backbone(given: dict) -> VMamba:
-    return VMamba(
-        dims=given["dims"] if isinstance(given["dims"], int) else tuple(given["dims"]),
-        depths=tuple(given["depths"]),
-        d_state=given["ssm_d_state"],
-        ssm_ratio=given["ssm_ratio"],
-        mlp_ratio=given["mlp_ratio"],
-        num_classes=0,
-        drop_path_rate=0.0,
-    ).double()
+def golden(name: str) -> tuple[dict, dict[str, np.ndarray]]:
+    content = dict(np.load(GOLDEN / f"{name}.npz"))
+    return json.loads(str(content.pop("config_json"))), content
 
 
-def theirs(name: str, endings: dict[str, str], given: set[str]) -> str:
-    """The published code's name of one of our method's tensors."""
-    ending = next(e for e in sorted(endings, key=len, reverse=True) if name.endswith(e))
-    block = re.search(r"layers/\d+/blocks/\d+/", name)
-    start = f"module.{block.group().replace('/', '.')}op." if block else "module.prefix_encoder."
-    (found,) = (k for k in given if k.startswith(start) and endings[ending] in k)
-    return found
+def part_of(content: dict[str, np.ndarray], kind: str) -> dict[str, np.ndarray]:
+    wide = {k: v.astype(np.float64) if v.dtype == np.float32 else v for k, v in content.items()}
+    return {k.removeprefix(f"{kind}/"): v for k, v in wide.items() if k.startswith(f"{kind}/")}
 
 
-def golden(case: str) -> tuple[AdaptedModel, dict[str, torch.Tensor], dict[str, torch.nn.Parameter]]:
-    """A model with the published code's weights, what that code computes, and the trained tensors by its names."""
-    kind, sizes, endings = CASES[case]
-    content = dict(np.load(GOLDEN / f"{case}.npz"))
-    config = json.loads(str(content.pop("config_json")))
-    tensors = {key: torch.from_numpy(value) for key, value in content.items()}
-    weights = {k.removeprefix("param/"): t.double() for k, t in tensors.items() if k.startswith("param/")}
-    plain = backbone(config["module_kwargs"])
-    own = {f"module.{key}" for key in plain.official_state(plain.state_dict())}
-    official = {k.removeprefix("module."): t for k, t in weights.items() if k in own}
-    load_state(plain, Checkpoint(official), case)
-    model = adapt(plain, {"method": kind(**sizes)}, config["num_classes"]).eval()
-    extra = {k for k in weights if k.startswith("module.") and k not in own}
-    trained = {theirs(k, endings, extra): p for k, p in model.methods["method"].named_parameters()}
-    assert trained.keys() == extra
-    trained |= {f"head.{key}": p for key, p in model.backbone.head.named_parameters()}
-    with torch.no_grad():
-        for key, parameter in trained.items():
-            parameter.copy_(weights[key].view_as(parameter))
-    return model, tensors, trained
+def reference(config: dict, state: dict, **changes):
+    """`load_reference` of a configuration; changes: of its PEFT arguments, or with `module_` of its backbone's."""
+    module = {k.removeprefix("module_"): v for k, v in changes.items() if k.startswith("module_")}
+    peft = {k: v for k, v in changes.items() if not k.startswith("module_")}
+    peft_kwargs = None if config["peft_kwargs"] is None else {**config["peft_kwargs"], **peft}
+    module_kwargs = {**config["module_kwargs"], **module}
+    return load_reference(peft_kwargs, module_kwargs, state, config["num_classes"], family="vmamba")
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_values_of_the_published_code(case):
-    model, expected, trained = golden(case)
-    logits = model(expected["input"].double())
-    assert (logits - expected["logits"]).abs().max() <= 1e-10
-    loss = F.cross_entropy(logits, expected["labels"])
-    assert abs(loss.item() - expected["loss"].item()) <= 1e-10
-    wanted = {key.removeprefix("grad/"): t for key, t in expected.items() if key.startswith("grad/")}
+def test_every_configuration_is_here():
+    assert len(CONFIGURATIONS) == 18
+
+
+@pytest.mark.parametrize("kernel", ["torch", "naive"])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_values_of_the_published_code(name, kernel):
+    """Logits, loss and the gradient of every tensor that it trains."""
+    config, content = golden(name)
+    model, trained = reference(config, part_of(content, "param"))
+    model.backbone.set_kernel(kernel, "cpu")
+    logits = model(torch.from_numpy(content["input"]).double())
+    assert logits.dtype == torch.float64
+    assert np.abs(logits.detach().numpy() - content["logits"]).max() <= 1e-10
+    loss = F.cross_entropy(logits, torch.from_numpy(content["labels"]))
+    assert abs(loss.item() - content["loss"]) <= 1e-10
+    loss.backward()
+    wanted = part_of(content, "grad")
     assert wanted.keys() == trained.keys()
-    for key, gradient in zip(trained, torch.autograd.grad(loss, list(trained.values()))):
-        assert (gradient - wanted[key].view_as(gradient)).abs().max() <= 1e-10, key
+    for key, gradient in wanted.items():
+        assert np.abs(trained[key].grad.numpy() - gradient).max() <= 1e-10, key
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in trained.values()}
+
+
+def test_saved_files_hold_adapters_alone_and_the_backbone_comes_from_its_checkpoint():
+    config, content = golden("lora_x_proj")
+    params = part_of(content, "param")
+    adapter = {k: v for k, v in params.items() if "lora" in k or k.startswith("head.")}
+    plain = {k.removeprefix("module."): v for k, v in params.items() if k not in adapter}
+    saved = {f"backbone.{k}": v for k, v in adapter.items() if not k.startswith("head.")}
+    saved |= {k.replace("head.", "head.layers.head."): v for k, v in adapter.items() if k.startswith("head.")}
+    plain |= {"classifier.head.weight": np.zeros((1000, 20)), "classifier.head.bias": np.zeros(1000)}
+    arguments = config["peft_kwargs"], config["module_kwargs"], {"state_dict": saved}, config["num_classes"]
+    model, _ = load_reference(*arguments, family="vmamba", backbone_state={"model": plain})
+    found = model(torch.from_numpy(content["input"]).double()).detach().numpy()
+    assert np.abs(found - content["logits"]).max() <= 1e-10
+    with pytest.raises(UserError, match="holds no backbone"):
+        load_reference(*arguments, family="vmamba")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("lora_in_proj", {"lora_X": True}, "take part in nothing.*lora_in_proj"),
+        ("lora_in_proj", {"lora_Z": True}, "take part in nothing"),
+        ("lora_in_proj", {"lora_patch_embed": True}, "does nothing"),
+        ("lora_in_proj", {"prompt_tuning": True}, "no room for prompts"),
+        ("lora_in_proj", {"learnable_cls_token_v2": True}, "no class token"),
+        ("lora_in_proj", {"use_dora": True}, "not implemented there"),
+        ("lora_in_proj", {"bit_in_proj": 8}, "bit_in_proj=8"),
+        ("lora_in_proj", {"lora_Y": True}, "unknown argument.*lora_Y"),
+        ("lora_in_proj", {"module_norm_layer": "ln"}, "take the width for channels"),
+        ("lora_in_proj", {"module_forward_type": "v0"}, "'v05_noz' alone|downsample_version"),
+        ("lora_dt", {"train_lora_dt": False}, "has no effect"),
+        ("affix_inner_dual_prefix_noproj", {"prefix_type": "inner_single_prefix"}, "crashes on VMamba"),
+        ("affix_inner_dual_prefix_noproj", {"prefix_type": "outer_dual_prefix"}, "refused by the reference"),
+        ("addscan_prefix_copy", {"scan_A_copy_from_last": False}, "misspelt"),
+        ("addscan_prefix_copy", {"zero_init_x_proj": True}, "never get a gradient"),
+        ("lp", {"module_posembed": True}, "posembed=True"),
+        ("lp", {"module_forward_type": "v2"}, "forward_type='v2'"),
+        ("lp", {"module_gmlp": True}, "gmlp=True"),
+        ("lp", {"module_depht": 3}, "no argument depht"),
+    ],
+)
+def test_forms_that_are_wrong_there_are_refused_with_the_reason(name, changes, message):
+    config, content = golden(name)
+    with pytest.raises(UserError, match=message):
+        reference(config, part_of(content, "param"), **changes)
+
+
+def test_channel_last_is_the_same_function():
+    config, content = golden("lora_x_proj")
+    model, _ = reference(config, part_of(content, "param"), module_norm_layer="ln")
+    found = model(torch.from_numpy(content["input"]).double()).detach().numpy()
+    assert np.abs(found - content["logits"]).max() <= 1e-10
+
+
+def test_tensors_that_are_trained_themselves():
+    """Without `_v2` the backbone's own tensors are trained, the convolution's bias among them where there is one."""
+    config, content = golden("lp")
+    params = part_of(content, "param")
+    switches = {f"learnable_{key}": True for key in ("A", "D", "conv1d", "bias")}
+    _, trained = reference(config, params, **switches)
+    op = "module.layers.0.blocks.0.op."
+    found = {name.removeprefix(op) for name in trained if name.startswith(op)}
+    assert found == {"A_logs", "Ds", "conv2d.weight", "dt_projs_bias"}
+    for name in [n for n in params if n.endswith("conv2d.weight")]:
+        params[name.replace("weight", "bias")] = np.zeros(len(params[name]))
+    model, trained = reference(config, params, module_ssm_conv_bias=True, **switches)
+    assert f"{op}conv2d.bias" in trained
+    logits = model(torch.from_numpy(content["input"]).double()).detach().numpy()
+    assert np.abs(logits - content["logits"]).max() <= 1e-10
+
+
+def test_everything_at_once():
+    """Each switch's tensors are found under its names, and each gets a gradient."""
+    config, content = golden("lp")
+    switches: dict = {f"lora_{key}": True for key in ("in_proj", "out_proj", "d", "B", "C", "dt")}
+    switches |= {f"learnable_{key}{v}": True for key in ("A", "D", "conv1d", "bias") for v in ("", "_v2")}
+    switches |= {"adaptformer": True, "prefix_tuning": True, "prefix_type": "inner_dual_prefix"}
+    switches |= {"additional_scan": True, "scan_A_copy_from_last": True, "scan_addition_num": 2}
+    params = part_of(content, "param")
+    with pytest.raises(UserError, match="does not fit") as error:
+        reference(config, params, **switches)
+    assert "missing: module." in str(error.value)
+    generator = np.random.default_rng(0)
+    for s, block, dim in ((0, 0, 6), (1, 0, 10), (2, 0, 14), (2, 1, 14), (3, 0, 20)):
+        inner, rank, op = 2 * dim, -(-dim // 16), f"module.layers.{s}.blocks.{block}.op."
+        shapes = {
+            "learnable_A_logs": (4 * inner, 1),
+            "learnable_D": (4 * inner,),
+            "learnable_conv1d_weight": (inner, 1, 3, 3),
+            "learnable_bias": (4, inner),
+            "A_log_scan_addi": (4 * inner, 2),
+            "x_proj_scan_addi": (4, 4, inner),
+        }
+        for name, out, into in (("lora_in_proj", inner, dim), ("lora_out_proj", dim, inner), ("adaptf", dim, inner)):
+            shapes |= {f"{name}.adapter_down.weight": (32, into), f"{name}.adapter_up.weight": (out, 32)}
+        for name, out, into in (("d", rank, inner), ("B", 1, inner), ("C", 1, inner), ("dt", inner, rank)):
+            shapes |= {f"lora_{name}.adapter_down_weight": (4, 4, into), f"lora_{name}.adapter_up_weight": (4, out, 4)}
+        params |= {op + name: 0.1 * generator.standard_normal(shape) for name, shape in shapes.items()}
+    columns, mean, largest = 4 * 2 * (6 + 10 + 14 + 14 + 20), 2 * (6 + 10 + 14 + 20) // 4, 40
+    shapes = {"embedding.weight": (1, mean), "transform.0.weight": (largest, mean), "transform.0.bias": (largest,)}
+    shapes |= {"transform.2.weight": (columns, largest), "transform.2.bias": (columns,)}
+    params |= {f"module.prefix_encoder.{k}": 0.1 * generator.standard_normal(shape) for k, shape in shapes.items()}
+    model, trained = reference(config, params, **switches)
+    F.cross_entropy(model(torch.from_numpy(content["input"]).double()), torch.from_numpy(content["labels"])).backward()
+    assert trained.keys() == params.keys() - {k for k in part_of(content, "param") if not k.startswith("head.")}
+    assert all(p.grad.any() for p in trained.values())
 
 
 def tiny() -> VMamba:
