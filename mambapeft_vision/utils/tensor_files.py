@@ -46,7 +46,7 @@ def read_tensors(file: Path | str, *, max_bytes: int = MAX_BYTES) -> Any:
                 return load_file(file)
             except SafetensorError as error:
                 raise UserError(
-                    f"{plain(file)} cannot be read as safetensors ({plain(error)}). Download it again"
+                    f"{plain(file)} cannot be read as safetensors ({plain(error)}); download it again"
                 ) from None
         return _load(opened, str(file), f"{_FORMS}; download it again")
 
