@@ -379,7 +379,7 @@ class VMamba(TimmModel):
         self.num_features = widths[-1]
         self.prompt = RefusedPort("prompt", "the maps of VMamba have no room for other tokens")
         stages = []
-        sizes = {"d_state": d_state, "ssm_ratio": ssm_ratio, "mlp_ratio": mlp_ratio, "vanilla": vanilla}
+        sizes: dict[str, Any] = {"d_state": d_state, "ssm_ratio": ssm_ratio, "mlp_ratio": mlp_ratio, "vanilla": vanilla}
         sizes |= {"conv_bias": vanilla if conv_bias is None else conv_bias, "dt_rank": dt_rank}
         for s, (dim, depth) in enumerate(zip(widths, depths)):
             blocks = [Block(dim, name=f"layers.{s}.blocks.{b}", **sizes) for b in range(depth)]
