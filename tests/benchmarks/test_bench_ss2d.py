@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_kernels import Chip
 
+from mambapeft_vision.benchmarks.kernels import Chip
 from mambapeft_vision.benchmarks.ss2d import Case, work
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_ss2d.py"

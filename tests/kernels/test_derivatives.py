@@ -39,9 +39,9 @@ def draw(*shape: int) -> Tensor:
 def second_derivatives(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
     """Of a function of the gradients that mixes all of them, the gradients."""
     out = function(*inputs)
-    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    weight = torch.linspace(-1, 1, out.numel()).to(out).view(out.shape)
     first = torch.autograd.grad((out * weight).square().sum(), inputs, create_graph=True)
-    total = sum((g * torch.linspace(0.3, 1, g.numel(), dtype=g.dtype).view(g.shape)).square().sum() for g in first)
+    total = sum((g * torch.linspace(0.3, 1, g.numel()).to(g).view(g.shape)).square().sum() for g in first)
     return list(torch.autograd.grad(total, inputs))
 
 
