@@ -55,8 +55,8 @@ REFUSED = {
         "lora_p_z": "rows='z' is no block of",
         "memba": "VMamba's blocks have no gate",
         "pos_embed": r"has no 'pos_embed' \(position embedding\)",
-        **{name: "the maps of VMamba have no room for other tokens" for name in ("prompt", "prompt_wo_proj")},
-        **{name: "has no 'cls_token'" for name in ("all", "cls_token", "hybrid", "hybrid_wo_proj")},
+        **dict.fromkeys(("prompt", "prompt_wo_proj"), "the maps of VMamba have no room for other tokens"),
+        **dict.fromkeys(("all", "cls_token", "hybrid", "hybrid_wo_proj"), "has no 'cls_token'"),
     },
 }
 ROWS = [
