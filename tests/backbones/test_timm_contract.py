@@ -125,11 +125,10 @@ def test_timms_own_tests_pass_on_tiny_models(timm_tests, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", MODULES)
+@pytest.mark.parametrize("family", [m for m in MODULES if m != "vmamba"])  # timm's would fetch its files from GitHub
 def test_timms_own_tests_pass_on_published_sizes(timm_tests, tmp_path, family):
     """Those of 224 x 224 images: larger ones differ in the length of their positions alone, but take minutes."""
-    ends = ("_224", "tiny_s1l8", "vanilla_tiny")  # of VMamba's nine, one of each layout
-    names = [n for n in timm.list_models(module=family) if n in registered() and n not in TINY and n.endswith(ends)]
+    names = [n for n in timm.list_models(module=family) if n in registered() and n not in TINY and n.endswith("_224")]
     check(run_timm_tests(timm_tests, tmp_path, names), names)
 
 

@@ -311,6 +311,16 @@ def test_checkpointing_changes_no_gradient():
     assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(*found))
 
 
+@pytest.mark.parametrize("vanilla", [False, True])
+def test_models_in_bfloat16(vanilla):
+    model = tiny(vanilla=vanilla)
+    images = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    expected = model.forward_features(images)
+    found = model.bfloat16().forward_features(images.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
 def test_pools():
     model, images = tiny(), torch.randn(2, 3, 40, 40, dtype=torch.float64)
     tokens = model.forward_features(images)
