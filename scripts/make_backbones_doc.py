@@ -13,7 +13,7 @@ import yaml
 
 from mambapeft_vision.adapter.presets import fitting_presets, read_presets
 from mambapeft_vision.backbones import create_backbone
-from mambapeft_vision.backbones.registry import registered
+from mambapeft_vision.backbones.registry import one_block, registered
 from mambapeft_vision.backbones.weights import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +51,7 @@ number refers to the reason below the table, with which the program refuses it.
 def architecture(name: str) -> str:
     """How a registered backbone's architecture is called."""
     with torch.device("meta"):
-        return FAMILIES[create_backbone(name, "random", depth=1).family][0]
+        return FAMILIES[create_backbone(name, "random", **one_block(name)).family][0]
 
 
 def sizes_table() -> str:
@@ -77,6 +77,8 @@ def weights(record: dict) -> str:
     licence = record.get("license") or "no licence found"
     if record.get("hf_hub_id"):
         return f"{record['hf_hub_id']}, {licence}"
+    if record.get("url"):
+        return f"{record['url'].rpartition('/')[2]} at {record['origin_url']}, {licence}"
     if record.get("file"):
         return f"in the package, {licence}"
     return f"pretraining files at {record['origin_url']}, {licence}" if record.get("origin_url") else "none published"
@@ -108,6 +110,8 @@ def general(reason: str) -> str:
     """A refusal without the names of preset and backbone: "adaptformer works beside …, but Vim has no such place …"."""
     if " works " in reason:
         return f"it works {reason.partition(' works ')[2].partition(', but ')[0]}, and there is none"
+    if " wants the port " in reason:
+        return reason.partition(", but ")[2].partition("; choose")[0]
     reason = reason.partition(": ")[2].partition("; nearest")[0].partition("; its roles")[0]
     return re.sub(r"^\w+ has no", "there is no", re.sub(r" of \w+$", "", reason))
 

@@ -17,6 +17,7 @@ from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.adapter.scaling import scaled
 from mambapeft_vision.adapter.specs import for_backbone
 from mambapeft_vision.backbones import create_backbone
+from mambapeft_vision.backbones.registry import one_block
 from mambapeft_vision.utils.errors import UserError
 
 _KEYS = ("backbone", "count", "paper", "run")
@@ -93,7 +94,7 @@ def fitting_presets(folder: str | Path, backbone: str, *, of_vim_s: bool = False
     for name, preset in read_presets(folder).items():
         try:
             with torch.device("meta"):
-                model = create_backbone(backbone, "random", depth=1)
+                model = create_backbone(backbone, "random", **one_block(backbone))
                 specs = scaled(preset.methods, model) if of_vim_s else preset.methods_on(backbone)
                 adapt(model, {key: build_method(key, spec, name) for key, spec in specs.items()}, 2)
         except UserError as error:

@@ -1,6 +1,7 @@
 """Backbones by their registered names: every file of this package that registers a model with timm is found."""
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Mapping
 from functools import cache
@@ -81,6 +82,12 @@ def registered() -> list[str]:
         importlib.import_module(f"{package.__name__}.{file}")
     names = sorted(name for file in files for name in timm.list_models(module=file))
     return [name for name in names if model_entrypoint(name).__module__.startswith(f"{package.__name__}.")]
+
+
+def one_block(name: str) -> dict[str, Any]:
+    """Sizes with which a registered backbone has one block, or one in each of two stages."""
+    kind = get_type_hints(model_entrypoint(name))["return"]
+    return {"depths": (1, 1)} if "depths" in inspect.signature(kind).parameters else {"depth": 1}
 
 
 def check_sizes(kind: type[nn.Module], sizes: Mapping[str, Any]) -> None:

@@ -485,7 +485,8 @@ class VMamba(TimmModel):
         pairs = itertools.repeat((None, None)) if scales is None else iter(scales.unflatten(0, (-1, 2)))
         for s, stage in enumerate(self.stages[:stop]):
             if s:
-                stream = Stream(self.stages[s - 1].downsample(stream.total()))
+                total = stream.total().to(stage.blocks[0].norm.weight.dtype)  # float32 also in a model in bfloat16
+                stream = Stream(self.stages[s - 1].downsample(total))
             for block in stage.blocks:
                 arguments = stream, *next(pairs)
                 if self.grad_checkpointing:
@@ -727,6 +728,6 @@ def vmamba_vanilla_base(pretrained: bool = False, **kwargs: Any) -> VMamba:
 
 @register_model
 def vmamba_pico_patch4_32(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    """A very small VMamba (maps of 8 x 8 and 4 x 4) for tests; no pretrained weights."""
-    sizes = {"dims": 32, "depths": (1, 2), "ssm_ratio": 2.0, "mlp_ratio": 2.0, "drop_path_rate": 0.1, "img_size": 32}
+    """A very small VMamba (maps of 8 x 8 to 2 x 2) for tests; no pretrained weights."""
+    sizes = {"img_size": 32, "dims": 16, "depths": (1, 1, 2), "ssm_ratio": 2.0, "mlp_ratio": 2.0}
     return build(VMamba, "vmamba_pico_patch4_32", pretrained, sizes, kwargs)

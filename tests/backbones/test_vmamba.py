@@ -287,7 +287,7 @@ def test_features_only_leaves_out_later_stages():
     assert [info["module"] for info in model.feature_info.info] == ["layers.0"]
     assert not any(name.startswith("model.layers.1") or "downsample" in name for name, _ in model.named_parameters())
     (found,) = model(torch.randn(1, 3, 32, 48))
-    assert found.shape == (1, 32, 8, 12)
+    assert found.shape == (1, 16, 8, 12)
 
 
 @pytest.mark.parametrize("coarse", [True, False])
@@ -309,6 +309,16 @@ def test_checkpointing_changes_no_gradient():
         torch.manual_seed(1)
         found.append(torch.autograd.grad(model(images).square().sum(), list(model.parameters())))
     assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("vanilla", [False, True])
+def test_models_in_bfloat16(vanilla):
+    model = tiny(vanilla=vanilla)
+    images = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    expected = model.forward_features(images)
+    found = model.bfloat16().forward_features(images.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
 
 
 def test_pools():

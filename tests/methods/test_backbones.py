@@ -1,4 +1,4 @@
-"""Every preset on every backbone of Vim's family: it goes the whole way, or is refused with the reason."""
+"""Every preset on every other backbone than Vim: it goes the whole way, or is refused with the reason."""
 
 import subprocess
 import sys
@@ -33,7 +33,8 @@ from mambapeft_vision.utils.errors import UserError
 
 FOLDER = CONFIGS / "method"
 TINY = {"depth": 2, "embed_dim": 32, "drop_path_rate": 0.0}
-BACKBONES = ("mambareg_pico_patch8_32", "videomamba_pico_patch8_32", "arm_pico_patch8_32")
+SEQUENCES = ("mambareg_pico_patch8_32", "videomamba_pico_patch8_32", "arm_pico_patch8_32")
+BACKBONES = (*SEQUENCES, "vmamba_pico_patch4_32")
 _NO_ATTENTION = {
     "lora_qv": r"has no 'qkv' \(linear map to queries",
     "fact_tk": r"'blocks.\*.attn.\*.weight' matches no parameter",
@@ -46,6 +47,17 @@ REFUSED = {
     "mambareg_pico_patch8_32": {**_NO_ATTENTION, **_NO_MLP},
     "videomamba_pico_patch8_32": {**_NO_ATTENTION, **_NO_MLP, **_NO_NECK},
     "arm_pico_patch8_32": {**_NO_ATTENTION, **_NO_NECK},
+    "vmamba_pico_patch4_32": {
+        **_NO_ATTENTION,
+        **_NO_NECK,
+        "adapter_plus": "has no such place in layers.0",
+        "lora_embed": "no port on activations",
+        "lora_p_z": "rows='z' is no block of",
+        "memba": "VMamba's blocks have no gate",
+        "pos_embed": r"has no 'pos_embed' \(position embedding\)",
+        **dict.fromkeys(("prompt", "prompt_wo_proj"), "the maps of VMamba have no room for other tokens"),
+        **dict.fromkeys(("all", "cls_token", "hybrid", "hybrid_wo_proj"), "has no 'cls_token'"),
+    },
 }
 ROWS = [
     *((name,) for name in PRESETS),
@@ -61,7 +73,8 @@ CASES = [
 
 
 def tiny(backbone: str) -> torch.nn.Module:
-    return create_backbone(backbone, "random", **TINY).double()
+    sizes = {"drop_path_rate": 0.0} if backbone.startswith("vmamba") else TINY
+    return create_backbone(backbone, "random", **sizes).double()
 
 
 def specs(row: tuple[str, ...], backbone: str) -> dict[str, dict]:
@@ -146,7 +159,8 @@ def test_a_membrane_that_passes_from_block_to_block_cannot_be_recomputed():
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_trains_under_autocast(backbone):
-    specified = methods_of(specs(("lora_p_x", "affix_wo_proj", "cls_token"), backbone))
+    row = ("lora_p_x", "affix_wo_proj", "a" if backbone.startswith("vmamba") else "cls_token")
+    specified = methods_of(specs(row, backbone))
     model = move(adapt(tiny(backbone).float(), specified, CLASSES, seed=3)).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of mixed dtypes
@@ -211,7 +225,7 @@ def test_registers_and_their_neck_are_counted():
 # Where prompts and affix tokens stand
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", SEQUENCES)
 @pytest.mark.parametrize("position", ["prefix", "suffix", "prefix_suffix", "infix"])
 def test_prompts_move_what_is_read_and_are_not_read_themselves(backbone, position):
     """With mixers that pass nothing on, the head reads what it reads without prompts."""

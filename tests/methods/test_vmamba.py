@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.method_cases import PRESETS, methods_of
 
 from mambapeft_vision.adapter.model import adapt
+from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.vmamba import VMamba
 from mambapeft_vision.backbones.weights import export_official, load_weights, read_state_dict
 from mambapeft_vision.integrations.reference import load_reference
@@ -221,3 +223,27 @@ def test_weights_of_a_file_load_and_export_under_official_names(tmp_path):
     adapted = adapt(other, {"probe": LinearProbe()}, 3)
     export_official(adapted.backbone, tmp_path / "out.safetensors")
     assert set(read_state_dict(tmp_path / "out.safetensors")) == {*state, "classifier.head.bias"}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "preset", "count"),
+    [
+        ("vmamba_small_s2l15", "lora_in_proj", 1_511_424),
+        ("vmamba_base_s2l15", "lora_in_proj", 503_808),
+        ("vmamba_small_s2l15", "additional_scan", 188_928),
+        ("vmamba_base_s2l15", "additional_scan", 251_904),
+        ("vmamba_small_s2l15", "affix_wo_proj", 188_928),
+        ("vmamba_base_s2l15", "affix_wo_proj", 251_904),
+    ],
+)
+def test_published_presets_train_as_many_parameters(backbone, preset, count):
+    specs = PRESETS[preset].methods_on(backbone)
+    with torch.device("meta"):
+        model = adapt(create_backbone(backbone, "random"), methods_of(specs), 100)
+    assert model.counts()["trainable"] == count
+    (spec,) = specs.values()
+    expected = {"lora_in_proj": ("scale", 1), "additional_scan": ("states", 1), "affix_wo_proj": ("tokens", 3)}
+    key, value = expected[preset]
+    assert spec[key] == value
+    rate = {"vmamba_small_s2l15": 0.3, "vmamba_base_s2l15": 0.6}[backbone]
+    assert model.backbone.architecture["drop_path_rate"] == rate
