@@ -485,7 +485,8 @@ class VMamba(TimmModel):
         pairs = itertools.repeat((None, None)) if scales is None else iter(scales.unflatten(0, (-1, 2)))
         for s, stage in enumerate(self.stages[:stop]):
             if s:
-                total = stream.total().to(stage.blocks[0].norm.weight.dtype)  # float32 also in a model in bfloat16
+                dtype = next(stage.parameters()).dtype  # the sum is float32 also in a model in bfloat16
+                total = stream.total().to(dtype)
                 stream = Stream(self.stages[s - 1].downsample(total))
             for block in stage.blocks:
                 arguments = stream, *next(pairs)
