@@ -730,5 +730,5 @@ def vmamba_vanilla_base(pretrained: bool = False, **kwargs: Any) -> VMamba:
 @register_model
 def vmamba_pico_patch4_32(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """A very small VMamba (maps of 8 x 8 to 2 x 2) for tests; no pretrained weights."""
-    sizes = {"img_size": 32, "dims": 16, "depths": (1, 1, 2), "ssm_ratio": 2.0, "mlp_ratio": 2.0}
+    sizes = {"img_size": 32, "dims": 32, "depths": (1, 1, 2), "ssm_ratio": 2.0, "mlp_ratio": 2.0}
     return build(VMamba, "vmamba_pico_patch4_32", pretrained, sizes, kwargs)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mambapeft_vision.backbones.contract import Backbone, TokenLayout
 from mambapeft_vision.methods.checks import require_positive, undecayed_biases
 from mambapeft_vision.methods.method import Method, site_key
-from mambapeft_vision.methods.targets import like
+from mambapeft_vision.methods.targets import like, one_width
 from mambapeft_vision.utils.errors import UserError
 
 
@@ -40,7 +40,7 @@ class LST(Method):
         self._state: tuple[Tensor, TokenLayout] | None = None  # z and its layout, during a forward
 
     def attach(self, model: Backbone) -> None:
-        width = model.embed_dim // self.reduction
+        width = one_width(model, self.name) // self.reduction
         if width < 1:
             raise UserError(f"{self.name}: reduction={self.reduction}; expected at most {model.embed_dim}, the width")
         tensor, readout = like(model), model.layout.readout

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mambapeft_vision.backbones.contract import Backbone, TokenLayout
 from mambapeft_vision.methods.checks import require_dropout, require_positive, undecayed_biases
 from mambapeft_vision.methods.method import Method
-from mambapeft_vision.methods.targets import like
+from mambapeft_vision.methods.targets import like, one_width
 from mambapeft_vision.methods.tokens import patch_mask
 from mambapeft_vision.utils.errors import UserError
 
@@ -69,7 +69,7 @@ class SVP(Method):
     def attach(self, model: Backbone) -> None:
         if self.cross == "first_half":
             _middle(model.layout, self.name)
-        depth, dim, tensor = len(model.blocks), model.embed_dim, like(model)
+        depth, dim, tensor = len(model.blocks), one_width(model, self.name), like(model)
         rows = self.scale_rows or depth
         if rows < depth:
             raise UserError(f"{self.name}: scale_rows={rows}; expected at least one for each of {depth} blocks")

@@ -147,6 +147,17 @@ def mixers_of(model: Backbone, who: str) -> list[Mixer]:
     return list(model.mixers)
 
 
+def one_width(model: Backbone, who: str) -> int:
+    """D of the tokens of every block. Raises UserError where blocks differ in it."""
+    widths = sorted({block.embed_dim for block in model.blocks})
+    if len(widths) > 1:
+        raise UserError(
+            f"{who} works on blocks of one width, but those of {type(model).__name__} have {widths}; use a backbone "
+            f"of Vim's family or a ViT"
+        )
+    return widths[0]
+
+
 def scan_weights(model: Backbone, who: str) -> list[tuple[str, str]]:
     """Names of A_log and of x_proj's weight of every mixer, for each direction that has its own."""
     mixers_of(model, who)

@@ -287,7 +287,7 @@ def test_features_only_leaves_out_later_stages():
     assert [info["module"] for info in model.feature_info.info] == ["layers.0"]
     assert not any(name.startswith("model.layers.1") or "downsample" in name for name, _ in model.named_parameters())
     (found,) = model(torch.randn(1, 3, 32, 48))
-    assert found.shape == (1, 16, 8, 12)
+    assert found.shape == (1, 32, 8, 12)
 
 
 @pytest.mark.parametrize("coarse", [True, False])
