@@ -38,6 +38,8 @@ def check_sizes(adapter: Adapter) -> None:
     """
     with torch.device("meta"):
         backbone = create_backbone(adapter.config["backbone"]["name"], "random", **_architecture(adapter))
+    stored = {name.removeprefix("backbone.") for name in adapter.state if name.startswith("backbone.")}
+    backbone.not_in_file = tuple(name for name, _ in backbone.named_parameters() if name in stored)
     _check_fit(adapter, backbone)
 
 

@@ -10,6 +10,7 @@ NAME is a file of configs/pretrain; every other word is one of its keys. The sec
 from collections.abc import Sequence
 
 from mambapeft_vision.commands import train
+from mambapeft_vision.pretraining.arguments import train_arguments
 from mambapeft_vision.run.arguments import ArgumentParser
 
 
@@ -17,4 +18,4 @@ def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser("mambapeft pretrain", __doc__, usage="%(prog)s NAME [key=value ...]")
     parser.add_argument("name", help="a file of configs/pretrain, such as folder or vim_nano")
     options, overrides = parser.parse_with_overrides(arguments)
-    train.main([f"pretrain={options.name}", *(f"pretrain.{override}" for override in overrides)])
+    train.main(train_arguments([options.name, *overrides]))

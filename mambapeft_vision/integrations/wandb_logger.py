@@ -175,7 +175,9 @@ def _translated(error: Exception) -> str:
 
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = plain(lines[0] if lines else type(error).__name__)
-    if isinstance(error, AuthenticationError) or (isinstance(error, UsageError) and "api_key" in str(error)):
+    if isinstance(error, AuthenticationError) or (
+        isinstance(error, UsageError) and re.search("api.key", str(error), re.IGNORECASE)
+    ):
         return f"{said}; log in with `wandb login`, or set logger.mode=offline"
     if isinstance(error, CommError):
         return f"{said}; W&B cannot be reached or refuses: try again, or set logger.mode=offline"

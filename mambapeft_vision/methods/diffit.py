@@ -18,7 +18,7 @@ class DiffFit(Unfreeze):
     """Trains all biases and norms of the backbone themselves, and γ [D], from one, on the output of every branch.
 
     γ acts on the last linear map of a branch, W' = diag(γ) W and b' = γ ⊙ b, so it costs no pass over activations. All
-    tensors have one dimension and no weight decay.
+    tensors have one dimension; they decay only where `decay_mult` says so.
 
     Args:
         targets: roles or patterns of what trains itself; None: all biases and norms.
@@ -31,8 +31,9 @@ class DiffFit(Unfreeze):
         targets: str | list[str] | None = None,
         outputs: str | list[str] | None = None,
         lr_mult: float = 1.0,
+        decay_mult: float = 0.0,
     ) -> None:
-        super().__init__(targets=targets or ["**.bias", "norm"], lr_mult=lr_mult)
+        super().__init__(targets=targets or ["**.bias", "norm"], lr_mult=lr_mult, decay_mult=decay_mult)
         self.outputs = outputs
         self.sites = nn.ModuleDict()
 
@@ -49,7 +50,7 @@ class DiffFit(Unfreeze):
         return {**self._owned, **{plain_name(name): p for name, p in self.named_parameters()}}
 
     def param_groups(self) -> list[dict[str, Any]]:
-        return [{"params": list(self.owned().values()), "lr_mult": self.lr_mult, "decay_mult": 0.0}]
+        return [{"params": list(self.owned().values()), "lr_mult": self.lr_mult, "decay_mult": self.decay_mult}]
 
 
 class Factor(nn.Module):

@@ -86,7 +86,9 @@ def _check_sizes(plan: RunPlan, backbone: Backbone, num_classes: int) -> None:
     with torch.device("meta"):
         try:
             model = adapt(on_meta(backbone), build_methods(plan, backbone), num_classes, plan.seed)
-        except RuntimeError as error:  # PyTorch's, for sizes beyond all memory
+        except RuntimeError as error:
+            if "torage size" not in str(error) and "verflow" not in str(error):  # PyTorch's, for impossible sizes
+                raise
             raise UserError(f"method={plan.method_names}: impossible sizes ({error}); lower them") from error
     count = sum(parameter.numel() for parameter in model.trained().values())
     if count > MAX_PARAMETERS:

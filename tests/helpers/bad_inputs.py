@@ -304,7 +304,7 @@ CONFIGS: list[Case] = [
         "method.lora_p_x.targets=layers.*.mixer.D",
         "method.lora_p_x.rows=null",
     ),
-    config("method on the wrong backbone", ["lora_qv", "matches no parameter"], "method=[lora_p_x,lora_qv]"),
+    config("method on the wrong backbone", ["lora_qv", "Vim has no 'qkv'", "its roles:"], "method=[lora_p_x,lora_qv]"),
     config(
         "two owners of a port",
         ["both 'affix'", "'affix_wo_proj'", "remove one"],

@@ -136,5 +136,5 @@ def test_no_peft_arguments_and_no_other_family():
     golden = load_svp("svp_shared2")
     with pytest.raises(UserError, match="give None"):
         load_reference({}, golden["kwargs"], golden["params"], 10, family="svp")
-    with pytest.raises(UserError, match="known: vim, svp"):
+    with pytest.raises(UserError, match="known: vim, vmamba, svp"):
         load_reference(None, golden["kwargs"], golden["params"], 10, family="vimm")

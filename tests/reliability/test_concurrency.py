@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -190,7 +191,8 @@ def write_results(connection, outputs):
             folder = outputs / "custom" / "one" / "a" / f"seed{seed}"
             set_aside(folder)
             folder.mkdir(parents=True)
-            write_record(folder, fake_record("custom/one", "a", seed, 0.5, config={"filler": "x" * 100_000}))
+            record = fake_record("custom/one", "a", seed, 0.5)
+            write_record(folder, replace(record, config={**record.config, "filler": "x" * 100_000}))
 
 
 def test_results_are_collected_while_a_sweep_writes(tmp_path):
