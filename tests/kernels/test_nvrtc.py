@@ -45,7 +45,7 @@ def test_interpreter_every_kernel_compiles(states, dtype, index, tmp_path, monke
     monkeypatch.setattr(nvrtc, "run", compile_only)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     sizes = BlockSizes(width=8, channels=16, states=states, rank=2, taps=4)
-    for task in tasks(sizes, 0.5, dtype, torch.device("cpu"), "cuda")[:6]:  # the mixer's
+    for task in tasks(sizes, 0.5, dtype, torch.device("cpu"), "cuda")[:2]:  # the mixer's
         task()
     assert sorted(set(compiled)) == ["conv_backward", "conv_forward", "scan_backward", "scan_forward"]
 
