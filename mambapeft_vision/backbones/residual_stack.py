@@ -81,9 +81,12 @@ class ResidualStack(ScanModel):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "ResidualStack":
         """Moves, casts or empties all tensors; `_keep` gets its values again, since no state dict holds them."""
         super()._apply(fn, recurse)
+        self._fill_keep()
+        return self
+
+    def _fill_keep(self) -> None:
         with torch.no_grad():
             self._keep.copy_(1.0 - torch.tensor(self._rates))
-        return self
 
     def init_blocks(self, further_dt_bias: str = "drawn") -> None:
         """The initialisation of blocks, final norm and head that Vim and Mamba-Reg share; see `Mixer.init_weights`."""
@@ -92,3 +95,4 @@ class ResidualStack(ScanModel):
             nn.init.ones_(block.norm.weight)
         nn.init.ones_(self.norm_f.weight)
         zero_init(self.head)
+        self._fill_keep()

@@ -340,7 +340,7 @@ def test_made_without_values_then_initialised():
     model = timm.create_model("vim_pico_patch8_32", device="meta", drop_path_rate=0.3)
     model = model.to_empty(device="cpu")
     with torch.no_grad():
-        for tensor in model.parameters():
+        for tensor in (*model.parameters(), *model.buffers()):
             tensor.fill_(float("nan"))
     model.init_weights()
     assert all(torch.isfinite(t).all() for t in (*model.parameters(), *model.buffers()))
