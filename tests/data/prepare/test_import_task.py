@@ -21,9 +21,9 @@ class NotInstalled:
 sys.meta_path.insert(0, NotInstalled())
 # Where transformers is installed, as for tests against peft, Lightning's torchmetrics imports huggingface_hub with it.
 import importlib.util
-transformers = importlib.util.find_spec("transformers") is not None
+hub = () if importlib.util.find_spec("transformers") else ("huggingface_hub",)
 mambapeft_vision.data.DemoDataModule
-assert not (found := imported("triton", "wandb", "sklearn", "timm", *(() if transformers else ("huggingface_hub",)))), found
+assert not (found := imported("triton", "wandb", "sklearn", "timm", *hub)), found
 """
 
 
