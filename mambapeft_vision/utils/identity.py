@@ -73,13 +73,16 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         config: plain containers, as a run records them.
     Returns: the config without `UNDECIDING` keys. Paths below paths.data are relative to it, other paths relative to
-        the working directory where they are below it: `task`, `./task` and its absolute path are one task. The devices
-        `cuda` and `cuda:N` are `auto`. Classes have their first names.
+        the project where they are below it: `task`, `./task` and its absolute path are one task. The project is the
+        folder of paths.outputs, which is the working directory where that is a relative path: a command finds its
+        runs again from every folder from which it finds their outputs. The devices `cuda` and `cuda:N` are `auto`.
+        Classes have their first names.
     """
-    data = str(config["paths"]["data"])
+    data, outputs = str(config["paths"]["data"]), os.path.expanduser(str(config["paths"]["outputs"]))
+    project = os.path.dirname(outputs.rstrip(os.sep)) if os.path.isabs(outputs) else os.curdir
     kept = _without(config, UNDECIDING)
     return {
-        key: _canonical(value, key, data)
+        key: _canonical(value, key, data, project)
         for key, value in kept.items()
         if key not in LATER_KEYS or value != LATER_KEYS[key]
     }
@@ -98,11 +101,11 @@ def _without(tree: Mapping[str, Any], keys: Mapping[str, str], prefix: str = "")
     }
 
 
-def _canonical(value: Any, key: str, data: str) -> Any:
+def _canonical(value: Any, key: str, data: str, project: str) -> Any:
     if isinstance(value, Mapping):
-        return {name: _canonical(item, f"{key}.{name}", data) for name, item in value.items()}
+        return {name: _canonical(item, f"{key}.{name}", data, project) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_canonical(item, key, data) for item in value]
+        return [_canonical(item, key, data, project) for item in value]
     if not isinstance(value, str):
         return value
     if key == "trainer.device":
@@ -110,14 +113,14 @@ def _canonical(value: Any, key: str, data: str) -> Any:
     if key.endswith("._target_"):
         return _FIRST_TARGETS.get(value, value)
     if key in _PATHS and value not in _NAMED_WEIGHTS:
-        return _canonical_path(value, data)
+        return _canonical_path(value, data, project)
     return _moved(value, data.rstrip("/"))
 
 
-def _canonical_path(path: str, data: str) -> str:
+def _canonical_path(path: str, data: str, project: str) -> str:
     """Nothing is looked up on the disk: links are names like any other."""
     full = os.path.abspath(os.path.expanduser(path))
-    for base, name in ((data, _DATA), (os.curdir, "")):
+    for base, name in ((data, _DATA), (project, "")):
         relative = os.path.relpath(full, os.path.abspath(os.path.expanduser(base)))
         if relative.split(os.sep)[0] != os.pardir:
             return os.path.normpath(os.path.join(name, relative))

@@ -124,9 +124,8 @@ def test_killed_at_random_moments(whole):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: needs a CUDA GPU, which is not here")
-def test_a_process_on_a_gpu_killed_in_training(tmp_path, monkeypatch):
+def test_a_process_on_a_gpu_killed_in_training(tmp_path):
     """On the CPU: tests/run/test_commands.py."""
-    monkeypatch.chdir(tmp_path)  # paths below the working directory are one task wherever it is
     task = runs.lay_out_task(tmp_path / "task")
     outputs = tmp_path / "out"
     command = runs.overrides(task, outputs, "trainer.max_epochs=12", "trainer.device=cuda")

@@ -67,6 +67,17 @@ def test_data_that_moved_are_the_same_data(tmp_path):
     assert fingerprint_of(*FOLDER, f"dataset.folder={tmp_path}/tiny") != interpolated
 
 
+@pytest.mark.parametrize("outputs", ["{here}/outputs", "{here}/results/", "/elsewhere/outputs"])
+def test_one_command_is_one_run_from_every_folder(outputs, tmp_path, monkeypatch):
+    command = (*FOLDER, f"dataset.folder={tmp_path}/tiny", f"paths.outputs={outputs.format(here=tmp_path)}")
+    (tmp_path / "below").mkdir()
+    found = set()
+    for folder in (tmp_path, tmp_path / "below", tmp_path.parent):
+        monkeypatch.chdir(folder)
+        found.add(fingerprint_of(*command))
+    assert len(found) == 1
+
+
 def test_weights_with_a_name_are_no_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert fingerprint_of("paths.data=.") == fingerprint_of()
