@@ -10,7 +10,7 @@ from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from mambapeft_vision.backbones.build import build, cfg
+from mambapeft_vision.backbones.build import EMBEDDED_WEIGHTS, build, cfg
 from mambapeft_vision.backbones.layers import PortedLinear, PortedRMSNorm
 from mambapeft_vision.backbones.layout import TokenLayout
 from mambapeft_vision.backbones.residual_stack import ResidualStack
@@ -138,6 +138,9 @@ default_cfgs = generate_default_cfgs(
         "mambareg_base_patch16_224": _hub("base"),
         "mambareg_large_patch16_224": _hub("large"),
         "mambareg_pico_patch8_32": cfg(32),
+        "mambareg_nano_patch8_64": cfg(
+            64, crop_mode="squash", file=str(EMBEDDED_WEIGHTS / "mambareg_nano.safetensors"), license="apache-2.0"
+        ),
     }
 )
 
@@ -174,3 +177,11 @@ def mambareg_pico_patch8_32(pretrained: bool = False, **kwargs: Any) -> MambaReg
     """A very small Mamba-Reg (4 registers, 20 tokens) for tests; no pretrained weights."""
     sizes = {"patch_size": 8, "embed_dim": 64, "depth": 4, "num_cls_tokens": 4, "cls_reduce": 4}
     return build(MambaReg, "mambareg_pico_patch8_32", pretrained, sizes, kwargs)
+
+
+@register_model
+def mambareg_nano_patch8_64(pretrained: bool = False, **kwargs: Any) -> MambaReg:
+    """A small Mamba-Reg (4 registers, 68 tokens) of vim_nano's size, with weights of our own in the package."""
+    sizes = {"patch_size": 8, "embed_dim": 192, "depth": 6, "d_state": 8, "expand": 1}
+    sizes = {**sizes, "num_cls_tokens": 4, "cls_reduce": 4}
+    return build(MambaReg, "mambareg_nano_patch8_64", pretrained, sizes, kwargs)

@@ -30,7 +30,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mambapeft_vision.backbones.build import build, cfg
+from mambapeft_vision.backbones.build import EMBEDDED_WEIGHTS, build, cfg
 from mambapeft_vision.backbones.layers import PortedLinear, both_sides, zero_head
 from mambapeft_vision.backbones.layout import TokenLayout, select
 from mambapeft_vision.backbones.ports import InputPort, Port, Ported, PrefixPort, SidePort, TapPort
@@ -655,6 +655,14 @@ default_cfgs = generate_default_cfgs(
         "vmamba_vanilla_small": _published("vssmsmall_dp03_ckpt_epoch_238.pth", "v0cls"),
         "vmamba_vanilla_base": _published("vssmbase_dp06_ckpt_epoch_241.pth", "v0cls"),
         "vmamba_pico_patch4_32": cfg(32, fixed_input_size=False, crop_mode="squash", first_conv="patch_embed.0"),
+        "vmamba_nano_patch4_64": cfg(
+            64,
+            fixed_input_size=False,
+            crop_mode="squash",
+            first_conv="patch_embed.0",
+            file=str(EMBEDDED_WEIGHTS / "vmamba_nano.safetensors"),
+            license="apache-2.0",
+        ),
     }
 )
 
@@ -732,3 +740,10 @@ def vmamba_pico_patch4_32(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """A very small VMamba (maps of 8 x 8 to 2 x 2) for tests; no pretrained weights."""
     sizes = {"img_size": 32, "dims": 32, "depths": (1, 1, 2), "ssm_ratio": 2.0, "mlp_ratio": 2.0}
     return build(VMamba, "vmamba_pico_patch4_32", pretrained, sizes, kwargs)
+
+
+@register_model
+def vmamba_nano_patch4_64(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """A small VMamba (maps of 16 x 16 to 2 x 2) of vim_nano's size, with weights of our own in the package."""
+    sizes = {"img_size": 64, "dims": 24, "depths": (1, 1, 2, 1), "ssm_ratio": 1.0, "mlp_ratio": 4.0}
+    return build(VMamba, "vmamba_nano_patch4_64", pretrained, sizes, kwargs)

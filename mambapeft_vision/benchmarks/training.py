@@ -2,6 +2,8 @@
 
     python scripts/bench_train.py                                    # LoRA_p(X), batch 32 and 256, bf16
     python scripts/bench_train.py --methods all --batch 32 --busy    # every preset that fits the backbone
+    python scripts/bench_train.py --backbone vim_s mambareg_s        # several backbones, side by side
+    python scripts/bench_train.py --guard                            # is a commit slower than the record in git?
     python scripts/bench_train.py --profile lora_p_x                 # where the step's time goes
     python scripts/bench_train.py --whole-task                       # a VTAB-sized task as a process; two in a sweep
     python scripts/bench_train.py --reference MambaPEFT              # and a checkout of the published code, if it runs
@@ -13,6 +15,7 @@ by kernel and record). Busy share: time that kernels run, by the profiler, over 
 
 import argparse
 import csv
+import itertools
 import math
 import subprocess
 import sys
@@ -35,6 +38,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from mambapeft_vision.adapter.presets import fitting_presets
+from mambapeft_vision.benchmarks import guard
 from mambapeft_vision.data import Preprocessing
 from mambapeft_vision.engine.loop import step_settings
 from mambapeft_vision.engine.module import Normalise
@@ -50,8 +54,10 @@ from mambapeft_vision.run.config import register_schemas
 from mambapeft_vision.run.run import train
 from mambapeft_vision.run.run_config import RunPlan, make_plan
 from mambapeft_vision.sweep.worker_cache import Kept
+from mambapeft_vision.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+GUARD_FILE = ROOT / "docs" / "guard.csv"
 CLASSES, TRAIN_IMAGES = 100, 1000
 EPOCHS = {32: 6, 256: 8}  # a step and a half a second at least; the last three are counted
 
@@ -108,10 +114,10 @@ def plan_of_method(method: str, more: list[str]) -> RunPlan:
 
 
 def measure(
-    task: Path, outputs: Path, method: str, batch: int, precision: str, kept: Kept, more: list[str]
+    task: Path, outputs: Path, backbone: str, method: str, batch: int, precision: str, kept: Kept, more: list[str]
 ) -> dict[str, Any]:
     """One short run through `train`; what its files say."""
-    chosen = [f"dataset.batch_size={batch}", f"trainer.precision={precision}", *more]
+    chosen = [f"backbone={backbone}", f"dataset.batch_size={batch}", f"trainer.precision={precision}", *more]
     _, plan = plan_of(overrides(task, outputs, method, *chosen))
     measured = EPOCHS.get(batch, 8)
     # Methods that first choose what to train are measured after that.
@@ -123,6 +129,7 @@ def measure(
     assert record is not None  # only a dry run has none
     rates = [row["images_per_second"] for row in read_metrics(plan.folder)][2 - measured :]
     return {
+        "backbone": backbone,
         "method": method,
         "batch": batch,
         "precision": precision,
@@ -352,10 +359,68 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.axvline(bar, color="black", linestyle=":", linewidth=1)
         axes.annotate("0.6 of lora_p_x", (bar, 0), xytext=(3, -4), textcoords="offset points", fontsize=7)
     axes.tick_params(axis="y", labelsize=7)
-    axes.set(xlabel="training images/s", title=f"Vim-S, {rows[0]['precision']}")
+    axes.set(xlabel="training images/s", title=f"{rows[0]['backbone']}, {rows[0]['precision']}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12, y=0.01)
     save_png(png(figure, dpi=150), path)
+
+
+def measured_rows(options: argparse.Namespace, outputs: Path) -> Iterator[dict[str, Any]]:
+    """A row for each backbone, batch, precision and method; those that cannot be run are named and left out."""
+    task, kept = make_task(outputs / "small", test_images=512), Kept()
+    for backbone in options.backbone:
+        methods = presets(backbone) if options.methods == ["all"] else options.methods
+        for batch, precision, method in itertools.product(options.batch, options.precision, methods):
+            try:
+                row = measure(task, outputs / "runs", backbone, method, batch, precision, kept, options.set)
+            except UserError as error:
+                print(f"{backbone}, {method}, batch {batch} is left out: {error}", flush=True)
+                continue
+            if options.busy:
+                plan = plan_of_method(method, [f"backbone={backbone}", *options.set])
+                row["busy_percent"] = round(100 * profile(plan, batch, precision).busy_share)
+            print(row, flush=True)
+            yield row
+
+
+def report(rows: list[dict[str, Any]], out: Path | None) -> None:
+    """Prints the rows as a table and writes them to `out`."""
+    if rows:
+        print(table(rows))
+    if rows and out:
+        with open(f"{out}.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        plot(rows, Path(f"{out}.png"))
+
+
+def measure_steps(options: argparse.Namespace, backbone: str) -> None:
+    """Prints what is asked about steps by themselves: their profile, and several of them on one GPU."""
+    more = [f"backbone={backbone}", *options.set]
+    for method, batch in itertools.product(options.profile, options.batch):
+        plan = plan_of_method(method, more)
+        print("\n".join(breakdown(plan, batch, options.precision[0])), flush=True)
+    for method in options.methods if options.side_by_side else ():
+        plan = plan_of_method(method, more)
+        for line in side_by_side(plan, options.batch[0], options.precision[0], options.side_by_side):
+            print(line, flush=True)
+
+
+def check_guard(card: str, outputs: Path, write: bool) -> bool:
+    """Runs the guard's cases, and compares them with the record or writes it; False: something became worse."""
+    task, kept, found = make_task(outputs / "small", test_images=512), Kept(), []
+    for backbone, method, batch in guard.CASES:
+        milliseconds = guard.reference_ms()
+        row = measure(task, outputs / "runs", backbone, method, batch, "bf16", kept, [])
+        found.append(guard.measurement(card, row, milliseconds))
+        print(found[-1], flush=True)
+    if write:
+        guard.write_measurements(GUARD_FILE, found)
+        return True
+    lines, holds = guard.compare(guard.read_measurements(GUARD_FILE), found)
+    print("\n".join(lines))
+    return holds
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -364,54 +429,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="*", default=["lora_p_x"], help="presets, or `all`; none: no such runs")
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 256])
     parser.add_argument("--precision", nargs="+", default=["bf16"])
-    parser.add_argument("--backbone", default="vim_s")
+    parser.add_argument("--backbone", nargs="+", default=["vim_s"])
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more of train.py's overrides")
     parser.add_argument("--busy", action="store_true", help="also the share of a step in which the GPU works")
     parser.add_argument("--profile", nargs="*", default=[], metavar="METHOD")
     parser.add_argument("--side-by-side", type=int, default=0, metavar="K", help="up to K independent runs on one GPU")
     parser.add_argument("--whole-task", action="store_true")
     parser.add_argument("--reference", type=Path, metavar="PATH", help="a checkout of the published MambaPEFT code")
+    parser.add_argument(
+        "--guard",
+        nargs="?",
+        const="compare",
+        choices=["compare", "write"],
+        help="compare with docs/guard.csv, or write it",
+    )
     parser.add_argument("--out", type=Path, help="write OUT.csv and OUT.png")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.exit(2, "error: this benchmark needs a CUDA GPU, and there is none here\n")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
-    more = [f"backbone={options.backbone}", *options.set]
-    methods = presets(options.backbone) if options.methods == ["all"] else options.methods
+    card = torch.cuda.get_device_name()
+    print(f"{card}, torch {torch.__version__}", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
-        outputs = Path(temporary)
-        rows = []
-        if methods:
-            task, kept = make_task(outputs / "small", test_images=512), Kept()
-            for batch in options.batch:
-                for precision in options.precision:
-                    for method in methods:
-                        row = measure(task, outputs / "runs", method, batch, precision, kept, more)
-                        if options.busy:
-                            plan = plan_of_method(method, more)
-                            row["busy_percent"] = round(100 * profile(plan, batch, precision).busy_share)
-                        rows.append(row)
-                        print(row, flush=True)
-        if rows:
-            print(table(rows))
-        if rows and options.out:
-            with open(f"{options.out}.csv", "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-            plot(rows, Path(f"{options.out}.png"))
-        for method in options.profile:
-            for batch in options.batch:
-                plan = plan_of_method(method, more)
-                print("\n".join(breakdown(plan, batch, options.precision[0])), flush=True)
-        for method in methods if options.side_by_side else ():
-            plan = plan_of_method(method, more)
-            for line in side_by_side(plan, options.batch[0], options.precision[0], options.side_by_side):
-                print(line, flush=True)
+        if options.guard:
+            parser.exit(0 if check_guard(card, Path(temporary), options.guard == "write") else 1)
+        if options.methods:
+            rows = list(measured_rows(options, Path(temporary)))
+            report(rows, options.out)
+        for backbone in options.backbone:
+            measure_steps(options, backbone)
         if options.whole_task:
-            first, second = (make_task(outputs / name, test_images=10_000) for name in ("first", "second"))
-            print(one_task(first, outputs), flush=True)
-            print(two_tasks(first, second, outputs), flush=True)
+            first, second = (make_task(Path(temporary) / name, test_images=10_000) for name in ("first", "second"))
+            print(one_task(first, Path(temporary)), flush=True)
+            print(two_tasks(first, second, Path(temporary)), flush=True)
     if options.reference:
         for batch in options.batch:
             for bf16 in (False, True):

@@ -16,7 +16,7 @@ def test_a_row_of_the_table(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_train, "EPOCHS", {4: 3})
     task = bench_train.make_task(tmp_path / "task", test_images=5)
     small = [*runs.SMALL_BACKBONE, "trainer.device=cpu"]
-    row = bench_train.measure(task, tmp_path / "runs", "lora_p_x", 4, "fp32", Kept(), small)
+    row = bench_train.measure(task, tmp_path / "runs", "vim_pico", "lora_p_x", 4, "fp32", Kept(), small)
     assert row["method"] == "lora_p_x" and row["batch"] == 4 and row["trainable"] > 0
     (record,) = find_records([tmp_path / "runs"])
     rates = sorted(
@@ -26,7 +26,7 @@ def test_a_row_of_the_table(tmp_path, monkeypatch):
     assert row["peak_gib"] == round(record.peak_memory_bytes / 2**30, 2) and row["trainable"] == record.trainable
     header, rule, cells = (line.strip("| ").split("|") for line in bench_train.table([row]).splitlines())
     assert [name.strip() for name in header] == list(row) and len(rule) == len(cells) == len(row)
-    assert cells[0].strip() == "lora_p_x" and cells[5].strip() == f"{row['trainable']:,}"
+    assert cells[1].strip() == "lora_p_x" and cells[6].strip() == f"{row['trainable']:,}"
     bench_train.plot([row, {**row, "batch": 8}], tmp_path / "speed.png")
     with Image.open(tmp_path / "speed.png") as image:
         image.load()

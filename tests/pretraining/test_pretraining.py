@@ -370,11 +370,12 @@ def test_a_run_on_a_gpu_learns_and_an_interrupted_one_goes_on(config, cuda_graph
 # The embedded weights
 
 
-def test_the_embedded_weights_are_those_of_their_record():
-    record = json.loads((EMBEDDED_WEIGHTS / "vim_nano.json").read_text())
+@pytest.mark.parametrize("name", ["vim_nano_patch8_64", "mambareg_nano_patch8_64", "vmamba_nano_patch4_64"])
+def test_the_embedded_weights_are_those_of_their_record(name):
+    record = json.loads((EMBEDDED_WEIGHTS / f"{name.rpartition('_patch')[0]}.json").read_text())
     file = EMBEDDED_WEIGHTS / record["file"]
     assert sha256_file(file) == record["sha256"] and file.stat().st_size < 4e6
-    backbone = create_backbone("vim_nano_patch8_64")
+    backbone = create_backbone(name)
     assert sum(p.numel() for p in backbone.parameters()) == record["parameters"]
     cfg = backbone.default_cfg
     assert (list(cfg["mean"]), list(cfg["std"]), list(cfg["input_size"])) == (
