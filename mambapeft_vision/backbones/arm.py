@@ -16,6 +16,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from mambapeft_vision.backbones.build import build, cfg
+from mambapeft_vision.backbones.drop_path import drop_path
 from mambapeft_vision.backbones.layers import PortedLayerNorm, PortedLinear, zero_head, zero_init
 from mambapeft_vision.backbones.layout import TokenLayout
 from mambapeft_vision.backbones.mixer import Mixer
@@ -149,19 +150,12 @@ class Block(nn.Module):
         x, layout = self.input(x, layout)
         x, _ = self.replace(x, None, layout)
         normed = self.norm1(x)
-        x = x + self._dropped(self.mixer_branch(normed, self.mixer(normed, layout), layout))
+        x = x + drop_path(self.mixer_branch(normed, self.mixer(normed, layout), layout), self.drop_path, self.training)
         normed = self.norm2(x)
-        x = x + self._dropped(self.mlp_branch(normed, self.mlp(normed), layout))
+        x = x + drop_path(self.mlp_branch(normed, self.mlp(normed), layout), self.drop_path, self.training)
         x = self.after(x, x, self.training)
         self.tap(x, layout)
         return x, layout
-
-    def _dropped(self, branch: Tensor) -> Tensor:
-        """Drop path: the branch of each sample is left out with probability `drop_path` in training."""
-        if not (self.training and self.drop_path):
-            return branch
-        keep = 1.0 - self.drop_path
-        return branch * (torch.rand(branch.shape[0], 1, 1, device=branch.device) < keep).to(branch.dtype) / keep
 
 
 class Arm(ScanModel):

@@ -81,6 +81,19 @@ def computes_as_held(module: nn.Module) -> bool:
     )
 
 
+class Mlp(nn.Module):
+    """fc2(GELU(fc1(h))), with a side port beside the whole of it."""
+
+    def __init__(self, embed_dim: int, hidden: int, *, name: str) -> None:
+        super().__init__()
+        self.fc1 = PortedLinear(embed_dim, hidden, name=f"{name}.fc1")
+        self.fc2 = PortedLinear(hidden, embed_dim, name=f"{name}.fc2")
+        self.side = SidePort(name)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.side(h, self.fc2(F.gelu(self.fc1(h))), self.training)
+
+
 class PortedLayerNorm(Ported, nn.LayerNorm):
     """`nn.LayerNorm`, its weights read through ports."""
 

@@ -1,12 +1,12 @@
 """What Vim, Mamba-Reg and VideoMamba share: their blocks on a residual sum, drop path and the final norm."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mambapeft_vision.backbones.drop_path import BranchScales
 from mambapeft_vision.backbones.layers import zero_head, zero_init
 from mambapeft_vision.backbones.layout import TokenLayout, select
 from mambapeft_vision.backbones.mixer import Block, RMSNorm
@@ -20,8 +20,6 @@ class ResidualStack(ScanModel):
     A subclass makes its own parameters and then calls `add_blocks`, so that the names in its state dict stand in the
     order of the official checkpoints. It implements `layout_of` and `embed`.
     """
-
-    _keep: Tensor  # [depth + 1], the probability with which a branch is kept
 
     def add_blocks(self, depth: int, drop_path_rate: float, norm_eps: float, **mixer: Any) -> None:
         """The head, the blocks and the final norm.
@@ -39,8 +37,7 @@ class ResidualStack(ScanModel):
         self.norm_f = RMSNorm(self.embed_dim, norm_eps, name="norm_f")
         rates = [0.0, *(drop_path_rate * i / max(depth - 1, 1) for i in range(depth))]
         # One rate for the branch entering each block, and one for the branch entering the final norm.
-        self._rates = [*rates[:depth], drop_path_rate]
-        self.register_buffer("_keep", 1.0 - torch.tensor(self._rates), persistent=False)
+        self.branch_scales = BranchScales([*rates[:depth], drop_path_rate])
 
     @property
     def roles(self) -> dict[str, tuple[str, ...]]:
@@ -50,7 +47,7 @@ class ResidualStack(ScanModel):
     def run_blocks(
         self, tokens: Tensor, layout: TokenLayout, take: Collection[int] = (), stop: int | None = None
     ) -> tuple[State, list[State]]:
-        scales = self._branch_scales(tokens.shape[0])
+        scales = self.branch_scales(tokens.shape[0])
         state, taken = State(tokens, layout), []
         for i, layer in enumerate(self.layers[:stop]):
             arguments = state.hidden, state.residual, state.branch_scale, state.layout
@@ -71,23 +68,6 @@ class ResidualStack(ScanModel):
         hidden, residual = (t if t is None or positions is None else select(t, positions) for t in parts)
         return self.norm_f(hidden, residual, state.branch_scale)[0]
 
-    def _branch_scales(self, batch: int) -> Tensor | None:
-        """[depth + 1, B] drop-path factors, 0 or 1 / keep, drawn per sample; None outside training."""
-        if not (self.training and self._rates[-1] > 0):
-            return None
-        keep = self._keep[:, None]
-        return (torch.rand(keep.shape[0], batch, device=keep.device) < keep).to(keep.dtype) / keep
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "ResidualStack":
-        """Moves, casts or empties all tensors; `_keep` gets its values again, since no state dict holds them."""
-        super()._apply(fn, recurse)
-        self._fill_keep()
-        return self
-
-    def _fill_keep(self) -> None:
-        with torch.no_grad():
-            self._keep.copy_(1.0 - torch.tensor(self._rates))
-
     def init_blocks(self, further_dt_bias: str = "drawn") -> None:
         """The initialisation of blocks, final norm and head that Vim and Mamba-Reg share; see `Mixer.init_weights`."""
         for block in self.blocks:
@@ -95,4 +75,4 @@ class ResidualStack(ScanModel):
             nn.init.ones_(block.norm.weight)
         nn.init.ones_(self.norm_f.weight)
         zero_init(self.head)
-        self._fill_keep()
+        self.branch_scales.fill()

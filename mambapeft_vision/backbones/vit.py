@@ -13,7 +13,8 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from mambapeft_vision.backbones.build import build, cfg
-from mambapeft_vision.backbones.layers import PortedLayerNorm, PortedLinear, zero_head, zero_init
+from mambapeft_vision.backbones.drop_path import drop_path
+from mambapeft_vision.backbones.layers import Mlp, PortedLayerNorm, PortedLinear, zero_head, zero_init
 from mambapeft_vision.backbones.layout import TokenLayout
 from mambapeft_vision.backbones.ports import BranchPort, InputPort, ReplacePort, SidePort, TapPort
 from mambapeft_vision.backbones.timm_model import TimmModel
@@ -34,19 +35,6 @@ class Attention(nn.Module):
         q, k, v = self.qkv(h).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).reshape(batch, length, dim))
-
-
-class Mlp(nn.Module):
-    """fc2(GELU(fc1(h))), with a side port beside the whole of it."""
-
-    def __init__(self, embed_dim: int, hidden: int, *, name: str) -> None:
-        super().__init__()
-        self.fc1 = PortedLinear(embed_dim, hidden, name=f"{name}.fc1")
-        self.fc2 = PortedLinear(hidden, embed_dim, name=f"{name}.fc2")
-        self.side = SidePort(name)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.side(h, self.fc2(F.gelu(self.fc1(h))), self.training)
 
 
 class Block(nn.Module):
@@ -75,19 +63,12 @@ class Block(nn.Module):
         x, layout = self.input(x, layout)
         x, _ = self.replace(x, None, layout)
         normed = self.norm1(x)
-        x = x + self._dropped(self.mixer_branch(normed, self.attn(normed), layout))
+        x = x + drop_path(self.mixer_branch(normed, self.attn(normed), layout), self.drop_path, self.training)
         normed = self.norm2(x)
-        x = x + self._dropped(self.mlp_branch(normed, self.mlp(normed), layout))
+        x = x + drop_path(self.mlp_branch(normed, self.mlp(normed), layout), self.drop_path, self.training)
         x = self.after(x, x, self.training)
         self.tap(x, layout)
         return x, layout
-
-    def _dropped(self, branch: Tensor) -> Tensor:
-        """Drop path: the branch of each sample is left out with probability `drop_path` in training."""
-        if not (self.training and self.drop_path):
-            return branch
-        keep = 1.0 - self.drop_path
-        return branch * (torch.rand(branch.shape[0], 1, 1, device=branch.device) < keep).to(branch.dtype) / keep
 
 
 class Vit(TimmModel):

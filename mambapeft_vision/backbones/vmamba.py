@@ -31,12 +31,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mambapeft_vision.backbones.build import EMBEDDED_WEIGHTS, build, cfg
-from mambapeft_vision.backbones.layers import PortedLinear, both_sides, zero_head
+from mambapeft_vision.backbones.drop_path import BranchScales
+from mambapeft_vision.backbones.layers import Mlp, PortedLinear, both_sides, zero_head
 from mambapeft_vision.backbones.layout import TokenLayout, select
 from mambapeft_vision.backbones.ports import InputPort, Port, Ported, PrefixPort, SidePort, TapPort
 from mambapeft_vision.backbones.timm_model import State, TimmModel
 from mambapeft_vision.backbones.timm_model import stream as tokens_of
-from mambapeft_vision.backbones.vit import Mlp
 from mambapeft_vision.utils.errors import UserError
 
 
@@ -396,10 +396,8 @@ class VMamba(TimmModel):
             {"num_chs": dim, "reduction": patch_size << s, "module": f"layers.{s}"} for s, dim in enumerate(widths)
         ]
 
-        rates = torch.linspace(0, drop_path_rate, sum(depths))
-        self._keep: Tensor
-        self.register_buffer("_keep", 1.0 - rates.repeat_interleave(2), persistent=False)
-        self._drops = drop_path_rate > 0
+        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").repeat_interleave(2)
+        self.branch_scales = BranchScales(rates.tolist())
         self.init_weights()
 
     # -- parts ------------------------------------------------------------------------------------------------
@@ -480,7 +478,7 @@ class VMamba(TimmModel):
     ) -> tuple[State, list[State]]:
         """As `TimmModel.run_blocks`; `take` and `stop` count stages, whose states are those before downsampling."""
         stream, taken = Stream(tokens.unflatten(1, layout.grid)), []
-        scales = self._branch_scales(tokens.shape[0])
+        scales = self.branch_scales(tokens.shape[0])
         # The two factors of each block in turn; without drop path there are none, however many blocks.
         pairs = itertools.repeat((None, None)) if scales is None else iter(scales.unflatten(0, (-1, 2)))
         for s, stage in enumerate(self.stages[:stop]):
@@ -509,13 +507,6 @@ class VMamba(TimmModel):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens [B, L, D] of images of any size → logits; with `pre_logits` what the head reads."""
         return self._head(self.pool(x, self.layout_of((1, x.shape[1]))), pre_logits)
-
-    def _branch_scales(self, batch: int) -> Tensor | None:
-        """[2 blocks, B] drop-path factors, 0 or 1 / keep, drawn per sample and branch; None outside training."""
-        if not (self.training and self._drops):
-            return None
-        keep = self._keep[:, None]
-        return (torch.rand(keep.shape[0], batch, device=keep.device) < keep).to(keep.dtype) / keep
 
     # -- timm -------------------------------------------------------------------------------------------------
 
@@ -556,6 +547,7 @@ class VMamba(TimmModel):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, SS2D):
                 module.init_weights()
+        self.branch_scales.fill()
 
     def convert_checkpoint(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """The tensors of an official checkpoint (of any age) under the names and in the shapes of this model.

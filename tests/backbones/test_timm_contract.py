@@ -344,4 +344,4 @@ def test_made_without_values_then_initialised():
             tensor.fill_(float("nan"))
     model.init_weights()
     assert all(torch.isfinite(t).all() for t in (*model.parameters(), *model.buffers()))
-    assert (1 - model._keep).tolist() == pytest.approx([0, 0, 0.1, 0.2, 0.3])
+    assert (1 - model.branch_scales.keep).tolist() == pytest.approx([0, 0, 0.1, 0.2, 0.3])

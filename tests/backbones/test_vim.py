@@ -49,7 +49,7 @@ def test_variants_are_timm_models(name, tokens, parameters):
 
 def test_drop_path_rates_are_those_of_the_reference():
     model = tiny(depth=4, drop_path_rate=0.3)
-    rates = (1 - model._keep).tolist()
+    rates = (1 - model.branch_scales.keep).tolist()
     # block 0 never; block i uses linspace(0, rate, depth)[i - 1]; the final norm uses the whole rate
     assert rates == pytest.approx([0, 0, 0.1, 0.2, 0.3])
 
@@ -57,17 +57,17 @@ def test_drop_path_rates_are_those_of_the_reference():
 def test_drop_path_scales_samples_and_is_off_in_evaluation():
     model = tiny(depth=4, drop_path_rate=0.5).train()
     torch.manual_seed(0)
-    scales = model._branch_scales(4000)
-    keep = model._keep[:, None].expand_as(scales)
+    scales = model.branch_scales(4000)
+    keep = model.branch_scales.keep[:, None].expand_as(scales)
     assert ((scales == 0) | (scales == 1 / keep)).all()
     assert torch.allclose(scales.mean(1), torch.ones(5), atol=0.08)
-    assert model.eval()._branch_scales(4) is None
+    assert model.eval().branch_scales(4) is None
 
 
 def test_drop_path_of_everything_leaves_the_embedding():
     """With every branch dropped, the feature is the normalised class token of the embedding."""
     model = tiny(drop_path_rate=0.5).train()
-    model._keep.fill_(1e-9)
+    model.branch_scales.keep.fill_(1e-9)
     images = torch.randn(2, 3, 16, 16)
     token = model.layout.read(model.embed(images)[0]).squeeze(1)
     expected = token / token.square().mean(-1, keepdim=True).add(1e-5).sqrt()

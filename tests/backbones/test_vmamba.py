@@ -150,9 +150,11 @@ def test_maps_are_read_in_four_directions(vanilla):
 def test_drop_path_rates_start_at_zero():
     model = tiny(drop_path_rate=0.5)
     rates = [0, 0.125, 0.25, 0.375, 0.5]
-    assert (1 - model._keep).tolist() == pytest.approx([rate for rate in rates for _ in range(2)], abs=1e-6)
-    assert model._branch_scales(4) is None
-    scales = model.train()._branch_scales(2000)
+    assert (1 - model.branch_scales.keep).tolist() == pytest.approx(
+        [rate for rate in rates for _ in range(2)], abs=1e-6
+    )
+    assert model.branch_scales(4) is None
+    scales = model.train().branch_scales(2000)
     assert torch.equal(scales[:2], torch.ones_like(scales[:2]))
     assert set(scales[-1].unique().tolist()) == {0.0, 2.0}
     assert scales[-1].mean().item() == pytest.approx(1, abs=0.1)

@@ -163,7 +163,7 @@ def test_mistakes_end_with_code_2_and_no_traceback(tmp_path, arguments, message)
     result = call("train.py", *arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert message in result.stderr
-    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
 
 
 def test_a_command_leaves_nothing_but_its_outputs_folder(task, tmp_path):
