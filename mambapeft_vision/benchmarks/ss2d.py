@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from mambapeft_kernels import add_layer_norm, depthwise_conv_silu, layer_norm
+from mambapeft_kernels import add_layer_norm, depthwise_conv_silu, layer_norm, resolve_backend
 from torch import Tensor
 
 from mambapeft_vision.benchmarks.kernel_cases import errors
@@ -86,19 +86,19 @@ def ops(case: Case) -> Iterator[tuple[str, list[Callable[[], object]]]]:
     wide = case.batch, case.side, case.side, case.channels
     narrow = *wide[:3], case.width
     count = 1 if 2 * case.batch * case.side**2 * case.channels > 200 << 20 else 3
-    kernels = torch.ops.mambapeft
+    kernels, backend = torch.ops.mambapeft, resolve_backend("auto", "cuda")
 
     def draw(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
         return [torch.randn(shape, device="cuda", dtype=dtype) for _ in range(count)]
 
     us, douts = draw(wide), draw(wide)
-    kept = [kernels.ss2d(u, *weights, True)[1:] for u in us]
+    kept = [kernels.ss2d(u, *weights, backend, True)[1:] for u in us]
     only_u = [True] + [False] * len(weights)
-    yield "ss2d_forward", [partial(kernels.ss2d, u, *weights, False) for u in us]
-    yield "ss2d_forward_saving", [partial(kernels.ss2d, u, *weights, True) for u in us]
+    yield "ss2d_forward", [partial(kernels.ss2d, u, *weights, backend, False) for u in us]
+    yield "ss2d_forward_saving", [partial(kernels.ss2d, u, *weights, backend, True) for u in us]
     yield (
         "ss2d_backward",
-        [partial(kernels.ss2d_backward, g, u, *weights, *k, only_u) for g, u, k in zip(douts, us, kept)],
+        [partial(kernels.ss2d_backward, g, u, *weights, *k, backend, only_u) for g, u, k in zip(douts, us, kept)],
     )
     del kept
     filters = torch.randn(case.channels, 1, 3, 3, device="cuda") / 3

@@ -263,13 +263,13 @@ def test_registered_ops_are_consistent(backend, device):
     for save in (False, True):
         torch.library.opcheck(
             torch.ops.mambapeft.ss2d,
-            (u, *weights, save),
+            (u, *weights, backend, save),
             test_utils=("test_schema", "test_faketensor") + (("test_autograd_registration",) if save else ()),
         )
     plain = [t.detach() for t in (u, *weights)]
-    _, proj, ckpt = torch.ops.mambapeft.ss2d(*plain, True)
+    _, proj, ckpt = torch.ops.mambapeft.ss2d(*plain, backend, True)
     need = [i % 2 == 0 for i in range(len(plain))]
-    args = (plain[0].clone(), *plain, proj, ckpt, need)
+    args = (plain[0].clone(), *plain, proj, ckpt, backend, need)
     torch.library.opcheck(torch.ops.mambapeft.ss2d_backward, args, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -56,7 +56,7 @@ def ss2d(u: Tensor, weights: SS2DWeights, backend: str = "auto") -> Tensor:
     if chosen in FUSED:
         from mambapeft_kernels.ss2d import fused
 
-        return fused.ss2d(u, weights)
+        return fused.ss2d(u, weights, chosen)
     if chosen == "mamba_ssm":
         raise ValueError("ss2d: got kernel=mamba_ssm, which has no two-dimensional scan; choose auto, triton or torch")
     if chosen in ("torch", "numba"):  # Numba has no such loops yet

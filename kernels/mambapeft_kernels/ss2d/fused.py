@@ -4,7 +4,10 @@ Forward: one product for the projections of all directions, the scans, their sum
 kernel that adds up what reaches u. Gradients are computed only for what asks for them.
 """
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mambapeft_kernels.derivatives import differentiated_again, plain_gradients
@@ -15,12 +18,12 @@ from mambapeft_kernels.ss2d.api import DIRECTIONS, SS2DWeights
 _LOG2E = 1.4426950408889634
 
 
-def ss2d(u: Tensor, weights: SS2DWeights) -> Tensor:
-    """See `mambapeft_kernels.ss2d`."""
+def ss2d(u: Tensor, weights: SS2DWeights, backend: str) -> Tensor:
+    """See `mambapeft_kernels.ss2d`; backend: cuda or triton."""
     if u.numel() == 0:
         return torch.zeros_like(u) + 0 * u  # no place or no sample: an empty result that keeps its graph
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (u, *weights))
-    return torch.ops.mambapeft.ss2d(u, *weights, save)[0]
+    return torch.ops.mambapeft.ss2d(u, *weights, backend, save)[0]
 
 
 _WEIGHTS = (
@@ -30,7 +33,7 @@ _WEIGHTS = (
 
 
 @torch.library.custom_op(
-    "mambapeft::ss2d", mutates_args=(), schema=f"(Tensor u, {_WEIGHTS}, bool save) -> (Tensor, Tensor, Tensor)"
+    "mambapeft::ss2d", mutates_args=(), schema=f"(Tensor u, {_WEIGHTS}, str backend, bool save) -> (Tensor, Tensor, Tensor)"
 )
 def _forward(
     u: Tensor,
@@ -41,34 +44,35 @@ def _forward(
     Ds: Tensor,
     initial_states: Tensor | None,
     state_offset: Tensor | None,
+    backend: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y [B, H, W, E]; and, if `save`, the projections [B, L, 4(R + 2N)] and the states entering each chunk."""
+    """y [B, H, W, E]; and, if `save`, the projections [B, L, 4 P] and the states entering each chunk."""
     from mambapeft_kernels.ss2d import triton_kernels as triton
 
     w = SS2DWeights(x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset)
     u = u.contiguous()
     with torch.cuda.device_of(u):
-        proj = u.flatten(1, 2) @ _x_proj(u, w).T
-        y, ckpt = _scans(u, proj, w).forward(_state_major(initial_states), save)
-        out = triton.merge(y, u, _skip(w), None, None)
+        proj = u.flatten(1, 2) @ _x_proj(u, w, backend).T
+        scans, skip = _scans(u, proj, w, backend), _skip(w)
+        y, ckpt = scans.forward(skip, _state_major(initial_states), save)
+        out = y.view_as(u) if scans.planes == 1 else triton.merge(y, u, skip, None, None)
     return out, proj if save else proj.new_empty(0), ckpt
 
 
 @_forward.register_fake
-def _(u, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset, save):
-    from mambapeft_kernels.ss2d import triton_kernels as triton
-
-    batch, height, width, _ = u.shape
-    proj = (batch, height * width, x_proj_weight.shape[0] * x_proj_weight.shape[1]) if save else (0,)
-    ckpt = triton.checkpoint_shape(u, A_logs.shape[1]) if save else (0,)
-    return u.new_empty(u.shape), u.new_empty(proj), u.new_empty(ckpt)
+def _(u, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset, backend, save):
+    w = SS2DWeights(x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset)
+    if not save:
+        return u.new_empty(u.shape), u.new_empty(0), u.new_empty(0)
+    proj = u.new_empty(u.shape[0], u.shape[1] * u.shape[2], DIRECTIONS * _pitch(u, w, backend))
+    return u.new_empty(u.shape), proj, u.new_empty(_scans(u, proj, w, backend).checkpoint_shape)
 
 
 @torch.library.custom_op(
     "mambapeft::ss2d_backward",
     mutates_args=(),
-    schema=f"(Tensor dout, Tensor u, {_WEIGHTS}, Tensor proj, Tensor ckpt, bool[] need) -> Tensor[]",
+    schema=f"(Tensor dout, Tensor u, {_WEIGHTS}, Tensor proj, Tensor ckpt, str backend, bool[] need) -> Tensor[]",
 )
 def _backward(
     dout: Tensor,
@@ -82,6 +86,7 @@ def _backward(
     state_offset: Tensor | None,
     proj: Tensor,
     ckpt: Tensor,
+    backend: str,
     need: list[bool],
 ) -> list[Tensor]:
     """The gradients of u (in its dtype) and of each weight (float32); empty where not asked for."""
@@ -104,12 +109,16 @@ def _backward(
             "offset": asked["state_offset"],
         }
         if any(wanted.values()):
-            found = _scans(u, proj, w).backward(dout, ckpt, wanted)
-            if need_u:
-                du = triton.merge(found["u"], dout, _skip(w), found["proj"], _x_proj(u, w))
+            scans, skip = _scans(u, proj, w, backend), _skip(w)
+            found = scans.backward(dout, skip, ckpt, wanted)
+            if need_u and scans.planes == 1:
+                du = found["u"].view_as(u)
+                du.flatten(0, 2).addmm_(found["proj"].flatten(0, 1), _x_proj(u, w, backend))
+            elif need_u:
+                du = triton.merge(found["u"], dout, skip, found["proj"], _x_proj(u, w, backend))
             if asked["x_proj_weight"]:
-                dproj = found["proj"].flatten(0, 1)
-                grads["x_proj_weight"] = product(dproj.T, u.flatten(0, 2), torch.float32).view(x_proj_weight.shape)
+                rows = product(found["proj"].flatten(0, 1).T, u.flatten(0, 2), torch.float32)
+                grads["x_proj_weight"] = rows.unflatten(0, (DIRECTIONS, -1))[:, : x_proj_weight.shape[1]].contiguous()
             grads["dt_projs_weight"], grads["dt_projs_bias"] = found["weight"], found["bias"]
             if asked["A_logs"]:
                 A = -torch.exp(A_logs.float())
@@ -125,8 +134,9 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    dout, u, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset, proj, ckpt, need
-):
+    dout, u, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset, proj, ckpt,
+    backend, need,
+):  # fmt: skip
     weights = x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset
     du = u.new_empty(u.shape if need[0] else (0,))
     shapes = [t.shape if t is not None and asked else (0,) for t, asked in zip(weights, need[1:])]
@@ -134,7 +144,7 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, _ = inputs
+    *tensors, ctx.backend, _ = inputs
     _, proj, ckpt = output
     ctx.save_for_backward(*tensors, proj, ckpt)
     ctx.mark_non_differentiable(proj, ckpt)
@@ -142,12 +152,12 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, dout, *_):
-    need = list(ctx.needs_input_grad[:-1])
+    need = list(ctx.needs_input_grad[:-2])
     tensors = ctx.saved_tensors
     if differentiated_again():
-        return *plain_gradients(_definition, tensors[: len(need)], need, dout), None
-    grads = torch.ops.mambapeft.ss2d_backward(dout, *tensors, need)
-    return *(g.to(t.dtype) if asked else None for g, t, asked in zip(grads, tensors, need)), None
+        return *plain_gradients(_definition, tensors[: len(need)], need, dout), None, None
+    grads = torch.ops.mambapeft.ss2d_backward(dout, *tensors, ctx.backend, need)
+    return *(g.to(t.dtype) if asked else None for g, t, asked in zip(grads, tensors, need)), None, None
 
 
 def _definition(u: Tensor, *weights: Tensor | None) -> Tensor:
@@ -157,12 +167,33 @@ def _definition(u: Tensor, *weights: Tensor | None) -> Tensor:
 torch.library.register_autograd("mambapeft::ss2d", _differentiate, setup_context=_setup_context)
 
 
-def _scans(u: Tensor, proj: Tensor, w: SS2DWeights):
-    from mambapeft_kernels.ss2d.triton_kernels import Scans
+def _in_cuda(u: Tensor, w: SS2DWeights, backend: str) -> bool:
+    """Whether the kernels in CUDA C++ run, which are for VMamba's one state."""
+    if backend != "cuda":
+        return False
+    from mambapeft_kernels.ss2d import cuda_kernels
 
+    return cuda_kernels.takes(u, w.A_logs.shape[1], w.dt_projs_weight.shape[2])
+
+
+def _pitch(u: Tensor, w: SS2DWeights, backend: str) -> int:
+    """Elements of a direction in a row of the projections."""
+    if not _in_cuda(u, w, backend):
+        return w.x_proj_weight.shape[1]
+    from mambapeft_kernels.ss2d import cuda_kernels
+
+    return cuda_kernels.pitch(w.dt_projs_weight.shape[2])
+
+
+def _scans(u: Tensor, proj: Tensor, w: SS2DWeights, backend: str):
+    from mambapeft_kernels.ss2d import triton_kernels
+
+    kernels: Any = triton_kernels
+    if _in_cuda(u, w, backend):
+        from mambapeft_kernels.ss2d import cuda_kernels as kernels
     A = -torch.exp(w.A_logs.float().view(DIRECTIONS, u.shape[-1], -1)) * _LOG2E
     weight, bias = w.dt_projs_weight.contiguous(), w.dt_projs_bias.float().contiguous()
-    return Scans(u, proj, weight, bias, A.mT.contiguous(), _state_major(w.state_offset))
+    return kernels.Scans(u, proj, weight, bias, A.mT.contiguous(), _state_major(w.state_offset))
 
 
 def _state_major(t: Tensor | None) -> Tensor | None:
@@ -170,9 +201,11 @@ def _state_major(t: Tensor | None) -> Tensor | None:
     return t if t is None else t.float().mT.contiguous()
 
 
-def _x_proj(u: Tensor, w: SS2DWeights) -> Tensor:
-    """The projections of all directions as one matrix [4(R + 2N), E] in u's dtype."""
-    return w.x_proj_weight.flatten(0, 1).to(u.dtype).contiguous()
+def _x_proj(u: Tensor, w: SS2DWeights, backend: str) -> Tensor:
+    """The projections of all directions as one matrix [4 P, E] in u's dtype."""
+    weight = w.x_proj_weight.to(u.dtype)
+    missing = _pitch(u, w, backend) - weight.shape[1]
+    return (F.pad(weight, (0, 0, 0, missing)) if missing else weight).flatten(0, 1).contiguous()
 
 
 def _skip(w: SS2DWeights) -> Tensor:

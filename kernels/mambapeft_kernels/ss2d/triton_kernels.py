@@ -162,7 +162,7 @@ def _entered(
 def _segment_states(
     u_ptr, dy_ptr, proj_ptr, weight_ptr, bias_ptr, a_ptr, decay_ptr, end_ptr, E, chunks,
     H: tl.constexpr, W: tl.constexpr, N: tl.constexpr, NB: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    UNIT: tl.constexpr, BACKWARD: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    P: tl.constexpr, UNIT: tl.constexpr, BACKWARD: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ΣΔ [B, 4, S, E] of each segment and its last state from zero [B, 4, S, N, E]; BACKWARD: its first adjoint."""
@@ -171,7 +171,6 @@ def _segment_states(
     chan = tl.program_id(0) // 4 * BLOCK_E + tl.arange(0, BLOCK_E)
     b = tl.program_id(1).to(tl.int64)
     segment = tl.program_id(2) + (1 if BACKWARD else 0)
-    P: tl.constexpr = R + 2 * N
     L: tl.constexpr = H * W
     A = _states(a_ptr, k, chan, E, N, NB)
     weight, bias = _dt_weights(weight_ptr, bias_ptr, k, chan, E, R, RP, u_ptr.dtype.element_ty)
@@ -216,7 +215,7 @@ def _segment_states(
 def _forward(
     u_ptr, proj_ptr, weight_ptr, bias_ptr, a_ptr, first_ptr, offset_ptr, decay_ptr, end_ptr, y_ptr, ckpt_ptr,
     E, chunks, batch, H: tl.constexpr, W: tl.constexpr, N: tl.constexpr, NB: tl.constexpr, R: tl.constexpr,
-    RP: tl.constexpr, UNIT: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_OFFSET: tl.constexpr, SAVE: tl.constexpr,
+    RP: tl.constexpr, P: tl.constexpr, UNIT: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_OFFSET: tl.constexpr, SAVE: tl.constexpr,
     SEGMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """C·(h + offset) of each direction [4, B, L, E], and the state that enters each chunk [B, 4, chunks, N, E]."""
@@ -225,7 +224,6 @@ def _forward(
     chan = tl.program_id(0) // 4 * BLOCK_E + tl.arange(0, BLOCK_E)
     b = tl.program_id(1).to(tl.int64)
     segment = tl.program_id(2)
-    P: tl.constexpr = R + 2 * N
     L: tl.constexpr = H * W
     A = _states(a_ptr, k, chan, E, N, NB)
     weight, bias = _dt_weights(weight_ptr, bias_ptr, k, chan, E, R, RP, u_ptr.dtype.element_ty)
@@ -268,7 +266,7 @@ def _backward(
     dy_ptr, u_ptr, proj_ptr, weight_ptr, bias_ptr, a_ptr, offset_ptr, decay_ptr, end_ptr, ckpt_ptr,
     du_ptr, dproj_ptr, dweight_ptr, dbias_ptr, da_ptr, dfirst_ptr, doffset_ptr, E, chunks, batch,
     H: tl.constexpr, W: tl.constexpr, N: tl.constexpr, NB: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    UNIT: tl.constexpr, HAS_OFFSET: tl.constexpr, NEED_U: tl.constexpr, NEED_PROJ: tl.constexpr,
+    P: tl.constexpr, UNIT: tl.constexpr, HAS_OFFSET: tl.constexpr, NEED_U: tl.constexpr, NEED_PROJ: tl.constexpr,
     NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr, NEED_A: tl.constexpr, NEED_FIRST: tl.constexpr,
     NEED_OFFSET: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -281,7 +279,6 @@ def _backward(
     mask_e = chan < E
     b = tl.program_id(1).to(tl.int64)
     segment = tl.program_id(2)
-    P: tl.constexpr = R + 2 * N
     L: tl.constexpr = H * W
     A = _states(a_ptr, k, chan, E, N, NB)
     weight, bias = _dt_weights(weight_ptr, bias_ptr, k, chan, E, R, RP, u_ptr.dtype.element_ty)
@@ -384,7 +381,7 @@ def _backward(
 @triton.jit(do_not_specialize=["tokens", "E"])
 def _merge(
     parts_ptr, u_ptr, skip_ptr, proj_ptr, weight_ptr, out_ptr, tokens, E,
-    UNIT: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+    UNIT: tl.constexpr, PLANES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out = Σ_k parts_k + skip u, and with COLUMNS also + proj · weight; [tokens, E], sums in float32."""
@@ -396,7 +393,7 @@ def _merge(
     skip = tl.load(skip_ptr + chan, mask=chan < E, other=0.0)
     total = tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32) * skip[None, :]
     plane = tokens.to(tl.int64) * E
-    for k in tl.static_range(4):
+    for k in tl.static_range(PLANES):
         total += tl.load(parts_ptr + k * plane + at, mask=mask, other=0.0).to(tl.float32)
     for start in range(0, COLUMNS, BLOCK_C):
         column = start + tl.arange(0, BLOCK_C)
@@ -430,12 +427,13 @@ def _tile(channels: int, x: Tensor) -> dict[str, int]:
 WANTED_PROGRAMS, MIN_CHUNKS = 2048, 4
 
 
-def split(batch: int, length: int, channels: int, x: Tensor) -> tuple[int, int]:
-    """Segments of a sequence, and chunks of a segment."""
+def split(batch: int, length: int, channels: int, x: Tensor, wanted: int | None = None) -> tuple[int, int]:
+    """Segments of a sequence (about as many as wanted; None: as many as fill the chip), and chunks of a segment."""
     tile = _tile(channels, x)
     chunks = triton.cdiv(length, tile["BLOCK_T"])
     programs = batch * DIRECTIONS * triton.cdiv(channels, tile["BLOCK_E"])
-    segments = max(1, min(WANTED_PROGRAMS // max(1, programs), chunks // MIN_CHUNKS))
+    fills = WANTED_PROGRAMS // max(1, programs) if wanted is None else wanted
+    segments = max(1, min(fills, chunks // MIN_CHUNKS))
     per_segment = triton.cdiv(chunks, segments)
     return triton.cdiv(chunks, per_segment), per_segment
 
@@ -456,51 +454,63 @@ class Scans:
     """Launches the scans over one u: sizes, tiles and the tensors that every launch reads.
 
     Args:
-        u: [B, H, W, E] contiguous. proj: [B, H·W, 4(R + 2N)] contiguous, u's dtype.
+        u: [B, H, W, E] contiguous. proj: [B, H·W, 4 P] contiguous, u's dtype; P: R + 2N, or more at the end.
         weight: [4, E, R], bias: [4, E]. A: [4, N, E] float32, -exp(A_logs) · log2(e).
         offset: [4, N, E] float32 or None.
+        segments: about how many; None: as many as fill the chip.
     """
 
-    def __init__(self, u: Tensor, proj: Tensor, weight: Tensor, bias: Tensor, A: Tensor, offset: Tensor | None) -> None:
+    planes = DIRECTIONS  # outputs to be added up
+
+    def __init__(
+        self,
+        u: Tensor,
+        proj: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        A: Tensor,
+        offset: Tensor | None,
+        segments: int | None = None,
+    ) -> None:
         batch, height, width, channels = u.shape
         self.u, self.A, self.batch, self.length, self.channels = u, A, batch, height * width, channels
         self.states, self.rank = A.shape[1], weight.shape[-1]
-        self.segments, self.chunks = split(batch, self.length, channels, u)
+        self.segments, self.chunks = split(batch, self.length, channels, u, segments)
         self.tile = _tile(channels, u)
         self.tiles = triton.cdiv(channels, self.tile["BLOCK_E"])
         self.inputs = u, proj, weight, bias, A
         self.offset = offset
         self.sizes = {
             "H": height, "W": width, "N": self.states, "NB": triton.next_power_of_2(self.states), "R": self.rank,
-            "RP": _padded(self.rank), "SEGMENTS": self.segments, "PRECISION": _precision(u), **self.tile,
+            "RP": _padded(self.rank), "P": proj.shape[-1] // DIRECTIONS, "SEGMENTS": self.segments, "PRECISION": _precision(u), **self.tile,
         }  # fmt: skip
         self.units = channels // self.tile["UNIT"]
 
-    def forward(self, first: Tensor | None, save: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, skip: Tensor, first: Tensor | None, save: bool) -> tuple[Tensor, Tensor]:
         """C·(h + offset) of each direction, [4, B, L, E]; if `save`, the states entering chunks, [B, 4, chunks, N, E].
 
-        first: [4, N, E] float32, the states before the first step; None: zero.
+        skip: not used here. first: [4, N, E] float32, the states before the first step; None: zero.
         """
         y = self._plane(DIRECTIONS)
-        ckpt = self.u.new_empty(checkpoint_shape(self.u, self.states) if save else (0,))
+        ckpt = self.u.new_empty(self.checkpoint_shape if save else (0,))
         _forward[self._grid(self.segments)](
-            *self.inputs, self._or_any(first), self._or_any(self.offset), *self._segment_states(None), y, ckpt,
+            *self.inputs, self._or_any(first), self._or_any(self.offset), *self.segment_states(None), y, ckpt,
             self.units, self.chunks, self.batch, HAS_FIRST=first is not None, HAS_OFFSET=self.offset is not None,
             SAVE=save, **self.sizes,
         )  # fmt: skip
         return y, ckpt
 
-    def backward(self, dy: Tensor, ckpt: Tensor, need: dict[str, bool]) -> dict[str, Tensor]:
+    def backward(self, dy: Tensor, skip: Tensor, ckpt: Tensor, need: dict[str, bool]) -> dict[str, Tensor]:
         """The gradients that `need` names; all but u's and proj's in float32, summed over samples.
 
-        dy: [B, H, W, E] contiguous; ckpt: of `forward`.
+        dy: [B, H, W, E] contiguous; skip: not used here; ckpt: of `forward`.
         need: "u" → the scans' share [4, B, L, E], "proj" [B, L, 4(R + 2N)], "weight" [4, E, R], "bias" [4, E],
             "A" (times Δ's unit: of A = -exp(A_logs)), "first", "offset" [4, N, E].
         """
         parts, E, N = self.batch * self.segments, self.channels, self.states
         shapes = {
             "u": (DIRECTIONS, self.batch, self.length, E),
-            "proj": (self.tiles, self.batch, self.length, DIRECTIONS * (self.rank + 2 * N)),
+            "proj": (self.tiles, *self.inputs[1].shape),
             "weight": (parts, DIRECTIONS, E, self.rank),
             "bias": (parts, DIRECTIONS, E),
             "A": (parts, DIRECTIONS, N, E),
@@ -514,18 +524,18 @@ class Scans:
             for name, shape in shapes.items()
         }
         _backward[self._grid(self.segments)](
-            dy, *self.inputs, self._or_any(self.offset), *self._segment_states(dy), ckpt, *out.values(),
+            dy, *self.inputs, self._or_any(self.offset), *self.segment_states(dy), ckpt, *out.values(),
             self.units, self.chunks, self.batch, HAS_OFFSET=self.offset is not None,
             **{f"NEED_{name.upper()}": need[name] for name in shapes}, **self.sizes,
         )  # fmt: skip
-        for name in ("proj", "weight", "bias", "A", "offset"):
-            if need[name]:
-                out[name] = out[name].sum(0)
-        if need["first"]:
-            out["first"] = out["first"].unflatten(0, (self.batch, self.segments))[:, 0].sum(0)
-        return out
+        return summed(out, need, self.batch, self.segments)
 
-    def _segment_states(self, dy: Tensor | None) -> tuple[Tensor, Tensor]:
+    @property
+    def checkpoint_shape(self) -> tuple[int, ...]:
+        """Of the states that the forward keeps, in u's dtype: one in every BLOCK_T steps."""
+        return self.batch, DIRECTIONS, self.segments * self.chunks, self.states, self.channels
+
+    def segment_states(self, dy: Tensor | None) -> tuple[Tensor, Tensor]:
         """What each segment makes of the state before it (with dy: of the adjoint behind it); empty for one segment."""
         groups = self.batch * DIRECTIONS * self.segments if self.segments > 1 else 0
         decay = self.A.new_empty(groups, self.channels)
@@ -549,18 +559,21 @@ class Scans:
         return self.A if t is None else t
 
 
-def checkpoint_shape(u: Tensor, states: int) -> tuple[int, ...]:
-    """Of the states that the forward keeps, in u's dtype: one in every BLOCK_T steps."""
-    batch, height, width, channels = u.shape
-    segments, chunks = split(batch, height * width, channels, u)
-    return batch, DIRECTIONS, segments * chunks, states, channels
+def summed(out: dict[str, Tensor], need: dict[str, bool], batch: int, segments: int) -> dict[str, Tensor]:
+    """The gradients that `need` names, summed over their parts."""
+    for name in ("proj", "weight", "bias", "A", "offset"):
+        if need[name]:
+            out[name] = out[name].sum(0)
+    if need["first"]:
+        out["first"] = out["first"].unflatten(0, (batch, segments))[:, 0].sum(0)
+    return out
 
 
 def merge(parts: Tensor, x: Tensor, skip: Tensor, proj: Tensor | None, weight: Tensor | None) -> Tensor:
     """Σ_k parts_k + skip · x (+ proj · weight), in x's dtype and shape.
 
     Args:
-        parts: [4, B, L, E]; x: [B, H, W, E] contiguous; skip: [E] float32.
+        parts: [planes, B, L, E]; x: [B, H, W, E] contiguous; skip: [E] float32.
         proj: [B, L, C] and weight: [C, E], both contiguous and in x's dtype; or None.
     """
     channels = x.shape[-1]
@@ -575,7 +588,7 @@ def merge(parts: Tensor, x: Tensor, skip: Tensor, proj: Tensor | None, weight: T
     unit = next(n for n in (8, 4, 2, 1) if channels % n == 0)
     _merge[(triton.cdiv(tokens, sizes["BLOCK_T"]), triton.cdiv(channels, sizes["BLOCK_E"]))](
         parts, x, skip, x if proj is None else proj, x if weight is None else weight, out, tokens, channels // unit,
-        UNIT=unit, COLUMNS=columns, PRECISION=_precision(x), **sizes,
+        UNIT=unit, PLANES=parts.shape[0], COLUMNS=columns, PRECISION=_precision(x), **sizes,
     )  # fmt: skip
     return out
 
