@@ -104,7 +104,7 @@ def ops(case: Case) -> Iterator[tuple[str, list[Callable[[], object]]]]:
     filters = torch.randn(case.channels, 1, 3, 3, device="cuda") / 3
     yield "conv_forward", [partial(depthwise_conv_silu, x, filters) for x in us]
     backward = kernels.depthwise_conv_silu_backward
-    yield "conv_backward", [partial(backward, g, x, filters, None, True, False) for g, x in zip(douts, us)]
+    yield "conv_backward", [partial(backward, g, x, filters, None, backend, True, False) for g, x in zip(douts, us)]
     backward, scale = kernels.add_layer_norm_backward, torch.ones(case.channels, device="cuda")
     tail = scale, None, 1e-5, torch.bfloat16
     yield "out_norm_forward", [partial(layer_norm, x, scale, scale) for x in us]

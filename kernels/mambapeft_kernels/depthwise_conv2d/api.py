@@ -20,8 +20,9 @@ def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None, b
     for name, tensor, shape in (("weight", weight, (x.shape[-1], 1, 3, 3)), ("bias", bias, (x.shape[-1],))):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"depthwise_conv_silu: {name} has shape {tuple(tensor.shape)}, expected {shape}")
-    if resolve_backend(backend, x.device, x.dtype) not in FUSED or not x.numel():
+    chosen = resolve_backend(backend, x.device, x.dtype)
+    if chosen not in FUSED or not x.numel():
         return naive.depthwise_conv_silu(x, weight, bias)
     from mambapeft_kernels.depthwise_conv2d import triton_kernels
 
-    return triton_kernels.depthwise_conv_silu(x, weight, bias)
+    return triton_kernels.depthwise_conv_silu(x, weight, bias, chosen)

@@ -115,9 +115,18 @@ def _weight_gradient(
     tl.store(part_ptr + (tl.program_id(0) * 10 + tap) * E + chan, tl.sum(sums, axis=0), mask=mask_e)
 
 
-def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """See `mambapeft_kernels.depthwise_conv_silu`."""
-    return torch.ops.mambapeft.depthwise_conv_silu(x, weight, bias)
+def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    """See `mambapeft_kernels.depthwise_conv_silu`; backend: cuda or triton."""
+    return torch.ops.mambapeft.depthwise_conv_silu(x, weight, bias, backend)
+
+
+def _in_cuda(x: Tensor, backend: str) -> bool:
+    """Whether the kernels in CUDA C++ run, which take an even number of channels."""
+    if backend != "cuda":
+        return False
+    from mambapeft_kernels.depthwise_conv2d import cuda_kernels
+
+    return cuda_kernels.takes(x)
 
 
 def _launch(x: Tensor, chunks: int = 1) -> tuple[tuple[int, int], tuple[int, ...], dict[str, int]]:
@@ -131,12 +140,17 @@ def _launch(x: Tensor, chunks: int = 1) -> tuple[tuple[int, int], tuple[int, ...
 
 
 @torch.library.custom_op(
-    "mambapeft::depthwise_conv_silu", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
+    "mambapeft::depthwise_conv_silu", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor"
 )
-def _op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    x, out = x.contiguous(), x.new_empty(x.shape)
-    grid, sizes, tile = _launch(x)
+def _op(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    x = x.contiguous()
     with torch.cuda.device_of(x):
+        if _in_cuda(x, backend):
+            from mambapeft_kernels.depthwise_conv2d import cuda_kernels
+
+            return cuda_kernels.forward(x, weight, bias)
+        out = x.new_empty(x.shape)
+        grid, sizes, tile = _launch(x)
         _forward[grid](
             x, weight.contiguous(), weight if bias is None else bias, out, *sizes, HAS_BIAS=bias is not None, **tile
         )
@@ -144,29 +158,35 @@ def _op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @_op.register_fake
-def _(x, weight, bias):
+def _(x, weight, bias, backend):
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op(
     "mambapeft::depthwise_conv_silu_backward",
     mutates_args=(),
-    schema="(Tensor dout, Tensor x, Tensor weight, Tensor? bias, bool need_x, bool need_weight) -> (Tensor, Tensor)",
+    schema="(Tensor dout, Tensor x, Tensor weight, Tensor? bias, str backend, bool need_x, bool need_weight)"
+    " -> (Tensor, Tensor)",
 )
 def _op_backward(
-    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, need_x: bool, need_weight: bool
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
     """dx, and the gradients of filters and bias as [10, E] float32; empty where not asked for."""
-    x, weight = x.contiguous(), weight.contiguous()
-    g = torch.empty_like(x)
+    dout, x, weight = dout.contiguous(), x.contiguous(), weight.contiguous()
     dx = x.new_empty(x.shape if need_x else (0,))
-    grid, sizes, tile = _launch(x)
     with torch.cuda.device_of(x):
-        _through_silu[grid](
-            dout.contiguous(), x, weight, weight if bias is None else bias, g, *sizes, HAS_BIAS=bias is not None, **tile
-        )
-        if need_x:
-            _input_gradient[grid](g, weight, dx, *sizes, **tile)
+        if _in_cuda(x, backend):
+            from mambapeft_kernels.depthwise_conv2d import cuda_kernels
+
+            g = cuda_kernels.through_silu(dout, x, weight, bias)
+            dx = cuda_kernels.input_gradient(g, weight) if need_x else dx
+        else:
+            g = torch.empty_like(x)
+            grid, sizes, tile = _launch(x)
+            given = weight if bias is None else bias
+            _through_silu[grid](dout, x, weight, given, g, *sizes, HAS_BIAS=bias is not None, **tile)
+            if need_x:
+                _input_gradient[grid](g, weight, dx, *sizes, **tile)
         if not need_weight:
             return dx, x.new_empty(0, dtype=torch.float32)
         chunks = 16
@@ -178,7 +198,7 @@ def _op_backward(
 
 
 @_op_backward.register_fake
-def _(dout, x, weight, bias, need_x, need_weight):
+def _(dout, x, weight, bias, backend, need_x, need_weight):
     return (
         x.new_empty(x.shape if need_x else (0,)),
         x.new_empty((10, x.shape[-1]) if need_weight else (0,), dtype=torch.float32),
@@ -186,19 +206,23 @@ def _(dout, x, weight, bias, need_x, need_weight):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx, dout):
     x, weight, bias = ctx.saved_tensors
     if differentiated_again():
-        return tuple(plain_gradients(naive.depthwise_conv_silu, (x, weight, bias), ctx.needs_input_grad, dout))
-    need_x, need_weight, need_bias = ctx.needs_input_grad
-    dx, sums = torch.ops.mambapeft.depthwise_conv_silu_backward(dout, x, weight, bias, need_x, need_weight or need_bias)
+        return *plain_gradients(naive.depthwise_conv_silu, (x, weight, bias), ctx.needs_input_grad[:3], dout), None
+    need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+    dx, sums = torch.ops.mambapeft.depthwise_conv_silu_backward(
+        dout, x, weight, bias, ctx.backend, need_x, need_weight or need_bias
+    )
     return (
         dx if need_x else None,
         sums[:9].T.reshape(weight.shape).to(weight.dtype) if need_weight else None,
         sums[9].to(bias.dtype) if need_bias else None,
+        None,
     )
 
 
