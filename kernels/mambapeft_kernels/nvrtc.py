@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from cuda.bindings import nvrtc
+from cuda.bindings import driver, nvrtc
 from torch import Tensor
 from triton.runtime.cache import get_cache_manager
 
@@ -24,11 +24,18 @@ _CUBIN = "kernel.cubin"
 
 
 @cache
-def _kernel(files: tuple[str, ...], name: str, macros: tuple[tuple[str, int | str], ...], device: int):
-    """The kernel `name` of the concatenated `files` for the device; loaded once a process."""
+def _kernel(files: tuple[str, ...], name: str, macros: tuple[tuple[str, int | str], ...], device: int, shared: int = 0):
+    """The kernel `name` of the concatenated `files` for the device, with up to `shared` bytes; loaded once a process."""
     Device(device).set_current()
     major, minor = torch.cuda.get_device_capability(device)
-    return ObjectCode.from_cubin(_compiled(_source(files, macros), f"sm_{major}{minor}")).get_kernel(name)
+    kernel = ObjectCode.from_cubin(_compiled(_source(files, macros), f"sm_{major}{minor}")).get_kernel(name)
+    if shared > 48 << 10:  # more than a block has without asking
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        handle = driver.CUkernel(int(getattr(kernel, "handle", None) or kernel._handle))
+        (error,) = driver.cuKernelSetAttribute(attribute, shared, handle, driver.CUdevice(device))
+        if error != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"{name} asks for {shared:,} bytes of shared memory: {error}")
+    return kernel
 
 
 def _source(files: tuple[str, ...], macros: tuple[tuple[str, int | str], ...]) -> str:
@@ -94,11 +101,15 @@ def run(
     threads: int,
     device: torch.device,
     arguments: list,
+    shared: int = 0,
 ) -> None:
-    """Launches kernel `name` on torch's current stream of `device` (which must be the current device)."""
+    """Launches kernel `name` on torch's current stream of `device` (which must be the current device).
+
+    shared: bytes of dynamic shared memory of a block.
+    """
     index = torch.cuda.current_device() if device.index is None else device.index
-    kernel = _kernel(files, name, tuple(macros.items()), index)
+    kernel = _kernel(files, name, tuple(macros.items()), index, shared)
     Device(index).set_current()
     stream = _stream(index, torch.cuda.current_stream(index).cuda_stream)
-    config = LaunchConfig(grid=grid, block=threads)
+    config = LaunchConfig(grid=grid, block=threads, shmem_size=shared)
     launch(stream, config, kernel, *(_argument(a) for a in arguments))

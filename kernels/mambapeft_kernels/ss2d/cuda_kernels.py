@@ -36,8 +36,11 @@ def pitch(rank: int) -> int:
 class Scans:
     """As `triton_kernels.Scans`, for a `proj` whose rows have `pitch` elements a direction.
 
-    planes: into how many parts the directions' outputs are added up.
+    Where there are enough samples one block scans several directions and adds up their outputs, so that fewer `planes`
+    are left to be added up.
     """
+
+    adds_skip = True
 
     def __init__(self, u: Tensor, proj: Tensor, weight: Tensor, bias: Tensor, A: Tensor, offset: Tensor | None) -> None:
         batch, height, width, channels = u.shape
@@ -56,13 +59,12 @@ class Scans:
             self.chunks = -(-self.length // _STEPS)
         self.macros: dict[str, int | str] = {
             "IO_BF16": 1, "ALIGNED": 1, "HEIGHT": height, "WIDTH": width, "E": channels, "R": self.rank,
-            "PP": pitch(self.rank), "WARPS": self.warps, "ROUNDS": DIRECTIONS // self.planes,
-            "SEGMENTS": self.segments, "HAS_OFFSET": int(offset is not None), "EXACT": int(batch % _SAMPLES == 0),
+            "PP": pitch(self.rank), "WARPS": self.warps, "HAS_OFFSET": int(offset is not None), "EXACT": int(batch % _SAMPLES == 0),
             "OFFSET": "u32" if u.numel() * u.element_size() * self.planes < 2**32 else "unsigned long long",
         }  # fmt: skip
 
     def forward(self, skip: Tensor, first: Tensor | None, save: bool) -> tuple[Tensor, Tensor]:
-        """As `triton_kernels.Scans.forward`; `skip` [E] · u is in y where there is one plane."""
+        """As `triton_kernels.Scans.forward`, [planes, B, L, E]; skip [E] · u is in the sum of the planes."""
         y = self._planes()
         ckpt = self.u.new_empty(self.checkpoint_shape if save else (0,))
         self._run(
@@ -72,7 +74,7 @@ class Scans:
         return y, ckpt
 
     def backward(self, dy: Tensor, skip: Tensor, ckpt: Tensor, need: dict[str, bool]) -> dict[str, Tensor]:
-        """As `triton_kernels.Scans.backward`; `skip` [E] · dy is in "u" where there is one plane."""
+        """As `triton_kernels.Scans.backward`; skip [E] · dy is in the sum of the planes of "u"."""
         parts, cells = self.batch * self.segments, (DIRECTIONS, 1, self.channels)
         wide = {
             "weight": (self.groups * self.segments, DIRECTIONS, self.channels, self.rank),
@@ -102,9 +104,16 @@ class Scans:
         return self.u.new_empty(self.planes, self.batch, self.length, self.channels)
 
     def _run(self, files: tuple[str, ...], name: str, more: dict[str, int], arguments: list) -> None:
-        blocks = max(1, _MIN_BLOCKS[name] * 6 // self.warps)
+        more = more | {"MIN_BLOCKS": max(1, _MIN_BLOCKS[name] * 6 // self.warps), "SHARED": self._shared_bytes(name)}
         grid = self.tiles * self.planes, self.groups, self.segments
         nvrtc.run(
-            files, f"ss2d_{name}", self.macros | more | {"MIN_BLOCKS": blocks}, grid, 32 * self.warps, self.u.device,
-            [*arguments, self.batch, self.chunks],
+            files, f"ss2d_{name}", self.macros | more, grid, 32 * self.warps, self.u.device,
+            [*arguments, self.batch, self.chunks, self.planes], shared=more["SHARED"],
         )  # fmt: skip
+
+    def _shared_bytes(self, name: str) -> int:
+        """Of a block: `struct Shared` in the kernels' files."""
+        rows, tile = _SAMPLES * _STEPS, _WARP * self.warps + 8
+        row = pitch(self.rank) if pitch(self.rank) // 8 % 2 else pitch(self.rank) + 8
+        tiles = 4 * rows if name == "forward" else 6 * rows + (self.rank + 7) // 8 * 8
+        return 2 * (2 * rows * row + tiles * tile) + 96

@@ -56,7 +56,7 @@ def _forward(
         proj = u.flatten(1, 2) @ _x_proj(u, w, backend).T
         scans, skip = _scans(u, proj, w, backend), _skip(w)
         y, ckpt = scans.forward(skip, _state_major(initial_states), save)
-        out = y.view_as(u) if scans.planes == 1 else triton.merge(y, u, skip, None, None)
+        out = y.view_as(u) if scans.planes == 1 else triton.merge(y, u, None if scans.adds_skip else skip, None, None)
     return out, proj if save else proj.new_empty(0), ckpt
 
 
@@ -115,6 +115,7 @@ def _backward(
                 du = found["u"].view_as(u)
                 du.flatten(0, 2).addmm_(found["proj"].flatten(0, 1), _x_proj(u, w, backend))
             elif need_u:
+                skip = None if scans.adds_skip else skip
                 du = triton.merge(found["u"], dout, skip, found["proj"], _x_proj(u, w, backend))
             if asked["x_proj_weight"]:
                 rows = product(found["proj"].flatten(0, 1).T, u.flatten(0, 2), torch.float32)

@@ -1,7 +1,6 @@
 // What both directions of the pass share. Macros: HEIGHT, WIDTH of the map; E channels; R dt_rank, even; PP elements of a
-// direction in a row of `proj`, [δ (R) | B | C | zeros], a multiple of 8; WARPS of a block; ROUNDS, how many directions a
-// block scans one after another; SEGMENTS of a sequence; HAS_FIRST (initial states), HAS_OFFSET (state offsets); EXACT (the
-// samples fill every block); OFFSET, the type that counts the bytes of every tensor.
+// direction in a row of `proj`, [δ (R) | B | C | zeros], a multiple of 8; WARPS of a block; HAS_FIRST (initial states),
+// HAS_OFFSET (state offsets); EXACT (the samples fill every block); OFFSET, the type that counts the bytes of every tensor.
 //
 // One state a channel (N = 1), bfloat16. A warp owns 16 channels of four samples and a lane two channels of one sample,
 // for the whole sequence: the recurrence is a loop in registers. Δ is a matrix product, [16 channels, R] times [R, two
@@ -9,12 +8,12 @@
 
 constexpr int T = 8;  // steps of a chunk
 constexpr int L = HEIGHT * WIDTH;
-constexpr int PLANES = 4 / ROUNDS;                     // outputs to be added up afterwards
 constexpr int SAMPLES = 4;                             // of a block
 constexpr int CB = 16 * WARPS, THREADS = 32 * WARPS;   // channels, threads
 constexpr int KT = (R + 7) / 8, PIECES = PP / 8;       // 16-byte pieces of δ, of a row
 constexpr int ROWS = SAMPLES * T;                      // of a chunk: (step / 2, sample, step % 2)
 constexpr int PITCH = PIECES % 2 ? PP : PP + 8;        // of a row in shared memory: ldmatrix meets no bank twice
+constexpr int TP = CB + 8;                             // the same of the block's channels of a step and sample
 #define WHOLE (HEIGHT * WIDTH % 8 == 0)  // every chunk has all of its steps
 constexpr float LN2 = 0.6931471805599453f;
 
@@ -28,22 +27,7 @@ __device__ __forceinline__ u32 pack(float lo, float hi) {
     return pair;
 }
 
-// The elements of a lane in a tensor [B, L, E]: two channels of one sample.
-__device__ __forceinline__ u32 read_pair(const io_t* base, OFFSET bytes) { return *(const u32*)((const char*)base + bytes); }
-
-// Stores a pair if step < limit. The comparison is left out where every step and sample is there.
-__device__ __forceinline__ void write_pair(io_t* base, OFFSET bytes, u32 pair, int step, int limit) {
-    char* to = (char*)base + bytes;
-#if WHOLE && EXACT
-    *(u32*)to = pair;
-#else
-    asm volatile("{.reg .pred live; setp.lt.s32 live, %2, %3; @live st.global.u32 [%0], %1;}" ::"l"(to), "r"(pair),
-                 "r"(step), "r"(limit)
-                 : "memory");
-#endif
-}
-
-// The places that a chunk reads, of three chunks in turn; beyond the last step that of the last.
+// The places that chunks read, of three in turn; beyond the last step that of the last.
 struct Places {
     int at[3][T];
 
@@ -53,21 +37,21 @@ struct Places {
         const int s = k < 2 ? within : L - 1 - within;
         at[slot][threadIdx.x] = k & 1 ? s % HEIGHT * WIDTH + s / HEIGHT : s;
     }
-
-    __device__ __forceinline__ void read(int slot, int* into) const {
-#pragma unroll
-        for (int i = 0; i < T; i += 4) *(int4*)(into + i) = *(const int4*)(at[slot] + i);
-    }
 };
 
-// A thread's share of copying a chunk's rows; zeros beyond the last step or sample, so that B = C = 0 there.
-struct Copier {
+__device__ __forceinline__ void copy_async(io_t* to, const void* from, bool live) {  // 16 bytes, zeros unless live
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem(to)), "l"(from), "r"(live ? 16 : 0)
+                 : "memory");
+}
+
+// A thread's share of a chunk's rows of `proj`; zeros beyond the last step or sample, so that B = C = 0 there.
+struct RowCopier {
     static constexpr int COUNT = (ROWS * PIECES + THREADS - 1) / THREADS;
 
     const io_t* from[COUNT];
     int to[COUNT], step[COUNT];  // step: of the chunk, out of reach where there is nothing to copy
 
-    __device__ __forceinline__ Copier(const io_t* proj, int k, int first_sample, int batch) {
+    __device__ __forceinline__ RowCopier(const io_t* proj, int k, int first_sample, int batch) {
 #pragma unroll
         for (int n = 0; n < COUNT; ++n) {
             const int v = n * THREADS + threadIdx.x, row = v / PIECES, piece = v % PIECES * 8;
@@ -81,19 +65,70 @@ struct Copier {
 
     __device__ __forceinline__ void start(io_t* rows, const int* places, int chunk) const {
 #pragma unroll
-        for (int n = 0; n < COUNT; ++n) {
-            if (step[n] >= 0) {
-                const bool live = (WHOLE && EXACT) || chunk * T + step[n] < L;
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem(rows + to[n])),
-                             "l"(from[n] + places[step[n] & (T - 1)] * (4 * PP)), "r"(live ? 16 : 0)
-                             : "memory");
-            }
-        }
-        asm volatile("cp.async.commit_group;");
+        for (int n = 0; n < COUNT; ++n)
+            if (step[n] >= 0)
+                copy_async(rows + to[n], from[n] + places[step[n] & (T - 1)] * (4 * PP),
+                           (WHOLE && EXACT) || chunk * T + step[n] < L);
     }
 };
 
-__device__ __forceinline__ void wait_for_rows() {
+// A thread's share of a chunk's tile of a tensor [B, L, E]: two pieces of 8 channels. Whole rows of the block's channels
+// are read and written side by side; where lanes own two channels each, a warp would ask for four sectors at a time.
+struct TileCopier {
+    static constexpr int COUNT = ROWS * CB / 8 / THREADS, ACROSS = CB / 8;
+    static_assert(COUNT * THREADS * 8 == ROWS * CB, "every thread has as many pieces");
+
+    OFFSET first[COUNT], bytes[COUNT];  // of the sample and channels, and of the piece in the chunk that was found last
+    int to[COUNT], step[COUNT];
+    bool live[COUNT];
+
+    __device__ __forceinline__ TileCopier(int first_sample, int batch, int first_channel) {
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n) {
+            const int v = n * THREADS + threadIdx.x, row = v / ACROSS, piece = v % ACROSS * 8;
+            const int sample = first_sample + row / 2 % SAMPLES;
+            const bool there = EXACT || sample < batch;
+            first[n] = ((OFFSET)(there ? sample : 0) * (L * E) + first_channel + piece) * 2;
+            to[n] = row * TP + piece;
+            step[n] = (row / 8 * 2 + row % 2) | (there ? 0 : 1 << 20);
+        }
+    }
+
+    __device__ __forceinline__ void find(const int* places, int chunk) {
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n) {
+            bytes[n] = first[n] + (OFFSET)places[step[n] & (T - 1)] * (2 * E);
+            live[n] = (WHOLE && EXACT) || chunk * T + step[n] < L;
+        }
+    }
+
+    __device__ __forceinline__ void start(io_t* tile, const io_t* from) const {
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n) copy_async(tile + to[n], (const char*)from + bytes[n], live[n]);
+    }
+
+    __device__ __forceinline__ void read(Pack<8>* into, const io_t* from) const {
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n) into[n].load_vector((const io_t*)((const char*)from + bytes[n]));
+    }
+
+    // Writes a tile, and with ADD what was read before on top of it.
+    template <bool ADD>
+    __device__ __forceinline__ void write(io_t* out, const io_t* tile, const Pack<8>* before) const {
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n) {
+            Pack<8> piece;
+            piece.load_vector(tile + to[n]);
+            if (ADD)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    piece.set_pair(i, piece.get(2 * i) + before[n].get(2 * i), piece.get(2 * i + 1) + before[n].get(2 * i + 1));
+            if (live[n]) piece.store_vector((io_t*)((char*)out + bytes[n]));
+        }
+    }
+};
+
+__device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
 }
@@ -177,16 +212,19 @@ __device__ __forceinline__ u32 inputs_of(const io_t* rows, int step, int t) {
     return *(const u32*)(rows + (step / 2 * 8 + 2 * t + step % 2) * PITCH + R);
 }
 
-// The state (backward: the adjoint) with which a segment is entered, from what the segments before make of zero.
+// A lane's two channels in a tile; `local` counts within the block.
+__device__ __forceinline__ u32* cell_of(io_t* tile, int step, int t, int local) {
+    return (u32*)(tile + (step / 2 * 8 + 2 * t + step % 2) * TP + local);
+}
+
+// The state (BACKWARD: the adjoint) with which a segment is entered, from what the segments before make of zero.
 template <bool BACKWARD>
 __device__ __forceinline__ float entered(float h, const float* decay, const float* end, float A, int sample, int k,
-                                         int segment, int channel) {
-#if SEGMENTS > 1
-    const int passed = BACKWARD ? SEGMENTS - 1 - segment : segment;
+                                         int segment, int segments, int channel) {
+    const int passed = BACKWARD ? segments - 1 - segment : segment;
     for (int i = 0; i < passed; ++i) {
-        const i64 s = (((i64)sample * 4 + k) * SEGMENTS + (BACKWARD ? SEGMENTS - 1 - i : i)) * E + channel;
+        const i64 s = (((i64)sample * 4 + k) * segments + (BACKWARD ? segments - 1 - i : i)) * E + channel;
         h = ex2(A * decay[s]) * h + end[s];
     }
-#endif
     return h;
 }

@@ -1,110 +1,102 @@
-// The scans of one u. Macros as in scan.cuh, and SAVE (keep the state that enters each chunk), MIN_BLOCKS.
+// The scans of one u. Macros as in scan.cuh, and SAVE (keep the state that enters each chunk), MIN_BLOCKS, SHARED.
 //
-// A block reads its directions one after another. Later ones add to what earlier ones left in `y`: the same lane wrote
-// it. With all four in one block the first adds skip · u too, and y is complete.
+// `y` has `planes` parts to be added up. A block scans the 4 / planes directions of one part one after another, and later
+// ones add to what earlier ones left there. Direction 0 adds skip · u too.
 
-struct Lane {
-    int batch, chunks, segment, plane, channel, sample, t, lane, limit;
-    OFFSET u, y;  // bytes from the first element
+struct __align__(16) Shared {
+    io_t rows[2][ROWS * PITCH], u[2][ROWS * TP], y[2][ROWS * TP];
+    Places places;
+};
+static_assert(sizeof(Shared) <= SHARED, "the launch asks for too little shared memory");
+
+struct Arguments {
+    const io_t *u, *proj;
+    const float *weight, *bias, *a, *skip, *first, *offset, *decay, *end;
+    io_t *y, *ckpt;
+    int batch, chunks, planes;
 };
 
-// Scans direction k. FIRST: nothing is in y yet.
+// Scans direction k. FIRST: nothing is in y yet. y: the part of this block.
 template <bool FIRST>
-__device__ __forceinline__ void scan(
-    const io_t* u, const io_t* proj, const float* weight, const float* bias, const float* a, const float* skip,
-    const float* first, const float* offset, const float* decay, const float* end, io_t* y, io_t* ckpt, int k,
-    const Lane& at, io_t (*rows)[ROWS * PITCH], Places& places) {
-    const int from = at.segment * at.chunks;
-    __syncthreads();  // nobody reads what is shared any more
-    places.find(k, from, 0);
-    places.find(k, from + 1, 1);
-    const Copier copier(proj, k, at.sample - at.t, at.batch);
+__device__ __forceinline__ void scan(const Arguments& p, io_t* y, int k, Shared& shared) {
+    const int lane = threadIdx.x % 32, t = lane % 4, local = threadIdx.x / 32 * 16 + lane / 4 * 2;
+    const int first_channel = blockIdx.x / p.planes * CB, channel = first_channel + local;
+    const int first_sample = blockIdx.y * SAMPLES;
+    const bool live = EXACT || first_sample + t < p.batch;
+    const int sample = live ? first_sample + t : 0;
+    const int segment = blockIdx.z, segments = gridDim.z, from = segment * p.chunks;
+    __syncthreads();  // nobody uses what is shared any more
+    shared.places.find(k, from, 0);
+    shared.places.find(k, from + 1, 1);
+    const RowCopier rows(p.proj, k, first_sample, p.batch);
+    TileCopier tile(first_sample, p.batch, first_channel);
     Direction dir;
-    dir.load(weight, bias, a, k, at.channel, at.t);
+    dir.load(p.weight, p.bias, p.a, k, channel, t);
     float h[2], off[2], D[2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-        const int row = k * E + at.channel + c;
-        h[c] = HAS_FIRST ? first[row] : 0.0f;
-        h[c] = entered<false>(h[c], decay, end, dir.A[c], at.limit ? at.sample : 0, k, at.segment, at.channel + c);
-        off[c] = HAS_OFFSET ? offset[row] : 0.0f;
-        D[c] = PLANES == 1 && FIRST ? skip[at.channel + c] : 0.0f;
+        const int row = k * E + channel + c;
+        h[c] = HAS_FIRST ? p.first[row] : 0.0f;
+        h[c] = entered<false>(h[c], p.decay, p.end, dir.A[c], sample, k, segment, segments, channel + c);
+        off[c] = HAS_OFFSET ? p.offset[row] : 0.0f;
+        D[c] = FIRST && k == 0 ? p.skip[channel + c] : 0.0f;
     }
-    int place[T], place_next[T];
-    u32 u_next[T], old[T];
-    auto read = [&]() {
-#pragma unroll
-        for (int i = 0; i < T; ++i) {
-            u_next[i] = read_pair(u, at.u + (OFFSET)place_next[i] * (2 * E));
-            if (!FIRST) old[i] = read_pair(y, at.y + (OFFSET)place_next[i] * (2 * E));
-        }
-    };
+    Pack<8> before[TileCopier::COUNT];
     __syncthreads();
-    copier.start(rows[0], places.at[0], from);
-    places.read(0, place_next);
-    read();
-    int slot = 0;
-    for (int c = 0; c < at.chunks; ++c) {
-        const int chunk = from + c, next = slot == 2 ? 0 : slot + 1;
-        const io_t* now = rows[c & 1];
-        wait_for_rows();
-        u32 u_now[T], before[T];
-#pragma unroll
-        for (int i = 0; i < T; ++i) u_now[i] = u_next[i], before[i] = FIRST ? 0 : old[i], place[i] = place_next[i];
-        if (c + 1 < at.chunks) {
-            copier.start(rows[~c & 1], places.at[next], chunk + 1);
-            places.read(next, place_next);
-            places.find(k, chunk + 2, next == 2 ? 0 : next + 1);
-            read();
+    tile.find(shared.places.at[0], from);
+    TileCopier now = tile, last = tile;  // of the chunks that are computed and written
+    rows.start(shared.rows[0], shared.places.at[0], from);
+    tile.start(shared.u[0], p.u);
+    for (int c = 0; c < p.chunks; ++c) {
+        const int chunk = from + c, side = c & 1, other = side ^ 1;
+        wait_for_copies();
+        if (c + 1 < p.chunks) {
+            tile.find(shared.places.at[other], chunk + 1);
+            rows.start(shared.rows[other], shared.places.at[other], chunk + 1);
+            tile.start(shared.u[other], p.u);
+            shared.places.find(k, chunk + 2, side);
         }
-        slot = next;
+        if (c) last.write<!FIRST>(y, shared.y[other], before);
+        if (!FIRST) now.read(before, y);
 #if SAVE
-        if (EXACT || at.limit)
-            *(u32*)(ckpt + (((i64)at.sample * 4 + k) * (SEGMENTS * at.chunks) + chunk) * E + at.channel) = pack(h[0], h[1]);
+        if (live)
+            *(u32*)(p.ckpt + (((i64)sample * 4 + k) * (segments * p.chunks) + chunk) * E + channel) = pack(h[0], h[1]);
 #endif
 #pragma unroll
         for (int j = 0; j < T / 2; ++j) {
             float raw[4];
-            dir.raw(raw, now, j, at.lane);
+            dir.raw(raw, shared.rows[side], j, lane);
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int s = 2 * j + i;
-                const u32 bc = inputs_of(now, s, at.t);
+                const u32 bc = inputs_of(shared.rows[side], s, t), u = *cell_of(shared.u[side], s, t, local);
                 float out[2];
 #pragma unroll
-                for (int c2 = 0; c2 < 2; ++c2) {
+                for (int n = 0; n < 2; ++n) {
                     float e;
-                    const float delta = softplus(raw[2 * c2 + i], e), in = c2 ? high(u_now[s]) : low(u_now[s]);
-                    h[c2] = ex2(dir.A[c2] * delta) * h[c2] + delta * in * low(bc);
-                    float base = FIRST ? 0.0f : c2 ? high(before[s]) : low(before[s]);
-                    if (PLANES == 1 && FIRST) base = D[c2] * in;
-                    out[c2] = (HAS_OFFSET ? h[c2] + off[c2] : h[c2]) * high(bc) + base;
+                    const float delta = softplus(raw[2 * n + i], e), in = n ? high(u) : low(u);
+                    h[n] = ex2(dir.A[n] * delta) * h[n] + delta * in * low(bc);
+                    out[n] = (HAS_OFFSET ? h[n] + off[n] : h[n]) * high(bc) + (FIRST ? D[n] * in : 0.0f);
                 }
-                write_pair(y, at.y + (OFFSET)place[s] * (2 * E), pack(out[0], out[1]), chunk * T + s, at.limit);
+                *cell_of(shared.y[side], s, t, local) = pack(out[0], out[1]);
             }
         }
+        last = now, now = tile;
     }
+    __syncthreads();
+    last.write<!FIRST>(y, shared.y[p.chunks - 1 & 1], before);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) ss2d_forward(
     const io_t* __restrict__ u, const io_t* __restrict__ proj, const float* __restrict__ weight,
     const float* __restrict__ bias, const float* __restrict__ a, const float* __restrict__ skip,
     const float* __restrict__ first, const float* __restrict__ offset, const float* __restrict__ decay,
-    const float* __restrict__ end, io_t* y, io_t* __restrict__ ckpt, int batch, int chunks) {
-    __shared__ __align__(16) io_t rows[2][ROWS * PITCH];
-    __shared__ __align__(16) Places places;
-    Lane at;
-    at.batch = batch, at.chunks = chunks, at.segment = blockIdx.z;
-    at.lane = threadIdx.x % 32, at.t = at.lane % 4;
-    at.plane = blockIdx.x % PLANES;
-    at.channel = blockIdx.x / PLANES * CB + threadIdx.x / 32 * 16 + at.lane / 4 * 2;
-    at.sample = blockIdx.y * SAMPLES + at.t;
-    const bool live = EXACT || at.sample < batch;
-    at.limit = live ? L : 0;
-    at.u = ((OFFSET)(live ? at.sample : 0) * (L * E) + at.channel) * 2;
-    at.y = at.u + (OFFSET)at.plane * batch * (L * E) * 2;
-#define SCAN(FIRST, K) scan<FIRST>(u, proj, weight, bias, a, skip, first, offset, decay, end, y, ckpt, K, at, rows, places)
-    SCAN(true, at.plane);
-    for (int round = 1; round < ROUNDS; ++round) SCAN(false, at.plane + PLANES * round);
-#undef SCAN
+    const float* __restrict__ end, io_t* y, io_t* __restrict__ ckpt, int batch, int chunks, int planes) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    Shared& shared = *(Shared*)memory;
+    const Arguments p{u, proj, weight, bias, a, skip, first, offset, decay, end, y, ckpt, batch, chunks, planes};
+    const int plane = blockIdx.x % planes;
+    io_t* mine = y + (i64)plane * batch * L * E;
+    scan<true>(p, mine, plane, shared);
+    for (int k = plane + planes; k < 4; k += planes) scan<false>(p, mine, k, shared);
 }

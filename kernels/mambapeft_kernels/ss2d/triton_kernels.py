@@ -381,17 +381,19 @@ def _backward(
 @triton.jit(do_not_specialize=["tokens", "E"])
 def _merge(
     parts_ptr, u_ptr, skip_ptr, proj_ptr, weight_ptr, out_ptr, tokens, E,
-    UNIT: tl.constexpr, PLANES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
-    PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, PLANES: tl.constexpr, HAS_SKIP: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = Σ_k parts_k + skip u, and with COLUMNS also + proj · weight; [tokens, E], sums in float32."""
+    """out = Σ_k parts_k, with HAS_SKIP + skip u, and with COLUMNS also + proj · weight; [tokens, E], sums in float32."""
     E = E * UNIT
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     chan = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     mask = (token < tokens)[:, None] & (chan < E)[None, :]
     at = (token * E)[:, None] + chan[None, :]
-    skip = tl.load(skip_ptr + chan, mask=chan < E, other=0.0)
-    total = tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32) * skip[None, :]
+    total = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    if HAS_SKIP:
+        skip = tl.load(skip_ptr + chan, mask=chan < E, other=0.0)
+        total = tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32) * skip[None, :]
     plane = tokens.to(tl.int64) * E
     for k in tl.static_range(PLANES):
         total += tl.load(parts_ptr + k * plane + at, mask=mask, other=0.0).to(tl.float32)
@@ -460,7 +462,7 @@ class Scans:
         segments: about how many; None: as many as fill the chip.
     """
 
-    planes = DIRECTIONS  # outputs to be added up
+    planes, adds_skip = DIRECTIONS, False  # outputs to be added up, without D · u
 
     def __init__(
         self,
@@ -569,11 +571,11 @@ def summed(out: dict[str, Tensor], need: dict[str, bool], batch: int, segments: 
     return out
 
 
-def merge(parts: Tensor, x: Tensor, skip: Tensor, proj: Tensor | None, weight: Tensor | None) -> Tensor:
-    """Σ_k parts_k + skip · x (+ proj · weight), in x's dtype and shape.
+def merge(parts: Tensor, x: Tensor, skip: Tensor | None, proj: Tensor | None, weight: Tensor | None) -> Tensor:
+    """Σ_k parts_k (+ skip · x) (+ proj · weight), in x's dtype and shape.
 
     Args:
-        parts: [planes, B, L, E]; x: [B, H, W, E] contiguous; skip: [E] float32.
+        parts: [planes, B, L, E]; x: [B, H, W, E] contiguous; skip: [E] float32 or None.
         proj: [B, L, C] and weight: [C, E], both contiguous and in x's dtype; or None.
     """
     channels = x.shape[-1]
@@ -587,8 +589,8 @@ def merge(parts: Tensor, x: Tensor, skip: Tensor, proj: Tensor | None, weight: T
         sizes = {"BLOCK_T": 32, "BLOCK_E": block_e, "BLOCK_C": 32, "num_warps": 4}
     unit = next(n for n in (8, 4, 2, 1) if channels % n == 0)
     _merge[(triton.cdiv(tokens, sizes["BLOCK_T"]), triton.cdiv(channels, sizes["BLOCK_E"]))](
-        parts, x, skip, x if proj is None else proj, x if weight is None else weight, out, tokens, channels // unit,
-        UNIT=unit, PLANES=parts.shape[0], COLUMNS=columns, PRECISION=_precision(x), **sizes,
+        parts, x, x if skip is None else skip, x if proj is None else proj, x if weight is None else weight, out, tokens, channels // unit,
+        UNIT=unit, PLANES=parts.shape[0], HAS_SKIP=skip is not None, COLUMNS=columns, PRECISION=_precision(x), **sizes,
     )  # fmt: skip
     return out
 
