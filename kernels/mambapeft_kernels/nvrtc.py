@@ -25,7 +25,7 @@ _CUBIN = "kernel.cubin"
 
 @cache
 def _kernel(files: tuple[str, ...], name: str, macros: tuple[tuple[str, int | str], ...], device: int, shared: int = 0):
-    """The kernel `name` of the concatenated `files` for the device, with up to `shared` bytes; loaded once a process."""
+    """The kernel `name` of the `files` for the device, with up to `shared` bytes; loaded once a process."""
     Device(device).set_current()
     major, minor = torch.cuda.get_device_capability(device)
     kernel = ObjectCode.from_cubin(_compiled(_source(files, macros), f"sm_{major}{minor}")).get_kernel(name)

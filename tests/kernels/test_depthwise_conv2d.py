@@ -8,7 +8,9 @@ from mambapeft_kernels import depthwise_conv_silu
 CPU = [pytest.param("cpu", id="interpreter")] if not torch.cuda.is_available() else []
 DEVICES = [*CPU, pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)]
 # The kernels in CUDA C++ take an even number of channels, and leave gradients of filters to Triton.
-BACKENDS = [pytest.param("triton", device.values[0], id=f"triton-{device.id}", marks=device.marks) for device in DEVICES]
+BACKENDS = [
+    pytest.param("triton", device.values[0], id=f"triton-{device.id}", marks=device.marks) for device in DEVICES
+]
 BACKENDS += [pytest.param("cuda", "cuda", id="cuda-gpu", marks=pytest.mark.gpu)]
 SHAPES = [(2, 3, 4, 5), (1, 1, 1, 3), (1, 7, 5, 10)]
 

@@ -1,4 +1,4 @@
-"""The depthwise convolution in CUDA C++ (conv.cu), for an even number of channels; gradients of filters stay in Triton."""
+"""The depthwise convolution in CUDA C++ (conv.cu), for an even number of channels; Triton has gradients of filters."""
 
 import torch
 from torch import Tensor

@@ -140,7 +140,9 @@ def _launch(x: Tensor, chunks: int = 1) -> tuple[tuple[int, int], tuple[int, ...
 
 
 @torch.library.custom_op(
-    "mambapeft::depthwise_conv_silu", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor"
+    "mambapeft::depthwise_conv_silu",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor",
 )
 def _op(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     x = x.contiguous()

@@ -17,10 +17,10 @@ _BACKWARD = ("common.cuh", "ss2d/scan.cuh", "ss2d/scan_backward.cu")
 _WARP, _SAMPLES = 16, 4  # channels of a warp, samples of a block
 _STEPS = 8  # of a chunk
 _WARPS = (6, 4, 8, 3, 2, 1)  # of a block, best first
-# With fewer warps than this directions get blocks of their own, and then sequences are cut.
-WANTED_WARPS = 132 * 10
+# Warps that keep an H200 busy. With fewer, directions get blocks of their own; then sequences are cut into segments.
+WANTED_WARPS = 132 * 20
 # Blocks of six warps that registers leave room for, measured with scripts/bench_ss2d.py.
-_MIN_BLOCKS = {"forward": 3, "backward": 2}
+_MIN_BLOCKS = {"forward": 4, "backward": 2}
 
 
 def takes(u: Tensor, states: int, rank: int) -> bool:
@@ -59,7 +59,8 @@ class Scans:
             self.chunks = -(-self.length // _STEPS)
         self.macros: dict[str, int | str] = {
             "IO_BF16": 1, "ALIGNED": 1, "HEIGHT": height, "WIDTH": width, "E": channels, "R": self.rank,
-            "PP": pitch(self.rank), "WARPS": self.warps, "HAS_OFFSET": int(offset is not None), "EXACT": int(batch % _SAMPLES == 0),
+            "PP": pitch(self.rank), "WARPS": self.warps, "HAS_OFFSET": int(offset is not None),
+            "EXACT": int(batch % _SAMPLES == 0),
             "OFFSET": "u32" if u.numel() * u.element_size() * self.planes < 2**32 else "unsigned long long",
         }  # fmt: skip
 

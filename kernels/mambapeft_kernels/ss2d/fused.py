@@ -33,7 +33,9 @@ _WEIGHTS = (
 
 
 @torch.library.custom_op(
-    "mambapeft::ss2d", mutates_args=(), schema=f"(Tensor u, {_WEIGHTS}, str backend, bool save) -> (Tensor, Tensor, Tensor)"
+    "mambapeft::ss2d",
+    mutates_args=(),
+    schema=f"(Tensor u, {_WEIGHTS}, str backend, bool save) -> (Tensor, Tensor, Tensor)",
 )
 def _forward(
     u: Tensor,

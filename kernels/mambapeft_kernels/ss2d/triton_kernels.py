@@ -162,8 +162,8 @@ def _entered(
 def _segment_states(
     u_ptr, dy_ptr, proj_ptr, weight_ptr, bias_ptr, a_ptr, decay_ptr, end_ptr, E, chunks,
     H: tl.constexpr, W: tl.constexpr, N: tl.constexpr, NB: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    P: tl.constexpr, UNIT: tl.constexpr, BACKWARD: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr,
+    P: tl.constexpr, UNIT: tl.constexpr, BACKWARD: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ΣΔ [B, 4, S, E] of each segment and its last state from zero [B, 4, S, N, E]; BACKWARD: its first adjoint."""
     E = E * UNIT
@@ -215,8 +215,8 @@ def _segment_states(
 def _forward(
     u_ptr, proj_ptr, weight_ptr, bias_ptr, a_ptr, first_ptr, offset_ptr, decay_ptr, end_ptr, y_ptr, ckpt_ptr,
     E, chunks, batch, H: tl.constexpr, W: tl.constexpr, N: tl.constexpr, NB: tl.constexpr, R: tl.constexpr,
-    RP: tl.constexpr, P: tl.constexpr, UNIT: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_OFFSET: tl.constexpr, SAVE: tl.constexpr,
-    SEGMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    RP: tl.constexpr, P: tl.constexpr, UNIT: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    SAVE: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """C·(h + offset) of each direction [4, B, L, E], and the state that enters each chunk [B, 4, chunks, N, E]."""
     E = E * UNIT  # a multiple of UNIT, which is all that may be known of it
@@ -384,7 +384,7 @@ def _merge(
     UNIT: tl.constexpr, PLANES: tl.constexpr, HAS_SKIP: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = Σ_k parts_k, with HAS_SKIP + skip u, and with COLUMNS also + proj · weight; [tokens, E], sums in float32."""
+    """out = Σ_k parts_k (+ skip u) (with COLUMNS + proj · weight); [tokens, E], sums in float32."""
     E = E * UNIT
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     chan = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -484,7 +484,8 @@ class Scans:
         self.offset = offset
         self.sizes = {
             "H": height, "W": width, "N": self.states, "NB": triton.next_power_of_2(self.states), "R": self.rank,
-            "RP": _padded(self.rank), "P": proj.shape[-1] // DIRECTIONS, "SEGMENTS": self.segments, "PRECISION": _precision(u), **self.tile,
+            "RP": _padded(self.rank), "P": proj.shape[-1] // DIRECTIONS, "SEGMENTS": self.segments,
+            "PRECISION": _precision(u), **self.tile,
         }  # fmt: skip
         self.units = channels // self.tile["UNIT"]
 
@@ -589,7 +590,7 @@ def merge(parts: Tensor, x: Tensor, skip: Tensor | None, proj: Tensor | None, we
         sizes = {"BLOCK_T": 32, "BLOCK_E": block_e, "BLOCK_C": 32, "num_warps": 4}
     unit = next(n for n in (8, 4, 2, 1) if channels % n == 0)
     _merge[(triton.cdiv(tokens, sizes["BLOCK_T"]), triton.cdiv(channels, sizes["BLOCK_E"]))](
-        parts, x, x if skip is None else skip, x if proj is None else proj, x if weight is None else weight, out, tokens, channels // unit,
+        parts, x, *(x if t is None else t for t in (skip, proj, weight)), out, tokens, channels // unit,
         UNIT=unit, PLANES=parts.shape[0], HAS_SKIP=skip is not None, COLUMNS=columns, PRECISION=_precision(x), **sizes,
     )  # fmt: skip
     return out
