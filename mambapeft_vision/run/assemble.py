@@ -21,6 +21,9 @@ from mambapeft_vision.utils.console import Console
 from mambapeft_vision.utils.environment import reset_peak_memory
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.malloc import keep_freed_memory
+from mambapeft_vision.utils.text import plain
+
+LONGEST_NOTE = 2_000  # characters
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ def assemble(
     apply_precision(precision)
     task = sources.task(plan)
     task.check(test_only=test_only)  # before weights are fetched: missing data is the commonest mistake
+    for note in task.notes:
+        console.say(f"data: {plain(note, LONGEST_NOTE)}")
     backbone = sources.backbone(plan)
     _check_channels(backbone)
     backend = set_kernel(backbone, kernel, place)

@@ -31,7 +31,7 @@ def dry_run_report(plan: RunPlan) -> str:
     build_logger(plan)
     backbone, weights = build_backbone_offline(plan)
     set_kernel(backbone, plan.kernel, device)
-    model = build_model(plan, backbone, dataset.num_classes)
+    model = build_model(plan, backbone, dataset.count_classes())
     return "\n".join(
         [
             f"dry run: {plan.method_names} on {plan.task}, seed {plan.seed}",

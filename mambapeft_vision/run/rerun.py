@@ -145,6 +145,8 @@ def _paths(record: RunRecord, overrides: set[str], current: Mapping[str, Any]) -
 def _lays_out(record: RunRecord) -> bool:
     """Whether the task's folder is written to; it is then below the command's own paths.data."""
     dataset, data = record.config["dataset"], _data_of(record)
+    if dataset.get("path") is not None:  # the splits of own images are recorded below the command's own paths.data
+        return True
     if dataset.get("_target_") == READS_ONLY:
         return False
     folder = os.path.normpath(str(dataset.get("folder")))
