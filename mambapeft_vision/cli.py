@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": "fine-tune a backbone on a task, or on many (-m); takes what train.py takes",
     "evaluate": "test the adapter of a finished run again, merged",
+    "predict": "the classes of new images, by the model of a finished run",
     "rerun": "a recorded run again, from its result.json",
     "sweep": "many runs on all GPUs: tasks x methods x seeds",
     "search": "search for a hybrid of methods",

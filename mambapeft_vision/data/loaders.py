@@ -1,4 +1,4 @@
-"""Batches of (images uint8 [b, 3, H, W], labels int64 [b]), ordered by seed and epoch alone."""
+"""Batches of (images uint8 [b, C, H, W], labels int64 [b] or float32 [b, classes]), ordered by seed and epoch alone."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -100,7 +100,7 @@ class DecodingLoader:
 
 
 class _DecodedBatches(Dataset[Any]):
-    """Item k is batch k: numpy (uint8 [b, 3, H, W], int64 [b]).
+    """Item k is batch k: numpy (uint8 [b, C, H, W], int64 [b]).
 
     An image that cannot be decoded gives its UserError as the item: an exception raised in a worker would
     reach the user wrapped in the worker's traceback.
@@ -115,12 +115,14 @@ class _DecodedBatches(Dataset[Any]):
         return -(-len(self._listing) // self._batch_size)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray] | UserError:
-        entries = self._listing.entries[index * self._batch_size : (index + 1) * self._batch_size]
+        first = index * self._batch_size
+        entries = self._listing.entries[first : first + self._batch_size]
         try:
             images = [decode_entry(self._listing, entry, self._preprocessing) for entry in entries]
         except UserError as error:
             return error
-        return np.stack(images), np.array([entry.label for entry in entries], dtype=np.int64)
+        labels = self._listing.chosen(range(first, first + len(entries))).labels()
+        return np.stack(images), labels.numpy()
 
 
 def _unchanged(item: Any) -> Any:

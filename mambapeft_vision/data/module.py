@@ -298,6 +298,11 @@ class TaskDataModule(LightningDataModule):
             raise UserError(f"The images of {self.name} are not loaded: call load(preprocessing) first.")
         return self._train_set
 
+    @property
+    def test_names(self) -> list[str]:
+        """Paths of the test images relative to the task's folder, in list order."""
+        return [entry.path for entry in self._listings[self.test_split].entries]
+
     @train_set.setter
     def train_set(self, images: ImageSet) -> None:
         self._train_set = images
