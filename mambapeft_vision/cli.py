@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "fine-tune a backbone on a task, or on many (-m); takes what train.py takes",
     "evaluate": "test the adapter of a finished run again, merged",
     "predict": "the classes of new images, by the model of a finished run",
+    "explain": "a picture of what in an image a prediction rests on",
     "rerun": "a recorded run again, from its result.json",
     "sweep": "many runs on all GPUs: tasks x methods x seeds",
     "search": "search for a hybrid of methods",

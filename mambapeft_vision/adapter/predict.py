@@ -49,7 +49,7 @@ def predict(model: AdaptedModel, images: Images, *, top: int = 5, batch_size: in
     preprocessing = Preprocessing.from_timm(model.backbone.default_cfg)
     found: list[Prediction] = []
     for batch in batched(enumerate(_each(images)), batch_size):
-        pixels = torch.stack([torch.from_numpy(_prepared(image, number, preprocessing)) for number, image in batch])
+        pixels = torch.from_numpy(np.stack([_prepared(image, number, preprocessing) for number, image in batch]))
         names = [str(image) if isinstance(image, (str, os.PathLike)) else str(number) for number, image in batch]
         found += predictions(model, names, probabilities(model, pixels, preprocessing), top)
     return found

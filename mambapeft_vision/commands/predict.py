@@ -22,7 +22,7 @@ whatever their size. Those that cannot be read are said and skipped; the exit co
 
 
 def main(arguments: Sequence[str]) -> int | None:
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     run, images = run_and_images(options.words)
     out = None if options.out is None else options.out.expanduser()
     if options.top < 1 or (options.batch_size is not None and options.batch_size < 1):

@@ -183,10 +183,10 @@ def _parse_line(raw: bytes, number: int, num_classes: int, several: bool) -> Ent
         or "\0" in path
     ):
         path = _checked_path(path)
-    labels = [_checked_label(text, num_classes) for text in digits.split(",") if text != "-"]
+    found = [_checked_label(label, num_classes) for label in digits.split(",") if label != "-"]
     if several:
-        return Entry(path, labels[0] if labels else -1, number, tuple(sorted(set(labels))))
-    return Entry(path, labels[0], number)
+        return Entry(path, found[0] if found else -1, number, tuple(sorted(set(found))))
+    return Entry(path, found[0], number)
 
 
 def _checked_label(digits: str, num_classes: int) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mambapeft_vision.data.augment import Augment, draws_of
 from mambapeft_vision.data.image_list import ImageList
 from mambapeft_vision.data.images import ImageSet, decode_entry
 from mambapeft_vision.data.preprocessing import Preprocessing
@@ -42,20 +43,27 @@ class TrainLoader:
         current_epoch: Callable[[], int],
         rank: int = 0,
         ranks: int = 1,
+        augment: Augment | None = None,
     ) -> None:
         self._set = images
         self._batch_size = batch_size
         self._seed = seed
         self._current_epoch = current_epoch
         self._rank, self._ranks = rank, ranks
+        self._augment = augment
 
     def __len__(self) -> int:
         return -(-len(self._set) // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        order = epoch_order(len(self._set), self._seed, self._current_epoch()).to(self._set.labels.device)
-        for chunk in order.split(self._batch_size):
-            yield self._set.batch(chunk.tensor_split(self._ranks)[self._rank])
+        epoch = self._current_epoch()
+        order = epoch_order(len(self._set), self._seed, epoch).to(self._set.labels.device)
+        for number, chunk in enumerate(order.split(self._batch_size)):
+            images, labels = self._set.batch(chunk.tensor_split(self._ranks)[self._rank])
+            if self._augment is not None:
+                draws = draws_of(len(chunk), self._seed, epoch, number)
+                images = self._augment(images, draws.tensor_split(self._ranks)[self._rank])
+            yield images, labels
 
 
 class MemoryLoader:

@@ -10,6 +10,7 @@ from pathlib import Path
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from mambapeft_vision.data.augment import Augment, draws_of
 from mambapeft_vision.data.cache import cached_list, is_cacheable
 from mambapeft_vision.data.image_list import MOST_CLASSES, ImageList, missing_images, read_list
 from mambapeft_vision.data.images import ImageSet
@@ -25,6 +26,7 @@ from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.names import user_path
 from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.utils.progress import ProgressCallback
+from mambapeft_vision.utils.typed import check_arguments
 
 # Without a cache, test sets up to this size are decoded once and kept (4,096 images of 224x224 are 617 MB).
 KEEP_IN_MEMORY = 4096
@@ -49,6 +51,7 @@ class TaskDataModule(LightningDataModule):
         split_seed: decides which images these are, and which `shots` are.
         shots: training images of each class, drawn from the training split; None takes all.
         multi_label: whether an image may have any number of labels.
+        augment: random changes of training images by name (data/augment.py); None: none.
         records: folder in which the splits of own images are recorded.
         group: natural, specialized, structured, demo or custom.
         num_test: images expected in `test.txt`; None for any number.
@@ -82,6 +85,7 @@ class TaskDataModule(LightningDataModule):
         split_seed: int = 0,
         shots: int | None = None,
         multi_label: bool = False,
+        augment: dict[str, float] | None = None,
         records: str | Path = "data/own",
     ) -> None:
         super().__init__()
@@ -119,6 +123,9 @@ class TaskDataModule(LightningDataModule):
             _require_at_least("num_workers", num_workers, 0)
         self.name = name
         self.multi_label = multi_label
+        if augment is not None:
+            check_arguments(Augment, augment, "dataset.augment")
+        self.augment = None if augment is None else Augment(**augment)
         self.shots, self.split_seed = shots, split_seed
         self.own: OwnImages | None = None
         if path is not None and not (user_path(path) / f"{test_split}.txt").is_file():
@@ -131,7 +138,7 @@ class TaskDataModule(LightningDataModule):
                 val_share,
                 split_seed,
             )
-        self.folder = user_path(folder if path is None else path)
+        self.folder = user_path(path if folder is None else folder)  # type: ignore[arg-type] # one of the two is given
         if self.own is not None:
             self.folder = self.own.folder_below(user_path(records))
         self._num_classes = num_classes
@@ -298,14 +305,14 @@ class TaskDataModule(LightningDataModule):
             raise UserError(f"The images of {self.name} are not loaded: call load(preprocessing) first.")
         return self._train_set
 
+    @train_set.setter
+    def train_set(self, images: ImageSet) -> None:
+        self._train_set = images
+
     @property
     def test_names(self) -> list[str]:
         """Paths of the test images relative to the task's folder, in list order."""
         return [entry.path for entry in self._listings[self.test_split].entries]
-
-    @train_set.setter
-    def train_set(self, images: ImageSet) -> None:
-        self._train_set = images
 
     @property
     def steps_per_epoch(self) -> int:
@@ -344,7 +351,10 @@ class TaskDataModule(LightningDataModule):
     def train_batch(self, epoch: int, number: int) -> tuple[Tensor, Tensor]:
         """The batch with that number (from 0) in `epoch`: images uint8 [b, 3, H, W], labels int64 [b]."""
         first = number * self.batch_size
-        return self.train_set.batch(self.epoch_order(epoch)[first : first + self.batch_size])
+        images, labels = self.train_set.batch(self.epoch_order(epoch)[first : first + self.batch_size])
+        if self.augment is not None:
+            images = self.augment(images, draws_of(len(labels), self.seed, epoch, number))
+        return images, labels
 
     def images_in_batch(self, number: int) -> int:
         """How many images the training batch with that number has; the last one of an epoch has what is left."""
@@ -353,7 +363,7 @@ class TaskDataModule(LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         """Shuffled batches; each pass is the epoch that the trainer is in."""
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return TrainLoader(self.train_set, self.batch_size, self.seed, self._current_epoch, rank, ranks)
+        return TrainLoader(self.train_set, self.batch_size, self.seed, self._current_epoch, rank, ranks, self.augment)
 
     def prefetch_test(self) -> None:
         """Has the test split decoded into the cache by another process meanwhile, where there is a cache."""

@@ -384,7 +384,7 @@ def confusion_matrix(run: Path, title: str, classes: int | None = None) -> Figur
         classes: number of classes; default: the largest label or prediction and one.
     """
     predicted, labels = read_labels(run)
-    names = read_class_names(run)
+    class_names = read_class_names(run)
     count = max(classes or 0, int(max(predicted.max(), labels.max())) + 1)
     shown = np.arange(count)
     if count > MOST_CLASSES:
@@ -411,8 +411,8 @@ def confusion_matrix(run: Path, title: str, classes: int | None = None) -> Figur
         axis.set_major_locator(MaxNLocator(integer=True, nbins=20, steps=[1, 2, 5, 10]))
         if count > MOST_CLASSES:
             axis.set_major_formatter(lambda place, _: str(shown[int(place)]) if 0 <= place < len(shown) else "")
-    if names is not None and len(names) == count and len(shown) <= MOST_NAMED_CLASSES:
-        words = [figure_text(names[k] if len(names[k]) <= 20 else f"{names[k][:19]}…") for k in shown]
+    if class_names is not None and len(class_names) == count and len(shown) <= MOST_NAMED_CLASSES:
+        words = [figure_text(name if len(name) <= 20 else f"{name[:19]}…") for name in (class_names[k] for k in shown)]
         axes.set_xticks(range(len(shown)), words, rotation=60, ha="right")
         axes.set_yticks(range(len(shown)), words)
     if len(shown) <= MOST_NUMBERED_CLASSES:

@@ -13,10 +13,12 @@ from helpers.own_images import draw, tree
 from PIL import Image
 
 from mambapeft_vision.adapter.load import load_adapter
+from mambapeft_vision.commands import explain as explain_command
 from mambapeft_vision.commands import predict as command
 from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.run import predict
 from mambapeft_vision.run.evaluate import evaluate
+from mambapeft_vision.run.explain import explain
 from mambapeft_vision.run.trained import TrainedModel, open_trained
 from mambapeft_vision.utils.errors import UserError
 
@@ -200,6 +202,41 @@ def test_class_names_survive_loading_and_saving(folder, tmp_path):
     config.write_text(json.dumps({**content, "class_names": ["one"]}))
     with pytest.raises(UserError, match="class_names"):
         load_adapter(tmp_path / "copy", "random")
+
+
+# Explanations
+
+
+def test_what_is_covered_matters_where_the_class_is(trained, folder, at, tmp_path, capsys):
+    """The class is the brightest quarter of an image: the first class's is the upper left."""
+    falls = np.zeros((2, 2))
+    for number in range(6):
+        image = at / "photos" / "a cat" / f"{number:02}.png"
+        falls += explain(trained, image, grid=2, class_name="a cat").importance
+    assert falls.argmax() == 0
+    words = [f"run={folder}", f"image={image}", "--grid=4", "--device=cpu", "--out", str(tmp_path / "why.png")]
+    explain_command.main(words)
+    with Image.open(tmp_path / "why.png") as picture:
+        assert picture.width > picture.height > 300
+    assert "is drawn in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["image={image}", "--class=cow"], "no class of the model; .*dog"),
+        (["image={image}", "--grid=99"], "1 to 32"),
+        (["image=nowhere.png"], "does not exist"),
+        (["image={run}/result.json"], "cannot be used"),
+        ([], "image=FILE"),
+    ],
+)
+def test_mistakes_in_asking_for_an_explanation_are_said(more, said, folder, at):
+    image = at / "photos" / "dog" / "00.png"
+    with pytest.raises(UserError, match=said):
+        explain_command.main(
+            [f"run={folder}", "--device=cpu", *(word.format(image=image, run=folder) for word in more)]
+        )
 
 
 # Other kinds of image

@@ -165,10 +165,10 @@ def read_index(folder: Path) -> list[IndexedFile] | None:
     try:
         text = read_bytes(folder / INDEX_FILE, max_bytes=_MAX_INDEX_BYTES).decode()
         rows = list(csv.reader(io.StringIO(text, newline="")))
-        return [IndexedFile(*words, int(size), int(changed), sha) for *words, size, changed, sha in rows[1:]]
+        return [IndexedFile(*row[:4], int(row[4]), int(row[5]), row[6]) for row in rows[1:]]
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, TypeError, csv.Error) as error:
+    except (ValueError, IndexError, csv.Error) as error:
         raise UserError(f"{folder / INDEX_FILE} is damaged ({error}). Delete {folder}; it is made again.") from None
 
 
