@@ -26,7 +26,7 @@ COMMANDS = {
     "search": "search for a hybrid of methods",
     "tune": "tune the settings of one method",
     "pretrain": "pretrain a backbone on labelled images",
-    "prepare": "fetch, lay out and check data: vtab1k, mini",
+    "prepare": "fetch, lay out and check data: vtab1k, mini, fgvc, few-shot",
     "tables": "tables of finished runs beside the published numbers",
     "report": "every table and picture of finished runs in one folder",
     "reproduce": "the whole table of MambaPEFT: sweep, collect, report",
