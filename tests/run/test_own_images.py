@@ -17,8 +17,12 @@ from mambapeft_vision.commands import explain as explain_command
 from mambapeft_vision.commands import predict as command
 from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.run import predict
+from mambapeft_vision.run.compose import compose
 from mambapeft_vision.run.evaluate import evaluate
 from mambapeft_vision.run.explain import explain
+from mambapeft_vision.run.inputs import Fingerprints, Inputs, changed
+from mambapeft_vision.run.rerun import ROOT_CONFIG, store_root_config
+from mambapeft_vision.run.run_config import make_plan
 from mambapeft_vision.run.trained import TrainedModel, open_trained
 from mambapeft_vision.utils.errors import UserError
 
@@ -68,9 +72,20 @@ def test_a_folder_of_images_is_learned(record, folder):
     assert (folder / "confusion.png").is_file() and (folder / "predictions.png").is_file()
 
 
-def test_the_same_command_is_finished_before_and_a_changed_folder_is_not(at, record, folder, capsys):
+def test_the_same_command_is_finished_before_and_another_image_is_noticed(at, record, capsys):
     command = overrides(at / "photos", at, "trainer.max_epochs=30", "trainer.picture=true")
     assert runs.run(command) == record and "finished before" in capsys.readouterr().out
+    plan = make_plan(runs.compose_train(command))
+    assert not changed(Fingerprints.of_record(record), Inputs().of(plan))
+    more = draw(at / "photos" / "dog" / "more.png", 1, 500)
+    assert changed(Fingerprints.of_record(record), Inputs().of(plan)) == "images"
+    more.unlink()
+
+
+def test_a_record_of_others_records_splits_below_ones_own_data_alone(at, record, folder):
+    store_root_config(folder, [], runs.CONFIGS)
+    cfg = compose(ROOT_CONFIG, [f"paths.outputs={at / 'again'}"])
+    assert cfg.dataset.path == str(at / "photos") and cfg.paths.data == "data"
 
 
 def test_names_of_classes_and_images_are_in_all_that_a_run_leaves(folder):

@@ -88,8 +88,11 @@ class LibraryDataModule(TaskDataModule):
         super().lay_out()
 
     def count_classes(self) -> int:
-        if not self.exported.exists():
-            self.lay_out()
+        if self._num_classes is None and not self.exported.exists():
+            raise UserError(
+                f"the classes of {plain(self._source)} are not known before its images are there; expected "
+                f"dataset.num_classes=N, or a run without dry_run"
+            )
         return super().count_classes()
 
     def _items(self) -> Iterator[Item]:

@@ -33,8 +33,10 @@ def test_a_data_set_of_hugging_face_on_this_disk_is_a_task(tmp_path):
         parts[split] = datasets.Dataset.from_dict(columns, features)
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "flowers")
     data = task(tmp_path, "hf", tmp_path / "flowers")
-    assert data.count_classes() == 2
+    with pytest.raises(UserError, match=r"dataset\.num_classes=N"):
+        data.count_classes()  # writes nothing
     data.load(PREPROCESSING)
+    assert data.count_classes() == 2
     assert data.class_names == ("lily", "rose") and counts(data) == {"train800val200": 10, "test": 4}
     exported = (data.exported / "images" / "0000" / "00000000.png").read_bytes()
     assert exported == (tmp_path / "train" / "00.png").read_bytes()  # the bytes that were given
