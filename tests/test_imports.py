@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "backbones.contract": {"kernels", "utils"},
     "backbones": {"backbones.contract", "kernels", "utils"},
     "methods": {"utils", "backbones.contract"},
-    "adapter": {"backbones", "backbones.contract", "methods", "utils"},
+    "adapter": {"backbones", "backbones.contract", "data", "methods", "utils"},
     "data": {"utils"},
     "engine": {"adapter", "backbones", "backbones.contract", "data", "kernels", "methods", "utils"},
     "results": {"adapter", "data", "utils"},

@@ -101,6 +101,7 @@ def _metadata(content: bytes) -> dict[str, Any]:
 
 def _check_adapter_config(config: Mapping[str, Any], path: Path) -> None:
     backbone, classes = config.get("backbone"), config.get("num_classes")
+    names = config.get("class_names")
     fits = {
         "backbone.name (text)": isinstance(backbone, dict) and isinstance(backbone.get("name"), str),
         "backbone.sha256 (text)": isinstance(backbone, dict) and isinstance(backbone.get("sha256"), str),
@@ -108,6 +109,9 @@ def _check_adapter_config(config: Mapping[str, Any], path: Path) -> None:
         and isinstance(backbone.get("architecture"), dict),
         "methods (an object)": isinstance(config.get("methods"), dict),
         "num_classes (a whole number >= 1)": type(classes) is int and classes >= 1,
+        "class_names (a text for each class)": names is None
+        or (isinstance(names, list) and len(names) == classes and all(isinstance(name, str) for name in names)),
+        "multi_label (true or false)": isinstance(config.get("multi_label", False), bool),
     }
     wrong = [key for key, fit in fits.items() if not fit]
     if wrong:

@@ -96,4 +96,7 @@ def _check_fit(adapter: Adapter, backbone: Backbone) -> None:
 def _loaded(adapter: Adapter, backbone: Backbone) -> AdaptedModel:
     model = AdaptedModel(backbone, build_methods(adapter), adapter.config["num_classes"])
     model.load_adapter_state(adapter.state, str(adapter.folder / ADAPTER_FILE))
+    names = adapter.config.get("class_names")
+    model.class_names = None if names is None else tuple(names)
+    model.multi_label = adapter.config.get("multi_label", False)
     return model.eval()

@@ -8,7 +8,7 @@ import hashlib
 import re
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from mambapeft_vision.methods.method import Method
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.state_dict_checks import check_state
 
+if TYPE_CHECKING:
+    from mambapeft_vision.adapter.predict import Images, Prediction
+
 
 class AdaptedModel(nn.Module):
     """A frozen backbone with methods attached and a fresh zero head for the task.
@@ -29,7 +32,13 @@ class AdaptedModel(nn.Module):
         methods: by name; names are the keys of `method:` in the config. Their order does not matter.
         num_classes: of the task.
         seed: of the methods' initial tensors; each method's draw depends on the seed and its name alone.
+
+    Whoever trains it sets `class_names` (by label, where there are some) and `multi_label` (an image has any number of
+    labels); both are saved with the adapter.
     """
+
+    class_names: tuple[str, ...] | None = None
+    multi_label: bool = False
 
     def __init__(self, backbone: Backbone, methods: Mapping[str, Method], num_classes: int, seed: int = 0) -> None:
         super().__init__()
@@ -70,8 +79,26 @@ class AdaptedModel(nn.Module):
                     )
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] normalised images → [B, num_classes] logits."""
+        """[B, C, H, W] normalised images → [B, num_classes] logits. For files and plain images see `predict`."""
         return self.backbone(images)
+
+    def predict(self, images: "Images", *, top: int = 5, batch_size: int = 64) -> "list[Prediction]":
+        """The classes of images, which are read and prepared as in training.
+
+        Args:
+            images: one or many: files, Pillow's images, or uint8 arrays [H, W], [H, W, C] (see adapter/predict.py).
+            top: how many classes each prediction names.
+            batch_size: images in a pass.
+        Raises: UserError for an image that cannot be read, or is no image.
+
+        Example:
+            >>> model = load_adapter("outputs/…")  # doctest: +SKIP
+            >>> model.predict("cat.jpg")[0].class_name  # doctest: +SKIP
+            'cat'
+        """
+        from mambapeft_vision.adapter.predict import predict  # which knows models
+
+        return predict(self, images, top=top, batch_size=batch_size)
 
     # -- ownership ------------------------------------------------------------------------------------------
 
@@ -171,6 +198,7 @@ class AdaptedModel(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """What is needed to build this model again: backbone, methods, classes."""
+        names = {} if self.class_names is None else {"class_names": list(self.class_names)}
         return {
             "format_version": FORMAT_VERSION,
             "backbone": {
@@ -180,6 +208,8 @@ class AdaptedModel(nn.Module):
             },
             "methods": {name: m.config() for name, m in self.methods.items()},
             "num_classes": self.backbone.num_classes,
+            **names,
+            **({"multi_label": True} if self.multi_label else {}),
         }
 
     # -- merge ------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Decoded images on disk: a task's images are decoded and resized once for each preprocessing, by the first run.
 
-A cached split is one file, uint8 [n, 3, H, W] in NumPy's format, that runs map into memory. Its name is a hash over the
+A cached split is one file, uint8 [n, C, H, W] in NumPy's format, that runs map into memory. Its name is a hash over the
 content of the images, in list order, and all that decides what becomes of them; so a changed image is another file, and
 a file never changes. It is written under another name and renamed when whole; a second process that wants it waits.
 
@@ -70,7 +70,7 @@ def cached_list(
     if folder is None or not is_cacheable(listing, preprocessing):
         return decode_list(listing, preprocessing, progress=progress)
     file = folder / f"{_key(listing, preprocessing)}{SUFFIX}"
-    shape = (len(listing), 3, *preprocessing.size)
+    shape = (len(listing), preprocessing.channels, *preprocessing.size)
     images = _open(file, shape)
     if images is None:
         obstacle = _obstacle(folder, _size(listing, preprocessing))
@@ -178,11 +178,13 @@ def entries(folder: Path) -> list[tuple[Path, int, float]]:
 def _size(listing: ImageList, preprocessing: Preprocessing) -> int:
     """Bytes of the decoded images."""
     height, width = preprocessing.size
-    return len(listing) * 3 * height * width
+    return len(listing) * preprocessing.channels * height * width
 
 
 def _key(listing: ImageList, preprocessing: Preprocessing) -> str:
     decided_by = [_FORMAT, PIL.__version__, list(preprocessing.size), preprocessing.interpolation]
+    if preprocessing.channels != 3:
+        decided_by.append(preprocessing.channels)
     return hashlib.sha256(json.dumps(decided_by).encode() + images_digest(listing)).hexdigest()[:40]
 
 

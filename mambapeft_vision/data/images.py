@@ -18,8 +18,8 @@ class ImageSet:
     """Images with their labels.
 
     Args:
-        images: uint8 [n, 3, H, W].
-        labels: int64 [n].
+        images: uint8 [n, C, H, W].
+        labels: int64 [n], or float32 [n, classes] of 0 and 1 where images have several.
         names: n paths relative to the task's folder.
     """
 
@@ -40,7 +40,7 @@ class ImageSet:
 
 
 def decode_entry(listing: ImageList, entry: Entry, preprocessing: Preprocessing) -> np.ndarray:
-    """One image of a list → uint8 [3, H, W]. Raises UserError that names image, list file and line."""
+    """One image of a list → uint8 [C, H, W]. Raises UserError that names image, list file and line."""
     try:
         return decode_image(listing.path(entry), preprocessing)
     except FileNotFoundError as error:
@@ -68,7 +68,7 @@ def decode_list(
         UserError: for the first image, in list order, that is missing or damaged.
     """
     height, width = preprocessing.size
-    images = np.empty((len(listing), 3, height, width), dtype=np.uint8)
+    images = np.empty((len(listing), preprocessing.channels, height, width), dtype=np.uint8)
     decode_into(images, listing, preprocessing, workers=workers, progress=progress)
     names = [entry.path for entry in listing.entries]
     return ImageSet(torch.from_numpy(images), listing.labels(), names)
@@ -82,7 +82,7 @@ def decode_into(
     workers: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> None:
-    """Fills `images`, uint8 [n, 3, H, W], as `decode_list` does."""
+    """Fills `images`, uint8 [n, C, H, W], as `decode_list` does."""
     meter = ProgressMeter(len(listing), progress)
 
     def decode(index: int) -> None:

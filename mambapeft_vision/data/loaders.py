@@ -1,4 +1,4 @@
-"""Batches of (images uint8 [b, 3, H, W], labels int64 [b]), ordered by seed and epoch alone."""
+"""Batches of (images uint8 [b, C, H, W], labels int64 [b] or float32 [b, classes]), ordered by seed and epoch alone."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mambapeft_vision.data.augment import Augment, draws_of
 from mambapeft_vision.data.image_list import ImageList
 from mambapeft_vision.data.images import ImageSet, decode_entry
 from mambapeft_vision.data.preprocessing import Preprocessing
@@ -42,20 +43,27 @@ class TrainLoader:
         current_epoch: Callable[[], int],
         rank: int = 0,
         ranks: int = 1,
+        augment: Augment | None = None,
     ) -> None:
         self._set = images
         self._batch_size = batch_size
         self._seed = seed
         self._current_epoch = current_epoch
         self._rank, self._ranks = rank, ranks
+        self._augment = augment
 
     def __len__(self) -> int:
         return -(-len(self._set) // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        order = epoch_order(len(self._set), self._seed, self._current_epoch()).to(self._set.labels.device)
-        for chunk in order.split(self._batch_size):
-            yield self._set.batch(chunk.tensor_split(self._ranks)[self._rank])
+        epoch = self._current_epoch()
+        order = epoch_order(len(self._set), self._seed, epoch).to(self._set.labels.device)
+        for number, chunk in enumerate(order.split(self._batch_size)):
+            images, labels = self._set.batch(chunk.tensor_split(self._ranks)[self._rank])
+            if self._augment is not None:
+                draws = draws_of(len(chunk), self._seed, epoch, number)
+                images = self._augment(images, draws.tensor_split(self._ranks)[self._rank])
+            yield images, labels
 
 
 class MemoryLoader:
@@ -100,7 +108,7 @@ class DecodingLoader:
 
 
 class _DecodedBatches(Dataset[Any]):
-    """Item k is batch k: numpy (uint8 [b, 3, H, W], int64 [b]).
+    """Item k is batch k: numpy (uint8 [b, C, H, W], int64 [b]).
 
     An image that cannot be decoded gives its UserError as the item: an exception raised in a worker would
     reach the user wrapped in the worker's traceback.
@@ -115,12 +123,14 @@ class _DecodedBatches(Dataset[Any]):
         return -(-len(self._listing) // self._batch_size)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray] | UserError:
-        entries = self._listing.entries[index * self._batch_size : (index + 1) * self._batch_size]
+        first = index * self._batch_size
+        entries = self._listing.entries[first : first + self._batch_size]
         try:
             images = [decode_entry(self._listing, entry, self._preprocessing) for entry in entries]
         except UserError as error:
             return error
-        return np.stack(images), np.array([entry.label for entry in entries], dtype=np.int64)
+        labels = self._listing.chosen(range(first, first + len(entries))).labels()
+        return np.stack(images), labels.numpy()
 
 
 def _unchanged(item: Any) -> Any:

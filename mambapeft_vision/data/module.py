@@ -2,16 +2,23 @@
 
 import functools
 import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from mambapeft_vision.data.augment import Augment, draws_of
 from mambapeft_vision.data.cache import cached_list, is_cacheable
-from mambapeft_vision.data.image_list import ImageList, missing_images, read_list
+from mambapeft_vision.data.image_list import MOST_CLASSES, ImageList, missing_images, read_list
 from mambapeft_vision.data.images import ImageSet
 from mambapeft_vision.data.loaders import DecodingLoader, MemoryLoader, TrainLoader, epoch_order
 from mambapeft_vision.data.manifest import manifest_hash
+from mambapeft_vision.data.own.draw import draw_shots
+from mambapeft_vision.data.own.layout import OwnImages, is_recorded, lay_out, read_classes, read_notes
+from mambapeft_vision.data.own.table import Columns
 from mambapeft_vision.data.prefetch import Prefetch
 from mambapeft_vision.data.preprocessing import Preprocessing
 from mambapeft_vision.data.tasks import GROUPS, SPLITS, find_task, prepare_command
@@ -19,6 +26,7 @@ from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.names import user_path
 from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.utils.progress import ProgressCallback
+from mambapeft_vision.utils.typed import check_arguments
 
 # Without a cache, test sets up to this size are decoded once and kept (4,096 images of 224x224 are 617 MB).
 KEEP_IN_MEMORY = 4096
@@ -34,7 +42,17 @@ class TaskDataModule(LightningDataModule):
 
     Args:
         name: such as `vtab/cifar`; for a name of the tables in `tasks.py`, `load` checks the image counts too.
-        folder: the task's folder, with `images/` and the list files.
+        folder: the task's folder, with `images/` and the list files; None where `path` is given.
+        num_classes: labels run from 0 to num_classes - 1; None, with `path`, counts them.
+        path: own images: a tree of class folders, a table of paths and labels, or a task's folder (data/own/).
+        root: folder that the paths of a table are relative to; None: the table's folder.
+        columns: names of the table's columns, by `path`, `label` and `split`, where they are not the usual ones.
+        test_share, val_share: of each class's images, where they are not split yet.
+        split_seed: decides which images these are, and which `shots` are.
+        shots: training images of each class, drawn from the training split; None takes all.
+        multi_label: whether an image may have any number of labels.
+        augment: random changes of training images by name (data/augment.py); None: none.
+        records: folder in which the splits of own images are recorded.
         group: natural, specialized, structured, demo or custom.
         num_test: images expected in `test.txt`; None for any number.
         num_workers: processes that decode a test split of over 4,096 images, at most one a CPU; None takes at most 8.
@@ -48,9 +66,9 @@ class TaskDataModule(LightningDataModule):
         self,
         *,
         name: str,
-        folder: str | Path,
-        num_classes: int,
-        group: str,
+        folder: str | Path | None = None,
+        num_classes: int | None = None,
+        group: str = "custom",
         num_test: int | None = None,
         train_split: str = "train800val200",
         test_split: str = "test",
@@ -59,11 +77,40 @@ class TaskDataModule(LightningDataModule):
         num_workers: int | None = None,
         seed: int = 0,
         cache: str | Path | None = None,
+        path: str | Path | None = None,
+        root: str | Path | None = None,
+        columns: dict[str, str] | None = None,
+        test_share: float = 0.2,
+        val_share: float = 0.2,
+        split_seed: int = 0,
+        shots: int | None = None,
+        multi_label: bool = False,
+        augment: dict[str, float] | None = None,
+        records: str | Path = "data/own",
     ) -> None:
         super().__init__()
         if group not in GROUPS:
             raise UserError(f"dataset.group={group!r}: expected one of {', '.join(GROUPS)}.")
-        _require_at_least("num_classes", num_classes, 2)
+        if (folder is None) == (path is None):
+            raise UserError(
+                f"dataset.folder={folder}, dataset.path={path}: expected dataset.path=DIR, with a folder of images for "
+                f"each class (or a table of paths and labels), or else dataset.folder=DIR of a task with list files."
+            )
+        if num_classes is None and path is None:
+            raise UserError("dataset.num_classes=null: expected the number of classes; labels run from 0 to it less 1.")
+        if num_classes is not None:
+            _require_at_least("num_classes", num_classes, 2)
+        if shots is not None:
+            _require_at_least("shots", shots, 1)
+        _require_at_least("split_seed", split_seed, 0)
+        if not (0 < test_share < 1 and 0 <= val_share < 1 and test_share + val_share < 1):
+            raise UserError(
+                f"dataset.test_share={test_share}, dataset.val_share={val_share}: expected shares of the images, the "
+                f"first above 0, which leave some to train."
+            )
+        unknown = set(columns or {}) - {"path", "label", "split"}
+        if unknown:
+            raise UserError(f"dataset.columns: {', '.join(sorted(unknown))}; expected names for path, label and split.")
         task = find_task(name)
         if task is not None and num_classes != task.num_classes:
             raise UserError(f"dataset.num_classes={num_classes}: expected {task.num_classes}, which {name} has.")
@@ -75,8 +122,28 @@ class TaskDataModule(LightningDataModule):
         if num_workers is not None:
             _require_at_least("num_workers", num_workers, 0)
         self.name = name
-        self.folder = user_path(folder)
-        self.num_classes = num_classes
+        self.multi_label = multi_label
+        if augment is not None:
+            check_arguments(Augment, augment, "dataset.augment")
+        self.augment = None if augment is None else Augment(**augment)
+        self.shots, self.split_seed = shots, split_seed
+        self.own: OwnImages | None = None
+        if path is not None and not (user_path(path) / f"{test_split}.txt").is_file():
+            self.own = OwnImages(
+                user_path(path),
+                None if root is None else user_path(root),
+                Columns(**(columns or {})),
+                multi_label,
+                test_share,
+                val_share,
+                split_seed,
+            )
+        self.folder = user_path(path if folder is None else folder)  # type: ignore[arg-type] # one of the two is given
+        if self.own is not None:
+            self.folder = self.own.folder_below(user_path(records))
+        self._num_classes = num_classes
+        self.class_names: tuple[str, ...] | None = None
+        self.notes: list[str] = []
         self.group = group
         self.num_test = num_test
         self.train_split = train_split
@@ -96,8 +163,24 @@ class TaskDataModule(LightningDataModule):
 
     # Loading
 
+    @property
+    def num_classes(self) -> int:
+        """Where it was not given, known once the lists are read (`check`)."""
+        if self._num_classes is None:
+            raise UserError(f"The classes of {self.name} are not counted: call check() first.")
+        return self._num_classes
+
+    def count_classes(self) -> int:
+        """The number of classes, without writing anything. Raises UserError."""
+        if self._num_classes is None and self.own is not None:
+            return len(self.own.read().class_names)
+        self._find_classes((self.train_split, self.test_split))
+        return self.num_classes
+
     def lay_out(self) -> None:
         """Makes the task's folder, for tasks that bring their own images; nothing for the others."""
+        if self.own is not None:
+            lay_out(self.own, self.folder)
 
     def check(self, *, test_only: bool = False) -> None:
         """Reads both splits' lists and looks for their images; quick, so that it can come before all else.
@@ -112,7 +195,11 @@ class TaskDataModule(LightningDataModule):
         if not test_only:
             self.lay_out()
         splits = (self.test_split,) if test_only else (self.train_split, self.test_split)
+        self._find_classes((self.train_split, self.test_split))
+        self.notes = read_notes(self.folder) if self.own is not None else []
         self._listings = {split: self._checked_list(split) for split in splits}
+        if self.shots is not None and not test_only:
+            self._listings[self.train_split] = self._few(self._listings[self.train_split], self.shots)
 
     def load_test(self, preprocessing: Preprocessing, progress: ProgressCallback | None = None) -> None:
         """Checks the test split alone and prepares `test_dataloader`. Raises UserError."""
@@ -142,10 +229,55 @@ class TaskDataModule(LightningDataModule):
         if self.name.startswith("vtab/"):
             command = f"`{prepare_command(self.folder.parent)}` (data/README.md has the download by hand)"
             return f"Delete {self.folder} and run {command}." if self.folder.exists() else f"Run {command}."
+        if self.own is not None:
+            return f"Correct the images in {self.own.path}, or start again: a record of them is made anew."
         return "Lay the task out as data/README.md shows, and point dataset.folder at it."
 
+    def _find_classes(self, splits: Sequence[str]) -> None:
+        """Counts the classes where their number was not given, and reads their names where there are some."""
+        names = read_classes(self.folder)
+        if self._num_classes is None and names is not None:
+            self._num_classes = len(names)
+        elif self._num_classes is None:
+            self._num_classes = self._largest_label(splits) + 1
+        if names is not None and len(names) != self._num_classes:
+            raise UserError(
+                f"{self.folder} names {len(names)} classes in classes.txt: expected {self._num_classes}, one a line."
+            )
+        self.class_names = names
+
+    def _largest_label(self, splits: Sequence[str]) -> int:
+        largest = 1
+        for split in splits:
+            listing = self._read_list(split, MOST_CLASSES)
+            largest = max(largest, *(max(entry.labels, default=entry.label) for entry in listing.entries))
+        return largest
+
+    def _read_list(self, split: str, num_classes: int) -> ImageList:
+        file = self.folder / f"{split}.txt"
+        listing = read_list(file, num_classes, remedy=self.remedy(), several=self.multi_label)
+        link = self.folder / "images"
+        return replace(listing, images=link.readlink()) if self.own is not None and link.is_symlink() else listing
+
+    def _few(self, listing: ImageList, shots: int) -> ImageList:
+        """Training images such that each class has `shots` of them; says where a class has fewer."""
+        labels = [entry.labels if self.multi_label else (entry.label,) for entry in listing.entries]
+        few = listing.chosen(draw_shots(labels, shots, self.split_seed))
+        counts = Counter(label for of_image in labels for label in of_image)
+        short = [self.class_name(label) for label, count in sorted(counts.items()) if count < shots]
+        what = f"; fewer of {', '.join(short[:5])}{' …' if len(short) > 5 else ''}" if short else ""
+        self.notes.append(
+            f"{len(few):,} of {len(listing):,} training images: {shots} of each class, drawn with seed "
+            f"{self.split_seed}{what}."
+        )
+        return few
+
+    def class_name(self, label: int) -> str:
+        """The name of a class, or its number where the task has no names."""
+        return str(label) if self.class_names is None else self.class_names[label]
+
     def _checked_list(self, split: str) -> ImageList:
-        listing = read_list(self.folder / f"{split}.txt", self.num_classes, remedy=self.remedy())
+        listing = self._read_list(split, self.num_classes)
         valid = self._valid_counts(split)
         if valid and len(listing) not in valid:
             expected = " or ".join(f"{count:,}" for count in valid)
@@ -178,6 +310,11 @@ class TaskDataModule(LightningDataModule):
         self._train_set = images
 
     @property
+    def test_names(self) -> list[str]:
+        """Paths of the test images relative to the task's folder, in list order."""
+        return [entry.path for entry in self._listings[self.test_split].entries]
+
+    @property
     def steps_per_epoch(self) -> int:
         """Batches in one epoch, the last partial one included."""
         return -(-len(self.train_set) // self.batch_size)
@@ -193,6 +330,18 @@ class TaskDataModule(LightningDataModule):
         """As `manifest_hash`, asked anew; `check_images` reads the images instead of trusting the manifest."""
         return manifest_hash(self.folder, self._listings.values(), check_images=check_images)
 
+    def current_fingerprint(self) -> str | None:
+        """The fingerprint of the files that there are now; None where they are not there. Nothing is written."""
+        try:
+            if self.own is not None and not is_recorded(self.own, self.folder):
+                return "changed: not recorded" if self.folder.is_dir() else None
+        except UserError:  # the images have moved: there is nothing to compare with
+            return None
+        splits = (self.train_split, self.test_split)
+        if not all((self.folder / f"{split}.txt").is_file() for split in splits):
+            return None
+        return manifest_hash(self.folder, [self._read_list(split, MOST_CLASSES) for split in splits])
+
     # Batches
 
     def epoch_order(self, epoch: int) -> Tensor:
@@ -202,7 +351,10 @@ class TaskDataModule(LightningDataModule):
     def train_batch(self, epoch: int, number: int) -> tuple[Tensor, Tensor]:
         """The batch with that number (from 0) in `epoch`: images uint8 [b, 3, H, W], labels int64 [b]."""
         first = number * self.batch_size
-        return self.train_set.batch(self.epoch_order(epoch)[first : first + self.batch_size])
+        images, labels = self.train_set.batch(self.epoch_order(epoch)[first : first + self.batch_size])
+        if self.augment is not None:
+            images = self.augment(images, draws_of(len(labels), self.seed, epoch, number))
+        return images, labels
 
     def images_in_batch(self, number: int) -> int:
         """How many images the training batch with that number has; the last one of an epoch has what is left."""
@@ -211,7 +363,7 @@ class TaskDataModule(LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         """Shuffled batches; each pass is the epoch that the trainer is in."""
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return TrainLoader(self.train_set, self.batch_size, self.seed, self._current_epoch, rank, ranks)
+        return TrainLoader(self.train_set, self.batch_size, self.seed, self._current_epoch, rank, ranks, self.augment)
 
     def prefetch_test(self) -> None:
         """Has the test split decoded into the cache by another process meanwhile, where there is a cache."""

@@ -34,7 +34,8 @@ class Prefetch:
         self._total, self._done = len(listing), context.Value("q", 0)
         self._started = time.monotonic()
         # The list's file, not its entries: starting would wait until the process, its imports done, has read them.
-        arguments = (listing.file, num_classes, preprocessing, folder, self._done)
+        several = listing.several is not None
+        arguments = (listing.file, num_classes, several, preprocessing, folder, self._done)
         self._process = context.Process(target=_decode, args=arguments, name="prefetch", daemon=True)
         self._process.start()
 
@@ -46,7 +47,9 @@ class Prefetch:
                 progress(Progress(self._done.value, self._total, time.monotonic() - self._started))
 
 
-def _decode(file: Path, num_classes: int, preprocessing: Preprocessing, folder: Path, done: Synchronized) -> None:
+def _decode(
+    file: Path, num_classes: int, several: bool, preprocessing: Preprocessing, folder: Path, done: Synchronized
+) -> None:
     end_with_parent()
     with suppress(OSError):
         os.nice(5)  # the training process comes first
@@ -57,4 +60,4 @@ def _decode(file: Path, num_classes: int, preprocessing: Preprocessing, folder: 
     with suppress(Exception), warnings.catch_warnings():
         # A cache that cannot be filled is warned of, before the images are decoded for nothing.
         warnings.filterwarnings("error", message="decoded images are not kept")
-        cached_list(parse_list(file, num_classes)[0], preprocessing, folder, count)
+        cached_list(parse_list(file, num_classes, several=several)[0], preprocessing, folder, count)

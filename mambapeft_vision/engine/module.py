@@ -20,7 +20,7 @@ from mambapeft_vision.utils.errors import UserError
 
 
 class Normalise(nn.Module):
-    """uint8 images [b, 3, H, W], scaled to [0, 1] and normalised per channel, on the images' device.
+    """uint8 images [b, C, H, W], scaled to [0, 1] and normalised per channel, on the images' device.
 
     In float32; under autocast rounded to its dtype, in which a backbone embeds the patches anyway. A GPU looks up what
     the CPU has computed, so both see the same bits: its own division by 255 would be a product with 1 / 255.
@@ -33,10 +33,11 @@ class Normalise(nn.Module):
     def __init__(self, preprocessing: Preprocessing) -> None:
         super().__init__()
         for name in ("mean", "std"):
-            values = torch.tensor(getattr(preprocessing, name)).view(3, 1, 1)
+            values = torch.tensor(getattr(preprocessing, name)).view(-1, 1, 1)
             self.register_buffer(name, values, persistent=False)
-        levels = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
-        self.register_buffer("table", self._computed(levels).view(3, 256), persistent=False)
+        channels = preprocessing.channels
+        levels = torch.arange(256, dtype=torch.uint8).expand(1, channels, 1, 256)
+        self.register_buffer("table", self._computed(levels).view(channels, 256), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         kind = images.device.type
@@ -87,7 +88,8 @@ class TrainBatches(Protocol):
 
 
 class FineTuning(TrainingModule):
-    """Trains what an adapted model's methods own, and its head, with plain cross entropy, by a `TrainStep` a batch.
+    """Trains what an adapted model's methods own, and its head, with plain cross entropy (binary where images have
+    several labels), by a `TrainStep` a batch.
 
     Its saved state is the adapter (methods' tensors and the head), never the frozen backbone.
 

@@ -1,7 +1,7 @@
 """Testing a model on a split: predictions, accuracy, loss, speed."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +9,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambapeft_vision.backbones.contract import frozen_casts
 from mambapeft_vision.engine.cuda_graph import CaptureError, Graph, capture
+from mambapeft_vision.engine.objective import mean_average_precision, summed_loss
 from mambapeft_vision.engine.precision import autocast, compute_dtype
 from mambapeft_vision.utils.atomic import atomic_path
 from mambapeft_vision.utils.console import Console
@@ -22,31 +22,58 @@ from mambapeft_vision.utils.progress import Progress, format_duration
 PREDICTIONS_FILE = "predictions.npz"
 
 
+TOP = 5  # classes whose probabilities are kept; all of them where images have several labels
+
+
 @dataclass(frozen=True)
 class Predictions:
-    """predicted, labels: int64 [n], in the order of the list file; loss: mean cross entropy."""
+    """What a model says of test images, in the order of the list file.
+
+    Args:
+        predicted: int64 [n], the class of the largest logit.
+        labels: int64 [n], or float32 [n, classes] of 0 and 1 where images have several.
+        classes, probabilities: int64 and float32 [n, k], the k most probable classes, the most probable first.
+        loss: mean (binary) cross entropy.
+        seconds: decoding included.
+        average_precision: mean over classes, where images have several labels; else None.
+    """
 
     predicted: Tensor
     labels: Tensor
+    classes: Tensor
+    probabilities: Tensor
     loss: float
-    seconds: float  # decoding included
+    seconds: float
+    average_precision: float | None = None
 
     @property
     def accuracy(self) -> float:
-        """Top-1, 0 to 1."""
+        """Top-1, 0 to 1; where images have several labels the mean average precision."""
+        if self.average_precision is not None:
+            return self.average_precision
         return (self.predicted == self.labels).sum().item() / len(self.labels)
 
     @property
     def images_per_second(self) -> float:
         return len(self.labels) / self.seconds
 
-    def save(self, folder: Path) -> None:
-        with atomic_path(folder / PREDICTIONS_FILE) as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, predicted=self.predicted.numpy(), labels=self.labels.numpy())
+    def save(self, file: Path, names: Sequence[str], class_names: Sequence[str] | None) -> None:
+        """Writes the arrays with the names of images and, where there are some, of classes."""
+        arrays = {
+            "predicted": self.predicted.numpy(),
+            "labels": self.labels.numpy() if self.labels.ndim == 1 else self.labels.byte().numpy(),
+            "top_classes": self.classes.int().numpy(),
+            "top_probabilities": self.probabilities.numpy(),
+            "names": np.array(names, dtype=np.str_),
+        }
+        if class_names is not None:
+            arrays["class_names"] = np.array(class_names, dtype=np.str_)
+        with atomic_path(file) as temporary, open(temporary, "wb") as opened:
+            np.savez_compressed(opened, **arrays)  # type: ignore[arg-type] # NumPy's flag is no array's name
 
 
 class Batches(Protocol):
-    """Batches of (uint8 [b, 3, H, W], int64 [b]), whose number is known."""
+    """Batches of (uint8 [b, C, H, W], int64 [b] or float32 [b, classes]), whose number is known."""
 
     def __len__(self) -> int: ...
 
@@ -71,31 +98,54 @@ def predict(
     """
     model.eval().to(device)
     normalise.to(device)
-    forward = _Forward(model, normalise, precision, cuda_graph and device.type == "cuda" and len(batches) > 2)
-    predicted, labels, losses = [], [], []
+    forward = Forward(model, normalise, precision, cuda_graph and device.type == "cuda" and len(batches) > 2)
+    labels, losses = [], []
+    tops: list[tuple[Tensor, Tensor]] = []
     total, done = len(batches), 0
     started = time.monotonic()
     with frozen_casts(model, compute_dtype(precision)):
         for number, (images, targets) in enumerate(batches, start=1):
             logits = forward(_to(images, device))
-            losses.append(F.cross_entropy(logits, _to(targets, device), reduction="sum").double())
-            predicted.append(logits.argmax(dim=1))
+            losses.append(summed_loss(logits, _to(targets, device)).double())
+            tops.append(most_probable(logits, targets.ndim == 2))
             labels.append(targets)
             done += len(targets)
             if number > 1:
-                predicted[-2] = predicted[-2].cpu()  # waits for the batch before, so that the host is one batch ahead
+                tops[-2] = _on_host(tops[-2])  # waits for the batch before, so that the host is one batch ahead
             console.live(_live_line(number, total, done, time.monotonic() - started))
     console.clear()
+    classes, probabilities = (torch.cat(parts) for parts in zip(*map(_on_host, tops), strict=True))
+    truth = torch.cat([target.cpu() for target in labels])
     return Predictions(
-        predicted=torch.cat([p.cpu() for p in predicted]),
-        labels=torch.cat([t.cpu() for t in labels]),
+        predicted=classes[:, 0].clone(),
+        labels=truth,
+        classes=classes,
+        probabilities=probabilities,
         loss=torch.stack(losses).sum().item() / done,
         seconds=time.monotonic() - started,
+        average_precision=None if truth.ndim == 1 else _average_precision(classes, probabilities, truth),
     )
 
 
-class _Forward:
-    """From uint8 images [b, 3, H, W] to float32 logits [b, classes].
+def most_probable(logits: Tensor, several: bool, top: int = TOP) -> tuple[Tensor, Tensor]:
+    """The most probable classes and their probabilities, [b, k] each; all classes where images have several labels."""
+    probabilities = logits.sigmoid() if several else logits.softmax(dim=1)
+    best = logits.argsort(dim=1, descending=True, stable=True)  # of equal logits the first class
+    best = best if several else best[:, :top]
+    return best, probabilities.gather(1, best)
+
+
+def _on_host(top: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return top[0].cpu(), top[1].cpu()
+
+
+def _average_precision(classes: Tensor, probabilities: Tensor, labels: Tensor) -> float:
+    scores = torch.zeros(labels.shape).scatter_(1, classes, probabilities)
+    return mean_average_precision(scores, labels)
+
+
+class Forward:
+    """From uint8 images [b, C, H, W] to float32 logits [b, classes].
 
     Captured at the first batch's size; smaller batches fill a part of it (no image's result depends on the others).
     """

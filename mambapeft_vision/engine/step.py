@@ -12,13 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.backbones.contract import frozen_casts
 from mambapeft_vision.engine import cuda_graph
+from mambapeft_vision.engine.objective import right_answers, summed_loss
 from mambapeft_vision.engine.precision import autocast, compute_dtype
 
 # Steps launched one by one before one is captured: kernels compile, libraries load, the optimiser makes its state.
@@ -49,7 +49,7 @@ class StepSettings:
 
 
 class TrainStep:
-    """Trains `model` by one step a call: cross entropy, backward, clipping, `optimizer`.
+    """Trains `model` by one step a call: loss (objective.py), backward, clipping, `optimizer`.
 
     A step whose loss or gradient is not finite changes nothing, and neither does any later one: the weights stay those
     of the last good step (`failed` tells, `take_totals` counts the good ones).
@@ -99,8 +99,8 @@ class TrainStep:
         """One step.
 
         Args:
-            images: uint8 [b, 3, H, W].
-            labels: int64 [b].
+            images: uint8 [b, C, H, W].
+            labels: int64 [b], or float32 [b, classes] of 0 and 1 where images have several.
             seed: of this step's dropout and drop path.
             whole: images of this step on all ranks; default: b.
         """
@@ -165,9 +165,9 @@ class TrainStep:
         for part, wanted in zip(images.split(size), labels.split(size)):
             with autocast(self._settings.precision, images.device):
                 logits = self._model(self._normalise(part))
-                loss = F.cross_entropy(logits, wanted, reduction="sum") / whole
+                loss = summed_loss(logits, wanted) / whole
             loss.backward()
-            sums += torch.stack((loss.detach().double(), (logits.detach().argmax(dim=1) == wanted).sum().double()))
+            sums += torch.stack((loss.detach().double(), right_answers(logits.detach(), wanted).double()))
         self._after_backward()
         return sums
 

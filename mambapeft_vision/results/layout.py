@@ -14,6 +14,7 @@ PREDICTIONS_FILE = "predictions.npz"
 CHECKPOINT_FILE = "checkpoint.ckpt"  # until the run is finished
 FAILURE_FILE = "failure.json"  # until an attempt succeeds
 EVALUATION_FILE = "evaluation.json"
+EVALUATION_PREDICTIONS_FILE = "evaluation.npz"  # as predictions.npz, of the latest evaluation
 WANDB_ID_FILE = "wandb_id.txt"
 PAGE_FILE, CURVES_FILE, CONFUSION_FILE = "predictions.png", "curves.png", "confusion.png"
 

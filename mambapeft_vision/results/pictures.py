@@ -63,6 +63,7 @@ def page_of_predictions(
     path: str | Path,
     *,
     title: str,
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """A page of up to 32 images, each with its predicted label, and the true one where they differ.
 
@@ -70,20 +71,30 @@ def page_of_predictions(
         images: uint8 [n, 3, H, W].
         predicted, labels: n class numbers each.
         path: of the PNG, written atomically.
+        class_names: by number; without them the numbers are shown.
     """
     figure = Figure(figsize=(COLUMNS * 1.25, ROWS * 1.55 + 0.5), layout="constrained")
     figure.suptitle(figure_text(title))
     for place, axes in enumerate(figure.subplots(ROWS, COLUMNS).flat):
         axes.set_axis_off()
         if place < len(images):
-            _draw(axes, images[place], int(predicted[place]), int(labels[place]))
+            _draw(axes, images[place], int(predicted[place]), int(labels[place]), class_names)
     with atomic_path(path) as temporary:
         FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=110)
 
 
-def _draw(axes: Axes, image: np.ndarray, predicted: int, label: int) -> None:
+def _draw(axes: Axes, image: np.ndarray, predicted: int, label: int, names: Sequence[str] | None) -> None:
     right = predicted == label
-    axes.imshow(image.transpose(1, 2, 0), interpolation="nearest")
+    # Grey images have one channel; of more than three the first three are shown.
+    grey = len(image) < 3
+    pixels = image[0] if grey else image[:3].transpose(1, 2, 0)
+    axes.imshow(pixels, interpolation="nearest", cmap="gray" if grey else None, vmin=0, vmax=255)
+    was, true = (str(k) if names is None else figure_text(short_name(names[k])) for k in (predicted, label))
     # Signs as well as colours, for those who see no colours and for print.
-    text = f"✓ {predicted}" if right else f"✗ {predicted}, is {label}"
-    axes.set_title(text, color=RIGHT if right else WRONG, fontsize=10, fontweight="bold")
+    text = f"✓ {was}" if right else f"✗ {was}, is {true}" if names is None else f"✗ {was}\nis {true}"
+    size = 10 if names is None else 7
+    axes.set_title(text, color=RIGHT if right else WRONG, fontsize=size, fontweight="bold")
+
+
+def short_name(name: str, longest: int = 18) -> str:
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"

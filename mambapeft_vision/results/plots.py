@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mambapeft_vision.results.layout import file_name
 from mambapeft_vision.results.metrics import read_metrics
-from mambapeft_vision.results.predictions import read_labels
+from mambapeft_vision.results.predictions import read_class_names, read_labels
 from mambapeft_vision.results.tables import AVERAGE, GROUPS, MEAN_OF_GROUPS, Cell, Collection, Row, Score
 from mambapeft_vision.utils.atomic import atomic_path
 from mambapeft_vision.utils.text import plain
@@ -33,6 +33,7 @@ MOST_ROWS = 100
 MOST_TASKS = 60
 MOST_CLASSES = 200
 MOST_NUMBERED_CLASSES = 20
+MOST_NAMED_CLASSES = 40
 
 
 def png(figure: Figure, dpi: int = 130) -> bytes:
@@ -383,6 +384,7 @@ def confusion_matrix(run: Path, title: str, classes: int | None = None) -> Figur
         classes: number of classes; default: the largest label or prediction and one.
     """
     predicted, labels = read_labels(run)
+    class_names = read_class_names(run)
     count = max(classes or 0, int(max(predicted.max(), labels.max())) + 1)
     shown = np.arange(count)
     if count > MOST_CLASSES:
@@ -409,6 +411,10 @@ def confusion_matrix(run: Path, title: str, classes: int | None = None) -> Figur
         axis.set_major_locator(MaxNLocator(integer=True, nbins=20, steps=[1, 2, 5, 10]))
         if count > MOST_CLASSES:
             axis.set_major_formatter(lambda place, _: str(shown[int(place)]) if 0 <= place < len(shown) else "")
+    if class_names is not None and len(class_names) == count and len(shown) <= MOST_NAMED_CLASSES:
+        words = [figure_text(name if len(name) <= 20 else f"{name[:19]}…") for name in (class_names[k] for k in shown)]
+        axes.set_xticks(range(len(shown)), words, rotation=60, ha="right")
+        axes.set_yticks(range(len(shown)), words)
     if len(shown) <= MOST_NUMBERED_CLASSES:
         _write_shares(axes, shares)
     return figure

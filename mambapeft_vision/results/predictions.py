@@ -1,4 +1,9 @@
-"""predictions.npz: the predicted and true class of every test image."""
+"""predictions.npz: what was predicted of every test image.
+
+`predicted`, `labels`: class numbers [images]; `top_classes`, `top_probabilities`: the most probable ones [images, k];
+`names`: of the images; `class_names`: by number, where there are some. Where images have several labels, `labels` is
+[images, classes] of 0 and 1, and `top_*` hold all classes. Files of earlier releases have the first two alone.
+"""
 
 from pathlib import Path
 
@@ -17,10 +22,9 @@ def read_labels(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises: UserError where the file is missing, damaged or holds anything else.
     """
     file = folder / PREDICTIONS_FILE
-    try:
-        arrays = read_arrays(file, kinds="iuf")  # the file may hold more than classes
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); expected the folder of a finished run") from error
+    arrays = _read(file)
+    if "labels" in arrays and arrays["labels"].ndim == 2:
+        raise UserError(f"{file}: its images have several labels each; expected one class for each image")
     found = [arrays[name] for name in ("predicted", "labels") if name in arrays]
     if len(found) != 2 or not all(map(_are_classes, found)) or len(found[0]) != len(found[1]):
         raise UserError(
@@ -29,6 +33,19 @@ def read_labels(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         )
     predicted, labels = (values.astype(np.int64) for values in found)
     return predicted, labels
+
+
+def read_class_names(folder: Path) -> list[str] | None:
+    """The names of the classes, by number; None where the run knew none. Raises: UserError as `read_labels`."""
+    names = _read(folder / PREDICTIONS_FILE).get("class_names")
+    return None if names is None or names.dtype.kind != "U" or names.ndim != 1 else [str(name) for name in names]
+
+
+def _read(file: Path) -> dict[str, np.ndarray]:
+    try:
+        return read_arrays(file, kinds="iufU")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); expected the folder of a finished run") from error
 
 
 def _are_classes(values: np.ndarray) -> bool:

@@ -40,8 +40,8 @@ class RunRecord:
     group: str  # natural, specialized, structured, demo or custom
     methods: list[str]  # sorted names
     seed: int
-    accuracy: float  # top-1 of the last weights, merged, on the test split
-    loss: float  # mean cross entropy there
+    accuracy: float  # top-1 of the last weights, merged, on the test split; mean average precision with multi_label
+    loss: float  # mean (binary) cross entropy there
     num_test: int  # images tested
     epochs: int
     train_loss: float  # mean over the last epoch, as trained (dropout and drop path on)

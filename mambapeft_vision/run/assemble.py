@@ -19,8 +19,10 @@ from mambapeft_vision.run.build import build_backbone, build_dataset, build_mode
 from mambapeft_vision.run.run_config import RunPlan
 from mambapeft_vision.utils.console import Console
 from mambapeft_vision.utils.environment import reset_peak_memory
-from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.malloc import keep_freed_memory
+from mambapeft_vision.utils.text import plain
+
+LONGEST_NOTE = 2_000  # characters
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,15 @@ def assemble(
     apply_precision(precision)
     task = sources.task(plan)
     task.check(test_only=test_only)  # before weights are fetched: missing data is the commonest mistake
+    for note in task.notes:
+        console.say(f"data: {plain(note, LONGEST_NOTE)}")
     backbone = sources.backbone(plan)
-    _check_channels(backbone)
     backend = set_kernel(backbone, kernel, place)
     console.say(mambapeft_kernels.describe(kernel, place))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     compilations = backbone.compile_ahead(backend, dtype, place)  # beside the decoding
     model = attach(backbone, task.num_classes)
+    model.class_names, model.multi_label = task.class_names, task.multi_label
     preprocessing = Preprocessing.from_timm(backbone.default_cfg)
     progress = ConsoleProgress(f"decode {task.name}", "images")
     if test_only:
@@ -106,10 +110,3 @@ def assemble(
             task.train_set = task.train_set.to(place)  # and there they stay: a step chooses its batch on the device
     wait(compilations)
     return Setup(place, backend, precision, task, model, Normalise(preprocessing), plan.recipe.cuda_graph)
-
-
-def _check_channels(backbone: Backbone) -> None:
-    """Images are decoded to three channels, which another patch embedding would only say at the first step."""
-    channels = getattr(backbone, "in_chans", 3)  # no part of the contract
-    if channels != 3:
-        raise UserError(f"backbone.in_chans={channels}; expected 3, as images are read as RGB. Leave it out")

@@ -3,6 +3,7 @@
 import importlib
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def build(group: str, section: Mapping[str, Any]) -> Any:
 
 
 def build_dataset(plan: RunPlan) -> TaskDataModule:
-    return build("dataset", {**plan.dataset, "cache": plan.paths.cache})
+    return build("dataset", {**plan.dataset, "cache": plan.paths.cache, "records": str(Path(plan.paths.data) / "own")})
 
 
 def build_backbone(plan: RunPlan) -> Backbone:

@@ -17,13 +17,19 @@ from mambapeft_vision.engine.predict import Predictions
 from mambapeft_vision.methods import add_methods_folder
 from mambapeft_vision.results.claims import computed
 from mambapeft_vision.results.files import read_text
-from mambapeft_vision.results.layout import EVALUATION_FILE, RESULT_FILE, RUN_CONFIG_FILE
+from mambapeft_vision.results.layout import (
+    EVALUATION_FILE,
+    EVALUATION_PREDICTIONS_FILE,
+    RESULT_FILE,
+    RUN_CONFIG_FILE,
+)
 from mambapeft_vision.results.migrations import migrated_config
 from mambapeft_vision.results.record import RunRecord, read_record
 from mambapeft_vision.run.assemble import Setup, assemble
 from mambapeft_vision.run.config import TrainConfig
-from mambapeft_vision.run.finish import test, versions_of
+from mambapeft_vision.run.finish import save_predictions, test, versions_of
 from mambapeft_vision.run.inputs import Fingerprints, Inputs, changed, own_methods_sha256
+from mambapeft_vision.run.report_lines import measure
 from mambapeft_vision.run.run_config import RunPlan, make_plan
 from mambapeft_vision.utils.atomic import write_json
 from mambapeft_vision.utils.console import Console
@@ -47,11 +53,17 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if cfg.paths.methods is not None:
         add_methods_folder(cfg.paths.methods)
     record = read_record(folder)
-    plan = make_plan(_config(folder / RUN_CONFIG_FILE, cfg))
-    console = Console()
     adapter = read_adapter(folder)
+    config = recorded_config(folder, cache=cfg.paths.cache, methods=cfg.paths.methods)
+    if cfg.dataset_folder is not None:
+        config.dataset.folder, config.dataset.path = cfg.dataset_folder, None
+        config.dataset.num_classes = config.dataset.get("num_classes") or adapter.config["num_classes"]
+    if cfg.backbone_weights is not None:
+        config.backbone.weights = cfg.backbone_weights
+    plan = make_plan(config)
+    console = Console()
     _check_same_task(adapter, record, plan)
-    _check_same_backbone(adapter, plan)
+    check_same_backbone(adapter, plan)
     setup = assemble(
         plan,
         console,
@@ -68,10 +80,11 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     predictions = test(setup, console)
     evaluation = _evaluation(plan, setup, record, predictions, unmerged)
     evaluation["data_manifest"] = now.images or setup.task.manifest_hash
+    save_predictions(setup, predictions, folder / EVALUATION_PREDICTIONS_FILE)
     file = folder / EVALUATION_FILE
     write_json(file, evaluation)
     console.say(
-        f"accuracy {predictions.accuracy:.2%} of {len(predictions.labels):,} test images; "
+        f"{measure(record)} {predictions.accuracy:.2%} of {len(predictions.labels):,} test images; "
         f"recorded {record.accuracy:.2%}. Written to {file}"
     )
     if not other and not math.isclose(predictions.loss, record.loss, rel_tol=0.01, abs_tol=1e-3):
@@ -82,14 +95,19 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     return evaluation
 
 
-def _config(path: Path, cfg: DictConfig) -> DictConfig:
-    """What a run's config.yaml says of what was computed, checked against the schema; the rest from the command."""
+def recorded_config(folder: Path, *, cache: str | None, methods: str | None) -> DictConfig:
+    """What a run's config.yaml says of what was computed, checked against the schema; the rest from the command.
+
+    Args:
+        cache, methods: the folders of `paths` that the command gives.
+    """
+    path = folder / RUN_CONFIG_FILE
     content = parse_yaml(read_text(path, "the folder of a finished run"), str(path))
     if not isinstance(content, dict):
         raise UserError(f"{path} is no config of a run: expected keys and values; copy it again from where it was made")
     recorded = content.get("paths")
     data = recorded.get("data") if isinstance(recorded, dict) else None
-    paths = {"data": str(data), "outputs": str(cfg.run), "cache": cfg.paths.cache, "methods": cfg.paths.methods}
+    paths = {"data": str(data), "outputs": str(folder), "cache": cache, "methods": methods}
     command: dict[str, Any] = {"paths": paths, "logger": {"_target_": NO_LOGGER}, "resume": True, "dry_run": False}
     try:
         # Migrated like any config of an earlier release; what follows is checked by make_plan.
@@ -97,10 +115,6 @@ def _config(path: Path, cfg: DictConfig) -> DictConfig:
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise UserError(f"{path} is no config of a run: {plain(error)}; copy it again from where it was made") from None
     assert isinstance(config, DictConfig)
-    if cfg.dataset_folder is not None:
-        config.dataset.folder = cfg.dataset_folder
-    if cfg.backbone_weights is not None:
-        config.backbone.weights = cfg.backbone_weights
     return config
 
 
@@ -112,7 +126,7 @@ def _check_same_task(adapter: Adapter, record: RunRecord, plan: RunPlan) -> None
         raise UserError(f"{adapter.folder} holds files of different tasks: {listed}; expected those of one run")
 
 
-def _check_same_backbone(adapter: Adapter, plan: RunPlan) -> None:
+def check_same_backbone(adapter: Adapter, plan: RunPlan) -> None:
     """Raises UserError where config.yaml asks for another backbone than the adapter's, before memory is used for it."""
     spec = adapter.config["backbone"]
     sizes = {key: value for key, value in plan.backbone.items() if key not in _NO_SIZES}
@@ -145,6 +159,8 @@ def _evaluation(
         "seed": record.seed,
         "accuracy": predictions.accuracy,
         "recorded_accuracy": record.accuracy,
+        "measure": measure(record),
+        "class_names": None if setup.task.class_names is None else list(setup.task.class_names),
         "loss": predictions.loss,
         "recorded_loss": record.loss,
         "num_test": len(predictions.labels),

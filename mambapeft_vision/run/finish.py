@@ -11,7 +11,7 @@ from mambapeft_vision.engine.callbacks import History
 from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE
 from mambapeft_vision.engine.config import STOP
 from mambapeft_vision.engine.predict import Predictions, predict
-from mambapeft_vision.results.layout import CONFUSION_FILE, CURVES_FILE, PAGE_FILE
+from mambapeft_vision.results.layout import CONFUSION_FILE, CURVES_FILE, PAGE_FILE, PREDICTIONS_FILE
 from mambapeft_vision.results.pictures import draw_from_files, page_of_predictions
 from mambapeft_vision.results.predictions import read_labels
 from mambapeft_vision.results.record import RunRecord, write_record
@@ -38,7 +38,7 @@ def finish(plan: RunPlan, setup: Setup, history: History, console: Console, *, s
     unmerged = setup.model.merge()
     predictions = test(setup, console)
     _check_finite(plan, predictions)
-    predictions.save(plan.folder)
+    save_predictions(setup, predictions, plan.folder / PREDICTIONS_FILE)
     wall_seconds = time.monotonic() - started + history.seconds_before
     record = _make_record(plan, setup, counts, unmerged, history, predictions, wall_seconds)
     write_record(plan.folder, record)
@@ -57,6 +57,11 @@ def test(setup: Setup, console: Console) -> Predictions:
         console=console,
         cuda_graph=setup.cuda_graph,
     )
+
+
+def save_predictions(setup: Setup, predictions: Predictions, file: Path) -> None:
+    """Writes what was predicted, with the names of images and classes."""
+    predictions.save(file, setup.task.test_names, setup.task.class_names)
 
 
 def finished_before(plan: RunPlan, record: RunRecord) -> RunRecord:
@@ -93,6 +98,9 @@ def versions_of(plan: RunPlan) -> dict[str, str]:
 def draw(plan: RunPlan, setup: Setup) -> None:
     """Draws the pictures of a finished run. What cannot be drawn is left out, which a line on stderr says."""
     title = f"{plan.method_names} on {plan.task}, seed {plan.seed}"
+    if setup.task.multi_label:  # neither a page nor a confusion matrix shows several labels
+        draw_from_files(plan.folder, title=title)
+        return
     with warned_of(PAGE_FILE):
         predicted, labels = read_labels(plan.folder)
         images, _ = next(iter(setup.task.test_dataloader()))
@@ -102,6 +110,7 @@ def draw(plan: RunPlan, setup: Setup) -> None:
             labels[:32].tolist(),
             plan.folder / PAGE_FILE,
             title=f"{title}: {(predicted == labels).mean():.1%} right",
+            class_names=setup.task.class_names,
         )
     with warned_of(f"{CURVES_FILE}, {CONFUSION_FILE}"):
         draw_from_files(plan.folder, title=title, num_classes=setup.task.num_classes)

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from mambapeft_vision.backbones.weights import backbone_sha256
-from mambapeft_vision.data.image_list import read_list
-from mambapeft_vision.data.manifest import manifest_hash
 from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.run.build import build_backbone_offline, build_dataset
 from mambapeft_vision.run.run_config import RunPlan
@@ -126,12 +124,7 @@ def _key(section: dict[str, Any], without: str = "") -> str:
 
 def _images_hash(plan: RunPlan) -> str | None:
     """As `TaskDataModule.manifest_hash`, without decoding anything; None where the task is not there."""
-    task = build_dataset(plan)
-    files = [task.folder / f"{split}.txt" for split in (task.train_split, task.test_split)]
-    if not all(file.is_file() for file in files):
-        return None
-    lists = [read_list(file, task.num_classes, remedy=task.remedy()) for file in files]
-    return manifest_hash(task.folder, lists)
+    return build_dataset(plan).current_fingerprint()
 
 
 def _weights_hash(plan: RunPlan) -> str | None:

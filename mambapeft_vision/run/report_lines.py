@@ -31,7 +31,7 @@ def dry_run_report(plan: RunPlan) -> str:
     build_logger(plan)
     backbone, weights = build_backbone_offline(plan)
     set_kernel(backbone, plan.kernel, device)
-    model = build_model(plan, backbone, dataset.num_classes)
+    model = build_model(plan, backbone, dataset.count_classes())
     return "\n".join(
         [
             f"dry run: {plan.method_names} on {plan.task}, seed {plan.seed}",
@@ -76,12 +76,19 @@ def describe_recipe(recipe: TrainerConfig, batch_size: int) -> str:
     )
 
 
+def measure(record: RunRecord) -> str:
+    """What the record's accuracy is."""
+    return "mean average precision" if record.config["dataset"].get("multi_label") else "accuracy"
+
+
 def summarise(record: RunRecord, folder: Path) -> str:
     """A finished run in a few lines."""
-    correct = round(record.accuracy * record.num_test)
+    of = f"({round(record.accuracy * record.num_test):,} of {record.num_test:,} test images)"
+    if measure(record) != "accuracy":
+        of = f"of {record.num_test:,} test images"
     lines = [
         ("result", f"{'+'.join(record.methods)} on {record.task}, seed {record.seed}"),
-        ("accuracy", f"{record.accuracy:.2%} ({correct:,} of {record.num_test:,} test images)"),
+        ("accuracy" if measure(record) == "accuracy" else "mAP", f"{record.accuracy:.2%} {of}"),
         ("trained", f"{record.trainable:,} numbers and a head of {record.head:,}; {record.frozen:,} stayed frozen"),
         ("time", f"{format_duration(record.wall_seconds)}, of it {format_duration(record.train_seconds)} training"),
         (

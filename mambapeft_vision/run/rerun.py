@@ -25,6 +25,7 @@ from mambapeft_vision.utils.text import plain, shown
 FLAG = "--from-result"
 ROOT_CONFIG = "from_result"  # its name in Hydra's store
 _GROUPS = ("backbone", "dataset", "trainer", "logger", "method", "experiment")
+EXPORTS = "mambapeft_vision.data.own.library.LibraryDataModule"
 READS_ONLY = "mambapeft_vision.data.TaskDataModule"  # any other data module makes its task's folder
 _NOT_BESIDE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp")
 # What may differ between the sections of a run and of the record that it is compared with.
@@ -145,6 +146,9 @@ def _paths(record: RunRecord, overrides: set[str], current: Mapping[str, Any]) -
 def _lays_out(record: RunRecord) -> bool:
     """Whether the task's folder is written to; it is then below the command's own paths.data."""
     dataset, data = record.config["dataset"], _data_of(record)
+    # Splits of own images, and what is exported from a library, are written below the command's own paths.data.
+    if dataset.get("path") is not None or dataset.get("_target_") == EXPORTS:
+        return True
     if dataset.get("_target_") == READS_ONLY:
         return False
     folder = os.path.normpath(str(dataset.get("folder")))

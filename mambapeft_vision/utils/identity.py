@@ -52,9 +52,20 @@ MOVED_TARGETS: Mapping[str, str] = {
 _FIRST_TARGETS = {now: then for then, now in MOVED_TARGETS.items()}
 
 # Keys that came after the first runs; fingerprints hold them only where they are not at these values.
-LATER_KEYS: Mapping[str, Any] = {"method_sizes": "given"}
+LATER_KEYS: Mapping[str, Any] = {
+    "method_sizes": "given",
+    "dataset.path": None,
+    "dataset.root": None,
+    "dataset.columns": None,
+    "dataset.test_share": 0.2,
+    "dataset.val_share": 0.2,
+    "dataset.split_seed": 0,
+    "dataset.shots": None,
+    "dataset.multi_label": False,
+    "dataset.augment": None,
+}
 
-_PATHS = ("dataset.folder", "backbone.weights")
+_PATHS = ("dataset.folder", "dataset.path", "dataset.root", "backbone.weights")
 _NAMED_WEIGHTS = ("official", "random")
 _DATA = "data"  # stands for paths.data, so that moved data are the same data
 
@@ -81,11 +92,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     data, outputs = str(config["paths"]["data"]), os.path.expanduser(str(config["paths"]["outputs"]))
     project = os.path.dirname(outputs.rstrip(os.sep)) if os.path.isabs(outputs) else os.curdir
     kept = _without(config, UNDECIDING)
-    return {
-        key: _canonical(value, key, data, project)
-        for key, value in kept.items()
-        if key not in LATER_KEYS or value != LATER_KEYS[key]
-    }
+    return {key: _canonical(value, key, data, project) for key, value in _without_later_keys(kept).items()}
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:
@@ -98,6 +105,15 @@ def _without(tree: Mapping[str, Any], keys: Mapping[str, str], prefix: str = "")
         key: _without(value, keys, f"{prefix}{key}.") if isinstance(value, Mapping) else value
         for key, value in tree.items()
         if f"{prefix}{key}" not in keys
+    }
+
+
+def _without_later_keys(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The tree without the `LATER_KEYS` that are at their first values."""
+    return {
+        key: _without_later_keys(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        for key, value in tree.items()
+        if f"{prefix}{key}" not in LATER_KEYS or value != LATER_KEYS[f"{prefix}{key}"]
     }
 
 

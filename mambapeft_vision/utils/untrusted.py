@@ -5,6 +5,7 @@ its limit, unpacks and nests no more than its limits, runs nothing, and raises n
 """
 
 import ast
+import io
 import json
 import math
 import os
@@ -260,6 +261,21 @@ def read_arrays(
             f"{plain(file)} cannot be read ({type(error).__name__}: {plain(error)}); expected a complete npz file of "
             "plain arrays. Get or write it again"
         ) from None
+
+
+def array_from(content: bytes, kinds: str = "biuf") -> np.ndarray:
+    """The array of a file in NumPy's format (.npy), given its bytes; nothing is unpickled. Raises UserError."""
+    try:
+        stream = io.BytesIO(content)
+        shape, fortran, dtype, header = _read_header(stream)
+        if dtype.hasobject or dtype.kind not in kinds or dtype.itemsize == 0:
+            raise ValueError(f"it holds {dtype}; plain arrays of kinds {kinds} are read")
+        expected = math.prod(shape) * dtype.itemsize
+        if expected != len(content) - header:
+            raise ValueError(f"it declares {expected:,} bytes and has {len(content) - header:,}")
+        return np.frombuffer(content, dtype, offset=header).reshape(shape, order="F" if fortran else "C")
+    except _UNREADABLE as error:
+        raise UserError(f"no array that can be read ({type(error).__name__}: {plain(error)})") from None
 
 
 # What zipfile's and NumPy's readers raise on damaged files; an array's header is a literal of Python, read as such.

@@ -28,11 +28,11 @@ def test_help_does_not_wait_for_pytorch():
 
 def test_every_module_of_commands_is_a_command():
     files = {file.stem for file in (runs.ROOT / "mambapeft_vision" / "commands").glob("*.py")}
-    helpers = {"__init__", "hydra_app", "prepare_mini"}
+    helpers = {"__init__", "hydra_app", "prepare_mini", "prepare_published"}
     assert files - helpers == {command.replace("-", "_") for command in cli.COMMANDS}
 
 
-@pytest.mark.parametrize("command", [*cli.COMMANDS, "prepare mini", "prepare vtab1k", "convert merge"])
+@pytest.mark.parametrize("command", [*cli.COMMANDS, "prepare mini", "prepare vtab1k", "prepare fgvc", "convert merge"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([*command.split(), "--help"])

@@ -53,11 +53,15 @@ def test_backbone(name):
 
 @pytest.mark.parametrize("name", options("dataset"))
 def test_dataset(name):
-    given = ["dataset.folder=somewhere", "dataset.num_classes=2"] if name == "folder" else []
-    plan = plan_of(f"dataset={name}", *given)
+    needed = {
+        "folder": ["dataset.folder=somewhere", "dataset.num_classes=2"],
+        "hf": ["dataset.source=somewhere"],
+        "torchvision": ["dataset.source=GTSRB"],
+    }
+    plan = plan_of(f"dataset={name}", *needed.get(name, []))
     dataset = build.build_dataset(plan)
     assert isinstance(dataset, TaskDataModule)
-    assert dataset.name == plan.task and (name == "folder" or plan.task == name)
+    assert dataset.name == plan.task and (name in needed or plan.task == name)
 
 
 @pytest.mark.parametrize("name", options("trainer"))

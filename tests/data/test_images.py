@@ -57,7 +57,7 @@ def test_from_timm_takes_height_before_width():
         ({"size": (0, 5)}, "size"),
         ({"size": (5,)}, "size"),
         ({"interpolation": "magic"}, "expected one of nearest, bilinear, bicubic"),
-        ({"mean": (0.5,)}, "three numbers"),
+        ({"mean": (0.5,)}, "as many numbers each"),
         ({"std": (0.5, 0.5, 0)}, "std above 0"),
     ],
 )

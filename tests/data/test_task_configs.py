@@ -5,9 +5,10 @@ from pathlib import Path
 import hydra
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf.errors import MissingMandatoryValue
+from hydra.errors import InstantiationException
 
 from mambapeft_vision.data import TASKS, DemoDataModule, TaskDataModule
+from mambapeft_vision.data.prepare.published import FEW_SHOT, FGVC
 from mambapeft_vision.data.tasks import DIGITS
 
 DATASETS = Path(__file__).parents[2] / "configs" / "dataset"
@@ -62,8 +63,19 @@ def test_the_shared_settings_are_the_recipes(build, dataset):
 def test_a_folder_of_ones_own_needs_folder_and_classes(build):
     data = build("folder", "dataset.folder=/mine", "dataset.num_classes=5")
     assert (data.name, data.folder, data.num_classes, data.num_test) == ("custom/folder", Path("/mine"), 5, None)
-    with pytest.raises(MissingMandatoryValue, match="num_classes"):
+    with pytest.raises(InstantiationException, match=r"dataset\.num_classes=null: expected the number of classes"):
         build("folder", "dataset.folder=/mine")
+    with pytest.raises(InstantiationException, match=r"expected dataset\.path=DIR"):
+        build("folder")
+
+
+@pytest.mark.parametrize("task", [*FGVC.values(), *FEW_SHOT.values()], ids=lambda task: task.folder)
+def test_a_published_benchmarks_config_says_what_the_table_says(build, task):
+    family = "fgvc" if task.counts else "fewshot"
+    data = build(f"{family}/{task.folder}")
+    assert (data.name, data.folder) == (f"{family}/{task.folder}", Path("/data") / family / task.folder)
+    assert data.num_classes == task.num_classes and data.num_test in (*task.counts.get("test", ()), None)
+    assert data.train_split == ("train800val200" if family == "fgvc" else "shots1_seed0")
 
 
 def test_a_misspelt_key_is_an_error(build):

@@ -172,9 +172,8 @@ def test_torchrun_is_told_what_to_do(task, tmp_path, monkeypatch):
         train(runs.compose_train(short(task, tmp_path)))
 
 
-def test_other_channels_are_refused_before_anything_is_decoded(task, tmp_path, monkeypatch):
-    monkeypatch.setattr("mambapeft_vision.data.TaskDataModule.load", lambda *_: pytest.fail("decoded"))
-    with pytest.raises(UserError, match=r"in_chans=4; expected 3"):
+def test_images_without_the_channels_of_the_backbone_are_named(task, tmp_path):
+    with pytest.raises(UserError, match=r"000000\.png.*3 channels \(RGB\); the backbone takes 4"):
         runs.run(["backbone.weights=random", *short(task, tmp_path, "+backbone.in_chans=4")])
 
 

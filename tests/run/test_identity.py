@@ -59,6 +59,16 @@ def test_a_task_is_one_task_however_its_path_is_written(path, tmp_path, monkeypa
     assert fingerprint_of(*FOLDER, "dataset.folder=tiny2") != one
 
 
+def test_what_can_be_asked_of_own_images_counts_where_it_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = ("dataset=folder", "dataset.name=custom/tiny")
+    one = fingerprint_of(*own, "dataset.path=photos")
+    assert fingerprint_of(*own, f"dataset.path={tmp_path}/photos") == one
+    others = ["dataset.shots=2", "dataset.split_seed=1", "dataset.augment={flip: 0.5}", "dataset.multi_label=true"]
+    assert len({one, *(fingerprint_of(*own, "dataset.path=photos", other) for other in others)}) == 5
+    assert fingerprint_of("dataset.shots=null", "dataset.split_seed=0", "dataset.augment=null") == fingerprint_of()
+
+
 def test_data_that_moved_are_the_same_data(tmp_path):
     interpolated = fingerprint_of(*FOLDER, "dataset.folder=${paths.data}/tiny")
     spelled = fingerprint_of(*FOLDER, f"dataset.folder={tmp_path}/tiny", f"paths.data={tmp_path}")

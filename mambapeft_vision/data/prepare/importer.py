@@ -4,7 +4,6 @@ npz: `blob` (uint8, encoded images end to end: PNG, JPEG, WebP), `offsets` (imag
 `blob[offsets[i]:offsets[i + 1]]`), `labels`, `class_names`, and optionally `split` (a word for each image).
 """
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,15 @@ from typing import NamedTuple
 import numpy as np
 
 from mambapeft_vision.data.manifest import write_entry
+from mambapeft_vision.data.own.files import (
+    IMAGE_SUFFIXES,
+    NAMED,
+    known_suffix,
+    split_folders,
+    suffix_of,
+    visible_files,
+    visible_folders,
+)
 from mambapeft_vision.data.prepare.verify import TaskReport, verify_task
 from mambapeft_vision.data.preprocessing import MAX_IMAGE_BYTES
 from mambapeft_vision.data.splits import stratified_splits
@@ -21,22 +29,8 @@ from mambapeft_vision.utils.atomic import atomic_folder
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.names import check_name, user_path
 from mambapeft_vision.utils.text import plain, shown
-from mambapeft_vision.utils.untrusted import open_plain, read_arrays, read_bytes
+from mambapeft_vision.utils.untrusted import read_arrays, read_bytes
 
-# What a file begins with → its usual ending. Endings are not asked: images are stored as .jfif, .JPG_1 or without any.
-_SIGNATURES = {
-    b"\x89PNG": ".png",
-    b"\xff\xd8": ".jpg",
-    b"RIFF": ".webp",
-    b"GIF8": ".gif",
-    b"II*\0": ".tif",
-    b"MM\0*": ".tif",
-    **{f"P{kind}{space}".encode(): ".ppm" for kind in "2356" for space in "\n\r\t "},
-}
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-_SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test"}
-_SPLIT_FOLDERS |= dict.fromkeys(("val", "valid", "validation"), "val")
-_NAMED = 5  # files that a note names
 MAX_BYTES = 32_000_000_000  # of an npz file's arrays, which are read into memory
 _KEYS = ("blob", "offsets", "labels", "class_names")
 
@@ -108,8 +102,8 @@ def read_tree(folder: Path) -> LabelledImages:
     A tree that is split already, `folder/{train,val,test}/<class>/**/<image>`, keeps its splits. Hidden files and
     folders are skipped at any depth. What is an image is known by content, and what is none is noted.
     """
-    parts = _split_folders(folder) or {folder: None}
-    classes = sorted({child.name for part in parts for child in _visible_folders(part)})
+    parts = split_folders(folder) or {folder: None}
+    classes = sorted({child.name for part in parts for child in visible_folders(part)})
     if len(classes) < 2:
         raise UserError(
             f"{folder} has {len(classes)} sub-folders: expected one folder of images for each class, at least two."
@@ -120,8 +114,8 @@ def read_tree(folder: Path) -> LabelledImages:
     others: list[Path] = []
     for part, word in parts.items():
         for label, name in enumerate(classes):
-            for file in _visible_files(part / name):
-                if _suffix_of(file) is None:
+            for file in visible_files(part / name):
+                if suffix_of(file) is None:
                     others.append(file)
                 else:
                     paths.append(file)
@@ -131,7 +125,7 @@ def read_tree(folder: Path) -> LabelledImages:
     if empty:
         endings = ", ".join(sorted(IMAGE_SUFFIXES))
         raise UserError(
-            f"{folder} has no image in {shown(empty[:_NAMED])}: expected files ending in {endings}, or of such "
+            f"{folder} has no image in {shown(empty[:NAMED])}: expected files ending in {endings}, or of such "
             "content, in the folder of every class. Remove the folders that are no classes."
         )
     return LabelledImages(
@@ -145,43 +139,9 @@ def read_tree(folder: Path) -> LabelledImages:
     )
 
 
-def _split_folders(folder: Path) -> dict[Path, str | None]:
-    """The folders of splits that were made already, with their words; empty where these are classes."""
-    found = {child: _SPLIT_FOLDERS.get(child.name.lower()) for child in _visible_folders(folder)}
-    split = "train" in found.values() and None not in found.values() and len(found) > 1
-    return found if split and all(any(_visible_folders(part)) for part in found) else {}
-
-
-def _visible_folders(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
-
-
-def _visible_files(folder: Path) -> list[Path]:
-    """Files at any depth that neither are hidden nor lie in a hidden folder, in the order of their paths."""
-    found = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(place, name) for name in files if not name.startswith(".")]
-    return sorted(found)
-
-
-def _suffix_of(file: Path) -> str | None:
-    """The usual ending of an image of this content; None for what is no image, or no plain file."""
-    try:
-        with open_plain(file, max_bytes=MAX_IMAGE_BYTES, follow_links=True) as opened:
-            start = opened.read(10)
-    except (OSError, UserError):
-        return None
-    if not start:  # empty files are damaged images if their name says so
-        return ".img" if file.suffix.lower() in IMAGE_SUFFIXES else None
-    return _known_suffix(start) or (".img" if file.suffix.lower() in IMAGE_SUFFIXES else None)
-
-
 def _note(one: str, many: str, files: Sequence[Path]) -> str:
-    named = ", ".join(plain(file) for file in files[:_NAMED])
-    more = f" and {len(files) - _NAMED:,} more" if len(files) > _NAMED else ""
+    named = ", ".join(plain(file) for file in files[:NAMED])
+    more = f" and {len(files) - NAMED:,} more" if len(files) > NAMED else ""
     return f"{named}{more} {one if len(files) == 1 else many}."
 
 
@@ -331,17 +291,10 @@ def _write_splits(folder: Path, splits: EncodedSplits) -> dict[str, str]:
         (folder / "images" / split).mkdir(parents=True)
         lines = []
         for number, image in enumerate(images):
-            path = f"images/{split}/{number:06d}{_known_suffix(image.content) or '.img'}"
+            path = f"images/{split}/{number:06d}{known_suffix(image.content) or '.img'}"
             (folder / path).write_bytes(image.content)
             lines.append(f"{path} {image.label}\n")
             if image.name is not None:
                 names[path] = image.name
         (folder / f"{split}.txt").write_text("".join(lines), encoding="utf-8")
     return names
-
-
-def _known_suffix(content: bytes) -> str | None:
-    """The usual ending of a file that begins so; None for no known format."""
-    if content.startswith(b"BM") and content[6:10] == bytes(4):  # two letters alone could begin any text
-        return ".bmp"
-    return next((suffix for start, suffix in _SIGNATURES.items() if content.startswith(start)), None)

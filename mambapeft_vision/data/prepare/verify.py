@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mambapeft_vision.data.image_list import ImageList, parse_list
 from mambapeft_vision.data.manifest import TaskEntry, task_sha256
-from mambapeft_vision.data.preprocessing import MAX_IMAGE_BYTES, describe_failure, open_image
+from mambapeft_vision.data.preprocessing import MAX_IMAGE_BYTES, check_image, describe_failure, open_image
 from mambapeft_vision.data.tasks import SPLITS, Task
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.progress import ProgressCallback, ProgressMeter
@@ -111,9 +111,11 @@ def inspect_file(file: Path, decode: bool) -> FileFinding:
     except UserError as error:
         return FileFinding(error=f"cannot read the image ({error}).")
     try:
-        with open_image(content) as image:
-            if decode:
-                image.load()
+        if decode:
+            check_image(content)
+        else:
+            with open_image(content):
+                pass
     except Exception as error:  # Pillow's readers raise far more than OSError on damaged files
         return FileFinding(error=f"cannot decode the image ({describe_failure(error)}).")
     return FileFinding(hashlib.sha256(content).hexdigest(), len(content))

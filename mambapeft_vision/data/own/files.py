@@ -1,0 +1,70 @@
+"""Files and folders of a tree of images: what is hidden, what is an image, which folders are splits."""
+
+import os
+from pathlib import Path
+
+from mambapeft_vision.data.preprocessing import MAX_IMAGE_BYTES
+from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.untrusted import open_plain
+
+# What a file begins with → its usual ending. Endings are not asked: images are stored as .jfif, .JPG_1 or without any.
+_SIGNATURES = {
+    b"\x89PNG": ".png",
+    b"\xff\xd8": ".jpg",
+    b"RIFF": ".webp",
+    b"GIF8": ".gif",
+    b"II*\0": ".tif",
+    b"MM\0*": ".tif",
+    **{f"P{kind}{space}".encode(): ".ppm" for kind in "2356" for space in "\n\r\t "},
+}
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+ARRAY_SUFFIX = ".npy"
+SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test"}
+SPLIT_FOLDERS |= dict.fromkeys(("val", "valid", "validation"), "val")
+NAMED = 5  # files that a note names
+
+
+def split_folders(folder: Path) -> dict[Path, str | None]:
+    """The folders of splits that were made already, with their words; empty where these are classes."""
+    found = {child: SPLIT_FOLDERS.get(child.name.lower()) for child in visible_folders(folder)}
+    split = "train" in found.values() and None not in found.values() and len(found) > 1
+    return found if split and all(any(visible_folders(part)) for part in found) else {}
+
+
+def visible_folders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """Files at any depth that neither are hidden nor lie in a hidden folder, in the order of their paths."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in files if not name.startswith(".")]
+    return sorted(found)
+
+
+def is_image(file: Path) -> bool:
+    """Whether a file is an image by its ending or else by its content."""
+    return file.suffix.lower() in IMAGE_SUFFIXES | {ARRAY_SUFFIX} or suffix_of(file) is not None
+
+
+def suffix_of(file: Path) -> str | None:
+    """The usual ending of an image of this content; None for what is no image, or no plain file."""
+    try:
+        with open_plain(file, max_bytes=MAX_IMAGE_BYTES, follow_links=True) as opened:
+            start = opened.read(10)
+    except (OSError, UserError):
+        return None
+    if not start:  # empty files are damaged images if their name says so
+        return ".img" if file.suffix.lower() in IMAGE_SUFFIXES else None
+    return known_suffix(start) or (".img" if file.suffix.lower() in IMAGE_SUFFIXES else None)
+
+
+def known_suffix(content: bytes) -> str | None:
+    """The usual ending of a file that begins so; None for no known format."""
+    if content.startswith(b"BM") and content[6:10] == bytes(4):  # two letters alone could begin any text
+        return ".bmp"
+    return next((suffix for start, suffix in _SIGNATURES.items() if content.startswith(start)), None)

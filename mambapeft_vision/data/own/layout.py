@@ -1,0 +1,375 @@
+"""Own images made a task: the splits are drawn once and recorded, and the images stay where they are.
+
+A task's folder holds what every task's does (data/README.md): the four list files and `images`, here a link to where
+the images are. Beside them stand `classes.txt` (the class names, one a line, by label), `files.csv` (a line for
+each image, see `IndexedFile`) and `task.json` (where the images came from, how they were split, notes).
+
+Images that were added, removed, relabelled or changed are noticed, and the splits are drawn again; the former record is
+kept beside it.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from mambapeft_vision.data.manifest import TaskEntry, drop_entry, task_sha256, write_entry
+from mambapeft_vision.data.own.draw import TEST, TRAIN, VAL, draw_splits, strata_of
+from mambapeft_vision.data.own.source import Source, named, read_tree
+from mambapeft_vision.data.own.table import USUAL, Columns, is_table, read_table
+from mambapeft_vision.data.prepare.verify import FileFinding, inspect_file
+from mambapeft_vision.utils.atomic import atomic_folder, write_json, write_text
+from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.lock import one_at_a_time
+from mambapeft_vision.utils.processes import available_cpus
+from mambapeft_vision.utils.progress import ConsoleProgress, ProgressMeter
+from mambapeft_vision.utils.untrusted import read_bytes, read_json
+
+CLASSES_FILE, INDEX_FILE, RECORD_FILE, IMAGES = "classes.txt", "files.csv", "task.json", "images"
+# List file → the splits whose images it holds; the names are those of VTAB-1K, whatever the numbers.
+LISTS = {"train800": (TRAIN,), "val200": (VAL,), "train800val200": (TRAIN, VAL), "test": (TEST,)}
+_MAX_INDEX_BYTES = 8_000_000_000
+_UNEVEN = 3  # times as many training images of one class as of another are worth a note
+
+
+@dataclass(frozen=True)
+class OwnImages:
+    """Where somebody's images are, and how they are to be split where they are not yet.
+
+    Args:
+        path: a tree of class folders, or a table.
+        root: folder that the paths of a table are relative to; None: the table's.
+        columns: of a table.
+        several: whether an image may have any number of labels.
+        test_share, val_share: of each class's images.
+        seed: of the draw.
+    """
+
+    path: Path
+    root: Path | None = None
+    columns: Columns = USUAL
+    several: bool = False
+    test_share: float = 0.2
+    val_share: float = 0.2
+    seed: int = 0
+
+    def read(self) -> Source:
+        """The images and labels that there are now. Raises UserError."""
+        try:
+            if self.path.is_dir():
+                if self.several:
+                    raise UserError(
+                        f"{self.path}: images with several labels need a table of paths and labels. Give it"
+                    )
+                return read_tree(self.path)
+            if self.path.is_file() and is_table(self.path):
+                return read_table(self.path, self.root, self.columns, self.several)
+        except OSError as error:
+            raise UserError(f"{error.filename or self.path} cannot be read ({error.strerror}). Repair it.") from error
+        what = "no table" if self.path.is_file() else "missing"
+        raise UserError(
+            f"dataset.path={self.path} is {what}: expected a folder with one folder of images for each class, or a "
+            f"table of paths and labels (.csv, .tsv, .parquet). Correct the path."
+        )
+
+    def folder_below(self, place: Path) -> Path:
+        """The task's folder: another one for other images or another way to split them."""
+        settings = {**asdict(self), "path": str(self.path.absolute()), "root": self.root and str(self.root.absolute())}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        name = "".join(c if c.isalnum() else "-" for c in self.path.stem)[:40]
+        return place / f"{name}-{digest[:12]}"
+
+
+@dataclass(frozen=True)
+class IndexedFile:
+    """One line of files.csv.
+
+    Args:
+        labels: the class, or several divided by commas, or `-`.
+        split: train, val or test.
+        given: the split that its owner gave it, or nothing.
+        changed_ns: time of the last change, in nanoseconds since 1970.
+    """
+
+    path: str
+    labels: str
+    split: str
+    given: str
+    bytes: int
+    changed_ns: int
+    sha256: str
+
+
+def lay_out(own: OwnImages, folder: Path) -> None:
+    """Draws and records the splits in `folder`, unless they are there and the images are as they were.
+
+    Raises: UserError for images that cannot be read, named all together.
+    """
+    source = own.read()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(folder):
+        known = read_index(folder)
+        if known is not None and _is_recorded(source, known, folder):
+            return
+        files = _indexed(source, own, known or [])
+        if known is not None and _is_same(source, files, known, folder):  # only copied or touched
+            write_text(folder / INDEX_FILE, _index_text(files))
+            return
+        if folder.exists():
+            drop_entry(folder.parent, folder.name)
+            folder.rename(_free_name(folder))
+        with atomic_folder(folder) as temporary:
+            _write(temporary, source, own, files, again=known is not None)
+        write_entry(folder.parent, folder.name, _entry(folder, files))
+
+
+def is_recorded(own: OwnImages, folder: Path) -> bool:
+    """Whether the record in `folder` is of the images that there are now; nothing is written."""
+    known = read_index(folder)
+    if known is None:
+        return False
+    source = own.read()
+    return _is_recorded(source, known, folder) or _is_same(source, _indexed(source, own, known), known, folder)
+
+
+def read_classes(folder: Path) -> tuple[str, ...] | None:
+    """The class names of a task's folder, by label; None where it has none."""
+    file = folder / CLASSES_FILE
+    if not file.is_file():
+        return None
+    try:
+        text = read_bytes(file, max_bytes=64_000_000, follow_links=True).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read ({error}). Write a class name a line, in UTF-8.") from None
+    return tuple(line.rstrip("\r") for line in text.removesuffix("\n").split("\n"))
+
+
+def read_notes(folder: Path) -> list[str]:
+    """What is to be known about the images of a task's folder."""
+    file = folder / RECORD_FILE
+    if not file.is_file():
+        return []
+    content = read_json(file)
+    notes = content.get("notes", []) if isinstance(content, dict) else []
+    return [str(note) for note in notes] if isinstance(notes, list) else []
+
+
+def read_index(folder: Path) -> list[IndexedFile] | None:
+    """The lines of files.csv; None where there is no whole record."""
+    try:
+        text = read_bytes(folder / INDEX_FILE, max_bytes=_MAX_INDEX_BYTES).decode()
+        rows = list(csv.reader(io.StringIO(text, newline="")))
+        return [IndexedFile(*row[:4], int(row[4]), int(row[5]), row[6]) for row in rows[1:]]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, IndexError, csv.Error) as error:
+        raise UserError(f"{folder / INDEX_FILE} is damaged ({error}). Delete {folder}; it is made again.") from None
+
+
+def _is_recorded(source: Source, known: Sequence[IndexedFile], folder: Path) -> bool:
+    """Whether names, labels, given splits, sizes and times of change are those of the record."""
+    given = source.splits or ("",) * len(source.paths)
+    now = {
+        path: (_label_text(labels), split, *_status(source.root / path))
+        for path, labels, split in zip(source.paths, source.labels, given, strict=True)
+    }
+    then = {file.path: (file.labels, file.given, file.bytes, file.changed_ns) for file in known}
+    return now == then and read_classes(folder) == source.class_names
+
+
+def _is_same(source: Source, now: Sequence[IndexedFile], then: Sequence[IndexedFile], folder: Path) -> bool:
+    """Whether names, classes, splits and content are those of the record."""
+    return _content(now) == _content(then) and read_classes(folder) == source.class_names
+
+
+def _indexed(source: Source, own: OwnImages, known: Sequence[IndexedFile]) -> list[IndexedFile]:
+    """Every image read, hashed and decoded once (those that are known and unchanged are not), and its split."""
+    recorded = {file.path: file for file in known}
+    statuses = {path: _status(source.root / path) for path in source.paths}
+    unchanged = {p for p, f in recorded.items() if statuses.get(p) == (f.bytes, f.changed_ns)}
+    new = [path for path in source.paths if path not in unchanged]
+    found = dict(zip(new, _inspect([source.root / path for path in new]), strict=True))
+    bad = [f"{source.root / path}: {finding.error}" for path, finding in found.items() if finding.error]
+    if bad:
+        raise UserError(
+            f"{len(bad):,} of {len(source.paths):,} images cannot be used: {' '.join(bad[:5])} Repair or remove "
+            f"{'it' if len(bad) == 1 else 'them'}."
+        )
+    hashes = [recorded[p].sha256 if p in unchanged else found[p].sha256 for p in source.paths]
+    splits = _splits_of(source, own, hashes)
+    given = source.splits or ("",) * len(source.paths)
+    return [
+        IndexedFile(path, _label_text(labels), split, word, *statuses[path], sha256)
+        for path, labels, split, word, sha256 in zip(source.paths, source.labels, splits, given, hashes, strict=True)
+    ]
+
+
+def _splits_of(source: Source, own: OwnImages, hashes: Sequence[str]) -> list[str]:
+    strata = strata_of(source.labels)
+    if source.splits is None:
+        _require_two_images(source, hashes)
+        return draw_splits(strata, hashes, test_share=own.test_share, val_share=own.val_share, seed=own.seed)
+    splits = list(source.splits)
+    if TRAIN not in splits or set(splits) == {TRAIN}:
+        raise UserError(f"{own.path} marks {', '.join(sorted(set(splits)))} alone; expected train and test. Mark both.")
+    if TEST not in splits:  # what was kept for validation is what there is to test with
+        splits = [TEST if split == VAL else split for split in splits]
+    if VAL not in splits:
+        pool = [index for index, split in enumerate(splits) if split == TRAIN]
+        chosen = draw_splits(
+            [strata[i] for i in pool], [hashes[i] for i in pool], test_share=0, val_share=own.val_share, seed=own.seed
+        )
+        for index, split in zip(pool, chosen, strict=True):
+            splits[index] = split
+    return splits
+
+
+def _require_two_images(source: Source, hashes: Sequence[str]) -> None:
+    different: dict[int, set[str]] = defaultdict(set)
+    for labels, content in zip(source.labels, hashes, strict=True):
+        for label in labels:
+            different[label].add(content)
+    few = [name for label, name in enumerate(source.class_names) if len(different[label]) < 2]
+    if few and all(len(labels) == 1 for labels in source.labels):
+        raise UserError(
+            f"{source.root}: {named(few)} {'has' if len(few) == 1 else 'have'} fewer than two different images; "
+            f"expected one to train and one to test at least. Add images, or remove the class."
+        )
+
+
+def _inspect(files: Sequence[Path]) -> list[FileFinding]:
+    meter = ProgressMeter(len(files), ConsoleProgress("check images", "images") if len(files) > 500 else None)
+    findings = []
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        for finding in pool.map(lambda file: inspect_file(file, decode=True), files):
+            meter.advance()
+            findings.append(finding)
+    return findings
+
+
+def _write(folder: Path, source: Source, own: OwnImages, files: Sequence[IndexedFile], *, again: bool) -> None:
+    for name, splits in LISTS.items():
+        lines = [f"{IMAGES}/{file.path} {file.labels}\n" for file in files if file.split in splits]
+        (folder / f"{name}.txt").write_text("".join(lines), encoding="utf-8")
+    (folder / CLASSES_FILE).write_text("".join(f"{name}\n" for name in source.class_names), encoding="utf-8")
+    (folder / INDEX_FILE).write_text(_index_text(files), encoding="utf-8")
+    (folder / IMAGES).symlink_to(source.root.absolute(), target_is_directory=True)
+    record = {
+        "path": str(own.path.absolute()),
+        "root": str(source.root.absolute()),
+        "splits": "as given" if source.splits else {"seed": own.seed, "test": own.test_share, "val": own.val_share},
+        "images": dict(Counter(file.split for file in files)),
+        "classes": len(source.class_names),
+        "notes": [*_overview(source, own, files, again), *source.notes, *_notes(source, files)],
+    }
+    write_json(folder / RECORD_FILE, record)
+
+
+def _overview(source: Source, own: OwnImages, files: Sequence[IndexedFile], again: bool) -> list[str]:
+    counts = Counter(file.split for file in files)
+    numbers = f"{counts[TRAIN]:,} to train, {counts[VAL]:,} to validate, {counts[TEST]:,} to test"
+    how = "splits as given" if source.splits else f"splits drawn with seed {own.seed}"
+    notes = [f"{len(files):,} images of {len(source.class_names):,} classes in {own.path}: {numbers}; {how}."]
+    if source.splits and TEST not in source.splits:
+        notes.append("no images are marked for testing: those marked for validation are, and others are drawn for it.")
+    if again:
+        notes.append("the images are not those of the former record: their splits were drawn again.")
+    return notes
+
+
+def _notes(source: Source, files: Sequence[IndexedFile]) -> list[str]:
+    return [*_unevenness(source, files), *_absences(source, files), *_duplicates(files)]
+
+
+def _unevenness(source: Source, files: Sequence[IndexedFile]) -> list[str]:
+    counts = _per_class(files, (TRAIN, VAL))
+    seen = {label: count for label, count in counts.items() if count}
+    if not seen:
+        return []
+    most, fewest = max(seen, key=lambda k: seen[k]), min(seen, key=lambda k: seen[k])
+    if seen[most] <= _UNEVEN * seen[fewest]:
+        return []
+    return [
+        f"the classes are uneven: {source.class_names[most]!r} has {seen[most]:,} images to train and validate, "
+        f"{source.class_names[fewest]!r} has {seen[fewest]:,}."
+    ]
+
+
+def _absences(source: Source, files: Sequence[IndexedFile]) -> list[str]:
+    notes = []
+    for words, purpose in (((TRAIN, VAL), "to train"), ((TEST,), "to test")):
+        counts = _per_class(files, words)
+        absent = [name for label, name in enumerate(source.class_names) if not counts[label]]
+        if absent:
+            notes.append(f"no image {purpose} has the class {named(absent)}.")
+    return notes
+
+
+def _duplicates(files: Sequence[IndexedFile]) -> list[str]:
+    """Notes on images of the same bytes: in several splits, or with other labels."""
+    same = defaultdict(list)
+    for file in files:
+        same[file.sha256].append(file)
+    twins = [group for group in same.values() if len(group) > 1]
+    shared = [group for group in twins if {file.split == TEST for file in group} == {True, False}]
+    relabelled = [group for group in twins if len({file.labels for file in group}) > 1]
+    notes = []
+    for groups, what in ((shared, "stand both among training and test images"), (relabelled, "have different labels")):
+        if groups:
+            notes.append(f"{len(groups):,} images {what}: {named([' = '.join(f.path for f in g) for g in groups])}.")
+    return notes
+
+
+def _per_class(files: Sequence[IndexedFile], splits: Sequence[str]) -> Counter[int]:
+    return Counter(int(label) for f in files if f.split in splits and f.labels != "-" for label in f.labels.split(","))
+
+
+def _entry(folder: Path, files: Sequence[IndexedFile]) -> TaskEntry:
+    lists = {name: hashlib.sha256((folder / f"{name}.txt").read_bytes()).hexdigest() for name in LISTS}
+    hashes = {f"{IMAGES}/{file.path}": file.sha256 for file in files} | {f"{n}.txt": sha for n, sha in lists.items()}
+    return TaskEntry(
+        sha256=task_sha256(hashes),
+        lists=lists,
+        images=len(files),
+        bytes=sum(file.bytes for file in files),
+        classes_seen={name: len(+_per_class(files, splits)) for name, splits in LISTS.items()},
+        decoded=True,
+    )
+
+
+def _index_text(files: Sequence[IndexedFile]) -> str:
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(field.name for field in fields(IndexedFile))
+    writer.writerows(tuple(asdict(file).values()) for file in files)
+    return stream.getvalue()
+
+
+def _content(files: Sequence[IndexedFile]) -> list[tuple[str, ...]]:
+    return sorted((file.path, file.labels, file.split, file.sha256) for file in files)
+
+
+def _label_text(labels: Sequence[int]) -> str:
+    return ",".join(map(str, labels)) or "-"
+
+
+def _status(file: Path) -> tuple[int, int]:
+    """Bytes and time of change. Raises UserError for a file that is missing."""
+    try:
+        status = os.stat(file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}). Correct its path, or remove it.") from error
+    return status.st_size, status.st_mtime_ns
+
+
+def _free_name(folder: Path) -> Path:
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.replaced-{number}")).exists():
+        number += 1
+    return aside

@@ -1,0 +1,210 @@
+"""`mambapeft predict`: the classes of new images by the model of a finished run, as CSV or JSON lines."""
+
+import csv
+import glob
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+
+from mambapeft_vision.adapter.predict import Prediction, batched, predictions
+from mambapeft_vision.data.own.files import is_image, visible_files
+from mambapeft_vision.data.preprocessing import decode_image, describe_failure
+from mambapeft_vision.run.trained import TrainedModel
+from mambapeft_vision.utils.atomic import atomic_path
+from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.names import user_path
+from mambapeft_vision.utils.processes import available_cpus
+from mambapeft_vision.utils.progress import ConsoleProgress, ProgressMeter
+from mambapeft_vision.utils.text import plain
+
+CSV, JSON_LINES = FORMATS = ("csv", "jsonl")
+_BATCH = {"cuda": 256}  # images; of a batch that does not fit a GPU's memory the halves are taken
+_BATCH_ELSEWHERE = 32
+_FORMULA = ("=", "+", "-", "@")
+
+
+@dataclass
+class Outcome:
+    """What became of the images. skipped: those that could not be read, with the reason."""
+
+    predicted: int = 0
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def find_images(given: Sequence[str]) -> list[Path]:
+    """The images that are meant by files, folders (searched to any depth) and patterns such as `photos/*.jpg`.
+
+    Raises: UserError for what means nothing.
+    """
+    found: dict[Path, None] = {}
+    for text in given:
+        path = user_path(text)
+        if path.is_dir():
+            files = [file for file in visible_files(path) if is_image(file)]
+        elif path.exists():
+            files = [path]
+        else:
+            files = sorted(file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file())
+        if not files:
+            raise UserError(f"images={plain(text)}: no image is there; expected a folder, files or a pattern (*.jpg)")
+        found |= dict.fromkeys(files)
+    return list(found)
+
+
+def predict_files(
+    trained: TrainedModel,
+    files: Sequence[Path],
+    write: Callable[[Prediction], None],
+    *,
+    top: int = 5,
+    batch_size: int | None = None,
+    quiet: bool = False,
+) -> Outcome:
+    """Predicts the classes of image files and hands each prediction to `write`, in the order of the files.
+
+    Images that cannot be read are said on stderr and skipped. While a batch is computed, the next one is decoded.
+    """
+    outcome = Outcome()
+    meter = ProgressMeter(len(files), None if quiet else ConsoleProgress("predict", "images"))
+    size = batch_size or _BATCH.get(trained.device.type, _BATCH_ELSEWHERE)
+    for batch in _decoded(trained, files, size):
+        good = [(file, pixels) for file, pixels in batch if isinstance(pixels, np.ndarray)]
+        for file, problem in batch:
+            if isinstance(problem, str):
+                outcome.skipped[str(file)] = problem
+                print(f"skipped {plain(file, 1_000)}: {problem}", file=sys.stderr, flush=True)
+        if good:
+            shares = trained.probabilities([pixels for _, pixels in good])
+            for prediction in predictions(trained.model, [str(file) for file, _ in good], shares, top):
+                write(prediction)
+        outcome.predicted += len(good)
+        meter.advance(len(batch))
+    return outcome
+
+
+def watch(
+    folder: Path,
+    known: set[str],
+    handle: Callable[[Sequence[Path]], object],
+    *,
+    every_s: float,
+    sleep: Callable[[float], None] = time.sleep,
+    rounds: Iterable[int] | None = None,
+) -> None:
+    """Hands the images that appear in a folder to `handle`, until Ctrl-C. What is still being written is waited for.
+
+    Args:
+        known: files that have been handled; more are added.
+        sleep, rounds: for tests.
+    """
+    sizes: dict[str, int] = {}
+    for _ in iter(int, 1) if rounds is None else rounds:
+        ready = []
+        for file in visible_files(folder):
+            if str(file) in known:
+                continue
+            size = file.stat().st_size if file.exists() else -1
+            if size > 0 and sizes.get(str(file)) == size and is_image(file):
+                ready.append(file)
+            sizes[str(file)] = size
+        if ready:
+            handle(ready)
+            known |= {str(file) for file in ready}
+        sleep(every_s)
+
+
+@contextmanager
+def output(out: Path | None, top: int, *, append: bool = False) -> Iterator[Callable[[Prediction], None]]:
+    """A function that writes a prediction: to standard output as CSV, or to a .csv or .jsonl file.
+
+    A file appears when it is whole, unless `append` is asked for.
+    """
+    if out is None:
+        yield _writer(sys.stdout, CSV, header=True)
+        return
+    kind = format_of(out)
+    if append:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out, "a", encoding="utf-8", newline="") as stream:
+            yield _writer(stream, kind, header=stream.tell() == 0)
+        return
+    with atomic_path(out) as temporary, open(temporary, "w", encoding="utf-8", newline="") as stream:
+        yield _writer(stream, kind, header=True)
+
+
+def format_of(out: Path) -> str:
+    kind = out.suffix.lower().removeprefix(".")
+    if kind not in FORMATS:
+        raise UserError(f"--out {out}: expected a file that ends in {' or '.join(f'.{kind}' for kind in FORMATS)}")
+    return kind
+
+
+def files_in(out: Path) -> set[str]:
+    """The files that an output has predictions of."""
+    if not out.is_file():
+        return set()
+    with open(out, encoding="utf-8", newline="") as stream:
+        if format_of(out) == CSV:
+            return {row["file"] for row in csv.DictReader(stream) if "file" in row}
+        return {json.loads(line)["file"] for line in stream if line.strip()}
+
+
+def _decoded(trained: TrainedModel, files: Sequence[Path], size: int) -> Iterator[list[tuple[Path, np.ndarray | str]]]:
+    """Batches of files, each with its pixels or with the reason why it has none."""
+
+    def decode(file: Path) -> tuple[Path, np.ndarray | str]:
+        try:
+            return file, decode_image(file, trained.preprocessing)
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's readers raise far more than OSError on damaged files
+            return file, describe_failure(error)
+
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        waiting = None
+        for batch in batched(files, size):
+            following = [pool.submit(decode, file) for file in batch]
+            if waiting is not None:
+                yield [future.result() for future in waiting]
+            waiting = following
+        if waiting is not None:
+            yield [future.result() for future in waiting]
+
+
+def _writer(stream: TextIO, kind: str, header: bool) -> Callable[[Prediction], None]:
+    table = csv.writer(stream, lineterminator="\n")
+
+    def as_csv(prediction: Prediction) -> None:
+        top = "|".join(f"{name}:{share:.4f}" for name, share in prediction.top)
+        chosen = "|".join(prediction.labels)
+        table.writerow([_cell(prediction.name), _cell(chosen), f"{prediction.probability:.6f}", _cell(top)])
+        stream.flush()
+
+    def as_json(prediction: Prediction) -> None:
+        content = {
+            "file": prediction.name,
+            "class": prediction.class_name,
+            "label": prediction.label,
+            "probability": prediction.probability,
+            "labels": list(prediction.labels),
+            "top": [{"class": name, "probability": share} for name, share in prediction.top],
+        }
+        stream.write(json.dumps(content, ensure_ascii=False) + "\n")
+        stream.flush()
+
+    if kind == CSV and header:
+        table.writerow(["file", "class", "probability", "top"])
+    return as_csv if kind == CSV else as_json
+
+
+def _cell(text: str) -> str:
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(_FORMULA) else text
