@@ -165,11 +165,17 @@ def read_index(folder: Path) -> list[IndexedFile] | None:
     try:
         text = read_bytes(folder / INDEX_FILE, max_bytes=_MAX_INDEX_BYTES).decode()
         rows = list(csv.reader(io.StringIO(text, newline="")))
-        return [IndexedFile(*row[:4], int(row[4]), int(row[5]), row[6]) for row in rows[1:]]
+        return [_indexed_file(row) for row in rows[1:]]
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, IndexError, csv.Error) as error:
+    except (ValueError, csv.Error) as error:
         raise UserError(f"{folder / INDEX_FILE} is damaged ({error}). Delete {folder}; it is made again.") from None
+
+
+def _indexed_file(row: Sequence[str]) -> IndexedFile:
+    """Raises ValueError for a row that is no line of files.csv."""
+    path, labels, split, given, size, changed_ns, sha256 = row
+    return IndexedFile(path, labels, split, given, int(size), int(changed_ns), sha256)
 
 
 def _is_recorded(source: Source, known: Sequence[IndexedFile], folder: Path) -> bool:
