@@ -19,7 +19,7 @@ def task(tmp_path_factory):
         ("dataset.batch_size=2.5", r"dataset\.batch_size=2\.5; expected a whole number"),
         ("dataset.batch_size=null", r"dataset\.batch_size=None; expected a whole number"),
         ("dataset.num_workers=many", r"dataset\.num_workers='many'; expected a whole number or null"),
-        ("dataset.folder=5", r"dataset\.folder=5; expected text"),
+        ("dataset.folder=5", r"dataset\.folder=5; expected null or text"),
         ("dataset.num_classes=true", r"dataset\.num_classes=True; expected a whole number"),
         ("method.lora_p_x.rank=abc", r"method\.lora_p_x\.rank='abc'; expected a whole number"),
         ("method.lora_p_x.scale=[1]", r"method\.lora_p_x\.scale=\[1\]; expected a number"),
