@@ -34,6 +34,7 @@ COMMANDS = {
     "count": "trained parameters of every preset beside the published table",
     "keys": "list the keys of a config with type, default and meaning",
     "methods": "list the methods, or describe some",
+    "mini": "the mini benchmark: every method on 13 small tasks, on any small backbone",
     "demo": "fine-tune a small pretrained Vim three ways on a CPU",
     "check-science": "does pretraining help, and LoRA_p(X) add to it? 24 runs on a CPU",
     "sync": "upload finished runs to Weights & Biases",

@@ -29,7 +29,7 @@ def test_the_oldest_results_have_every_key(file):
 
 
 def test_classes_that_moved_are_found():
-    record = read_bundle(runs.ROOT / "results" / "mini" / "mini.runs.json")[0]
+    record = read_bundle(runs.ROOT / "results" / "mini" / "vim_nano.runs.json")[0]
     plan = RunPlan(record.config, TrainerConfig(**record.config["trainer"]), record.fingerprint, runs.ROOT)
     assert build_dataset(plan).name == record.task
     assert type(build_logger(plan)).__name__ == "NoLogger"
