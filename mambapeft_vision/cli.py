@@ -36,7 +36,7 @@ COMMANDS = {
     "methods": "list the methods, or describe some",
     "mini": "the mini benchmark: every method on 13 small tasks, on any small backbone",
     "demo": "fine-tune a small pretrained Vim three ways on a CPU",
-    "check-science": "does pretraining help, and LoRA_p(X) add to it? 24 runs on a CPU",
+    "check-science": "does pretraining help, and LoRA_p(X) add to it? Nine runs a small backbone, on a CPU",
     "sync": "upload finished runs to Weights & Biases",
     "cache": "list or clean the cache of decoded images",
 }

@@ -1,9 +1,9 @@
 """Methods' sizes on other backbones than Vim-S, for which the presets are written.
 
 With `method_sizes=of_vim_s` a size is a share of Vim-S and stays that share: ranks, adapter widths and numbers of
-blocks in proportion to the channels of the scan (d_inner, 768 in Vim-S; the mean over the blocks where they differ, as in
-VMamba), extra states in proportion to the states (d_state, 16 in Vim-S); rounded, at least 1. Numbers of tokens stay: they are no width. An alpha goes with its rank, as
-alpha / rank is the scale of a branch.
+blocks in proportion to the channels of the scan (d_inner, 768 in Vim-S; the mean over the blocks of a backbone with
+stages), extra states in proportion to the states (d_state, 16 in Vim-S); rounded, at least 1. Numbers of tokens stay:
+they are no width. An alpha goes with its rank, as alpha / rank is the scale of a branch.
 """
 
 from __future__ import annotations

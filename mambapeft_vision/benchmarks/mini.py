@@ -120,7 +120,7 @@ def jobs_of_stage(
         return _searched(benchmark, {name: [Setting(rate) for rate in benchmark.rates] for name in benchmark.methods})
     if stage == "refine":
         return _searched(benchmark, settings or {})
-    chosen = dict.fromkeys(benchmark.methods, [Setting()]) if stage == "recipe" else settings or {}
+    chosen = {name: [Setting()] for name in benchmark.methods} if stage == "recipe" else settings or {}
     wanted = [Wanted(name, one, benchmark.tasks) for name in benchmark.methods for one in chosen.get(name, ())]
     return plan_runs(benchmark, wanted, benchmark.seeds)
 

@@ -16,7 +16,6 @@ overrides (trainer.max_epochs=20, paths.outputs=DIR, ...) go to every run and mu
 """
 
 import argparse
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -26,8 +26,8 @@ class Memba(Method):
         threshold: V_th; None: the membrane is never reset.
         chunks: T.
         transfer: u_1 comes from the previous block; false: 0 in every block.
-        reset_first: v = τ reset(u_i) + X_i is the membrane, so that the gate sees what is above V_th once; the published
-            order is false.
+        reset_first: u_{i+1} = τ reset(u_i) + X_i, so that the gate sees what is above V_th once. The published order
+            is false.
     """
 
     merge_obstacle = "the membrane on the gate depends on the tokens, not on weights alone"
