@@ -15,7 +15,7 @@ from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.typed import build
 from mambapeft_vision.utils.untrusted import parse_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 REMEDY = "Run again with resume=false"
 
 # What every reader of a result can rely on; a file may have come from anybody.
@@ -32,7 +32,7 @@ _SPLITS = ("train_split", "test_split")
 class RunRecord:
     """The outcome of one run, and what it was made from.
 
-    Schema 1. Accuracies are shares (0 to 1), times seconds, memory bytes. A change of a field's meaning, a new field or
+    Schema 2. Accuracies are shares (0 to 1), times seconds, memory bytes. A change of a field's meaning, a new field or
     a removed one gets a new schema version.
     """
 
@@ -63,6 +63,7 @@ class RunRecord:
     backbone: str
     backbone_sha256: str
     data_manifest: str  # hash of the task's files
+    image_format: str | None  # how the images are encoded, such as "jpeg", "png" or "jpeg+png"; None: not recorded
     fingerprint: str  # sha256 of everything in the config that decides the result
     git_commit: str | None
     git_dirty: bool | None
