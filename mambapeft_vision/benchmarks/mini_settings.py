@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mambapeft_vision.results.record import RunRecord
+from mambapeft_vision.results.record import RunRecord, is_derived
 from mambapeft_vision.results.tables import Standard
 
 #: Like the paper's protocol, which tunes a method once, on five tasks, and not on every task.
@@ -116,7 +116,12 @@ class Choice:
 
 
 def setting_of(record: RunRecord, standard: Standard) -> tuple[str, Setting] | None:
-    """A run's preset and setting; None for a run with other changes of its methods, which is no trial of the preset."""
+    """A run's preset and setting; None for a run with other changes of its methods, which is no trial of the preset.
+
+    None too for what was made from finished runs.
+    """
+    if is_derived(record):
+        return None
     preset, differences = standard.describe(record.config)
     if preset not in standard.presets:
         return None

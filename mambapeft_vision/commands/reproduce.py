@@ -1,8 +1,8 @@
 """The whole table of MambaPEFT: sweep, collect, compare, one report.
 
-Takes what `mambapeft sweep` takes. Without `method`, every preset of the published table that fits the backbone; without
-`backbone`, Vim-S. The report compares with every published row of the same backbone and protocol. Only the runs of this
-command are in it, whatever else is in the outputs folder.
+Takes what `mambapeft sweep` takes. Without `method`, every preset of the published table that fits the backbone;
+without `backbone`, Vim-S. The report compares with every published row of the same backbone and protocol. Only the runs
+of this command are in it, whatever else is in the outputs folder.
 
 --dry-run tells runs, hours and disk beforehand; without `backbone` it does so for Vim-S and B, Mamba-Reg, VideoMamba
 and VMamba.

@@ -50,7 +50,9 @@ def test_a_dry_run_tells_the_costs_of_each_backbone(tmp_path, capsys):
 
 
 def test_methods_that_do_not_fit_a_backbone_are_left_out(monkeypatch):
-    presets = {row.presets[0]: row for row in reproduce.PUBLISHED[reproduce.VIM_S] if row.presets[0] in ("a", "cls_token")}
+    presets = {
+        row.presets[0]: row for row in reproduce.PUBLISHED[reproduce.VIM_S] if row.presets[0] in ("a", "cls_token")
+    }
     monkeypatch.setattr(reproduce, "PUBLISHED", {reproduce.VIM_S: tuple(presets.values())})
     reproduce._trained.cache_clear()
     try:
