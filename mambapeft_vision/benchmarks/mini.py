@@ -83,10 +83,12 @@ def benchmark_methods(
         backbone: name of a config.
     Raises: UserError for a chosen one that does not fit, or an unknown backbone.
     """
-    fitting, reasons = fitting_presets(configs / "method", registered_name(configs, backbone), of_vim_s=True)
-    for name in chosen or ():
-        if name not in fitting:
-            raise UserError(f"{name} is no method for {backbone}: {reasons.get(name) or nearest(name, fitting)}")
+    folder, name = configs / "method", registered_name(configs, backbone)
+    fitting, reasons = fitting_presets(folder, name, of_vim_s=True, names=chosen)
+    for method in chosen or ():
+        if method not in fitting:
+            known = [file.stem for file in folder.glob("*.yaml")]
+            raise UserError(f"{method} is no method for {backbone}: {reasons.get(method) or nearest(method, known)}")
     published = [name for row in PAPER for name in row.presets]
     place = {name: number for number, name in reversed(list(enumerate(published)))}
     ordered = sorted(fitting, key=lambda name: (place.get(name, len(published)), name))

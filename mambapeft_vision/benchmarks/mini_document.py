@@ -12,7 +12,7 @@ from mambapeft_vision.benchmarks.mini_settings import SEARCH_TASKS, Choice, Sett
 from mambapeft_vision.results.compare import Paired, holm, paired
 from mambapeft_vision.results.paper import paper_row
 from mambapeft_vision.results.plots import accuracy_against_parameters, differences, group_bars, save
-from mambapeft_vision.results.record import RunRecord
+from mambapeft_vision.results.record import RunRecord, is_derived
 from mambapeft_vision.results.tables import (
     MISSING,
     Collection,
@@ -58,7 +58,8 @@ def _sections(pictures: Path, records: Sequence[RunRecord], standard: Standard) 
         raise UserError("none of the runs is one of the mini benchmark's recipe; run mambapeft mini recipe")
     yield from _part("The paper's recipe", f"{pictures}-recipe", recipe, standard)
     if tuned:
-        yield from _part("Learning rates chosen on val200", f"{pictures}-tuned", tuned, standard)
+        beside = [r for r in records if is_derived(r) and r.config["dataset"]["test_split"] == "test"]
+        yield from _part("Learning rates chosen on val200", f"{pictures}-tuned", [*tuned, *beside], standard)
         yield to_markdown(_choices_table(found))
         if any(choice.refined for choice in found.values()):
             yield to_markdown(_refinements_table(found))
@@ -99,7 +100,7 @@ def _part(title: str, pictures: str, records: Sequence[RunRecord], standard: Sta
 
 
 def _compared(collection: Collection, pictures: str) -> Iterable[str]:
-    base = next((row for row in collection.rows if row.preset == AGAINST), None)
+    base = next((row for row in collection.rows if row.preset == AGAINST and _is_trained(row)), None)
     compared = compare_with(base, collection) if base is not None else []
     if base is not None and compared:
         yield to_markdown(paired_table(collection, base, compared))
@@ -112,7 +113,7 @@ def _ordered_as_published(collection: Collection) -> Iterable[str]:
     ours, published = [], []
     for row in collection.rows:
         paper, average = paper_row(row.preset), row.average([collection.tasks])
-        if isinstance(average, Score) and paper is not None and row.preset == paper.presets[0]:
+        if isinstance(average, Score) and paper and row.preset == paper.presets[0] and _is_trained(row):
             ours.append(average.mean)
             published.append(paper.average)
     if len(ours) > 2:
@@ -121,6 +122,11 @@ def _ordered_as_published(collection: Collection) -> Iterable[str]:
             f"The order of the {len(ours)} methods that the MambaPEFT paper's table has too, against their order there "
             f"(Vim-S on VTAB-1K): Spearman's rank correlation is {rho:.2f}.\n"
         )
+
+
+def _is_trained(row: Row) -> bool:
+    """Whether a row holds runs; ensembles and interpolations have rows beside them."""
+    return not is_derived(row.any_record)
 
 
 def compare_with(base: Row, collection: Collection) -> list[tuple[Row, Paired, bool]]:

@@ -6,6 +6,8 @@
   mambapeft mini refine                    four more trials a method: decay, and scale or rates in between
   mambapeft mini tuned                     the runs at each method's best trial that `recipe` has not done
   mambapeft mini memba                     why Memba is where it is: leak, threshold, chunks, reset, identity
+  mambapeft mini ensemble                  means of the best methods' probabilities, over seeds and over methods
+  mambapeft mini interpolate               the best methods between pretrained and adapted weights
   mambapeft mini pack                      all results of a backbone in one file, results/mini/BACKBONE.runs.json
   mambapeft mini unpack FILE               such a file as finished runs, to go on on another machine
   mambapeft mini document                  the tables and pictures of a backbone, into --out
@@ -32,6 +34,7 @@ from mambapeft_vision.benchmarks.mini import (
     registered_name,
     specs_of,
 )
+from mambapeft_vision.benchmarks.mini_derived import ensembles, interpolations
 from mambapeft_vision.benchmarks.mini_memba import memba_jobs, memba_table
 from mambapeft_vision.benchmarks.mini_settings import RATES, SEARCH_TASKS, Choice, Setting, choices, refinements
 from mambapeft_vision.results.bundle import write_bundle
@@ -40,11 +43,13 @@ from mambapeft_vision.results.record import RunRecord, is_finished, write_record
 from mambapeft_vision.results.tables import find_records, read_standard, to_markdown
 from mambapeft_vision.run.arguments import ArgumentParser
 from mambapeft_vision.run.exit import CRASH
+from mambapeft_vision.run.interpolate import How
 from mambapeft_vision.run.run_config import run_folder
 from mambapeft_vision.sweep.deadline import run_in_time
 from mambapeft_vision.sweep.jobs import Job, State
 from mambapeft_vision.sweep.pool import visible_gpus
 from mambapeft_vision.sweep.sweep import records_of
+from mambapeft_vision.sweep.worker_cache import Kept
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.paths import configs_folder
 
@@ -77,6 +82,23 @@ def run_memba(options: argparse.Namespace) -> int | None:
     if complete:
         print(to_markdown(memba_table(records_of(jobs), read_standard(benchmark.configs), benchmark.search_tasks)))
     return complete_or_crash(complete)
+
+
+def run_ensembles(options: argparse.Namespace) -> None:
+    benchmark = _benchmark(options)
+    made = 0
+    for name, record in ensembles(benchmark, _choices(benchmark), options.best):
+        print(f"{name}: {100 * record.accuracy:.2f} %", flush=True)
+        made += 1
+    if not made:
+        raise UserError("no tuned runs with stored probabilities are here; expected those of `mambapeft mini tuned`")
+
+
+def run_interpolations(options: argparse.Namespace) -> None:
+    benchmark = _benchmark(options)
+    how = How(options.device, cache=options.cache, sources=Kept(len(benchmark.tasks)).sources)
+    for line in interpolations(benchmark, _choices(benchmark), options.best, how):
+        print(line, flush=True)
 
 
 def complete_or_crash(complete: bool | None) -> int | None:
@@ -219,21 +241,21 @@ def _parser() -> ArgumentParser:
     backbone.add_argument("--backbone", default=VIM_NANO, metavar="NAME", help="a config (default: %(default)s)")
     places = ArgumentParser(add_help=False)
     places.add_argument("places", nargs="*", type=Path, help="folders with runs, or files of `pack`")
-    stages = {**STAGES, "memba": "Memba's parts, one changed at a time, on val200 of five tasks at five rates"}
-    for stage, what in stages.items():
-        command = commands.add_parser(stage, help=what, parents=[backbone])
-        command.add_argument("--methods", type=_names, metavar="A,B", help="presets; default: all that fit")
-        command.add_argument("--tasks", type=_names, metavar="A,B", default=TASKS, help="default: all 13")
-        command.add_argument("--seeds", type=_list_of(int), metavar="0,1", default=(0, 1, 2), help="default: 0,1,2")
-        command.add_argument("--rates", type=_list_of(float), metavar="X,Y", default=RATES, help="of the search")
-        command.add_argument("--search-tasks", type=_names, metavar="A,B", default=SEARCH_TASKS, help="of the search")
+    benchmark = _benchmark_parser(backbone)
+    for stage, what in {**STAGES, "memba": "Memba's parts, one changed at a time, on val200 of five tasks"}.items():
+        command = commands.add_parser(stage, help=what, parents=[benchmark])
         command.add_argument("--workers", type=int, help="processes that run at a time (default: one a GPU)")
         command.add_argument("--max-minutes", type=float, default=float("inf"), help="ends in time, keeps what is done")
         command.add_argument("--dry-run", action="store_true", help="only say what would run")
-        command.add_argument(
-            "overrides", nargs="*", metavar="OVERRIDE", help="of every run, e.g. trainer.max_epochs=20"
-        )
         command.set_defaults(run=run_memba if stage == "memba" else run_stage)
+    averaged = commands.add_parser("ensemble", help="of the tuned runs of the best methods", parents=[benchmark])
+    averaged.add_argument("--best", type=int, default=5, metavar="N", help="methods (default: %(default)s)")
+    averaged.set_defaults(run=run_ensembles)
+    between = commands.add_parser("interpolate", help="the tuned runs of the best methods", parents=[benchmark])
+    between.add_argument("--best", type=int, default=5, metavar="N", help="methods (default: %(default)s)")
+    between.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    between.add_argument("--cache", default="data/cache", metavar="DIR", help="decoded images (default: %(default)s)")
+    between.set_defaults(run=run_interpolations)
     packed = commands.add_parser("pack", help="the results of a backbone in one file", parents=[backbone, places])
     packed.add_argument("--out", type=Path, help="default: results/mini/BACKBONE.runs.json")
     packed.set_defaults(run=pack, places=[Path("outputs")])
@@ -247,4 +269,16 @@ def _parser() -> ArgumentParser:
     compared = commands.add_parser("compare", help="all backbones in one table", parents=[places])
     compared.add_argument("--out", type=Path, default=Path("results/report/mini-backbones.md"))
     compared.set_defaults(run=compare, places=[RESULTS])
+    return parser
+
+
+def _benchmark_parser(backbone: ArgumentParser) -> ArgumentParser:
+    """The options that say which benchmark it is; equal for all commands that plan its runs."""
+    parser = ArgumentParser(add_help=False, parents=[backbone])
+    parser.add_argument("--methods", type=_names, metavar="A,B", help="presets; default: all that fit")
+    parser.add_argument("--tasks", type=_names, metavar="A,B", default=TASKS, help="default: all 13")
+    parser.add_argument("--seeds", type=_list_of(int), metavar="0,1", default=(0, 1, 2), help="default: 0,1,2")
+    parser.add_argument("--rates", type=_list_of(float), metavar="X,Y", default=RATES, help="of the search")
+    parser.add_argument("--search-tasks", type=_names, metavar="A,B", default=SEARCH_TASKS, help="of the search")
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="of every run, e.g. trainer.max_epochs=20")
     return parser

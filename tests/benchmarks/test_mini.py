@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from mambapeft_vision.benchmarks.mini_settings import (
 )
 from mambapeft_vision.commands import mini
 from mambapeft_vision.results.bundle import read_bundle
+from mambapeft_vision.results.record import is_derived
 from mambapeft_vision.results.tables import find_records, read_standard
 from mambapeft_vision.run.run_config import make_plan
 from mambapeft_vision.sweep.deadline import Follower, TimeUp, run_in_time
@@ -284,8 +286,18 @@ def test_the_stages_from_start_to_bundle(data, tmp_path, capsys):
     assert len(tuned) == 8
     at_recipe = sum(choice.rate == 1e-3 for choice in found.values())
     assert sum(job.state is State.FINISHED for job in tuned) == 4 * at_recipe
+    only = "--rates=1e-3"  # with one rate the tuned runs are the recipe's
+    command(data, outputs, "ensemble", "--best=2", only)
+    assert "best 2 methods on mini/usps, seed 1: " in capsys.readouterr().out
+    command(data, outputs, "interpolate", "--best=1", "--device=cpu", f"--cache={data}/cache", only)
+    assert "lora_p_x: α " in capsys.readouterr().out
+    derived = [record for record in find_records([outputs]) if is_derived(record)]
+    labels = Counter((r.config["derived"]["kind"], r.config["derived"]["label"]) for r in derived)
+    assert labels["ensemble", "2 seeds"] == 2 * 2 and labels["ensemble", "best 2 methods"] == 2 * 2
+    assert sum(number for (kind, _), number in labels.items() if kind == "interpolation") == 4
     command(data, outputs, "refine", "--dry-run")
     assert "16 runs (16 new)" in capsys.readouterr().out  # four trials of two methods on two tasks
+    records = find_records([outputs])
     bundle = tmp_path / "mini.runs.json"
     mini.main(["pack", str(outputs), f"--out={bundle}", "--backbone=vim_pico"])  # which the tiny runs have
     with pytest.raises(UserError, match="no finished run of a mini task with vim_nano"):

@@ -62,6 +62,23 @@ def test_tables_and_pictures_are_those_of_the_runs(tmp_path):
     assert all((file.parent / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
+def test_ensembles_and_interpolations_are_rows_beside_the_runs(tmp_path):
+    made = {"kind": "ensemble", "label": "3 seeds", "members": ["x"]}
+    beside = [
+        fake_record(
+            r.task, "lora_p_x", 0, 0.8, group=r.group, fingerprint=f"e{r.task}", config=r.config | {"derived": made}
+        )
+        for r in records()
+        if r.methods == ["lora_p_x"] and r.seed == 0 and r.config["dataset"]["test_split"] == "test"
+    ]
+    file = tmp_path / "mini.md"
+    write_document(file, [*records(), *beside], read_standard(CONFIGS))
+    recipe, _, tuned = file.read_text().partition("## Learning rates chosen on val200")
+    assert rows_of(tuned, "summary")["lora_p_x (ensemble=3 seeds)"][4] == "80.00"
+    assert "ensemble" not in recipe and "The order of the 3 methods" in recipe
+    assert rows_of(tuned, "Compared with lora_p_x")["lora_p_x (ensemble=3 seeds)"][0].startswith("+1")
+
+
 def test_what_is_written_by_hand_stays(tmp_path):
     file = tmp_path / "mini-benchmark.md"
     file.write_text(f"# Title\n\nBefore.\n\n{BEGIN}\nold table\n{END}\n\nDiscussion.\n")
