@@ -28,6 +28,7 @@ COMMANDS = {
     "pretrain": "pretrain a backbone on labelled images",
     "prepare": "fetch, lay out and check data: vtab1k, mini, fgvc, few-shot",
     "tables": "tables of finished runs beside the published numbers",
+    "explore": "all finished runs in one page, to sort, filter and look into",
     "ensemble": "average the probabilities of finished runs",
     "interpolate": "between pretrained and adapted weights: one factor, chosen on val200",
     "report": "every table and picture of finished runs in one folder",
