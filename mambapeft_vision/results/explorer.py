@@ -77,7 +77,8 @@ def _row(found: Found, standard: Standard, names: Names) -> dict[str, Any]:
     dataset = record.config["dataset"]
     changed = ", ".join(f"{key}={value}" for key, value in settings.items())
     row = {
-        "method": plain(f"{preset} ({changed})" if changed else preset),
+        "method": plain(preset),
+        "settings": plain(changed, 1_000),
         "family": _family(record),
         "backbone": plain(record.backbone),
         "task": plain(record.task),

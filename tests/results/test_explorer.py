@@ -31,7 +31,7 @@ PROBE = """
 addEventListener("load", () => {
   const rows = () => [...document.querySelectorAll("tbody tr")];
   const cells = at => rows().filter(row => row.cells.length > 8).map(row => row.cells[at].innerText);
-  const seen = {title: document.title, first: cells(6), images: document.images.length};
+  const seen = {title: document.title, first: cells(1), images: document.images.length};
   document.querySelectorAll("thead button")[5].click();
   document.querySelectorAll("thead button")[5].click();
   seen.seeds = cells(5);
@@ -49,7 +49,7 @@ addEventListener("load", () => {
   seen.cells = [...document.querySelectorAll("aside td")].map(cell => cell.innerText);
   form.elements.method.value = "script";
   form.dispatchEvent(new Event("input"));
-  seen.hostile = cells(0);
+  seen.hostile = cells(8);
   seen.loaded = performance.getEntriesByType("resource").length;
   seen.wide = document.documentElement.scrollWidth - innerWidth;
   document.documentElement.dataset.seen = JSON.stringify(seen);
@@ -91,7 +91,7 @@ def test_the_page_is_self_contained_and_names_are_data(page):
 
 
 def test_a_row_s_command_is_the_run_s(page):
-    row = next(row for row in rows_of(page) if row["method"].startswith("lora_p_x"))
+    row = next(row for row in rows_of(page) if row["method"] == "lora_p_x")
     assert row["family"] == "lora" and row["accuracy"] == 71.0
     words = shlex.split(row["command"])
     assert words[:2] == ["mambapeft", "train"]
@@ -125,7 +125,7 @@ def test_a_browser_sorts_filters_and_explains(page, tmp_path):
     assert seen["first"] == ["71.00", "65.00", "60.00", "50.00"]  # the best first
     assert seen["seeds"] == ["0", "1", "2", "3"]
     assert seen["tasks"] == ["vtab/dtd"] * 2
-    assert seen["methods"] == ["lora_p_x (learning_rate=0.003)"] and seen["count"] == "1 of 4 results"
+    assert seen["methods"] == ["lora_p_x"] and seen["count"] == "1 of 4 results"
     assert "trainer.learning_rate=0.003" in seen["command"]
     assert [cell for cell in seen["cells"] if cell] == ["1", "1", "1", "1"]  # the counts of four images
     assert len(seen["hostile"]) == 1 and "<img" in seen["hostile"][0]

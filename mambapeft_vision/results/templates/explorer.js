@@ -1,9 +1,9 @@
 "use strict";
 // Everything that comes from results is written as text (textContent), never as HTML.
 const {title, rows} = JSON.parse(document.getElementById("data").textContent);
-const columns = [["method", "text"], ["family", "text"], ["backbone", "text"], ["task", "text"], ["split", "text"],
-  ["seed"], ["accuracy"], ["trained"], ["seconds"]];
-const details = ["backbone", "task", "split", "seed", "accuracy", "trained", "head", "seconds", "device", "images", "finished"];
+const columns = [["method", "text"], ["accuracy"], ["trained"], ["task", "text"], ["split", "text"], ["seed"],
+  ["family", "text"], ["backbone", "text"], ["settings", "text"]];
+const details = ["settings", "family", "backbone", "task", "split", "seed", "accuracy", "trained", "head", "seconds", "device", "images", "finished"];
 const page = 500;
 const form = document.querySelector("form"), body = document.querySelector("tbody"), side = document.querySelector("aside");
 const more = document.getElementById("more");
@@ -24,7 +24,7 @@ function written(key, value) {
 function chosen() {
   const wanted = Object.fromEntries(new FormData(form));
   const text = wanted.method.toLowerCase();
-  return rows.filter(row => row.method.toLowerCase().includes(text)
+  return rows.filter(row => `${row.method} ${row.settings}`.toLowerCase().includes(text)
     && ["family", "backbone", "task", "split"].every(key => !wanted[key] || row[key] === wanted[key]));
 }
 
