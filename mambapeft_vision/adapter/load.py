@@ -2,9 +2,10 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from mambapeft_vision.adapter.build import build_method
 from mambapeft_vision.adapter.files import ADAPTER_FILE, CONFIG_FILE, Adapter, read_adapter
@@ -111,7 +112,7 @@ def load_shared(adapter: Adapter, backbone: Backbone) -> AdaptedModel:
     private = {name for name, parameter in on_shapes.backbone.named_parameters() if id(parameter) in owned}
     private |= set(backbone.not_in_file)
     shared: dict[int, object] = {id(p): p for name, p in backbone.named_parameters() if name not in private}
-    shared |= {id(buffer): buffer for buffer in backbone.buffers()}
+    shared |= {id(buffer): buffer for buffer in cast(nn.Module, backbone).buffers()}
     return _loaded(adapter, copy.deepcopy(backbone, shared))
 
 

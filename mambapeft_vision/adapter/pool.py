@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,8 @@ class AdapterPool:
     def bytes_of(self, name: str) -> int:
         """Memory that one adapter takes beside the backbone."""
         own = {tensor.data_ptr(): tensor for tensor in _tensors(self.model(name))}
-        return sum(tensor.nbytes for place, tensor in own.items() if place not in self._shared)
+        sizes: list[int] = [tensor.nbytes for place, tensor in own.items() if place not in self._shared]
+        return sum(sizes)
 
     @property
     def backbone_bytes(self) -> int:
@@ -92,5 +94,6 @@ class AdapterPool:
         return sum(tensor.nbytes for tensor in _tensors(self.backbone))
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
+def _tensors(model: Backbone | AdaptedModel) -> list[Tensor]:
+    module = cast(nn.Module, model)
     return [*module.parameters(), *module.buffers()]

@@ -1,5 +1,7 @@
 """Memba (arXiv 2506.18184): a leaky integrate membrane on the gate of every mixer."""
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,7 +80,7 @@ class Memba(Method):
             v = part if u is None else self.tau * u + part
             u = v if self.reset_first else self._reset(v)
             membrane.append(u)
-        self._keep(layer, sum(membrane) / self.chunks)
+        self._keep(layer, reduce(torch.add, membrane) / self.chunks)
         return torch.cat(membrane, dim=1)[:, :length]
 
     def _reset(self, v: Tensor) -> Tensor:

@@ -26,8 +26,6 @@ from mambapeft_vision.utils.text import command, override, plain
 
 MOST_DRAWN = 20  # classes of a confusion matrix; of more classes the most frequent confusions are listed
 MOST_CONFUSIONS = 12
-_TRAINER = ("learning_rate", "min_lr", "weight_decay", "betas", "eps", "warmup_epochs", "start_factor", "clip_norm")
-_TRAINER += ("head_lr_mult", "head_decay_mult", "max_epochs", "precision", "micro_batch", "devices")
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Names:
 
 def read_names(configs: Path) -> Names:
     """From the folder `configs`."""
-    backbones = {}
+    backbones: dict[str, str] = {}
     for file in sorted((configs / "backbone").glob("*.yaml")):
         found = re.search(r"^name: (\S+)", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
         if found:
@@ -91,7 +89,7 @@ def _row(found: Found, standard: Standard, names: Names) -> dict[str, Any]:
         "device": plain(record.device_name),
         "images": plain(record.image_format or "not recorded"),
         "finished": plain(record.finished_at, 40),
-        "command": plain(_command(record, preset, settings, names), 2_000),
+        "command": plain(_command(record, preset, settings, standard, names), 2_000),
     }
     confusion = None if found.folder is None else _confusion(found.folder)
     return row if confusion is None else {**row, "confusion": confusion}
@@ -103,14 +101,14 @@ def _family(record: RunRecord) -> str:
     return plain(targets.pop()) if len(targets) == 1 else "hybrid"
 
 
-def _command(record: RunRecord, preset: str, settings: Mapping[str, Any], names: Names) -> str:
+def _command(record: RunRecord, preset: str, settings: Mapping[str, Any], standard: Standard, names: Names) -> str:
     """The command of a run, as far as its result tells; of what was made from runs, whose they are."""
     derived = record.config.get(DERIVED)
     if derived is not None:
         members = derived.get("members")
         count = len(members) if isinstance(members, list) else 0
         return f"made from finished runs: {derived['kind']}, {derived['label']}, {count} runs"
-    methods = preset if preset in record.config["method"] or "+" not in preset else f"[{','.join(record.methods)}]"
+    methods = preset if preset in standard.presets else f"[{','.join(record.methods)}]"
     backbone = record.config["backbone"].get("name")
     dataset = record.config["dataset"]
     words = [
@@ -121,17 +119,17 @@ def _command(record: RunRecord, preset: str, settings: Mapping[str, Any], names:
     ]
     if record.task not in names.tasks:
         words += [override("dataset.name", record.task), override("dataset.folder", dataset.get("folder", "DIR"))]
-    words += [override(_key(key), _value(value)) for key, value in settings.items()]
+    words += [override(_key(key, standard), _value(value)) for key, value in settings.items()]
     return command("mambapeft", "train", *words)
 
 
-def _key(name: str) -> str:
+def _key(name: str, standard: Standard) -> str:
     """A setting's key as commands have it; `Standard.describe` leaves the section out."""
     if "." in name:
         return f"method.{name}"
-    if name in _TRAINER:
+    if name in standard.trainer:
         return f"trainer.{name}"
-    return f"dataset.{name}" if name in ("train_split", "test_split", "batch_size") else name
+    return f"dataset.{name}" if name in standard.protocol else name
 
 
 def _value(value: Any) -> Any:
