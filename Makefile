@@ -30,7 +30,7 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED) ## fine-tune a small pretrained Vim three ways on real images, on the CPU: a table and a picture
 	$(BIN)/mambapeft demo
 
-check-science: $(INSTALLED) ## is the order scratch < linear_probe < lora_p_x still there? (CPU; nightly-sized)
+check-science: $(INSTALLED) ## is the order scratch < linear_probe < lora_p_x there on every small backbone? (CPU, minutes)
 	$(BIN)/mambapeft check-science
 
 test: $(INSTALLED) ## all tests (GPU tests skip themselves where there is no GPU)

@@ -78,6 +78,7 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "measured-at": measured_at,
     "gpu-tests": gpu_tests,
     "mini": mini_benchmark.part,
+    "mini-backbones": mini_benchmark.compared,
     "include": include,
 }
 
@@ -93,7 +94,7 @@ def block(call: str) -> str:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pictures of the mini benchmark."""
-    for name, content in mini_benchmark.document()[1].items():
+    for name, content in mini_benchmark.pictures().items():
         files.append(File.generated(config, f"benchmarks/{name}", content=content))
     return files
 

@@ -11,13 +11,14 @@ from functools import cache
 from pathlib import Path
 from statistics import fmean
 
-from mambapeft_vision.benchmarks.mini import RECIPE_RATE
-from mambapeft_vision.benchmarks.mini_document import write_document
+from mambapeft_vision.benchmarks.mini_backbones import comparison
+from mambapeft_vision.benchmarks.mini_document import recipe_and_tuned, write_document
 from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.results.tables import find_records, read_standard
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results" / "mini"
+VIM_NANO = RESULTS / "vim_nano.runs.json"
 CSV = ROOT / "docs" / "mini.csv"
 
 
@@ -25,10 +26,8 @@ def recipe_summary() -> list[dict[str, str]]:
     """Mean accuracy in % and trained parameters of every preset at the paper's learning rate, over tasks and seeds."""
     runs: dict[str, list[RunRecord]] = defaultdict(list)
     standard = read_standard(ROOT / "configs")
-    for record in find_records([RESULTS]):
-        config = record.config
-        if config["dataset"]["test_split"] == "test" and config["trainer"]["learning_rate"] == RECIPE_RATE:
-            runs[standard.describe(config)[0]].append(record)
+    for record in recipe_and_tuned(find_records([VIM_NANO]), standard)[0]:
+        runs[standard.describe(record.config)[0]].append(record)
     return [
         {
             "method": name,
@@ -41,17 +40,46 @@ def recipe_summary() -> list[dict[str, str]]:
 
 
 @cache
-def document() -> tuple[str, dict[str, bytes]]:
-    """The generated part of the benchmark's page, and its pictures by file name."""
+def document(backbone: str = "vim_nano") -> tuple[str, dict[str, bytes]]:
+    """The generated part of a backbone's page, and its pictures by file name."""
     with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / "mini.md"
-        write_document(page, find_records([RESULTS]), read_standard(ROOT / "configs"))
-        pictures = {path.name: path.read_bytes() for path in Path(folder).glob("*.png")}
-        return page.read_text(encoding="utf-8"), pictures
+        page = Path(folder) / ("mini.md" if backbone == "vim_nano" else f"mini-{backbone}.md")
+        write_document(page, find_records([RESULTS / f"{backbone}.runs.json"]), read_standard(ROOT / "configs"))
+        return page.read_text(encoding="utf-8"), _pictures(folder)
+
+
+@cache
+def backbones() -> tuple[str, dict[str, bytes]]:
+    """The comparison of all backbones whose results are in git, and its picture."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = comparison(Path(folder) / "mini-backbones", find_records([RESULTS]), read_standard(ROOT / "configs"))
+        return text, _pictures(folder)
+
+
+def compared() -> str:
+    """The comparison, then the summary and the paired comparison of every backbone but vim_nano, which has its page."""
+    others = sorted(file.name.removesuffix(".runs.json") for file in RESULTS.glob("*.runs.json") if file != VIM_NANO)
+    return "\n\n".join([backbones()[0], *(f"## {name}\n\n{_summaries(name)}" for name in others)])
+
+
+def _summaries(backbone: str) -> str:
+    return re.sub(r"^(#+) ", r"#\1 ", document(backbone)[0].partition("-->")[2], flags=re.MULTILINE)
+
+
+def pictures() -> dict[str, bytes]:
+    """All of them, by file name."""
+    found = dict(backbones()[1])
+    for file in RESULTS.glob("*.runs.json"):
+        found |= document(file.name.removesuffix(".runs.json"))[1]
+    return found
+
+
+def _pictures(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).glob("*.png")}
 
 
 def part(*headings: str) -> str:
-    """What stands below a heading of the generated document, below another one, and so on; without its subsections.
+    """What stands below a heading of vim_nano's document, below another one, and so on; without its subsections.
 
     A heading is given by how it ends, since its start names backbone and weights.
     """

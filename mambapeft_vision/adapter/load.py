@@ -1,9 +1,11 @@
 """From an adapter's files to a model."""
 
+import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from mambapeft_vision.adapter.build import build_method
 from mambapeft_vision.adapter.files import ADAPTER_FILE, CONFIG_FILE, Adapter, read_adapter
@@ -40,7 +42,7 @@ def check_sizes(adapter: Adapter) -> None:
         backbone = create_backbone(adapter.config["backbone"]["name"], "random", **_architecture(adapter))
     stored = {name.removeprefix("backbone.") for name in adapter.state if name.startswith("backbone.")}
     backbone.not_in_file = tuple(name for name, _ in backbone.named_parameters() if name in stored)
-    _check_fit(adapter, backbone)
+    check_fit(adapter, backbone)
 
 
 def _architecture(adapter: Adapter) -> dict[str, Any]:
@@ -53,6 +55,13 @@ def apply_adapter(adapter: Adapter, backbone: Backbone) -> AdaptedModel:
 
     Raises: UserError when the backbone's sha256 differs, or the tensors do not fit.
     """
+    check_backbone(adapter, backbone)
+    check_fit(adapter, backbone)
+    return _loaded(adapter, backbone)
+
+
+def check_backbone(adapter: Adapter, backbone: Backbone) -> None:
+    """Raises UserError where a backbone is not the one, with the weights, that an adapter was trained on."""
     name, mine = adapter.config["backbone"]["name"], backbone.pretrained_cfg["architecture"]
     if name != mine:
         raise UserError(
@@ -64,8 +73,6 @@ def apply_adapter(adapter: Adapter, backbone: Backbone) -> AdaptedModel:
             f"but this backbone has {backbone_sha256(backbone)[:12]}…; load the weights it was trained on "
             f"(backbone.weights=…)"
         )
-    _check_fit(adapter, backbone)
-    return _loaded(adapter, backbone)
 
 
 def _is_trained_on(adapter: Adapter, backbone: Backbone) -> bool:
@@ -80,17 +87,33 @@ def build_methods(adapter: Adapter) -> dict[str, Method]:
     return {name: build_method(name, spec, source) for name, spec in adapter.config["methods"].items()}
 
 
-def _check_fit(adapter: Adapter, backbone: Backbone) -> None:
-    """Raises UserError where the tensors do not fit the methods; on tensors without values, whatever their size."""
+def check_fit(adapter: Adapter, backbone: Backbone) -> AdaptedModel:
+    """The model on tensors without values, whatever their size. Raises UserError where an adapter's do not fit."""
     with torch.device("meta"):
         try:
-            _loaded(adapter, on_meta(backbone))
+            return _loaded(adapter, on_meta(backbone))
         except UserError as error:
             if str(adapter.folder) in str(error):
                 raise
             raise UserError(f"{adapter.folder / CONFIG_FILE}: {error}") from error
         except RuntimeError as error:  # PyTorch's, for sizes beyond all memory
             raise UserError(f"{adapter.folder / CONFIG_FILE}: impossible sizes: {error}") from error
+
+
+def load_shared(adapter: Adapter, backbone: Backbone) -> AdaptedModel:
+    """Attaches an adapter to a copy of a backbone that has the same tensors in memory, but for those the adapter owns.
+
+    The backbone itself stays as it is. The model is in evaluation mode.
+    Raises: UserError as `apply_adapter`.
+    """
+    check_backbone(adapter, backbone)
+    on_shapes = check_fit(adapter, backbone)
+    owned = {id(parameter) for parameter in on_shapes.owned().values()}
+    private = {name for name, parameter in on_shapes.backbone.named_parameters() if id(parameter) in owned}
+    private |= set(backbone.not_in_file)
+    shared: dict[int, object] = {id(p): p for name, p in backbone.named_parameters() if name not in private}
+    shared |= {id(buffer): buffer for buffer in cast(nn.Module, backbone).buffers()}
+    return _loaded(adapter, copy.deepcopy(backbone, shared))
 
 
 def _loaded(adapter: Adapter, backbone: Backbone) -> AdaptedModel:

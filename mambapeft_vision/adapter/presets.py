@@ -5,6 +5,7 @@ lines: backbone (default vim_s), count (trained numbers without the head), paper
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,16 +83,21 @@ def read_presets(folder: str | Path) -> dict[str, Preset]:
     return {path.stem: read_preset(path) for path in sorted(Path(folder).glob("*.yaml"))}
 
 
-def fitting_presets(folder: str | Path, backbone: str, *, of_vim_s: bool = False) -> tuple[list[str], dict[str, str]]:
+def fitting_presets(
+    folder: str | Path, backbone: str, *, of_vim_s: bool = False, names: Collection[str] | None = None
+) -> tuple[list[str], dict[str, str]]:
     """Which presets of a folder attach to a backbone, found by attaching each to one block of it.
 
     Args:
         backbone: name of the architecture, such as vim_nano_patch8_64.
         of_vim_s: with sizes scaled from Vim-S, instead of those that the presets state for this backbone.
+        names: those that are asked about; None: all.
     Returns: names of those that do, and why the others do not, by name.
     """
     fitting, reasons = [], {}
     for name, preset in read_presets(folder).items():
+        if names is not None and name not in names:
+            continue
         try:
             with torch.device("meta"):
                 model = create_backbone(backbone, "random", **one_block(backbone))

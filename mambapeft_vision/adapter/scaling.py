@@ -1,14 +1,15 @@
 """Methods' sizes on other backbones than Vim-S, for which the presets are written.
 
 With `method_sizes=of_vim_s` a size is a share of Vim-S and stays that share: ranks, adapter widths and numbers of
-blocks in proportion to the channels of the scan (d_inner, 768 in Vim-S), extra states in proportion to the states
-(d_state, 16 in Vim-S); rounded, at least 1. Numbers of tokens stay: they are no width. An alpha goes with its rank, as
-alpha / rank is the scale of a branch.
+blocks in proportion to the channels of the scan (d_inner, 768 in Vim-S; the mean over the blocks of a backbone with
+stages), extra states in proportion to the states (d_state, 16 in Vim-S); rounded, at least 1. Numbers of tokens stay:
+they are no width. An alpha goes with its rank, as alpha / rank is the scale of a branch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 from mambapeft_vision.backbones.contract import Backbone
@@ -25,11 +26,11 @@ def scaled(methods: Mapping[str, Mapping[str, Any]], backbone: Backbone) -> dict
     if not backbone.mixers:
         raise UserError(
             f"method_sizes=of_vim_s: {type(backbone).__name__} has no channels and states of a scan to compare with "
-            "Vim-S's; expected a Vim backbone, or method_sizes=given"
+            "Vim-S's; expected a state-space backbone, or method_sizes=given"
         )
-    mixer = backbone.mixers[0]
-    shares = dict.fromkeys(BY_CHANNELS, mixer.d_inner / CHANNELS)
-    shares |= dict.fromkeys(BY_STATES, mixer.d_state / STATES)
+    channels = fmean(mixer.d_inner for mixer in backbone.mixers)
+    shares = dict.fromkeys(BY_CHANNELS, channels / CHANNELS)
+    shares |= dict.fromkeys(BY_STATES, backbone.mixers[0].d_state / STATES)
     found: dict[str, Any] = dict(methods)
     for name, spec in methods.items():
         if not isinstance(spec, Mapping):  # for build_method to refuse

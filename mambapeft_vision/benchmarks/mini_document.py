@@ -7,11 +7,12 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from mambapeft_vision.benchmarks.mini import RECIPE_RATE, Choice, choices
+from mambapeft_vision.benchmarks.mini_memba import memba_table
+from mambapeft_vision.benchmarks.mini_settings import SEARCH_TASKS, Choice, Setting, choices, setting_of
 from mambapeft_vision.results.compare import Paired, holm, paired
 from mambapeft_vision.results.paper import paper_row
 from mambapeft_vision.results.plots import accuracy_against_parameters, differences, group_bars, save
-from mambapeft_vision.results.record import RunRecord
+from mambapeft_vision.results.record import RunRecord, is_derived
 from mambapeft_vision.results.tables import (
     MISSING,
     Collection,
@@ -27,7 +28,7 @@ from mambapeft_vision.results.tables import (
 from mambapeft_vision.utils.atomic import write_text
 from mambapeft_vision.utils.errors import UserError
 
-BEGIN, END = "<!-- made by scripts/mini_benchmark.py document: begin -->", "<!-- end -->"
+BEGIN, END = "<!-- made by mambapeft mini document: begin -->", "<!-- end -->"
 AGAINST = "lora_p_x"
 HAND_WRITTEN = f"""\
 # The mini benchmark
@@ -52,17 +53,37 @@ def write_document(path: Path, records: Sequence[RunRecord], standard: Standard)
 
 
 def _sections(pictures: Path, records: Sequence[RunRecord], standard: Standard) -> Iterable[str]:
-    tested = [r for r in records if r.task.startswith("mini/") and r.config["dataset"]["test_split"] == "test"]
-    found = choices(records, standard)
-    recipe = [r for r in tested if _rate(r) == RECIPE_RATE]
-    tuned = [r for r in tested if (name := standard.describe(r.config)[0]) in found and _rate(r) == found[name].rate]
+    recipe, tuned, found = recipe_and_tuned(records, standard)
     if not recipe:
-        raise UserError("none of the runs is one of the mini benchmark's recipe; run scripts/mini_benchmark.py recipe")
+        raise UserError("none of the runs is one of the mini benchmark's recipe; run mambapeft mini recipe")
     yield from _part("The paper's recipe", f"{pictures}-recipe", recipe, standard)
     if tuned:
-        yield from _part("Learning rates chosen on val200", f"{pictures}-tuned", tuned, standard)
+        beside = [r for r in records if is_derived(r) and r.config["dataset"]["test_split"] == "test"]
+        yield from _part("Learning rates chosen on val200", f"{pictures}-tuned", [*tuned, *beside], standard)
         yield to_markdown(_choices_table(found))
+        if any(choice.refined for choice in found.values()):
+            yield to_markdown(_refinements_table(found))
+    memba = memba_table(records, standard, SEARCH_TASKS)
+    if len(memba.rows) > 1:
+        yield f"## Memba\n\n{to_markdown(memba)}"
     yield _provenance(records)
+
+
+def recipe_and_tuned(
+    records: Sequence[RunRecord], standard: Standard
+) -> tuple[list[RunRecord], list[RunRecord], dict[str, Choice]]:
+    """The tested runs of the recipe, those at each method's chosen setting, and what was chosen from."""
+    trials = [
+        (record, trial)
+        for record in records
+        if record.task.startswith("mini/") and record.config["dataset"]["test_split"] == "test"
+        for trial in [setting_of(record, standard)]
+        if trial is not None
+    ]
+    found = choices(records, standard)
+    recipe = [record for record, (_, setting) in trials if setting == Setting()]
+    tuned = [record for record, (name, setting) in trials if name in found and setting == found[name].setting]
+    return recipe, tuned, found
 
 
 def _part(title: str, pictures: str, records: Sequence[RunRecord], standard: Standard) -> Iterable[str]:
@@ -79,7 +100,7 @@ def _part(title: str, pictures: str, records: Sequence[RunRecord], standard: Sta
 
 
 def _compared(collection: Collection, pictures: str) -> Iterable[str]:
-    base = next((row for row in collection.rows if row.preset == AGAINST), None)
+    base = next((row for row in collection.rows if row.preset == AGAINST and _is_trained(row)), None)
     compared = compare_with(base, collection) if base is not None else []
     if base is not None and compared:
         yield to_markdown(paired_table(collection, base, compared))
@@ -92,7 +113,7 @@ def _ordered_as_published(collection: Collection) -> Iterable[str]:
     ours, published = [], []
     for row in collection.rows:
         paper, average = paper_row(row.preset), row.average([collection.tasks])
-        if isinstance(average, Score) and paper is not None and row.preset == paper.presets[0]:
+        if isinstance(average, Score) and paper and row.preset == paper.presets[0] and _is_trained(row):
             ours.append(average.mean)
             published.append(paper.average)
     if len(ours) > 2:
@@ -101,6 +122,11 @@ def _ordered_as_published(collection: Collection) -> Iterable[str]:
             f"The order of the {len(ours)} methods that the MambaPEFT paper's table has too, against their order there "
             f"(Vim-S on VTAB-1K): Spearman's rank correlation is {rho:.2f}.\n"
         )
+
+
+def _is_trained(row: Row) -> bool:
+    """Whether a row holds runs; ensembles and interpolations have rows beside them."""
+    return not is_derived(row.any_record)
 
 
 def compare_with(base: Row, collection: Collection) -> list[tuple[Row, Paired, bool]]:
@@ -131,12 +157,12 @@ def paired_table(collection: Collection, base: Row, compared: Sequence[tuple[Row
 
 
 def _choices_table(found: Mapping[str, Choice]) -> Table:
-    rates = sorted({rate for choice in found.values() for rate in choice.means})
+    rates = sorted({rate for choice in found.values() for rate in choice.rates})
     rows = [
         [
             name,
-            f"{choice.rate:g}" + (" *" if choice.at_edge else ""),
-            *(f"{choice.means[rate]:.2f}" if rate in choice.means else MISSING for rate in rates),
+            f"{choice.setting.rate:g}" + (" *" if choice.at_edge else ""),
+            *(f"{choice.means[Setting(rate)]:.2f}" if Setting(rate) in choice.means else MISSING for rate in rates),
         ]
         for name, choice in found.items()
     ]
@@ -145,6 +171,18 @@ def _choices_table(found: Mapping[str, Choice]) -> Table:
         "* at the edge of the grid: a rate outside it might be better.",
     ]
     return Table("chosen learning rates", ["Method", "chosen", *(f"{rate:g}" for rate in rates)], rows, notes)
+
+
+def _refinements_table(found: Mapping[str, Choice]) -> Table:
+    """The trials after the rates, as many for each method, and what was chosen from all."""
+    rows = []
+    for name, choice in found.items():
+        more = [setting for setting in choice.means if setting not in {Setting(rate) for rate in choice.rates}]
+        if more:
+            trials = "; ".join(f"{setting}: {choice.means[setting]:.2f}" for setting in more)
+            rows.append([name, str(choice.setting), f"{choice.means[choice.setting]:.2f}", trials])
+    notes = ["Around each method's best rate, scored like the rates: two weight decays, and two scales or rates."]
+    return Table("chosen settings", ["Method", "chosen", "val200", "tried"], rows, notes, left=(0, 1, 3))
 
 
 def _provenance(records: Sequence[RunRecord]) -> str:
@@ -167,7 +205,3 @@ def _provenance(records: Sequence[RunRecord]) -> str:
 def _picture(figure: Figure, path: str, text: str) -> str:
     save(figure, path)
     return f"![{text}]({Path(path).name})\n"
-
-
-def _rate(record: RunRecord) -> float:
-    return record.config["trainer"]["learning_rate"]

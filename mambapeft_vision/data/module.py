@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mambapeft_vision.data.augment import Augment, draws_of
 from mambapeft_vision.data.cache import cached_list, is_cacheable
+from mambapeft_vision.data.encoding import encoding_of
 from mambapeft_vision.data.image_list import MOST_CLASSES, ImageList, missing_images, read_list
 from mambapeft_vision.data.images import ImageSet
 from mambapeft_vision.data.loaders import DecodingLoader, MemoryLoader, TrainLoader, epoch_order
@@ -341,6 +342,11 @@ class TaskDataModule(LightningDataModule):
         if not all((self.folder / f"{split}.txt").is_file() for split in splits):
             return None
         return manifest_hash(self.folder, [self._read_list(split, MOST_CLASSES) for split in splits])
+
+    @functools.cached_property
+    def image_format(self) -> str:
+        """How the task's images are encoded (see encoding.py): releases of a benchmark differ in it."""
+        return encoding_of([listing.path(entry) for listing in self._listings.values() for entry in listing.entries])
 
     # Batches
 

@@ -20,9 +20,8 @@ from mambapeft_vision.utils.console import Console
 from mambapeft_vision.utils.progress import Progress, format_duration
 
 PREDICTIONS_FILE = "predictions.npz"
-
-
-TOP = 5  # classes whose probabilities are kept; all of them where images have several labels
+# Classes whose probabilities are kept: all of them but for the largest tasks, so that runs can be averaged.
+TOP = 128
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,8 @@ class Predictions:
     Args:
         predicted: int64 [n], the class of the largest logit.
         labels: int64 [n], or float32 [n, classes] of 0 and 1 where images have several.
-        classes, probabilities: int64 and float32 [n, k], the k most probable classes, the most probable first.
+        classes, probabilities: int64 and float32 [n, k], the k most probable classes (at most `TOP`; all of them where
+            images have several labels), the most probable first.
         loss: mean (binary) cross entropy.
         seconds: decoding included.
         average_precision: mean over classes, where images have several labels; else None.

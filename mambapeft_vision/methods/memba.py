@@ -1,5 +1,7 @@
 """Memba (arXiv 2506.18184): a leaky integrate membrane on the gate of every mixer."""
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +28,8 @@ class Memba(Method):
         threshold: V_th; None: the membrane is never reset.
         chunks: T.
         transfer: u_1 comes from the previous block; false: 0 in every block.
+        reset_first: u_{i+1} = τ reset(u_i) + X_i, so that the gate sees what is above V_th once. The published order
+            is false.
     """
 
     merge_obstacle = "the membrane on the gate depends on the tokens, not on weights alone"
@@ -37,6 +41,7 @@ class Memba(Method):
         threshold: float | None = 1.0,
         chunks: int = 4,
         transfer: bool = True,
+        reset_first: bool = False,
         lr_mult: float = 1.0,
         decay_mult: float = 1.0,
     ) -> None:
@@ -49,11 +54,12 @@ class Memba(Method):
         if threshold is not None and not 0 < threshold < float("inf"):
             raise UserError(f"Memba: threshold={threshold!r}; expected a number > 0, or null (never reset)")
         self.tau, self.threshold, self.chunks, self.transfer = tau, threshold, chunks, transfer
+        self.reset_first = reset_first
         self._means: dict[int, list[Tensor]] = {}  # layer → mean membranes of the present forward
 
     @property
     def identity_at_init(self) -> bool:
-        return self.tau == 0 and self.threshold is None
+        return self.tau == 0 and (self.threshold is None or self.reset_first)
 
     def attach(self, model: Backbone) -> None:
         mixers = mixers_of(model, self.name)
@@ -69,11 +75,16 @@ class Memba(Method):
         u = self._start(layer)
         membrane = []
         for part in parts.unbind(1):
+            if u is not None and self.reset_first:
+                u = self._reset(u)
             v = part if u is None else self.tau * u + part
-            u = v if self.threshold is None else v.masked_fill(v > self.threshold, 0.0)
+            u = v if self.reset_first else self._reset(v)
             membrane.append(u)
-        self._keep(layer, sum(membrane) / self.chunks)
+        self._keep(layer, reduce(torch.add, membrane) / self.chunks)
         return torch.cat(membrane, dim=1)[:, :length]
+
+    def _reset(self, v: Tensor) -> Tensor:
+        return v if self.threshold is None else v.masked_fill(v > self.threshold, 0.0)
 
     def _start(self, layer: int) -> Tensor | None:
         """u_1. A mixer that scans two buffers calls twice; each call continues its own buffer's membrane."""

@@ -3,7 +3,8 @@
 Files on the disk stay as they are; whoever reads one passes its content through here. A result keeps its fingerprint,
 because that names the run's folder.
 
-Today there is one schema of results (schema_version 1). Its config section has grown and its classes have moved:
+Schema 2 of results has a field that schema 1 lacks: `LATER_FIELDS`. The config section has grown and its classes have
+moved:
 
 * `MOVED_TARGETS` in utils/identity.py: classes that have another name now;
 * `LATER_KEYS` here: keys that came after the first published results, with what those runs did.
@@ -19,6 +20,9 @@ LATER_KEYS: Mapping[str, Mapping[str, Any]] = {
     "paths": {"cache": None},
     "trainer": {"micro_batch": None, "cuda_graph": True, "devices": 1, "on_nonfinite": "stop"},
 }
+
+# Fields of a result by the schema that brought them, with what is known of results of the schema before.
+LATER_FIELDS: Mapping[int, Mapping[str, Any]] = {2: {"image_format": None}}
 
 
 def migrated_config(config: Any) -> Any:
@@ -36,10 +40,14 @@ def migrated_config(config: Any) -> Any:
 
 
 def migrated_result(content: Any) -> Any:
-    """The content of a result.json with its config migrated."""
+    """The content of a result.json in today's schema, with its config migrated."""
     if not isinstance(content, Mapping) or "config" not in content:
         return content
-    return {**content, "config": migrated_config(content["config"])}
+    migrated = {**content, "config": migrated_config(content["config"])}
+    for version, fields in LATER_FIELDS.items():
+        if migrated.get("schema_version") == version - 1:
+            migrated = {**fields, **migrated, "schema_version": version}
+    return migrated
 
 
 def _renamed(section: Mapping[str, Any]) -> dict[str, Any]:

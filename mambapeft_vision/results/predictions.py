@@ -14,6 +14,7 @@ from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.untrusted import read_arrays
 
 MOST_CLASSES = 2**31
+MOST_PROBABILITIES = 200_000_000  # of all images of a file together
 
 
 def read_labels(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -39,6 +40,31 @@ def read_class_names(folder: Path) -> list[str] | None:
     """The names of the classes, by number; None where the run knew none. Raises: UserError as `read_labels`."""
     names = _read(folder / PREDICTIONS_FILE).get("class_names")
     return None if names is None or names.dtype.kind != "U" or names.ndim != 1 else [str(name) for name in names]
+
+
+def read_probabilities(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """What a run's model said of each test image, for averaging with others.
+
+    Returns: probabilities float32 [images, classes], labels int64 [images], names of the images where they are known.
+        Where a task has more classes than are kept, the rest of the probability is spread over the others evenly.
+    Raises: UserError as `read_labels`, and for a file of an earlier release, which holds no probabilities.
+    """
+    _, labels = read_labels(folder)
+    file = folder / PREDICTIONS_FILE
+    arrays = _read(file)
+    classes, shares = arrays.get("top_classes"), arrays.get("top_probabilities")
+    if classes is None or shares is None:
+        raise UserError(f"{file} holds no probabilities, as those of earlier releases; run again with resume=false")
+    fits = classes.shape == shares.shape and classes.ndim == 2 and len(classes) == len(labels)
+    if not fits or classes.dtype.kind not in "iu" or shares.dtype.kind != "f" or not np.isfinite(shares).all():
+        raise UserError(f"{file}: top_classes and top_probabilities do not fit each other; run again with resume=false")
+    count = int(max(classes.max(), labels.max())) + 1
+    if classes.min() < 0 or count * len(labels) > MOST_PROBABILITIES:
+        raise UserError(f"{file}: {count:,} classes of {len(labels):,} images; expected fewer. Run again")
+    rest = np.clip(1 - shares.sum(axis=1, keepdims=True), 0, 1) / max(1, count - classes.shape[1])
+    full = np.repeat(rest.astype(np.float32), count, axis=1)
+    np.put_along_axis(full, classes.astype(np.int64), shares.astype(np.float32), axis=1)
+    return full, labels, arrays.get("names")
 
 
 def _read(file: Path) -> dict[str, np.ndarray]:

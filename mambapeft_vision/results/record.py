@@ -15,8 +15,12 @@ from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.typed import build
 from mambapeft_vision.utils.untrusted import parse_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 REMEDY = "Run again with resume=false"
+#: Section of the config of a result that was made from finished runs without training: kind, label, members (their
+#: fingerprints). Tables show the label as a setting of that name.
+DERIVED = "derived"
+DERIVED_KINDS = ("ensemble", "interpolation")
 
 # What every reader of a result can rely on; a file may have come from anybody.
 _LONGEST_TEXT = 10_000  # characters
@@ -32,7 +36,7 @@ _SPLITS = ("train_split", "test_split")
 class RunRecord:
     """The outcome of one run, and what it was made from.
 
-    Schema 1. Accuracies are shares (0 to 1), times seconds, memory bytes. A change of a field's meaning, a new field or
+    Schema 2. Accuracies are shares (0 to 1), times seconds, memory bytes. A change of a field's meaning, a new field or
     a removed one gets a new schema version.
     """
 
@@ -63,6 +67,7 @@ class RunRecord:
     backbone: str
     backbone_sha256: str
     data_manifest: str  # hash of the task's files
+    image_format: str | None  # how the images are encoded, such as "jpeg", "png" or "jpeg+png"; None: not recorded
     fingerprint: str  # sha256 of everything in the config that decides the result
     git_commit: str | None
     git_dirty: bool | None
@@ -70,6 +75,11 @@ class RunRecord:
     finished_at: str  # ISO 8601, UTC
     config: dict[str, Any]  # resolved
     schema_version: int = SCHEMA_VERSION
+
+
+def is_derived(record: RunRecord) -> bool:
+    """Whether a result is no run's, but was made from finished runs."""
+    return DERIVED in record.config
 
 
 def write_record(folder: Path, record: RunRecord) -> None:
@@ -176,6 +186,13 @@ def _wrong_sections(config: Mapping[str, Any]) -> list[str]:
         for name, spec in config["method"].items()
         if not _METHOD.fullmatch(name) or not isinstance(spec, dict)
     ]
+    derived = config.get(DERIVED, {"kind": DERIVED_KINDS[0], "label": ""})
+    if not (isinstance(derived, dict) and derived.get("kind") in DERIVED_KINDS and _is_name(derived.get("label"))):
+        problems.append(f"config.{DERIVED}={shown(derived)}; expected a kind ({', '.join(DERIVED_KINDS)}) and a label")
     if sweep is not None and not isinstance(sweep, str):
         problems.append(f"config.sweep={shown(sweep)}; expected text")
     return problems
+
+
+def _is_name(text: Any) -> bool:
+    return isinstance(text, str) and len(text) <= 100

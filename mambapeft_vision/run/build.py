@@ -99,6 +99,11 @@ def _check_sizes(plan: RunPlan, backbone: Backbone, num_classes: int) -> None:
         )
 
 
+def build_backbone_without_weights(plan: RunPlan) -> Backbone:
+    """The backbone with random weights, or on PyTorch's meta device with none."""
+    return build("backbone", {**plan.backbone, "weights": "random", "weights_sha256": None})
+
+
 def build_backbone_offline(plan: RunPlan) -> tuple[Backbone, str]:
     """The backbone without any download, and what its weights are; for dry runs."""
     section = plan.backbone

@@ -164,6 +164,7 @@ def _make_record(
         backbone=setup.model.backbone.pretrained_cfg["architecture"],
         backbone_sha256=setup.model.backbone_sha256,
         data_manifest=setup.task.manifest_hash,
+        image_format=setup.task.image_format,
         fingerprint=plan.fingerprint,
         git_commit=commit,
         git_dirty=dirty,

@@ -16,7 +16,7 @@ import yaml
 from hydra.core.config_store import ConfigStore
 
 from mambapeft_vision.results.claims import computed
-from mambapeft_vision.results.record import RunRecord, read_record
+from mambapeft_vision.results.record import RunRecord, is_derived, read_record
 from mambapeft_vision.run.config import TrainConfig
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.identity import undeciding
@@ -66,6 +66,8 @@ def store_root_config(path: str | Path, arguments: Sequence[str], configs: Path)
     Raises: UserError for a result that cannot be read or used.
     """
     record = read_record(path)
+    if is_derived(record):
+        raise UserError(f"{path} was made from finished runs, not trained; rerun one of those")
     ConfigStore.instance().store(name=ROOT_CONFIG, node=_root_config(record, arguments, configs))
     return record
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mambapeft_vision.adapter.presets import Preset
-from mambapeft_vision.results.record import RunRecord
+from mambapeft_vision.results.record import RunRecord, is_derived
 from mambapeft_vision.run.exit import nearest
 from mambapeft_vision.run.run_config import RunPlan
 from mambapeft_vision.utils.errors import UserError
@@ -46,7 +46,9 @@ class Speeds:
             self.add(record)
 
     def add(self, record: RunRecord) -> None:
-        """Adds the result of a run that has just ended."""
+        """Adds the result of a run that has just ended; what was made without training tells nothing of times."""
+        if is_derived(record):
+            return
         for key in _likeness(str(record.config["backbone"].get("name")), record.methods, record.task):
             self._alike[key].append(record)
 

@@ -109,7 +109,7 @@ def sweep(jobs: Sequence[Job], command: Command) -> int:
     todo = [job for job in jobs if job.state is not State.FINISHED]
     finished = [job for job in jobs if job.state is State.FINISHED]
     outputs = Path(jobs[0].plan.config["paths"]["outputs"]).expanduser()
-    speeds = Speeds(_known_runs(outputs), command.rates)
+    speeds = Speeds(known_runs(outputs), command.rates)
     gpus = gpus_of(jobs)
     workers = command.workers or max(1, len(gpus))
     if command.dry_run:
@@ -125,7 +125,7 @@ def sweep(jobs: Sequence[Job], command: Command) -> int:
     return len(display.failures)
 
 
-def _known_runs(outputs: Path) -> list[RunRecord]:
+def known_runs(outputs: Path) -> list[RunRecord]:
     """What estimates are made from. A file that cannot be read costs an estimate, not the sweep."""
 
     def leave_out(error: UserError) -> None:

@@ -1,21 +1,29 @@
 """The mini benchmark: its runs are train.py's, its choices those of the numbers, and its script works end to end."""
 
-import importlib.util
+import dataclasses
 import json
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from helpers import runs
 from helpers.fake_records import fake_record
 
-from mambapeft_vision.benchmarks.mini import (
-    TASKS,
-    Benchmark,
-    benchmark_methods,
+from mambapeft_vision.benchmarks.mini import TASKS, Benchmark, benchmark_methods, jobs_of_stage, specs_of
+from mambapeft_vision.benchmarks.mini_memba import VARIANTS, memba_jobs, memba_table
+from mambapeft_vision.benchmarks.mini_settings import (
+    BUDGET,
+    RATES,
+    SEARCH_TASKS,
+    Setting,
     choices,
-    jobs_of_stage,
+    refinements,
+    setting_of,
 )
+from mambapeft_vision.commands import mini
+from mambapeft_vision.results.bundle import read_bundle
+from mambapeft_vision.results.record import is_derived
 from mambapeft_vision.results.tables import find_records, read_standard
 from mambapeft_vision.run.run_config import make_plan
 from mambapeft_vision.sweep.deadline import Follower, TimeUp, run_in_time
@@ -24,7 +32,6 @@ from mambapeft_vision.sweep.pool import Queue, assignment_of
 from mambapeft_vision.sweep.worker import Outcome
 from mambapeft_vision.utils.errors import UserError
 
-SCRIPT = runs.ROOT / "scripts" / "mini_benchmark.py"
 TINY = [
     *runs.SMALL_BACKBONE,
     "trainer.max_epochs=1",
@@ -72,6 +79,18 @@ def test_presets_of_vim_s_fit_and_others_say_why_not():
     assert benchmark_methods(runs.CONFIGS, ["a", "scratch"])[0] == ["scratch", "a"]
     with pytest.raises(UserError, match="lora_qv is no method for vim_nano"):
         benchmark_methods(runs.CONFIGS, ["lora_qv"])
+    with pytest.raises(UserError, match="backbone=vim_nan is unknown; did you mean vim_nano"):
+        benchmark_methods(runs.CONFIGS, None, "vim_nan")
+
+
+def test_the_published_runs_count_as_finished():
+    """Of three presets, as all take a while: a change of what decides a run would have them run again."""
+    published = {record.fingerprint for record in read_bundle(runs.ROOT / "results" / "mini" / "vim_nano.runs.json")}
+    settings = Benchmark(runs.CONFIGS, ["lora_p_x", "sdt", "hybrid"])
+    for stage in ("recipe", "search"):
+        jobs = jobs_of_stage(stage, settings)
+        assert len(jobs) == {"recipe": 3 * 13 * 3, "search": 3 * 5 * 5}[stage]
+        assert {job.plan.fingerprint for job in jobs} <= published
 
 
 def test_planned_runs_are_those_of_the_train_command(tmp_path):
@@ -114,7 +133,8 @@ def test_the_first_seed_of_everything_comes_first():
 def test_tuned_runs_at_the_recipe_s_rate_are_the_recipe_s_runs():
     settings = Benchmark(runs.CONFIGS, ["a", "d", "bias"], tasks=["mini/usps"], seeds=(0, 1))
     recipe = {job.folder for job in jobs_of_stage("recipe", settings)}
-    tuned = {job.folder for job in jobs_of_stage("tuned", settings, {"a": 1e-3, "d": 3e-3})}  # bias has no choice yet
+    chosen = {"a": [Setting(1e-3)], "d": [Setting(3e-3)]}  # bias has no choice yet
+    tuned = {job.folder for job in jobs_of_stage("tuned", settings, chosen)}
     assert len(tuned) == 4 and len(tuned & recipe) == 2
     assert all("/a/" in str(folder) for folder in tuned & recipe)
 
@@ -139,11 +159,84 @@ def test_the_best_mean_on_val200_is_chosen():
         *searched("bias", 3e-3, {"mini/usps": 0.9}),  # not all tasks: no choice
         fake_record("mini/usps", "a", 0, 1.0, trainer={"learning_rate": 1e-3}),  # on test: does not count
     ]
-    found = choices(records, read_standard(runs.CONFIGS), ("mini/usps", "mini/fashion"), rates=3)
+    found = choices(records, read_standard(runs.CONFIGS), ("mini/usps", "mini/fashion"), (1e-3, 3e-3, 1e-2))
     assert found.keys() == {"a", "d"}
-    assert found["a"].means == pytest.approx({1e-3: 70, 3e-3: 75, 1e-2: 70})
-    assert (found["a"].rate, found["a"].at_edge) == (3e-3, False)
-    assert (found["d"].rate, found["d"].at_edge) == (1e-3, True)  # of equally good ones the smallest
+    assert found["a"].means == pytest.approx({Setting(1e-3): 70, Setting(3e-3): 75, Setting(1e-2): 70})
+    assert (found["a"].setting, found["a"].at_edge) == (Setting(3e-3), False)
+    assert (found["d"].setting, found["d"].at_edge) == (Setting(1e-3), True)  # of equally good ones the smallest
+
+
+def test_every_method_has_the_same_number_of_trials():
+    with_scale, without = (specs_of(runs.CONFIGS, name) for name in ("hybrid", "a"))
+    scaled, plain = refinements(1e-2, with_scale), refinements(3e-2, without)
+    assert len(RATES) + len(scaled) == len(RATES) + len(plain) == BUDGET
+    assert {setting.scale for setting in scaled} == {1.0, 0.1, 10.0} and {setting.rate for setting in scaled} == {1e-2}
+    assert [setting.rate for setting in plain if setting.decay is None] == [0.017, 0.1]  # between, and beyond the edge
+    assert scaled[2].changes(with_scale).count("method.hybrid_lora_p_x.scale=0.01") == 1
+    assert Setting(1e-2).changes(with_scale) == ["trainer.learning_rate=0.01"]
+
+
+def test_a_refinement_is_chosen_once_all_of_a_method_s_are_done():
+    standard, rates = read_standard(runs.CONFIGS), (1e-3, 1e-2)
+    val = {"train_split": "train800", "test_split": "val200"}
+
+    def searched(accuracy: float, rate: float, scale: float = 0.1, decay: float = 1e-4, **more):
+        method = {"lora_p_x": specs_of(runs.CONFIGS, "lora_p_x")["lora_p_x"] | {"scale": scale} | more}
+        trainer = {"learning_rate": rate, "weight_decay": decay}
+        return fake_record("mini/usps", "lora_p_x", 0, accuracy, trainer=trainer, dataset=val, method=method)
+
+    records = [searched(0.5, 1e-3), searched(0.6, 1e-2), searched(0.7, 1e-2, scale=1.0)]
+    records += [searched(0.4, 1e-2, scale=0.01), searched(0.4, 1e-2, decay=1e-2)]
+    records += [searched(0.9, 1e-3, rank=3)]  # another method
+    assert choices(records, standard, ("mini/usps",), rates)["lora_p_x"].setting == Setting(1e-2)
+    records.append(searched(0.4, 1e-2, decay=1e-1))
+    choice = choices(records, standard, ("mini/usps",), rates)["lora_p_x"]
+    assert choice.refined and choice.setting == Setting(1e-2, scale=10.0) and choice.rate == 1e-2
+    assert setting_of(records[2], standard) == ("lora_p_x", Setting(1e-2, scale=10.0))
+    assert setting_of(records[5], standard) is None
+
+
+def test_refined_runs_are_those_of_the_train_command():
+    settings = Benchmark(runs.CONFIGS, ["lora_p_x"], search_tasks=["mini/usps"])
+    jobs = jobs_of_stage("refine", settings, {"lora_p_x": refinements(1e-2, specs_of(runs.CONFIGS, "lora_p_x"))})
+    assert len({job.plan.fingerprint for job in jobs}) == 4
+    assert [job.plan.config["method"]["lora_p_x"]["scale"] for job in jobs] == [0.1, 0.1, 0.01, 1.0]
+    assert [job.plan.config["trainer"]["weight_decay"] for job in jobs] == [1e-2, 1e-1, 1e-4, 1e-4]
+    assert make_plan(runs.compose_train(jobs[2].overrides)).fingerprint == jobs[2].plan.fingerprint
+
+
+@pytest.mark.parametrize("backbone", ["mambareg_s", "vmamba_t"])
+def test_any_backbone_can_be_named(backbone):
+    settings = Benchmark(runs.CONFIGS, ["lora_p_x"], backbone, tasks=["mini/usps"], seeds=(0,))
+    settings = dataclasses.replace(settings, overrides=["backbone.weights=random"])
+    (job,) = jobs_of_stage("recipe", settings)
+    name = {"mambareg_s": "mambareg_small_patch16_224", "vmamba_t": "vmamba_tiny_s1l8"}[backbone]
+    assert job.plan.config["backbone"]["name"] == name and job.plan.config["method_sizes"] == "of_vim_s"
+
+
+# Memba
+
+
+def test_memba_s_variants_differ_in_one_part_and_are_told_apart():
+    settings = Benchmark(runs.CONFIGS, ["memba"], rates=(1e-2,), search_tasks=SEARCH_TASKS[:1])
+    jobs = memba_jobs(settings)
+    assert len(jobs) == len(VARIANTS) == len({job.plan.fingerprint for job in jobs})
+    records = [
+        fake_record(
+            job.plan.task,
+            "memba",
+            0,
+            (10 + number) / 100,
+            method=job.plan.config["method"],
+            trainer={"learning_rate": 1e-2},
+            dataset={"train_split": "train800", "test_split": "val200"},
+        )
+        for number, job in enumerate(jobs)
+    ]
+    table = memba_table(records, read_standard(runs.CONFIGS), settings.search_tasks)
+    assert [row[0] for row in table.rows] == list(VARIANTS)
+    assert [row[1] for row in table.rows] == [f"{10 + number}.00" for number in range(len(jobs))]
+    assert jobs[-1].plan.methods == ["memba_lora_in_proj", "memba_lora_out_proj"]
 
 
 # In time
@@ -169,41 +262,46 @@ def test_no_run_begins_that_would_not_end_in_time(data, tmp_path):
 # End to end
 
 
-@pytest.fixture(scope="module")
-def script():
-    """scripts/mini_benchmark.py as a module: its commands start worker processes, but need no process of their own."""
-    spec = importlib.util.spec_from_file_location("mini_benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def command(script, data: Path, outputs: Path, *arguments: str) -> None:
+def command(data: Path, outputs: Path, *arguments: str) -> None:
     tasks = "mini/usps,mini/fashion"
     common = ["--methods=linear_probe,lora_p_x", f"--tasks={tasks}", f"--search-tasks={tasks}", "--seeds=0,1"]
     options = [*common, "--rates=1e-3,1e-2", *TINY, f"paths.data={data}", f"paths.outputs={outputs}"]
-    script.main([arguments[0], *options, *arguments[1:]])
+    mini.main([arguments[0], *options, *arguments[1:]])
 
 
-def test_the_stages_from_start_to_bundle(script, data, tmp_path, capsys):
+def test_the_stages_from_start_to_bundle(data, tmp_path, capsys):
     outputs = tmp_path / "outputs"
-    command(script, data, outputs, "recipe", "--dry-run")
+    command(data, outputs, "recipe", "--dry-run")
     assert "8 runs (8 new)" in capsys.readouterr().out and not outputs.exists()
-    command(script, data, outputs, "recipe", "--workers=1")
+    command(data, outputs, "recipe", "--workers=1")
     assert "recipe is complete" in capsys.readouterr().out
-    command(script, data, outputs, "search")
+    command(data, outputs, "search")
     said = capsys.readouterr().out
     assert "8 runs (8 new)" in said and "search is complete" in said and "lora_p_x " in said
     records = find_records([outputs])
     assert len(records) == 16
     settings = benchmark(data, outputs)
-    found = choices(records, read_standard(runs.CONFIGS), settings.search_tasks, rates=2)
-    tuned = jobs_of_stage("tuned", settings, {name: choice.rate for name, choice in found.items()})
+    found = choices(records, read_standard(runs.CONFIGS), settings.search_tasks, settings.rates)
+    tuned = jobs_of_stage("tuned", settings, {name: [choice.setting] for name, choice in found.items()})
     assert len(tuned) == 8
     at_recipe = sum(choice.rate == 1e-3 for choice in found.values())
     assert sum(job.state is State.FINISHED for job in tuned) == 4 * at_recipe
+    only = "--rates=1e-3"  # with one rate the tuned runs are the recipe's
+    command(data, outputs, "ensemble", "--best=2", only)
+    assert "best 2 methods on mini/usps, seed 1: " in capsys.readouterr().out
+    command(data, outputs, "interpolate", "--best=1", "--device=cpu", f"--cache={data}/cache", only)
+    assert "lora_p_x: α " in capsys.readouterr().out
+    derived = [record for record in find_records([outputs]) if is_derived(record)]
+    labels = Counter((r.config["derived"]["kind"], r.config["derived"]["label"]) for r in derived)
+    assert labels["ensemble", "2 seeds"] == 2 * 2 and labels["ensemble", "best 2 methods"] == 2 * 2
+    assert sum(number for (kind, _), number in labels.items() if kind == "interpolation") == 4
+    command(data, outputs, "refine", "--dry-run")
+    assert "16 runs (16 new)" in capsys.readouterr().out  # four trials of two methods on two tasks
+    records = find_records([outputs])
     bundle = tmp_path / "mini.runs.json"
-    script.main(["pack", str(outputs), f"--out={bundle}"])
+    mini.main(["pack", str(outputs), f"--out={bundle}", "--backbone=vim_pico"])  # which the tiny runs have
+    with pytest.raises(UserError, match="no finished run of a mini task with vim_nano"):
+        mini.main(["pack", str(outputs)])
     assert json.loads(bundle.read_text())["format"] == 1
     key = lambda record: (record.fingerprint, record.seed)  # noqa: E731
     assert sorted(find_records([bundle]), key=key) == sorted(records, key=key)

@@ -5,8 +5,9 @@ import re
 import pytest
 from helpers.fake_records import CONFIGS, fake_record
 
-from mambapeft_vision.benchmarks.mini import RATES, SEARCH_TASKS
+from mambapeft_vision.benchmarks.mini_backbones import columns_of, write_comparison
 from mambapeft_vision.benchmarks.mini_document import BEGIN, END, write_document
+from mambapeft_vision.benchmarks.mini_settings import RATES, SEARCH_TASKS
 from mambapeft_vision.results.tables import read_standard
 from mambapeft_vision.utils.errors import UserError
 
@@ -61,6 +62,23 @@ def test_tables_and_pictures_are_those_of_the_runs(tmp_path):
     assert all((file.parent / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
+def test_ensembles_and_interpolations_are_rows_beside_the_runs(tmp_path):
+    made = {"kind": "ensemble", "label": "3 seeds", "members": ["x"]}
+    beside = [
+        fake_record(
+            r.task, "lora_p_x", 0, 0.8, group=r.group, fingerprint=f"e{r.task}", config=r.config | {"derived": made}
+        )
+        for r in records()
+        if r.methods == ["lora_p_x"] and r.seed == 0 and r.config["dataset"]["test_split"] == "test"
+    ]
+    file = tmp_path / "mini.md"
+    write_document(file, [*records(), *beside], read_standard(CONFIGS))
+    recipe, _, tuned = file.read_text().partition("## Learning rates chosen on val200")
+    assert rows_of(tuned, "summary")["lora_p_x (ensemble=3 seeds)"][4] == "80.00"
+    assert "ensemble" not in recipe and "The order of the 3 methods" in recipe
+    assert rows_of(tuned, "Compared with lora_p_x")["lora_p_x (ensemble=3 seeds)"][0].startswith("+1")
+
+
 def test_what_is_written_by_hand_stays(tmp_path):
     file = tmp_path / "mini-benchmark.md"
     file.write_text(f"# Title\n\nBefore.\n\n{BEGIN}\nold table\n{END}\n\nDiscussion.\n")
@@ -75,9 +93,33 @@ def test_what_is_written_by_hand_stays(tmp_path):
 
 def test_no_marks_and_no_runs_are_said(tmp_path):
     file = tmp_path / "mini-benchmark.md"
-    with pytest.raises(UserError, match="mini_benchmark.py recipe"):
+    with pytest.raises(UserError, match="mambapeft mini recipe"):
         write_document(file, [fake_record("vtab/cifar", "a", 0, 0.5)], read_standard(CONFIGS))
     file.write_text("# Title\n")
     with pytest.raises(UserError, match="lacks the lines"):
         write_document(file, records(), read_standard(CONFIGS))
     assert file.read_text() == "# Title\n"
+
+
+def test_backbones_are_compared_by_the_order_of_their_methods(tmp_path):
+    """On one backbone the order is lora_p_x, a, linear_probe as published, on the other it is the reverse."""
+    means = {"first": {"lora_p_x": 0.7, "a": 0.6, "linear_probe": 0.5}, "second": {"lora_p_x": 0.3, "a": 0.4}}
+    means["second"]["linear_probe"] = 0.5
+    found = [
+        fake_record("mini/usps", preset, seed, accuracy + (0.01, -0.01)[seed], backbone={"name": name})
+        for name, of in means.items()
+        for preset, accuracy in of.items()
+        for seed in (0, 1)
+    ]
+    columns, stage = columns_of(found, read_standard(CONFIGS))
+    assert stage == "the paper's recipe" and columns[1].ranks(["lora_p_x", "a"]) == {"lora_p_x": 2.0, "a": 1.0}
+    file = tmp_path / "mini-backbones.md"
+    write_comparison(file, found, read_standard(CONFIGS))
+    text = file.read_text()
+    correlations = rows_of(text, "same order")
+    assert correlations["first"] == ["–", "-1.00 (3)", "1.00 (3)"]
+    assert correlations["Vim-S, published"] == ["1.00 (3)", "-1.00 (3)", "–"]
+    averages = rows_of(text, "every method on every backbone")
+    assert averages["lora_p_x"][:2] == ["2.0", "70.00 ± 1.41"] and averages["lora_p_x"][-1] == "71.52"
+    assert 0.57 < float(averages["a"][2]) < 0.6  # PPT of a small method is a little below its accuracy
+    assert (tmp_path / "mini-backbones-ranks.png").read_bytes().startswith(b"\x89PNG")

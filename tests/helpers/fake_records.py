@@ -57,6 +57,7 @@ def fake_record(task: str, preset: str, seed: int, accuracy: float, **changes) -
         "backbone": config["backbone"]["name"],
         "backbone_sha256": "b" * 64,
         "data_manifest": f"manifest of {task}",
+        "image_format": "jpeg",
         "fingerprint": f"{task}/{preset}/{seed}",
         "git_commit": None,
         "git_dirty": None,

@@ -217,10 +217,11 @@ def test_state_offset(form):
     check(actual, weights, Changes(**{form: offsets}))
 
 
-@pytest.mark.parametrize("transfer", [True, False])
 @pytest.mark.parametrize("chunks", [1, 4])  # 17 tokens in 4 chunks: three are padded
-def test_memba(transfer, chunks):
-    _, weights, actual = built(Memba(tau=0.6, threshold=0.05, chunks=chunks, transfer=transfer))
+@pytest.mark.parametrize("transfer, reset_first", [(True, False), (False, False), (True, True)])
+def test_memba(transfer, reset_first, chunks):
+    method = Memba(tau=0.6, threshold=0.05, chunks=chunks, transfer=transfer, reset_first=reset_first)
+    _, weights, actual = built(method)
     means = {}
 
     def gate(layer, z):
@@ -229,8 +230,9 @@ def test_memba(transfer, chunks):
         u = means[layer - 1] if layer and transfer else torch.zeros_like(padded[:, :size])
         seen = []
         for i in range(chunks):
-            v = 0.6 * u + padded[:, i * size : (i + 1) * size]
-            u = torch.where(v > 0.05, 0.0, v)
+            kept = torch.where(u > 0.05, 0.0, u) if reset_first else u
+            v = 0.6 * kept + padded[:, i * size : (i + 1) * size]
+            u = v if reset_first else torch.where(v > 0.05, 0.0, v)
             seen.append(u)
         means[layer] = torch.stack(seen).mean(0)
         return torch.cat(seen, 1)[:, : z.shape[1]]

@@ -28,8 +28,16 @@ def test_the_oldest_results_have_every_key(file):
     TrainerConfig(**config["trainer"]).check()
 
 
+def test_older_results_do_not_say_how_images_are_encoded():
+    written = json.loads(OLD[0].read_text())
+    assert written["schema_version"] == 1 and "image_format" not in written
+    record = read_record(OLD[0])
+    assert record.image_format is None and record.schema_version == 2
+    assert migrated_result({**written, "image_format": "png", "schema_version": 2})["image_format"] == "png"
+
+
 def test_classes_that_moved_are_found():
-    record = read_bundle(runs.ROOT / "results" / "mini" / "mini.runs.json")[0]
+    record = read_bundle(runs.ROOT / "results" / "mini" / "vim_nano.runs.json")[0]
     plan = RunPlan(record.config, TrainerConfig(**record.config["trainer"]), record.fingerprint, runs.ROOT)
     assert build_dataset(plan).name == record.task
     assert type(build_logger(plan)).__name__ == "NoLogger"

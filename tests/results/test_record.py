@@ -37,6 +37,7 @@ RECORD = RunRecord(
     backbone="vim_small_patch16_224",
     backbone_sha256="0" * 64,
     data_manifest="1" * 64,
+    image_format="png",
     fingerprint="2" * 64,
     git_commit=None,
     git_dirty=None,
@@ -111,7 +112,7 @@ def test_every_field_is_needed(tmp_path, name):
         ({"config": {}}, "config.backbone=None; expected keys and values"),
         ({"config": None}, "config=None"),
         ({"config": RECORD.config | {"dataset": {}}}, "config.dataset.train_split=None"),
-        ({"schema_version": 2}, "schema_version is 2"),
+        ({"schema_version": 3}, "schema_version is 3"),
     ],
 )
 def test_wrong_fields_are_named(tmp_path, changes, message):

@@ -39,7 +39,7 @@ def test_every_published_result_has_the_fingerprint_of_its_config():
     for file in files:
         content = json.loads(file.read_text())
         assert fingerprint(identity(content["config"])) == content["fingerprint"], file
-    records = read_bundle(RESULTS / "mini" / "mini.runs.json")
+    records = read_bundle(RESULTS / "mini" / "vim_nano.runs.json")
     assert len(records) == 4042
     wrong = [record.fingerprint for record in records if fingerprint(identity(record.config)) != record.fingerprint]
     assert not wrong

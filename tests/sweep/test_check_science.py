@@ -9,13 +9,15 @@ from mambapeft_vision.commands import check_science
 from mambapeft_vision.data.generated.mini import GENERATED
 from mambapeft_vision.sweep.jobs import plan_jobs
 
-ACCURACY = {"scratch": 0.3, "linear_probe": 0.5, "lora_p_x": 0.6, "full": 0.1}
+ACCURACY = {"scratch": 0.3, "linear_probe": 0.5, "lora_p_x": 0.6}
+BACKBONES = {"vim_nano": "vim_nano_patch8_64", "vim_pico": "vim_pico_patch8_32"}
 
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nothing")
-    return plan_jobs([*check_science.RUNS, f"paths.data={folder}", f"paths.outputs={folder}"], runs.CONFIGS)
+    places = [f"paths.data={folder}", f"paths.outputs={folder}"]
+    return plan_jobs([*check_science.RUNS, f"backbone={','.join(BACKBONES)}", *places], runs.CONFIGS)
 
 
 @pytest.fixture
@@ -24,9 +26,19 @@ def outcome(planned, monkeypatch):
 
     def results(accuracy, failed=0):
         def fake(jobs):
-            named = [(job.plan.task, job.plan.method_names, job.plan.seed) for job in jobs]
-            backbone = {"name": "vim_nano_patch8_64"}
-            return [fake_record(task, name, seed, accuracy[name], backbone=backbone) for task, name, seed in named]
+            return [
+                fake_record(
+                    job.plan.task,
+                    job.plan.method_names,
+                    job.plan.seed,
+                    ACCURACY[job.plan.method_names] if first(job) else accuracy[job.plan.method_names],
+                    backbone={"name": job.plan.backbone["name"]},
+                )
+                for job in jobs
+            ]
+
+        def first(job):
+            return job.plan.backbone["name"] == BACKBONES["vim_nano"]
 
         monkeypatch.setattr(check_science, "records_of", fake)
         monkeypatch.setattr(sweeping, "plan_jobs", lambda overrides, configs: planned)
@@ -35,9 +47,10 @@ def outcome(planned, monkeypatch):
     return results
 
 
-def test_it_is_four_methods_on_three_tasks_that_need_no_download_with_two_seeds(planned):
+def test_it_is_three_methods_on_three_tasks_that_need_no_download_on_each_backbone(planned):
     plans = [job.plan for job in planned]
-    assert len(plans) == 24 and {plan.seed for plan in plans} == {0, 1}
+    assert len(plans) == 18 and {plan.backbone["name"] for plan in plans} == set(BACKBONES.values())
+    assert "vim_nano" in check_science.backbones(runs.CONFIGS) and "vim_s" not in check_science.backbones(runs.CONFIGS)
     assert {plan.method_names for plan in plans} == set(ACCURACY)
     tasks = {plan.task.removeprefix("mini/") for plan in plans}
     assert len(tasks) == 3 and tasks <= set(GENERATED)
@@ -49,14 +62,17 @@ def test_the_order_that_holds_ends_well(outcome, capsys):
     outcome(ACCURACY)
     assert check_science.main([]) == 0
     out = capsys.readouterr().out
-    assert "The order scratch < linear_probe < lora_p_x holds: scratch 30.00 %" in out and "| scratch " in out
+    for name in BACKBONES.values():
+        assert f"{name}: The order scratch < linear_probe < lora_p_x holds: scratch 30.00 %" in out
+    assert "| scratch " in out
 
 
 @pytest.mark.parametrize("lost", [{"lora_p_x": 0.4}, {"scratch": 0.55}])
-def test_a_lost_order_is_a_failure(outcome, capsys, lost):
+def test_an_order_lost_on_one_backbone_is_a_failure(outcome, capsys, lost):
     outcome(ACCURACY | lost)
     assert check_science.main([]) == 1
-    assert "LOST" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "vim_pico_patch8_32: The order" in out and out.count("LOST") == 1
 
 
 def test_failed_runs_give_no_verdict(outcome, capsys):

@@ -17,7 +17,7 @@ from mambapeft_vision.adapter.presets import Preset, read_presets
 from mambapeft_vision.adapter.specs import in_old_words, under_new_names
 from mambapeft_vision.data.tasks import TASKS
 from mambapeft_vision.results.paper import PAPER, PUBLISHED, PaperRow, paper_row
-from mambapeft_vision.results.record import RunRecord
+from mambapeft_vision.results.record import DERIVED, RunRecord
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.identity import SAME_EXPERIMENT
 from mambapeft_vision.utils.untrusted import read_yaml
@@ -39,8 +39,15 @@ class Standard:
     presets: Mapping[str, Preset]
 
     def describe(self, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-        """The preset (or the names of the methods) of a run, and every setting that is not the preset's."""
-        config = {**config, "method": under_new_names(config["method"])}
+        """The preset (or the names of the methods) of a run, and every setting that is not the preset's.
+
+        Of a result that was made from finished runs, how it was made is a setting: `ensemble`, `interpolation`.
+        """
+        derived = config.get(DERIVED)
+        preset, settings = self._describe({**config, "method": under_new_names(config["method"])})
+        return preset, settings | ({} if derived is None else {derived["kind"]: derived["label"]})
+
+    def _describe(self, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         names = sorted(config["method"])
         rivals = [preset for preset in self.presets.values() if sorted(preset.methods) == names]
         if not rivals:

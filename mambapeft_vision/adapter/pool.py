@@ -1,0 +1,99 @@
+"""Many adapters on one backbone in memory: each request names one, and a batch is computed adapter by adapter."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from mambapeft_vision.adapter.files import read_adapter
+from mambapeft_vision.adapter.load import load_shared
+from mambapeft_vision.adapter.model import AdaptedModel
+from mambapeft_vision.backbones.contract import Backbone
+from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.text import plain
+from mambapeft_vision.utils.typed import nearest
+
+
+class AdapterPool:
+    """Adapters by name on one backbone, whose tensors all of them share.
+
+    An adapter adds its own tensors and nothing else: a switch copies nothing. Adapters can be of any methods, also of
+    those that do not merge, and of any number of classes. One that trains tensors of the backbone (bias, full) has
+    copies of these.
+
+    Args:
+        backbone: the one that the adapters were trained on, where requests are to be computed; it is not changed.
+
+    Example:
+        >>> pool = AdapterPool(create_backbone("vim_nano_patch8_64"))   # doctest: +SKIP
+        >>> pool.add("birds", "outputs/.../seed0-1234abcd")             # doctest: +SKIP
+        >>> logits = pool(images, ["birds", "cars", "birds"])           # doctest: +SKIP
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self._shared = {tensor.data_ptr() for tensor in _tensors(backbone)}
+        self._models: dict[str, AdaptedModel] = {}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._models)
+
+    def add(self, name: str, folder: str | Path) -> None:
+        """Loads the adapter of a finished run; requests can name it from now on.
+
+        Raises: UserError for a name that is taken, or an adapter that was trained on another backbone.
+        """
+        if name in self._models:
+            raise UserError(f"there is an adapter {plain(name)} already; remove it first, or take another name")
+        device = next(self.backbone.parameters()).device
+        self._models[name] = load_shared(read_adapter(folder), self.backbone).to(device)
+
+    def remove(self, name: str) -> None:
+        """Forgets an adapter, whose memory is free again. Raises UserError for an unknown name."""
+        self.model(name)
+        del self._models[name]
+
+    def model(self, name: str) -> AdaptedModel:
+        """The model of one adapter. Raises UserError for an unknown name."""
+        if name not in self._models:
+            raise UserError(f"there is no adapter {plain(name)}; {nearest(name, self._models)}")
+        return self._models[name]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, names: Sequence[str]) -> list[Tensor]:
+        """Logits of each image, [classes of its adapter], in the order of the requests.
+
+        Args:
+            images: [B, C, H, W], normalised, on the backbone's device.
+            names: of the adapter of each image. Images of one adapter are computed together.
+        """
+        if len(names) != len(images):
+            raise UserError(f"{len(names)} names for {len(images)} images; expected one for each")
+        places: dict[str, list[int]] = {}
+        for place, name in enumerate(names):
+            places.setdefault(name, []).append(place)
+        models = {name: self.model(name) for name in places}  # before anything is computed
+        results: dict[int, Tensor] = {}
+        for name, of in places.items():
+            batch = images if len(of) == len(images) else images[torch.tensor(of, device=images.device)]
+            results |= dict(zip(of, models[name](batch).unbind()))
+        return [results[place] for place in range(len(images))]
+
+    def bytes_of(self, name: str) -> int:
+        """Memory that one adapter takes beside the backbone."""
+        own = {tensor.data_ptr(): tensor for tensor in _tensors(self.model(name))}
+        sizes: list[int] = [tensor.nbytes for place, tensor in own.items() if place not in self._shared]
+        return sum(sizes)
+
+    @property
+    def backbone_bytes(self) -> int:
+        """Memory of the backbone, which all adapters share."""
+        return sum(tensor.nbytes for tensor in _tensors(self.backbone))
+
+
+def _tensors(model: Backbone | AdaptedModel) -> list[Tensor]:
+    module = cast(nn.Module, model)
+    return [*module.parameters(), *module.buffers()]

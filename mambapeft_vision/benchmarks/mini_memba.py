@@ -1,0 +1,100 @@
+"""Why Memba is where it is in the mini benchmark: its parts, one changed at a time, each at every rate of the search.
+
+Memba (arXiv 2506.18184) is a membrane on the gate beside LoRA on in_proj and out_proj. A variant that comes near to the
+LoRA alone says what the membrane costs; the identity (no leak, no threshold) has to equal it, up to roundings.
+"""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from mambapeft_vision.benchmarks.mini import SEARCH_SPLITS, Benchmark, Wanted, plan_runs
+from mambapeft_vision.benchmarks.mini_settings import Setting
+from mambapeft_vision.results.record import RunRecord
+from mambapeft_vision.results.tables import MISSING, Standard, Table
+from mambapeft_vision.sweep.jobs import Job
+
+#: The published one first; τ = 0.5, V_th = 1, four chunks, reset after the input, u_1 from the block before.
+VARIANTS: Mapping[str, tuple[str, ...]] = {
+    "as published": (),
+    "leak 0": ("method.memba.tau=0.0",),
+    "leak 0.25": ("method.memba.tau=0.25",),
+    "leak 0.75": ("method.memba.tau=0.75",),
+    "leak 1": ("method.memba.tau=1.0",),
+    "threshold 0.5": ("method.memba.threshold=0.5",),
+    "threshold 2": ("method.memba.threshold=2.0",),
+    "threshold 4": ("method.memba.threshold=4.0",),
+    "no threshold": ("method.memba.threshold=null",),
+    "1 chunk": ("method.memba.chunks=1",),
+    "2 chunks": ("method.memba.chunks=2",),
+    "8 chunks": ("method.memba.chunks=8",),
+    "16 chunks": ("method.memba.chunks=16",),
+    "reset before the input": ("+method.memba.reset_first=true",),
+    "nothing from the block before": ("method.memba.transfer=false",),
+    "identity: leak 0, no threshold": ("method.memba.tau=0.0", "method.memba.threshold=null"),
+    "LoRA of in_proj and out_proj alone": ("~method.memba",),
+}
+_LORA_ALONE = "LoRA of in_proj and out_proj alone"
+_KEYS = ("tau", "threshold", "chunks", "reset_first", "transfer")
+
+
+def memba_jobs(benchmark: Benchmark) -> list[Job]:
+    """Every variant at every rate, on the search tasks with the first seed. Raises UserError."""
+    wanted = [
+        Wanted("memba", Setting(rate), benchmark.search_tasks, overrides)
+        for overrides in VARIANTS.values()
+        for rate in benchmark.rates
+    ]
+    return plan_runs(benchmark, wanted, benchmark.seeds[:1], SEARCH_SPLITS)
+
+
+def memba_table(records: Sequence[RunRecord], standard: Standard, tasks: Sequence[str]) -> Table:
+    """Each variant's mean accuracy on val200 by rate, and its best; what is not done is left out."""
+    found: dict[str, dict[float, dict[str, float]]] = {}
+    for record in records:
+        variant = _variant(record, standard)
+        if variant is not None and record.task in tasks and record.config["dataset"]["test_split"] == "val200":
+            by_rate = found.setdefault(variant, {})
+            by_rate.setdefault(record.config["trainer"]["learning_rate"], {})[record.task] = 100 * record.accuracy
+    means = {
+        variant: {rate: fmean(scores.values()) for rate, scores in by_rate.items() if len(scores) == len(tasks)}
+        for variant, by_rate in found.items()
+    }
+    rates = sorted({rate for of in means.values() for rate in of})
+    rows = [
+        [
+            variant,
+            f"{max(means[variant].values()):.2f}",
+            *(f"{means[variant][rate]:.2f}" if rate in means[variant] else MISSING for rate in rates),
+        ]
+        for variant in VARIANTS
+        if means.get(variant)
+    ]
+    notes = ["Mean accuracy in percent on val200 of five tasks after training on train800, one seed, by learning rate."]
+    return Table("Memba, one part changed at a time", ["Variant", "best", *(f"{r:g}" for r in rates)], rows, notes)
+
+
+def _variant(record: RunRecord, standard: Standard) -> str | None:
+    """Which variant a run is; None for another one."""
+    specs = standard.presets["memba"].methods_on(None)
+    names = set(record.config["method"])
+    if names == set(specs) - {"memba"}:
+        return _LORA_ALONE
+    if names != set(specs):
+        return None
+    published = {key: specs["memba"].get(key, False) for key in _KEYS}
+    given = {key: record.config["method"]["memba"].get(key, False) for key in _KEYS}
+    return next((name for name, values in _variants().items() if {**published, **values} == given), None)
+
+
+def _variants() -> dict[str, dict[str, object]]:
+    """The changed arguments of each variant that has a membrane."""
+    words = {"null": None, "true": True, "false": False}
+    return {
+        name: {
+            override.partition("=")[0].rpartition(".")[2]: words[text] if text in words else float(text)
+            for override in overrides
+            for text in [override.partition("=")[2]]
+        }
+        for name, overrides in VARIANTS.items()
+        if name != _LORA_ALONE
+    }
