@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mambapeft_kernels.backends import computes_now
 from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -69,16 +70,23 @@ class FourWayMixer(Mixer):
         return [self.affix.value(tokens, layout, pair=pair) for pair, tokens in enumerate(orders)]
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is made during a test may be used in training
 def _column_order(layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor]:
     """For each place of the column order, the token that stands there; and the inverse of that permutation."""
+    # What is made while a program is traced is a part of that program, and not to be kept.
+    return _kept_orders(layout, device) if computes_now(()) else _make_orders(layout, device)
+
+
+def _make_orders(layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor]:
     rows, columns = layout.grid
     order = list(range(layout.length))
     for q, place in enumerate(layout.patches):  # the q-th patch of the column order is that of row q mod rows
         order[place] = layout.patches[q % rows * columns + q // rows]
-    index = torch.tensor(order, device=device)
-    return index, index.argsort()
+    inverse = sorted(range(layout.length), key=order.__getitem__)
+    return torch.tensor(order, device=device), torch.tensor(inverse, device=device)
+
+
+# What is made during a test may be used in training.
+_kept_orders = lru_cache(maxsize=64)(torch.inference_mode(False)(_make_orders))
 
 
 class _Permute(torch.autograd.Function):
