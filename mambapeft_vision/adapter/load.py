@@ -23,12 +23,20 @@ def load_adapter(folder: str | Path, weights: str = "official", seed: int = 0) -
         weights: of the backbone: "official", "random" (drawn from `seed`) or a file; its hash must fit the adapter.
     """
     adapter = read_adapter(folder)
+    return apply_adapter(adapter, load_backbone(adapter, weights, seed)).to(_dtype(adapter))
+
+
+def load_backbone(adapter: Adapter, weights: str = "official", seed: int = 0) -> Any:
+    """The backbone that an adapter describes, with nothing attached. weights, seed: see `load_adapter`."""
     check_sizes(adapter)
     backbone = create_backbone(adapter.config["backbone"]["name"], weights, seed, **_architecture(adapter))
-    dtype = next((t.dtype for t in adapter.state.values() if t.is_floating_point()), None)
     if not _is_trained_on(adapter, backbone):
-        backbone.to(dtype)  # the adapter may have been trained on weights that were cast before
-    return apply_adapter(adapter, backbone).to(dtype)
+        backbone.to(_dtype(adapter))  # the adapter may have been trained on weights that were cast before
+    return backbone
+
+
+def _dtype(adapter: Adapter) -> torch.dtype | None:
+    return next((t.dtype for t in adapter.state.values() if t.is_floating_point()), None)
 
 
 def check_sizes(adapter: Adapter) -> None:
