@@ -7,6 +7,7 @@ import torch
 
 from mambapeft_vision.adapter.build import build_method
 from mambapeft_vision.adapter.files import ADAPTER_FILE, CONFIG_FILE, Adapter, read_adapter
+from mambapeft_vision.adapter.hub import fetch_adapter, is_repository
 from mambapeft_vision.adapter.model import AdaptedModel, on_meta
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.contract import Backbone
@@ -15,14 +16,23 @@ from mambapeft_vision.methods.method import Method
 from mambapeft_vision.utils.errors import UserError
 
 
-def load_adapter(folder: str | Path, weights: str = "official", seed: int = 0) -> AdaptedModel:
+def load_adapter(
+    folder: str | Path, weights: str = "official", seed: int = 0, revision: str | None = None
+) -> AdaptedModel:
     """The model of an adapter's folder in evaluation mode, on a backbone built as the adapter says, in its dtype.
 
     Args:
-        folder: holds adapter.safetensors and adapter_config.json.
+        folder: holds adapter.safetensors and adapter_config.json; or "user/name" of a repository on the Hugging Face
+            hub, where there is no such folder.
         weights: of the backbone: "official", "random" (drawn from `seed`) or a file; its hash must fit the adapter.
+        revision: a branch, tag or commit of the repository; None: its main branch.
     """
-    adapter = read_adapter(folder)
+    if is_repository(folder):
+        adapter = read_adapter(fetch_adapter(str(folder), revision), follow_links=True)
+    elif revision is not None:
+        raise UserError(f"revision={revision}, but {folder} is a folder; expected user/name on the hub, or no revision")
+    else:
+        adapter = read_adapter(folder)
     return apply_adapter(adapter, load_backbone(adapter, weights, seed)).to(_dtype(adapter))
 
 

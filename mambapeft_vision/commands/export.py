@@ -1,6 +1,6 @@
 """A trained model for other tools: mambapeft export run=outputs/… to=onnx out=model.onnx
 
-onnx          an ONNX file for any batch, compared with the model in onnxruntime (pip install 'mambapeft-vision[export]')
+onnx          an ONNX file for any batch, checked in onnxruntime (pip install 'mambapeft-vision[export]')
 torch-export  a program of torch.export for any batch
 timm          a folder that timm.create_model("local-dir:…", pretrained=True) loads, merged
 official      a checkpoint with the keys of the official code, merged (.pth or .safetensors)

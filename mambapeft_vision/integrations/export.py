@@ -13,7 +13,8 @@ from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.backbones.weights import export_official
 from mambapeft_vision.data import ConsoleProgress, Preprocessing
 from mambapeft_vision.engine.module import Normalise
-from mambapeft_vision.integrations import low_rank, peft_format, program, timm_folder
+from mambapeft_vision.integrations import low_rank, program, timm_folder
+from mambapeft_vision.integrations.to_peft import to_peft
 from mambapeft_vision.results.layout import RUN_CONFIG_FILE
 from mambapeft_vision.results.record import is_finished, read_record
 from mambapeft_vision.run.build import build_dataset
@@ -132,7 +133,7 @@ def _official(source: _Source, out: Path) -> list[str]:
 
 
 def _peft(source: _Source, out: Path) -> list[str]:
-    difference = peft_format.to_peft(source.model(), source.backbone().float(), out)
+    difference = to_peft(source.model(), source.backbone().float(), out)
     return [
         f"wrote {out}: logits differ from the model's by {difference:.1e} of the largest",
         f'peft.PeftModel.from_pretrained(backbone, "{out}") loads it on a backbone with '

@@ -1,7 +1,7 @@
 """Trained models as programs that need no package of ours: torch.export and ONNX, for any batch.
 
 Merged methods are a part of the weights; those that stay attached become operations of the program. Every scan is one
-operator (`kernels/mambapeft_kernels/selective_scan/exported.py`). A program is compared with the model before it is kept.
+operator (`mambapeft_kernels/selective_scan/exported.py`). A program is compared with the model before it is kept.
 """
 
 import warnings
