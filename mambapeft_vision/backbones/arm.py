@@ -6,12 +6,10 @@ direction and no class token; `Arm.convert_checkpoint` turns them into this form
 
 import re
 from collections.abc import Collection, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mambapeft_kernels.backends import computes_now
 from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -24,6 +22,7 @@ from mambapeft_vision.backbones.mixer import Mixer
 from mambapeft_vision.backbones.ports import BranchPort, InputPort, Joined, ReplacePort, SidePort, TapPort
 from mambapeft_vision.backbones.scan_model import ScanModel
 from mambapeft_vision.backbones.timm_model import State
+from mambapeft_vision.utils.kept_tensors import kept_tensors
 
 
 class FourWayMixer(Mixer):
@@ -70,23 +69,15 @@ class FourWayMixer(Mixer):
         return [self.affix.value(tokens, layout, pair=pair) for pair, tokens in enumerate(orders)]
 
 
+@kept_tensors
 def _column_order(layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor]:
     """For each place of the column order, the token that stands there; and the inverse of that permutation."""
-    # What is made while a program is traced is a part of that program, and not to be kept.
-    return _kept_orders(layout, device) if computes_now(()) else _make_orders(layout, device)
-
-
-def _make_orders(layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor]:
     rows, columns = layout.grid
     order = list(range(layout.length))
     for q, place in enumerate(layout.patches):  # the q-th patch of the column order is that of row q mod rows
         order[place] = layout.patches[q % rows * columns + q // rows]
     inverse = sorted(range(layout.length), key=order.__getitem__)
     return torch.tensor(order, device=device), torch.tensor(inverse, device=device)
-
-
-# What is made during a test may be used in training.
-_kept_orders = lru_cache(maxsize=64)(torch.inference_mode(False)(_make_orders))
 
 
 class _Permute(torch.autograd.Function):

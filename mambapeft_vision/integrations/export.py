@@ -54,10 +54,10 @@ def export(request: Request, to: str) -> list[str]:
         raise UserError(f"to={to}; expected one of {', '.join(FORMATS)}")
     out = user_path(request.out)
     _check_out(out, is_folder=to in _FOLDERS)
-    return FORMATS[to](_Source(request), out)
+    return FORMATS[to](Source(request), out)
 
 
-class _Source:
+class Source:
     """A run's adapter and backbone, as often as they are needed."""
 
     def __init__(self, request: Request) -> None:
@@ -90,7 +90,7 @@ class _Source:
         return lambda: ((normalise(images), labels) for images, labels in task.test_dataloader())
 
 
-def _onnx(source: _Source, out: Path) -> list[str]:
+def _onnx(source: Source, out: Path) -> list[str]:
     model = source.model()
     left = program.prepare(model)
     check = program.to_onnx(model, out, _notes(source, model))
@@ -102,7 +102,7 @@ def _onnx(source: _Source, out: Path) -> list[str]:
     return lines
 
 
-def _cost_of_int8(source: _Source, whole: Path, small: Path) -> str:
+def _cost_of_int8(source: Source, whole: Path, small: Path) -> str:
     try:
         batches = source.test_images()
     except UserError as error:
@@ -114,25 +114,25 @@ def _cost_of_int8(source: _Source, whole: Path, small: Path) -> str:
     )
 
 
-def _torch_program(source: _Source, out: Path) -> list[str]:
+def _torch_program(source: Source, out: Path) -> list[str]:
     model = source.model()
     left = program.prepare(model)
     return [f"wrote {out}: {_attached(left)}{program.to_torch_program(model, out)}"]
 
 
-def _timm(source: _Source, out: Path) -> list[str]:
+def _timm(source: Source, out: Path) -> list[str]:
     timm_folder.to_timm(source.model(), out, str(source.folder))
     return [
         f'wrote {out}; after `import mambapeft_vision.backbones`: timm.create_model("local-dir:{out}", pretrained=True)'
     ]
 
 
-def _official(source: _Source, out: Path) -> list[str]:
+def _official(source: Source, out: Path) -> list[str]:
     export_official(timm_folder.plain_backbone(source.model(), str(source.folder)), out)
     return [f"wrote {out}, with the keys of the official checkpoints"]
 
 
-def _peft(source: _Source, out: Path) -> list[str]:
+def _peft(source: Source, out: Path) -> list[str]:
     difference = to_peft(source.model(), source.backbone().float(), out)
     return [
         f"wrote {out}: logits differ from the model's by {difference:.1e} of the largest",
@@ -141,7 +141,7 @@ def _peft(source: _Source, out: Path) -> list[str]:
     ]
 
 
-def _lora(source: _Source, out: Path) -> list[str]:
+def _lora(source: Source, out: Path) -> list[str]:
     request = source.request
     found = low_rank.to_lora(source.model(), source.backbone().float(), energy=request.energy, rank=request.rank)
     kept = {key: value for key, value in source.adapter.config.items() if key in ("task", "seed")}
@@ -155,7 +155,7 @@ def _lora(source: _Source, out: Path) -> list[str]:
 
 
 #: Format → what writes it.
-FORMATS: dict[str, Callable[[_Source, Path], list[str]]] = {
+FORMATS: dict[str, Callable[[Source, Path], list[str]]] = {
     "onnx": _onnx,
     "torch-export": _torch_program,
     "timm": _timm,
@@ -179,7 +179,7 @@ def _attached(left: dict[str, str]) -> str:
     return f"{', '.join(left)} stay operations of their own; " if left else ""
 
 
-def _notes(source: _Source, model: AdaptedModel) -> dict[str, str]:
+def _notes(source: Source, model: AdaptedModel) -> dict[str, str]:
     """For the file's metadata: how images are prepared, and what the model is."""
     record = model.backbone.default_cfg
     return {

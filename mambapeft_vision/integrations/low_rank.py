@@ -53,15 +53,16 @@ def to_lora(model: AdaptedModel, base: TimmModel, *, energy: float = 0.99, rank:
     changes = _changes(model, base)
     singular = {name: torch.linalg.svd(change.double(), full_matrices=False) for name, change in changes.items()}
     needed = max((_rank_of(values, energy) for _, values, _ in singular.values()), default=1)
-    rank = needed if rank is None else min(rank, *(values.shape[-1] for _, values, _ in singular.values()))
+    rank = needed if rank is None else min(rank, max((v.shape[-1] for _, v, _ in singular.values()), default=1))
     method = LoRA(targets=list(changes), rank=rank, scale=1.0, space="weight")
     lora = adapt(cast(Any, base), {"lora": method} if changes else {}, model.backbone.num_classes)
     errors = {}
     for name, (left_vectors, values, right) in singular.items():
         pair, _ = method.pairs()[name]
         roots = values[..., :rank].sqrt()
-        pair.up.copy_((left_vectors[..., :rank] * roots[..., None, :]).reshape(pair.up.shape))
-        pair.down.copy_((roots[..., :, None] * right[..., :rank, :]).reshape(pair.down.shape))
+        kept = roots.shape[-1]  # a small weight has fewer; `up` is zero behind them
+        pair.matrix(pair.up)[..., :kept] = left_vectors[..., :rank] * roots[..., None, :]
+        pair.matrix(pair.down)[..., :kept, :] = roots[..., :, None] * right[..., :rank, :]
         errors[name] = float(values[..., rank:].square().sum().sqrt() / values.square().sum().sqrt())
     lora.backbone.head.load_state_dict(model.backbone.head.state_dict())
     expected, found = model(images(model, 2)), lora.eval()(images(model, 2))
@@ -84,9 +85,12 @@ def _changes(model: AdaptedModel, base: TimmModel) -> dict[str, Tensor]:
             continue
         module = base.get_submodule(name.rpartition(".")[0])
         grouped = group_count(cast(Any, base), name) is not None
-        if not (grouped or (name.endswith(".weight") and isinstance(module, (nn.Linear, nn.Conv2d)))):
+        if grouped:
+            changes[name] = change
+        elif name.endswith(".weight") and isinstance(module, (nn.Linear, nn.Conv2d)):
+            changes[name] = change.flatten(1)
+        else:
             others.append(name)
-        changes[name] = change if grouped else change.flatten(1)
     if others:
         raise UserError(
             f"a LoRA changes matrices alone, but the adapter also changes {', '.join(others[:3])}"
