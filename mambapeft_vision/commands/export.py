@@ -23,6 +23,7 @@ def parser() -> ArgumentParser:
     top.add_argument("--to", required=True, choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS))
     top.add_argument("--out", required=True, help="file or new folder to write")
     top.add_argument("--weights", help="official, random or a file with the backbone's weights; default: the run's")
+    top.add_argument("--methods", help="a folder with method files of your own, if the run used one")
     top.add_argument("--int8", action="store_true", help="onnx: also write int8 weights, and say what they cost")
     top.add_argument("--energy", type=float, default=0.99, help="lora: part of every change to keep (default 0.99)")
     top.add_argument("--rank", type=positive, help="lora: the rank, instead of --energy")

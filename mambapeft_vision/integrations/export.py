@@ -1,5 +1,6 @@
 """A trained model in the format of another tool, compared with the model before it is kept."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,13 @@ from mambapeft_vision.data import ConsoleProgress, Preprocessing
 from mambapeft_vision.engine.module import Normalise
 from mambapeft_vision.integrations import low_rank, program, timm_folder
 from mambapeft_vision.integrations.to_peft import to_peft
-from mambapeft_vision.results.layout import RUN_CONFIG_FILE
+from mambapeft_vision.methods import add_methods_folder
 from mambapeft_vision.results.record import is_finished, read_record
 from mambapeft_vision.run.build import build_dataset
-from mambapeft_vision.run.compose import compose
 from mambapeft_vision.run.evaluate import recorded_config
 from mambapeft_vision.run.run_config import make_plan
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.names import user_path
-from mambapeft_vision.utils.text import override
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,7 @@ class Request:
     run: folder of a run or adapter.
     out: the file or folder to write.
     weights: of the backbone; None: those that the run records, or the official ones.
+    methods: a folder with method files of one's own, if the run used one.
     int8: for ONNX, also a file with the weights in int8.
     energy, rank: for LoRA, see `low_rank.to_lora`.
     """
@@ -40,6 +40,7 @@ class Request:
     run: str | Path
     out: str | Path
     weights: str | None = None
+    methods: str | None = None
     int8: bool = False
     energy: float = 0.99
     rank: int | None = None
@@ -62,6 +63,8 @@ class Source:
 
     def __init__(self, request: Request) -> None:
         self.request = request
+        if request.methods is not None:
+            add_methods_folder(request.methods)
         self.folder = user_path(request.run)
         self.adapter: Adapter = read_adapter(self.folder)
         self.weights, self.seed = self._weights()
@@ -80,9 +83,7 @@ class Source:
 
     def test_images(self) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
         """Makes batches of the run's test split, normalised. Raises UserError where it is not at hand."""
-        cfg = compose("evaluate", [override("run", self.folder)])
-        plan = make_plan(recorded_config(self.folder / RUN_CONFIG_FILE, cfg))
-        task = build_dataset(plan)
+        task = build_dataset(make_plan(recorded_config(self.folder, cache=None, methods=self.request.methods)))
         task.check(test_only=True)
         preprocessing = Preprocessing.from_timm(self.backbone().default_cfg)
         task.load_test(preprocessing, ConsoleProgress(f"decode {task.name}", "images"))
@@ -98,11 +99,13 @@ def _onnx(source: Source, out: Path) -> list[str]:
     if source.request.int8:
         small = program.quantise(out, out.with_suffix(f".int8{out.suffix}"))
         lines.append(f"wrote {small}: {small.stat().st_size:,} bytes instead of {out.stat().st_size:,}")
-        lines.append(_cost_of_int8(source, out, small))
+        lines.append(_cost_of_int8(source, out, small, model.multi_label))
     return lines
 
 
-def _cost_of_int8(source: Source, whole: Path, small: Path) -> str:
+def _cost_of_int8(source: Source, whole: Path, small: Path, multi_label: bool) -> str:
+    if multi_label:
+        return "what int8 costs was not measured: an image has any number of labels here, and accuracy means one"
     try:
         batches = source.test_images()
     except UserError as error:
@@ -185,6 +188,7 @@ def _notes(source: Source, model: AdaptedModel) -> dict[str, str]:
     return {
         "task": str(source.adapter.config.get("task") or ""),
         "backbone": record["architecture"],
+        "class_names": json.dumps(list(model.class_names or [])),
         "input_size": str(list(record["input_size"])),
         "mean": str(list(record["mean"])),
         "std": str(list(record["std"])),

@@ -64,6 +64,7 @@ def to_lora(model: AdaptedModel, base: TimmModel, *, energy: float = 0.99, rank:
         pair.matrix(pair.up)[..., :kept] = left_vectors[..., :rank] * roots[..., None, :]
         pair.matrix(pair.down)[..., :kept, :] = roots[..., :, None] * right[..., :rank, :]
         errors[name] = float(values[..., rank:].square().sum().sqrt() / values.square().sum().sqrt())
+    lora.class_names, lora.multi_label = model.class_names, model.multi_label
     lora.backbone.head.load_state_dict(model.backbone.head.state_dict())
     expected, found = model(images(model, 2)), lora.eval()(images(model, 2))
     return Approximation(lora, rank, errors, float((found - expected).abs().max() / expected.abs().max()))

@@ -336,7 +336,10 @@ def test_the_errors_are_those_of_the_weights(name):
     def source() -> AdaptedModel:
         return move(adapt(backbone(name), methods_of(specs(("oft", "lora_x_proj"))), CLASSES, 3)).eval()
 
-    found = to_lora(source(), backbone(name), energy=0.9)
+    named = source()
+    named.class_names = tuple("abcde")
+    found = to_lora(named, backbone(name), energy=0.9)
+    assert found.model.class_names == tuple("abcde")
     coarser = to_lora(source(), backbone(name), rank=2)
     assert coarser.rank == 2 < found.rank and coarser.logits > found.logits > 0
     before, target = dict(backbone(name).named_parameters()), source()
