@@ -15,7 +15,7 @@ from torch.torch_version import TorchVersion
 from mambapeft_kernels.derivatives import exporting
 
 # The first release whose ONNX exporter is known to translate the operator; before, the loop is written out.
-_HAS_SCAN = TorchVersion(torch.__version__) >= (2, 9)
+_HAS_SCAN = TorchVersion(torch.__version__) >= "2.9"
 
 
 def exported_as_operator(needs_grad: Iterable[bool]) -> bool:
