@@ -7,7 +7,7 @@ official      a checkpoint with the keys of the official code, merged (.pth or .
 peft          an adapter for Hugging Face peft (pip install 'mambapeft-vision[peft]')
 lora          the adapter of weights as a LoRA, by truncated singular value decomposition
 
-Whatever is written computes the same logits as the model, or the command says so and writes nothing.
+Programs, timm folders and adapters for peft are compared with the model: other logits are an error.
 """
 
 from collections.abc import Sequence
