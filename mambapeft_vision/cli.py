@@ -34,6 +34,7 @@ COMMANDS = {
     "report": "every table and picture of finished runs in one folder",
     "reproduce": "the whole table of MambaPEFT: sweep, collect, report",
     "convert": "adapters of the published code in, plain checkpoints and hub folders out",
+    "export": "a trained model for other tools: ONNX, torch.export, timm, official, peft, LoRA",
     "count": "trained parameters of every preset beside the published table",
     "keys": "list the keys of a config with type, default and meaning",
     "methods": "list the methods, or describe some",

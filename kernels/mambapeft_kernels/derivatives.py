@@ -13,8 +13,12 @@ from torch import Tensor
 
 
 def no_autocast(kind: str) -> AbstractContextManager[None]:
-    """Autocast off for a type of device; some (meta) have none."""
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    """Autocast off for a type of device; some (meta) have none.
+
+    Where it is off already, nothing is switched: an exported program would keep the switch, and could not be saved.
+    """
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if is_on else nullcontext()
 
 
 def differentiated_again() -> bool:

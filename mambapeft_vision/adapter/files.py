@@ -52,19 +52,25 @@ def write_adapter(folder: str | Path, state: Mapping[str, Tensor], config: Mappi
     write_json(folder / CONFIG_FILE, dict(config))
 
 
-def read_adapter(folder: str | Path) -> Adapter:
+def read_adapter(folder: str | Path, *, follow_links: bool = False) -> Adapter:
     """Reads adapter_config.json and adapter.safetensors; nothing in them is executed.
 
+    follow_links: whether the files may be links, as in the hub's cache.
     Raises: UserError naming the file and what is wrong with it.
     """
     folder = Path(folder)
-    path = folder / CONFIG_FILE
+    path, tensors = (file.resolve() if follow_links else file for file in (folder / CONFIG_FILE, folder / ADAPTER_FILE))
     try:
         config = read_json(path, max_bytes=_MAX_CONFIG_BYTES)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; expected the folder of a finished run or adapter") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); expected the folder of a finished run") from error
+    if isinstance(config, dict) and "peft_type" in config and "format_version" not in config:
+        raise UserError(
+            f"{path} is of an adapter of Hugging Face peft; convert it: mambapeft convert from-peft {plain(folder)} "
+            f"--backbone NAME --out FOLDER"
+        )
     if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
         version = config.get("format_version") if isinstance(config, dict) else None
         raise UserError(
@@ -72,7 +78,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         )
     _check_adapter_config(config, path)
     refuse_references(config, str(path))
-    return Adapter(folder, config, _read_tensors(folder / ADAPTER_FILE))
+    return Adapter(folder, config, _read_tensors(tensors))
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from mambapeft_vision.adapter.build import build_method
 from mambapeft_vision.adapter.files import ADAPTER_FILE, CONFIG_FILE, Adapter, read_adapter
+from mambapeft_vision.adapter.hub import fetch_adapter, is_repository
 from mambapeft_vision.adapter.model import AdaptedModel, on_meta
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.contract import Backbone
@@ -17,20 +18,37 @@ from mambapeft_vision.methods.method import Method
 from mambapeft_vision.utils.errors import UserError
 
 
-def load_adapter(folder: str | Path, weights: str = "official", seed: int = 0) -> AdaptedModel:
+def load_adapter(
+    folder: str | Path, weights: str = "official", seed: int = 0, revision: str | None = None
+) -> AdaptedModel:
     """The model of an adapter's folder in evaluation mode, on a backbone built as the adapter says, in its dtype.
 
     Args:
-        folder: holds adapter.safetensors and adapter_config.json.
+        folder: holds adapter.safetensors and adapter_config.json; or "user/name" of a repository on the Hugging Face
+            hub, where there is no such folder.
         weights: of the backbone: "official", "random" (drawn from `seed`) or a file; its hash must fit the adapter.
+        revision: a branch, tag or commit of the repository; None: its main branch.
     """
-    adapter = read_adapter(folder)
+    if is_repository(folder):
+        adapter = read_adapter(fetch_adapter(str(folder), revision), follow_links=True)
+    elif revision is not None:
+        raise UserError(f"revision={revision}, but {folder} is a folder; expected user/name on the hub, or no revision")
+    else:
+        adapter = read_adapter(folder)
+    return apply_adapter(adapter, load_backbone(adapter, weights, seed)).to(_dtype(adapter))
+
+
+def load_backbone(adapter: Adapter, weights: str = "official", seed: int = 0) -> Any:
+    """The backbone that an adapter describes, with nothing attached. weights, seed: see `load_adapter`."""
     check_sizes(adapter)
     backbone = create_backbone(adapter.config["backbone"]["name"], weights, seed, **_architecture(adapter))
-    dtype = next((t.dtype for t in adapter.state.values() if t.is_floating_point()), None)
     if not _is_trained_on(adapter, backbone):
-        backbone.to(dtype)  # the adapter may have been trained on weights that were cast before
-    return apply_adapter(adapter, backbone).to(dtype)
+        backbone.to(_dtype(adapter))  # the adapter may have been trained on weights that were cast before
+    return backbone
+
+
+def _dtype(adapter: Adapter) -> torch.dtype | None:
+    return next((t.dtype for t in adapter.state.values() if t.is_floating_point()), None)
 
 
 def check_sizes(adapter: Adapter) -> None:

@@ -6,7 +6,6 @@ direction and no class token; `Arm.convert_checkpoint` turns them into this form
 
 import re
 from collections.abc import Collection, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from mambapeft_vision.backbones.mixer import Mixer
 from mambapeft_vision.backbones.ports import BranchPort, InputPort, Joined, ReplacePort, SidePort, TapPort
 from mambapeft_vision.backbones.scan_model import ScanModel
 from mambapeft_vision.backbones.timm_model import State
+from mambapeft_vision.utils.kept_tensors import kept_tensors
 
 
 class FourWayMixer(Mixer):
@@ -69,16 +69,15 @@ class FourWayMixer(Mixer):
         return [self.affix.value(tokens, layout, pair=pair) for pair, tokens in enumerate(orders)]
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is made during a test may be used in training
+@kept_tensors
 def _column_order(layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor]:
     """For each place of the column order, the token that stands there; and the inverse of that permutation."""
     rows, columns = layout.grid
     order = list(range(layout.length))
     for q, place in enumerate(layout.patches):  # the q-th patch of the column order is that of row q mod rows
         order[place] = layout.patches[q % rows * columns + q // rows]
-    index = torch.tensor(order, device=device)
-    return index, index.argsort()
+    inverse = sorted(range(layout.length), key=order.__getitem__)
+    return torch.tensor(order, device=device), torch.tensor(inverse, device=device)
 
 
 class _Permute(torch.autograd.Function):

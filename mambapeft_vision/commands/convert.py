@@ -1,5 +1,6 @@
 """Convert between formats.
 
+from-peft        an adapter of Hugging Face peft  →  adapter folder of ours
 from-reference   an adapter trained with the published MambaPEFT code  →  adapter folder of ours
 merge            adapter folder + backbone weights  →  official Vim checkpoint (.pth or .safetensors)
 to-hub           adapter folder  →  Hugging Face hub folder; with --push it is uploaded
@@ -9,7 +10,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mambapeft_vision.integrations.convert import from_reference, merge_to_official, push_to_hub, to_hub_folder
+from mambapeft_vision.adapter.model import AdaptedModel
+from mambapeft_vision.integrations.convert import convert_from_peft, from_reference, merge_to_official
+from mambapeft_vision.integrations.hub import PLACEHOLDER, push_to_hub, to_hub_folder
 from mambapeft_vision.results.record import is_finished, read_record
 from mambapeft_vision.run.arguments import ArgumentParser
 
@@ -24,6 +27,12 @@ def parser() -> ArgumentParser:
     reference.add_argument("--weights", required=True, help="the backbone's official checkpoint")
     reference.add_argument("--out", required=True, help="folder to write")
 
+    peft = commands.add_parser("from-peft", help="adapter of Hugging Face peft → ours")
+    peft.add_argument("folder", help="that peft saved")
+    peft.add_argument("--backbone", required=True, help="registered name of what it was trained on")
+    peft.add_argument("--weights", default="official", help="official, random or a file with the backbone's weights")
+    peft.add_argument("--out", required=True, help="folder to write")
+
     merge = commands.add_parser("merge", help="ours → merged official checkpoint")
     merge.add_argument("adapter", help="folder of a run or adapter")
     merge.add_argument("--weights", default="official", help="official, random or a file with the backbone's weights")
@@ -33,24 +42,29 @@ def parser() -> ArgumentParser:
     hub.add_argument("adapter", help="folder of a run or adapter")
     hub.add_argument("--out", required=True, help="folder to write")
     hub.add_argument("--push", metavar="USER/NAME", help="also upload it to this repository (needs a token)")
+    hub.add_argument("--private", action="store_true", help="a new repository is private")
+    hub.add_argument("--revision", metavar="BRANCH", help="upload to this branch")
     return top
 
 
 def run(args: argparse.Namespace) -> None:
     if args.command == "from-reference":
-        model = from_reference(args.config, args.checkpoint, args.weights, args.out)
-        print(
-            f"wrote {args.out}: {', '.join(model.methods) or 'linear probe'}, {model.counts()['trainable']:,} trained"
-        )
+        _say_written(args.out, from_reference(args.config, args.checkpoint, args.weights, args.out))
+    elif args.command == "from-peft":
+        _say_written(args.out, convert_from_peft(args.folder, args.backbone, args.weights, args.out))
     elif args.command == "merge":
         merge_to_official(args.adapter, args.weights, args.out)
         print(f"wrote {args.out}")
     else:
         record = read_record(args.adapter) if is_finished(Path(args.adapter)) else None
-        folder = to_hub_folder(args.adapter, args.out, record)
+        folder = to_hub_folder(args.adapter, args.out, record, args.push or PLACEHOLDER)
         print(f"wrote {folder}")
         if args.push:
-            print(push_to_hub(folder, args.push))
+            print(push_to_hub(folder, args.push, args.private, args.revision))
+
+
+def _say_written(out: str, model: AdaptedModel) -> None:
+    print(f"wrote {out}: {', '.join(model.methods) or 'linear probe'}, {model.counts()['trainable']:,} trained")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from mambapeft_vision.utils.errors import SweepEnded
 from mambapeft_vision.utils.paths import configs_folder
 
 
-def run_app(config_name: str, function: Callable[[DictConfig], None], arguments: Sequence[str]) -> None:
+def run_app(config_name: str, function: Callable[[DictConfig], float | None], arguments: Sequence[str]) -> None:
     """Composes a root config (a file of configs/, or one in Hydra's store) and calls `function`, once a job."""
     register_schemas()
     errors: list[Exception] = []

@@ -17,16 +17,18 @@ def main(arguments: Sequence[str]) -> None:
     result, rest = split_flag(arguments)
     expected = None if result is None else store_root_config(result, rest, configs)
 
-    def train_one(cfg: DictConfig) -> None:
+    def train_one(cfg: DictConfig) -> float | None:
+        """The test accuracy, which sweepers that search maximise; None: there is none."""
         overrides = HydraConfig.get().overrides.task
         with imports_kept():  # PyTorch's, for which --help need not wait
             from mambapeft_vision.run.run import train
 
         if cfg.pretrain is None:
-            train(cfg, overrides, expected=expected)
-        else:
-            from mambapeft_vision.pretraining.run import run_pretraining
+            record = train(cfg, overrides, expected=expected)
+            return None if record is None else record.accuracy
+        from mambapeft_vision.pretraining.run import run_pretraining
 
-            run_pretraining(cfg, overrides)
+        run_pretraining(cfg, overrides)
+        return None
 
     run_app("train" if expected is None else ROOT_CONFIG, train_one, prepare_multirun(rest, configs))

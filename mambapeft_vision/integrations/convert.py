@@ -1,22 +1,21 @@
-"""Conversions between formats: the reference's adapters in, official Vim checkpoints and hub folders out."""
+"""Conversions between formats: the reference's adapters and those of peft in, official checkpoints out."""
 
 import ast
-import json
 from pathlib import Path
 from types import NoneType
 from typing import Any, cast
 
-from mambapeft_vision.adapter.files import ADAPTER_FILE, CONFIG_FILE, read_adapter
 from mambapeft_vision.adapter.load import load_adapter
 from mambapeft_vision.adapter.model import AdaptedModel
+from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.contract import Backbone
-from mambapeft_vision.backbones.timm_model import TimmModel
 from mambapeft_vision.backbones.weights import export_official, read_state_dict
+from mambapeft_vision.integrations.from_peft import from_peft
+from mambapeft_vision.integrations.hub import make_folder
 from mambapeft_vision.integrations.reference import load_reference
-from mambapeft_vision.results.record import RunRecord
-from mambapeft_vision.utils.atomic import write_bytes, write_text
+from mambapeft_vision.integrations.timm_folder import plain_backbone
 from mambapeft_vision.utils.errors import UserError
-from mambapeft_vision.utils.text import markdown, plain, shown
+from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.untrusted import parse_json, read_text
 
 _MAX_CONFIG_BYTES = 1_000_000
@@ -113,84 +112,25 @@ def merge_to_official(folder: str | Path, weights: str, out: str | Path) -> Back
 
     Raises: UserError naming the methods that cannot be merged, and why.
     """
-    _make_folder(Path(out).parent)
-    model = load_adapter(folder, weights)
-    left = model.merge()
-    if left:
-        reasons = "\n  ".join(f"{name}: {reason}" for name, reason in left.items())
-        raise UserError(f"{folder} cannot become a plain checkpoint:\n  {reasons}")
-    export_official(cast(TimmModel, model.backbone), out)
-    return model.backbone
+    make_folder(Path(out).parent)
+    backbone = plain_backbone(load_adapter(folder, weights), str(folder))
+    export_official(backbone, out)
+    return cast(Backbone, backbone)
 
 
-# -- Hugging Face hub folders -----------------------------------------------------------------------------------
+# -- peft's adapters --------------------------------------------------------------------------------------------
 
 
-def to_hub_folder(folder: str | Path, out: str | Path, result: RunRecord | None = None) -> Path:
-    """A folder ready for the Hugging Face hub: the adapter's two files and a model card.
+def convert_from_peft(folder: str | Path, backbone: str, weights: str, out: str | Path, **sizes: Any) -> AdaptedModel:
+    """Writes an adapter of Hugging Face peft as one of ours.
 
     Args:
-        result: the run's result.json, for the card's numbers; None: the card says that none were given.
+        folder: that peft saved.
+        backbone: registered name of what it was trained on, with other `sizes` than the variant's.
+        weights: of the backbone: "official", "random" or a file.
+        out: folder for adapter.safetensors and adapter_config.json.
     """
-    adapter, out = read_adapter(folder), Path(out)
-    if out.exists() and out.samefile(adapter.folder):
-        raise UserError(f"--out {out} is the adapter's own folder; expected another one. Choose a new folder")
-    _make_folder(out)
-    for name in (ADAPTER_FILE, CONFIG_FILE):
-        write_bytes(out / name, (adapter.folder / name).read_bytes())
-    write_text(out / "README.md", model_card(adapter.config, result))
-    return out
-
-
-def _make_folder(folder: Path) -> None:
-    """Makes the folder of what is to be written, before the work."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; expected a folder to write to. Choose another one")
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def push_to_hub(folder: str | Path, repository: str) -> str:
-    """Uploads a hub folder; needs a token (HF_TOKEN or `hf auth login`). Returns the commit's address."""
-    from huggingface_hub import HfApi, get_token
-
-    if get_token() is None:
-        raise UserError(
-            "no Hugging Face token found; set HF_TOKEN or run `hf auth login`, or upload the folder by hand"
-        )
-    api = HfApi()
-    api.create_repo(repository, exist_ok=True)
-    return str(api.upload_folder(repo_id=repository, folder_path=str(folder)))
-
-
-def model_card(config: dict[str, Any], result: RunRecord | None) -> str:
-    """The card: what it is, what it stands on, its accuracy, and how to load it."""
-    names = [markdown(name) for name in config["methods"]]
-    methods = " + ".join(names) or "linear probe"
-    task = markdown(config.get("task") or "not recorded" if result is None else result.task)
-    accuracy = None if result is None else result.accuracy
-    backbone = markdown(config["backbone"]["name"])
-    lines = [
-        "---",
-        "library_name: mambapeft_vision",
-        "pipeline_tag: image-classification",
-        "tags: [vision-mamba, peft, " + ", ".join(names) + "]",
-        "---",
-        f"# {methods} on {task}",
-        "",
-        f"An adapter of mambapeft_vision (format {config['format_version']}) for `{backbone}`,",
-        f"{config['num_classes']} classes. It holds no backbone: its weights have sha256 "
-        f"`{markdown(config['backbone']['sha256'])}`.",
-        "",
-        f"Test accuracy: {'not recorded' if accuracy is None else f'{100 * accuracy:.2f} %'}",
-        "",
-        "```python",
-        "from mambapeft_vision.adapter.load import load_adapter",
-        'model = load_adapter("this/folder", weights="official")  # images [B, 3, H, W] → logits',
-        "```",
-        "",
-        "Methods:",
-        "```json",
-        json.dumps(config["methods"], indent=2).replace("`", "\\u0060"),
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
+    make_folder(Path(out))
+    model = from_peft(folder, create_backbone(backbone, weights, **sizes))
+    model.save(out, {"origin": "converted from Hugging Face peft"})
+    return model

@@ -125,6 +125,10 @@ class LoRA(Method):
             },
         ]
 
+    def pairs(self) -> dict[str, tuple["LowRank", slice | None]]:
+        """The factors of every target, and the rows that they are for."""
+        return {parameter: (self.sites[site_key(parameter)], rows) for parameter, rows in self._places.items()}
+
     def _branch(self, pair: "LowRank", rows: slice | None) -> LowRankBranch | FunctionBranch:
         if isinstance(pair, LowRankConvolution):
             return FunctionBranch(self.name, pair, rows)

@@ -1,12 +1,12 @@
 """What affix- and prompt-tuning share: where learned tokens come from, and where they stand in a sequence."""
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mambapeft_vision.backbones.contract import TokenLayout
+from mambapeft_vision.utils.kept_tensors import kept_tensors
 
 
 class TokenGenerator(nn.Module):
@@ -132,8 +132,7 @@ def kept(at: list[int], length: int, device: torch.device) -> slice | Tensor:
     return _kept_indices(tuple(at), length, device)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is made during a test may be used in training
+@kept_tensors
 def _kept_indices(at: tuple[int, ...], length: int, device: torch.device) -> Tensor:
     return torch.tensor([i + sum(place <= i for place in at) for i in range(length)], device=device)
 
@@ -143,16 +142,14 @@ def patch_mask(layout: TokenLayout, like: Tensor) -> Tensor:
     return _patch_mask(layout, like.device, like.dtype)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is made during a test may be used in training
+@kept_tensors
 def _patch_mask(layout: TokenLayout, device: torch.device, dtype: torch.dtype) -> Tensor:
     mask = torch.zeros(layout.length, 1, dtype=dtype)
     mask[list(layout.patches)] = 1
     return mask.to(device)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is made during a test may be used in training
+@kept_tensors
 def position_tensor(positions: tuple[int, ...], device: torch.device) -> Tensor:
     """Positions of tokens as an index on a device."""
     return torch.tensor(positions, device=device)

@@ -80,19 +80,21 @@ def _take_failures() -> list[Failure]:
     return failures
 
 
-def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """Wraps what Hydra calls for each job: in a sweep, a job that fails is noted and the next one runs."""
+def job(function: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], float | None]:
+    """Wraps what Hydra calls for each job: in a sweep, a job that fails is noted and the next one runs.
+
+    What the function returns is what a sweeper that searches makes of the job.
+    """
 
     @functools.wraps(function)
-    def wrapped(cfg: DictConfig) -> None:
+    def wrapped(cfg: DictConfig) -> float | None:
         hydra = HydraConfig.get()
         if hydra.mode is not RunMode.MULTIRUN:
-            function(cfg)
-            return
+            return function(cfg)
         overrides = " ".join(hydra.overrides.task)
         say(f"\n━━ run {hydra.job.num + 1}: {overrides}")
         try:
-            function(cfg)
+            return function(cfg)
         except Exception as error:
             failure = Failure(overrides, summary(error), is_mistake(error))
             write_json(Path(hydra.runtime.output_dir) / f"failure-{hydra.job.num}.json", asdict(failure))
@@ -101,6 +103,7 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
                 isinstance(error, NotFiniteError) and error.ends_sweep and _launches
             ):  # jobs elsewhere have begun already
                 raise SweepEnded("trainer.on_nonfinite=stop; skip_run goes on with the other runs") from error
+            return None
 
     return wrapped
 

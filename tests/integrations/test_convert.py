@@ -12,7 +12,8 @@ from helpers.method_cases import pooled
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.weights import load_weights
 from mambapeft_vision.commands import convert
-from mambapeft_vision.integrations.convert import load_adapter, merge_to_official, push_to_hub, read_reference_config
+from mambapeft_vision.integrations.convert import load_adapter, merge_to_official, read_reference_config
+from mambapeft_vision.integrations.hub import push_to_hub
 from mambapeft_vision.results.record import write_record
 from mambapeft_vision.run.exit import run_cli
 from mambapeft_vision.utils.errors import UserError
@@ -106,17 +107,23 @@ def test_pushing_with_a_token_uploads_the_folder(tmp_path, monkeypatch):
     calls = []
 
     class Api:
-        def create_repo(self, repository, exist_ok):
-            calls.append((repository, exist_ok))
+        def create_repo(self, repository, exist_ok, private):
+            calls.append((repository, exist_ok, private))
 
-        def upload_folder(self, repo_id, folder_path):
-            calls.append((repo_id, folder_path))
+        def create_branch(self, repository, branch, exist_ok):
+            calls.append((repository, branch, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path, revision):
+            calls.append((repo_id, folder_path, revision))
             return "commit"
 
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     assert push_to_hub(tmp_path, "user/name") == "commit"
-    assert calls == [("user/name", True), ("user/name", str(tmp_path))]
+    assert calls == [("user/name", True, False), ("user/name", str(tmp_path), None)]
+    calls.clear()
+    push_to_hub(tmp_path, "user/name", private=True, revision="v2")
+    assert calls == [("user/name", True, True), ("user/name", "v2", True), ("user/name", str(tmp_path), "v2")]
 
 
 def test_methods_that_cannot_merge_are_named(tmp_path):

@@ -9,11 +9,25 @@ from pathlib import Path
 
 import pytest
 from helpers import faults, runs
+from helpers.fake_records import fake_record
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
+from mambapeft_vision.commands import train as command
 from mambapeft_vision.results.record import is_finished, read_record
-from mambapeft_vision.run.exit import CRASH, INTERRUPTED, NO_READER, USER_MISTAKE, describe_error, is_mistake, run_cli
+from mambapeft_vision.run.exit import (
+    CRASH,
+    INTERRUPTED,
+    NO_READER,
+    USER_MISTAKE,
+    describe_error,
+    is_mistake,
+    job,
+    run_cli,
+)
 from mambapeft_vision.run.overrides import prepare_multirun
 from mambapeft_vision.run.run import train
 from mambapeft_vision.utils.atomic import write_text
@@ -180,3 +194,15 @@ def test_images_without_the_channels_of_the_backbone_are_named(task, tmp_path):
 def test_a_folder_with_a_reference_for_a_name_is_refused_before_training(task, tmp_path):
     with pytest.raises(UserError, match=r"dataset\.folder=.*Rename"):
         runs.run(short(task.rename(tmp_path / "x"), tmp_path / "out", r"dataset.folder='\${HOME}'"))
+
+
+@pytest.mark.parametrize("mode", [RunMode.RUN, RunMode.MULTIRUN])
+def test_a_sweeper_gets_the_accuracy(monkeypatch, mode):
+    """Sweepers that search (Optuna, Ax, Nevergrad) maximise what a job returns."""
+    hydra = {"mode": mode, "overrides": {"task": ["seed=1"]}, "job": {"num": 0}}
+    jobs = []
+    monkeypatch.setattr(HydraConfig, "get", lambda: OmegaConf.create(hydra))
+    monkeypatch.setattr("mambapeft_vision.run.run.train", lambda *_, **__: fake_record("vtab/cifar", "a", 1, 0.625))
+    monkeypatch.setattr("mambapeft_vision.commands.train.run_app", lambda _, train, __: jobs.append(job(train)))
+    command.main(["seed=1"])
+    assert jobs[0](OmegaConf.create({"pretrain": None})) == 0.625

@@ -8,6 +8,7 @@ from torch import Tensor
 from mambapeft_kernels.derivatives import differentiated_again, no_autocast, plain_gradients
 from mambapeft_kernels.selective_scan import naive
 from mambapeft_kernels.selective_scan.chunked import chunk_length, scan_backward, scan_forward
+from mambapeft_kernels.selective_scan.exported import exported_as_operator
 
 
 def selective_scan(
@@ -39,7 +40,8 @@ class _Scan(torch.autograd.Function):
     def forward(ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
         steps = chunk_length(u.shape[1], 1, u.shape[0], u.shape[2], A.shape[-1])
         u_t, delta_t, B_t, C_t = map(_time_major, (u, delta, B, C))
-        y, starts = scan_forward(u_t, delta_t, A[None], B_t, C_t, steps)
+        as_operator = exported_as_operator(ctx.needs_input_grad)
+        y, starts = scan_forward(u_t, delta_t, A[None], B_t, C_t, steps, as_operator)
         ctx.save_for_backward(u, delta, A, B, C, starts)
         ctx.steps = steps
         return _batch_major(y)

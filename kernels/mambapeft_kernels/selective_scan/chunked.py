@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mambapeft_kernels.derivatives import exporting
+from mambapeft_kernels.selective_scan.exported import scan_outputs
 
 # A chunk's largest tensor holds about this many numbers: small enough for a core's caches (measured: twice as fast
 # as four times as many on a small model), large enough to amortise Python's cost per operation.
@@ -50,14 +51,19 @@ def run_states(decay: Tensor, inputs: Tensor, h: Tensor) -> Tensor:
     return inputs
 
 
-def scan_forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def scan_forward(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, steps: int, as_operator: bool = False
+) -> tuple[Tensor, Tensor]:
     """Outputs Σ_n C h (no D skip) and the states at chunk starts.
 
     Args:
         u, delta: [L, G, B, E]; A: [G, E, N]; B, C: [L, G, B, N]; steps: chunk length T.
+        as_operator: see `exported.scan_outputs`.
     Returns: y [L, G, B, E], starts [ceil(L / T), G, B, N, E].
     """
     length, groups, batch, channels = u.shape
+    if as_operator:
+        return scan_outputs(u, delta, A, B, C), u.new_zeros(1, groups, batch, A.shape[-1], channels)
     At = A.mT.contiguous()
     y = torch.empty_like(u)
     starts = u.new_zeros((length + steps - 1) // steps, groups, batch, A.shape[-1], channels)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mambapeft_kernels.derivatives import differentiated_again, exporting, no_autocast, plain_gradients
 from mambapeft_kernels.selective_scan.chunked import run_states
+from mambapeft_kernels.selective_scan.exported import exported_as_operator, scan_outputs
 from mambapeft_kernels.ss2d import naive
 from mambapeft_kernels.ss2d.api import DIRECTIONS, SS2DWeights
 from mambapeft_kernels.ss2d.naive import reading_orders
@@ -68,14 +69,18 @@ class _Sequence:
         h = self.tokens.new_zeros(DIRECTIONS, batch, self.states, channels)
         return h if self.w.initial_states is None else h + self.w.initial_states.mT[:, None]
 
-    def chunk(self, steps: slice, h: Tensor) -> _Chunk:
-        """The chunk's tensors; `h` is the state before it."""
-        places = self.places[steps]
+    def inputs(self, places: Tensor) -> tuple[Tensor, ...]:
+        """u, low, B, C and Δ at some steps' places [T, 4]."""
         u = self.tokens[places]
         proj = self.proj[places, :, self.directions]
         low, B, C = proj.split([self.rank, self.states, self.states], dim=-1)
         raw = low @ self.w.dt_projs_weight.mT + self.w.dt_projs_bias[:, None]
-        delta = F.softplus(raw)
+        return u, low, B, C, F.softplus(raw)
+
+    def chunk(self, steps: slice, h: Tensor) -> _Chunk:
+        """The chunk's tensors; `h` is the state before it."""
+        places = self.places[steps]
+        u, low, B, C, delta = self.inputs(places)
         decay = (delta.unsqueeze(-2) * self.At).exp_()
         states = (delta * u).unsqueeze(-2) * B.unsqueeze(-1)
         states = run_states(decay, states, h)
@@ -93,6 +98,8 @@ class _SS2D(torch.autograd.Function):
         sequence = _sequence(u, weights)
         y = sequence.tokens * sequence.w.Ds.view(DIRECTIONS, -1).sum(0)
         h, starts = sequence.first_state(), []
+        if exported_as_operator(ctx.needs_input_grad):
+            return _in_map(y + _exported_outputs(sequence, h), u)
         for steps in sequence.ranges():
             starts.append(h)
             chunk = sequence.chunk(steps, h)
@@ -101,7 +108,7 @@ class _SS2D(torch.autograd.Function):
             for k in range(DIRECTIONS):
                 y.index_add_(0, chunk.places[:, k], outputs[:, k])
         ctx.save_for_backward(u, *weights, *starts)
-        return y.transpose(0, 1).reshape(u.shape).to(u.dtype)
+        return _in_map(y, u)
 
     @staticmethod
     def backward(ctx, dout):
@@ -166,6 +173,21 @@ class _SS2D(torch.autograd.Function):
             found["Ds"] = (dy_map * s.tokens).sum((0, 1)).repeat(DIRECTIONS)
         du = du_map.transpose(0, 1).reshape(u.shape).to(u.dtype) if ctx.needs_input_grad[0] else None
         return du, *(found[name].to(t.dtype) if need[name] else None for name, t in zip(need, weights))
+
+
+def _in_map(y: Tensor, u: Tensor) -> Tensor:
+    """[L, B, E] → [B, H, W, E] as u."""
+    return y.transpose(0, 1).reshape(u.shape).to(u.dtype)
+
+
+def _exported_outputs(s: _Sequence, h: Tensor) -> Tensor:
+    """The sum of the four scans [L, B, E] without D, their outputs taken back to where they were read."""
+    u, _, B, C, delta = s.inputs(s.places)
+    outputs = scan_outputs(u, delta, s.At[:, 0].mT, B, C, h)
+    if s.w.state_offset is not None:
+        outputs = outputs + C @ s.w.state_offset.mT
+    back = s.places.argsort(0)  # [L, 4], the step at which each place is read
+    return outputs[back, s.directions].sum(1)
 
 
 def _definition(u: Tensor, *weights: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from mambapeft_kernels.causal_conv1d.naive import causal_conv_silu
 from mambapeft_kernels.derivatives import differentiated_again, no_autocast, plain_gradients
 from mambapeft_kernels.selective_scan.chunked import chunk_length, scan_backward, scan_forward
+from mambapeft_kernels.selective_scan.exported import exported_as_operator
 from mambapeft_kernels.ssm_mixer import naive
 from mambapeft_kernels.ssm_mixer.api import Direction
 
@@ -59,7 +60,7 @@ class _Mixer(torch.autograd.Function):
         u, delta, B, C = (_time_major([p[i] for p in parts], reverse) for i in (0, 1, 3, 4))
         A = torch.stack([p[2] for p in parts])
         steps = chunk_length(x.shape[1], len(directions), x.shape[0], x.shape[2], A.shape[-1])
-        y, starts = scan_forward(u, delta, A, B, C, steps)
+        y, starts = scan_forward(u, delta, A, B, C, steps, exported_as_operator(ctx.needs_input_grad))
         total = torch.zeros_like(x, dtype=wide)
         for d, y_d, (u_d, _, _, _, C_d) in zip(directions, _batch_major(y, reverse), parts):
             total += y_d + d.D * u_d

@@ -1,0 +1,132 @@
+"""Folders for the Hugging Face hub: an adapter, its model card, and their upload."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import PretrainedCfg
+
+from mambapeft_vision.adapter.files import ADAPTER_FILE, CONFIG_FILE, read_adapter
+from mambapeft_vision.backbones.layers import both_sides
+from mambapeft_vision.results.record import RunRecord
+from mambapeft_vision.utils.atomic import write_bytes, write_text
+from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.text import markdown, plain
+
+PLACEHOLDER = "USER/NAME"  # in a card whose repository is not known yet
+
+
+def to_hub_folder(
+    folder: str | Path, out: str | Path, result: RunRecord | None = None, repository: str = PLACEHOLDER
+) -> Path:
+    """A folder ready for the Hugging Face hub: the adapter's two files and a model card.
+
+    Args:
+        result: the run's result.json, for the card's table; None: the card says that none was given.
+        repository: where it will be, for the card's snippet.
+    """
+    adapter, out = read_adapter(folder), Path(out)
+    if out.exists() and out.samefile(adapter.folder):
+        raise UserError(f"--out {out} is the adapter's own folder; expected another one. Choose a new folder")
+    make_folder(out)
+    for name in (ADAPTER_FILE, CONFIG_FILE):
+        write_bytes(out / name, (adapter.folder / name).read_bytes())
+    write_text(out / "README.md", model_card(adapter.config, result, repository))
+    return out
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder of what is to be written, before the work."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; expected a folder to write to. Choose another one")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def push_to_hub(folder: str | Path, repository: str, private: bool = False, revision: str | None = None) -> str:
+    """Uploads a hub folder; needs a token (HF_TOKEN or `hf auth login`). Returns the commit's address.
+
+    private: whether a new repository is private. revision: a branch to upload to; None: the main one.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    if get_token() is None:
+        raise UserError(
+            "no Hugging Face token found; set HF_TOKEN or run `hf auth login`, or upload the folder by hand"
+        )
+    api = HfApi()
+    try:
+        api.create_repo(repository, exist_ok=True, private=private)
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=str(folder), revision=revision))
+    except (OSError, ValueError) as error:  # the hub's own errors are among them
+        raise UserError(
+            f"the hub refuses {plain(repository)} or cannot be reached ({type(error).__name__}: {plain(error)}); check "
+            f"the name and the token's rights, or upload {folder} by hand"
+        ) from error
+
+
+def model_card(config: dict[str, Any], result: RunRecord | None, repository: str = PLACEHOLDER) -> str:
+    """The card: what it is, what it stands on, its result, licences, and how to load it."""
+    names = [markdown(name) for name in config["methods"]]
+    methods = " + ".join(names) or "linear probe"
+    task = markdown(config.get("task") or "not recorded" if result is None else result.task)
+    base = config["backbone"]
+    record: Any = timm.models.get_pretrained_cfg(base["name"]) or PretrainedCfg()
+    weights, seed = _weights(result)
+    licence = record.license or "none found"
+    rows = {
+        "task": task,
+        "methods": methods,
+        "test accuracy": "not recorded" if result is None else f"{100 * result.accuracy:.2f} %",
+        "test images": "not recorded" if result is None else f"{result.num_test:,}",
+        "trained parameters": "not recorded" if result is None else f"{result.trainable:,}",
+        "head": "not recorded" if result is None else f"{result.head:,}",
+        "classes": config["num_classes"],
+        "seed": "not recorded" if result is None else result.seed,
+        "backbone": f"`{markdown(base['name'])}`, weights sha256 `{markdown(base['sha256'])}`",
+        "licence of the backbone's weights": markdown(licence if weights == "official" else "of your own weights"),
+        "licence of the images": "ask where the images come from; it is not recorded",
+    }
+    height, width = both_sides(base["architecture"].get("img_size") or record.input_size[1:])
+    arguments = f'"{plain(repository)}", weights="{weights}"' + (f", seed={seed}" if weights == "random" else "")
+    lines = [
+        "---",
+        "library_name: mambapeft_vision",
+        "pipeline_tag: image-classification",
+        "tags: [vision-mamba, peft, " + ", ".join(names) + "]",
+        "---",
+        f"# {methods} on {task}",
+        "",
+        f"An adapter of mambapeft_vision (format {config['format_version']}). It holds no backbone.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows.items()),
+        "",
+        "```python",
+        "import torch",
+        "",
+        "import mambapeft_vision as mv",
+        "",
+        f"model = mv.load_adapter({arguments})",
+        f"images = torch.rand(1, 3, {height}, {width})  # RGB from 0 to 1",
+        "record = model.backbone.pretrained_cfg",
+        'mean, std = (torch.tensor(record[key]).view(3, 1, 1) for key in ("mean", "std"))',
+        "logits = model((images - mean) / std)",
+        "```",
+        "",
+        "Methods:",
+        "```json",
+        json.dumps(config["methods"], indent=2).replace("`", "\\u0060"),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _weights(result: RunRecord | None) -> tuple[str, int]:
+    """The backbone's weights as a reader of the card gives them."""
+    recorded = {} if result is None else result.config.get("backbone", {})
+    weights = recorded.get("weights", "official")
+    return weights if weights in ("official", "random") else "PATH", int(recorded.get("seed") or 0)

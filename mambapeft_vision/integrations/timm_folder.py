@@ -1,0 +1,52 @@
+"""A merged model as a folder that timm loads: `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
+
+import inspect
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from timm.models import save_for_hf
+
+from mambapeft_vision.adapter.model import AdaptedModel
+from mambapeft_vision.backbones.contract import Backbone
+from mambapeft_vision.backbones.timm_model import TimmModel
+from mambapeft_vision.integrations.program import images
+from mambapeft_vision.utils.errors import UserError
+
+
+def plain_backbone(model: AdaptedModel, source: str) -> TimmModel:
+    """Merges a model whose methods all are functions of weights, and returns its backbone, an ordinary model.
+
+    Raises: UserError naming the methods that cannot be merged, and why.
+    """
+    left = model.merge()
+    if left:
+        reasons = "\n  ".join(f"{name}: {reason}" for name, reason in left.items())
+        raise UserError(f"{source} cannot become a plain checkpoint:\n  {reasons}")
+    return cast(TimmModel, model.backbone)
+
+
+def to_timm(model: AdaptedModel, folder: str | Path, source: str) -> dict[str, Any]:
+    """Writes config.json and model.safetensors, as `timm.models.save_for_hf` does, and loads them again.
+
+    Returns: the sizes in config.json that timm builds the model with.
+    Raises: UserError where methods cannot be merged, or where the folder computes other logits.
+    """
+    backbone = plain_backbone(model, source).cpu()
+    sizes = sizes_of(backbone)
+    save_for_hf(backbone, str(folder), model_args=sizes, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with torch.no_grad():
+        inputs = images(model, 2)
+        if not torch.allclose(again(inputs), backbone(inputs), rtol=1e-4, atol=1e-5):
+            raise UserError(f"{folder} computes other logits than {source}; please report this with timm's version")
+    return sizes
+
+
+def sizes_of(backbone: TimmModel) -> dict[str, Any]:
+    """The sizes that make a backbone as it is now: an additional scan has given its mixers more states."""
+    sizes = dict(backbone.architecture)
+    if "d_state" in inspect.signature(type(backbone)).parameters:
+        sizes["d_state"] = cast(Backbone, backbone).mixers[0].d_state
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in sizes.items()}

@@ -1,0 +1,418 @@
+"""mambapeft export: whatever is written computes the same logits as the model."""
+
+import importlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers import runs
+from helpers.fake_records import fake_record
+from helpers.method_cases import CLASSES, methods_of, move, specs
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mambapeft_vision.adapter.load import load_adapter
+from mambapeft_vision.adapter.model import AdaptedModel, adapt
+from mambapeft_vision.backbones import create_backbone
+from mambapeft_vision.backbones.weights import load_weights
+from mambapeft_vision.commands import convert
+from mambapeft_vision.commands import export as command
+from mambapeft_vision.integrations.convert import convert_from_peft
+from mambapeft_vision.integrations.export import FORMATS, Request, Source, export
+from mambapeft_vision.integrations.from_peft import from_peft
+from mambapeft_vision.integrations.low_rank import to_lora
+from mambapeft_vision.integrations.peft_forms import FORMS
+from mambapeft_vision.results.record import write_record
+from mambapeft_vision.utils.errors import UserError
+
+SMALL: dict[str, Any] = {"depth": 1, "embed_dim": 32}
+BACKBONES: dict[str, dict[str, Any]] = {
+    "vim_pico_patch8_32": SMALL,
+    "mambareg_pico_patch8_32": SMALL,
+    "videomamba_tiny_patch16_224": {**SMALL, "img_size": 32, "patch_size": 8},
+    "arm_pico_patch8_32": SMALL,
+    "vmamba_pico_patch4_32": {"dims": 16, "depths": (1, 1)},
+    "ported_vit_pico_patch8_32": {**SMALL, "num_heads": 2},
+}
+VIM = "vim_pico_patch8_32"
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+
+
+def backbone(name: str = VIM) -> Any:
+    return create_backbone(name, "random", **BACKBONES[name])
+
+
+def saved(folder: Path, *presets: str, name: str = VIM) -> Path:
+    """An adapter whose tensors are away from their start."""
+    move(adapt(backbone(name), methods_of(specs(presets)), CLASSES, 3)).save(folder, {"task": "tiny"})
+    return folder
+
+
+def logits(folder: Path) -> Tensor:
+    with torch.no_grad():
+        return load_adapter(folder, "random")(IMAGES)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-3, atol=1e-5)
+
+
+def run(folder: Path, to: str, out: Path, **options: Any) -> str:
+    return "\n".join(export(Request(folder, out, "random", **options), to))
+
+
+def preset_for(name: str) -> str:
+    return "lora_qv" if "vit" in name else "lora_out_proj"
+
+
+# -- programs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow  # the exporter takes seconds
+def test_programs_hold_methods_that_stay_attached_and_take_any_batch(tmp_path):
+    """One scan operator for each block, and no loop over tokens written out."""
+    folder = saved(tmp_path / "run", "prompt", "parallel_adapter", "affix", "lora_out_proj")
+    said = run(folder, "torch-export", tmp_path / "model.pt2")
+    assert "affix, parallel_adapter, prompt stay operations of their own" in said
+    program = torch.export.load(tmp_path / "model.pt2")
+    operators = [str(node.target) for node in program.graph.nodes]
+    assert operators.count("scan") == BACKBONES[VIM]["depth"] and len(operators) < 500
+    expected = logits(folder)
+    for batch in (1, 3):
+        close(program.module()(IMAGES[:batch]), expected[:batch])
+
+
+def test_a_program_that_computes_something_else_is_not_written(tmp_path, monkeypatch):
+    folder = saved(tmp_path / "run", "lora_out_proj")
+    monkeypatch.setattr("mambapeft_vision.integrations.program._trace", lambda model: Shifted(model))
+    with pytest.raises(UserError, match="computes other logits than the model"):
+        run(folder, "torch-export", tmp_path / "model.pt2")
+    assert not (tmp_path / "model.pt2").exists()
+
+
+class Shifted:
+    """In the place of a program: the model's logits, a tenth larger."""
+
+    def __init__(self, model: AdaptedModel) -> None:
+        self.model = model
+
+    def module(self) -> Callable[[Tensor], Tensor]:
+        return lambda images: 1.1 * self.model(images)
+
+
+@pytest.mark.slow  # the exporters take seconds for each
+@pytest.mark.parametrize("name", BACKBONES)
+def test_onnx_of_every_backbone_takes_any_batch(tmp_path, name):
+    pytest.importorskip("onnxscript", reason="needs the extra export")
+    runtime = pytest.importorskip("onnxruntime", reason="needs the extra export")
+    attached = ("svp",) if name == VIM else ()
+    folder = saved(tmp_path / "run", preset_for(name), *attached, name=name)
+    run(folder, "onnx", tmp_path / "model.onnx")
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    notes = session.get_modelmeta().custom_metadata_map
+    assert notes["task"] == "tiny" and notes["input_size"] == "[3, 32, 32]" and notes["mean"].startswith("[0.485")
+    for batch in (1, 3):
+        (found,) = session.run(["logits"], {"images": IMAGES[:batch].numpy()})
+        close(torch.from_numpy(np.asarray(found)), logits(folder)[:batch])
+
+
+@pytest.mark.slow
+def test_int8_is_smaller_and_its_accuracy_is_measured_on_the_runs_own_images(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript", reason="needs the extra export")
+    pytest.importorskip("onnxruntime", reason="needs the extra export")
+    monkeypatch.chdir(tmp_path)
+    task = runs.lay_out_task(tmp_path / "task")
+    record = runs.run(runs.overrides(task, tmp_path / "outputs", "trainer.max_epochs=2"))
+    folder = runs.only_run_folder(tmp_path / "outputs")
+    said = export(Request(folder, tmp_path / "model.onnx", int8=True), "onnx")
+    sizes = [(tmp_path / name).stat().st_size for name in ("model.int8.onnx", "model.onnx")]
+    assert sizes[0] < 0.9 * sizes[1]
+    assert f"accuracy on {runs.TEST_IMAGES} test images" in said[2] and f"{record.accuracy:.2%} in float32" in said[2]
+    shutil.rmtree(task)
+    with pytest.raises(UserError):  # so the command says that it was not measured
+        Source(Request(folder, tmp_path / "other.onnx")).test_images()
+
+
+# -- plain checkpoints --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_merged_models_load_in_timm_and_from_official_keys(tmp_path, name):
+    folder = saved(tmp_path / "run", preset_for(name), name=name)
+    expected = logits(folder)
+    run(folder, "timm", tmp_path / "timm")
+    with torch.no_grad():
+        close(timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()(IMAGES), expected)
+    run(folder, "official", tmp_path / "model.pth")
+    plain = backbone(name)
+    plain.reset_classifier(CLASSES)
+    load_weights(plain, tmp_path / "model.pth", with_head=True)
+    with torch.no_grad():
+        close(plain.eval()(IMAGES), expected)
+
+
+def test_timms_config_has_the_states_that_an_additional_scan_added(tmp_path):
+    folder = saved(tmp_path / "run", "additional_scan")
+    run(folder, "timm", tmp_path / "timm")
+    with torch.no_grad():
+        close(timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()(IMAGES), logits(folder))
+
+
+@pytest.mark.parametrize("to", ["timm", "official"])
+def test_what_cannot_be_merged_is_named(tmp_path, to):
+    folder = saved(tmp_path / "run", "affix")
+    with pytest.raises(UserError, match="affix: its tokens join the sequence"):
+        run(folder, to, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# -- Hugging Face peft --------------------------------------------------------------------------------------------
+
+# Presets, and the kind of adapter that they are in peft.
+IN_PEFT = {
+    ("lora_p_x", "lora_out_proj"): "LORA",  # rows of a weight, and two ranks
+    ("lora_x_proj",): "LORA",
+    ("lora_embed",): "LORA",
+    ("rslora",): "LORA",
+    ("pissa",): "LORA",
+    ("vera",): "VERA",
+    ("loha",): "LOHA",
+    ("lokr",): "LOKR",
+    ("miss",): "MISS",
+    ("hira",): "HIRA",
+    ("hra",): "HRA",
+    ("oft",): "OFT",
+    ("boft",): "BOFT",
+    ("ia3",): "IA3",
+}
+
+
+@pytest.fixture
+def peft(monkeypatch) -> Any:
+    """Without the CUDA extension that its BOFT would compile first."""
+    library = pytest.importorskip("peft", reason="needs the extra peft")
+    monkeypatch.setattr(importlib.import_module("peft.tuners.boft.layer"), "get_fbd_cuda", lambda: None)
+    return library
+
+
+def test_every_form_is_tested():
+    assert {kind.removesuffix("Config").upper() for kind in (form.config for form in FORMS.values())} < {
+        *IN_PEFT.values()
+    }
+
+
+@pytest.mark.parametrize("presets", IN_PEFT, ids="+".join)
+def test_adapters_become_those_of_peft_and_come_back(tmp_path, peft, presets):
+    folder = saved(tmp_path / "run", *presets)
+    expected = logits(folder)
+    assert "logits differ" in run(folder, "peft", tmp_path / "peft")
+    theirs = timm.create_model(VIM, num_classes=CLASSES, **SMALL)
+    theirs.load_state_dict({**backbone().state_dict(), **theirs.head.state_dict(prefix="head.")})
+    with torch.no_grad():
+        plain = theirs.eval()(IMAGES)
+        loaded = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "peft")).eval()
+        close(loaded(IMAGES), expected)
+    assert not torch.allclose(plain, expected, atol=1e-3)
+    assert loaded.peft_config["default"].peft_type == IN_PEFT[presets]
+    convert_from_peft(tmp_path / "peft", VIM, "random", tmp_path / "back", **SMALL)
+    close(logits(tmp_path / "back"), expected)
+
+
+def test_a_lora_that_peft_made_becomes_ours(tmp_path, peft):
+    """With patterns of ranks and scales, which only peft's own users write."""
+    theirs = timm.create_model(VIM, num_classes=CLASSES, **SMALL)
+    theirs.load_state_dict({**backbone().state_dict(), **theirs.head.state_dict(prefix="head.")})
+    config = peft.LoraConfig(
+        target_modules=["in_proj", "out_proj"],
+        modules_to_save=["head"],
+        r=4,
+        lora_alpha=2,
+        rank_pattern={"out_proj": 2},
+        alpha_pattern={"out_proj": 6},
+        use_rslora=True,
+    )
+    model = peft.get_peft_model(theirs, config).eval()
+    with torch.no_grad():
+        for number, p in enumerate(p for p in model.parameters() if p.requires_grad):
+            p.copy_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
+        expected = model(IMAGES)
+    model.save_pretrained(tmp_path / "peft")
+    convert_from_peft(tmp_path / "peft", VIM, "random", tmp_path / "ours", **SMALL)
+    close(logits(tmp_path / "ours"), expected)
+    with pytest.raises(UserError, match="convert from-peft"):
+        load_adapter(tmp_path / "peft", "random")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_dora": True}, "use_dora=True, which changes what its tensors mean"),
+        ({"init_lora_weights": "pissa"}, "changes the backbone's weights too"),
+        ({"peft_type": "TRAINABLE_TOKENS"}, "peft_type 'TRAINABLE_TOKENS'; expected one of LoRA"),
+        ({"alpha_pattern": {"(a+)+$": 2}}, "is a regular expression"),
+        ({"lora_alpha": "much"}, "does not fit its tensors"),
+        ({"peft_type": None}, "is no config of peft"),
+    ],
+)
+def test_what_peft_means_otherwise_is_refused(peft_folder, change, message):
+    file = peft_folder / "adapter_config.json"
+    file.write_text(json.dumps({**PEFT_CONFIG, **change}))
+    with pytest.raises(UserError, match=message):
+        from_peft(peft_folder, backbone())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"base_model.model.layers.0.mixer.in_proj.lora_E": torch.zeros(4)}, "holds 'layers.0.mixer.in_proj.lora_E'"),
+        ({"base_model.model.layers.7.mixer.in_proj.lora_A.weight": torch.zeros(4, 32)}, "does not fit its tensors"),
+        ({"base_model.model.head.weight": None}, "holds no head"),
+    ],
+)
+def test_tensors_of_nothing_are_refused(peft_folder, tensors, message):
+    state = {**PEFT_TENSORS, **tensors}
+    save_file({k: t for k, t in state.items() if t is not None}, peft_folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=message):
+        from_peft(peft_folder, backbone())
+
+
+PEFT_CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["in_proj"]}
+_IN_PROJ = "base_model.model.layers.0.mixer.in_proj"
+PEFT_TENSORS = {
+    f"{_IN_PROJ}.lora_A.weight": torch.ones(4, 32),
+    f"{_IN_PROJ}.lora_B.weight": torch.ones(128, 4),
+    "base_model.model.head.weight": torch.ones(CLASSES, 32),
+    "base_model.model.head.bias": torch.ones(CLASSES),
+}
+
+
+@pytest.fixture
+def peft_folder(tmp_path) -> Path:
+    """A LoRA as peft writes it, without peft."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps(PEFT_CONFIG))
+    save_file(PEFT_TENSORS, tmp_path / "adapter_model.safetensors")
+    from_peft(tmp_path, backbone())  # as it is, it is read
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("presets", "message"),
+    [
+        (("dora_p_x",), "methods of kind DoRA"),  # its magnitudes are of columns, peft's of rows
+        (("lora_p_x", "affix"), "methods of kind Affix, LoRA"),
+        (("lora_dt_proj", "vera"), "methods of kind LoRA, VeRA"),
+    ],
+)
+def test_what_peft_has_not_is_refused(tmp_path, peft, presets, message):
+    with pytest.raises(UserError, match=message):
+        run(saved(tmp_path / "run", *presets), "peft", tmp_path / "peft")
+
+
+def test_peft_has_no_grouped_weights(tmp_path, peft):
+    folder = saved(tmp_path / "run", "lora_x_proj", name="vmamba_pico_patch4_32")
+    with pytest.raises(UserError, match="neither"):
+        run(folder, "peft", tmp_path / "peft")
+
+
+# -- LoRA ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_of_low_rank_becomes_the_same_lora(tmp_path):
+    folder = saved(tmp_path / "run", "hra")  # eight reflections: a change of rank eight
+    said = run(folder, "lora", tmp_path / "lora", energy=1.0)
+    assert "LoRA of rank 8 on 2 weights" in said
+    close(logits(tmp_path / "lora"), logits(folder))
+
+
+@pytest.mark.parametrize("name", [VIM, "vmamba_pico_patch4_32"])
+def test_the_errors_are_those_of_the_weights(name):
+    def source() -> AdaptedModel:
+        return move(adapt(backbone(name), methods_of(specs(("oft", "lora_x_proj"))), CLASSES, 3)).eval()
+
+    named = source()
+    named.class_names = tuple("abcde")
+    found = to_lora(named, backbone(name), energy=0.9)
+    assert found.model.class_names == tuple("abcde")
+    coarser = to_lora(source(), backbone(name), rank=2)
+    assert coarser.rank == 2 < found.rank and coarser.logits > found.logits > 0
+    before, target = dict(backbone(name).named_parameters()), source()
+    target.merge()
+    found.model.merge()
+    after, mine = (dict(m.backbone.named_parameters()) for m in (target, found.model))
+    for key, error in found.errors.items():
+        missing, change = (mine[key] - after[key]).detach(), (after[key] - before[key]).detach()
+        assert error == pytest.approx(float(missing.norm() / change.norm()), rel=1e-3, abs=1e-5)
+        assert error <= (1 - 0.9) ** 0.5 + 1e-6
+    assert any(error > 0.1 for error in found.errors.values())
+
+
+def test_a_lora_holds_no_biases_and_no_tokens(tmp_path):
+    for preset, message in (("bias", "also changes layers.0.mixer.*bias"), ("affix", "affix: its tokens join")):
+        with pytest.raises(UserError, match=message):
+            run(saved(tmp_path / preset, preset), "lora", tmp_path / "out")
+    with pytest.raises(UserError, match="energy=0"):
+        run(tmp_path / "bias", "lora", tmp_path / "out", energy=0.0)
+
+
+# -- the command --------------------------------------------------------------------------------------------------
+
+
+def test_the_command(tmp_path, capsys):
+    assert list(FORMATS) == list(command.FORMATS)
+    folder = saved(tmp_path / "run", "lora_out_proj")
+    command.main([f"run={folder}", "to=official", "--out", str(tmp_path / "a" / "model.pth"), "weights=random"])
+    assert "with the keys of the official checkpoints" in capsys.readouterr().out
+    for line, message in (
+        (["to=coreml", "out=x"], "invalid choice: 'coreml'"),
+        (["to=timm", f"out={folder}"], "is no empty folder"),
+        (["to=onnx", f"out={folder}"], "is a folder; expected a file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            command.main([f"run={folder}", *line])
+
+
+# -- the hub ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> list[tuple[str, str | None]]:
+    """The hub's cache: links to files elsewhere, as its client makes them. What was asked for is noted."""
+    asked = []
+    folder = saved(tmp_path / "run", "lora_p_x")
+    write_record(folder, fake_record("vtab/cifar", "lora_p_x", 0, 0.625, backbone={"weights": "random"}))
+    convert.main(["to-hub", str(folder), "--out", str(tmp_path / "hub")])
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for file in (tmp_path / "hub").iterdir():
+        (cache / file.name).symlink_to(file)
+
+    def snapshot(repository: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repository, revision))
+        if repository != "USER/NAME":
+            raise OSError("offline")
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    return asked
+
+
+def test_the_cards_snippet_works_and_revisions_reach_the_hub(tmp_path, hub):
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "| trained parameters |" in card and "| licence of the backbone's weights |" in card
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+    assert names["logits"].shape == (1, CLASSES)
+    load_adapter("USER/NAME", "random", revision="v2")
+    assert hub == [("USER/NAME", None), ("USER/NAME", "v2")]
+    with pytest.raises(UserError, match="someone/else at revision v1 is no folder here, and could not be fetched"):
+        load_adapter("someone/else", "random", revision="v1")
+    with pytest.raises(UserError, match="is a folder; expected user/name on the hub"):
+        load_adapter(tmp_path / "hub", "random", revision="v1")
