@@ -54,7 +54,7 @@ def test_interpreter_every_kernel_compiles(states, dtype, index, tmp_path, monke
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, tests run these kernels")
 def test_interpreter_every_kernel_of_vmamba_compiles(tmp_path, monkeypatch):
-    """At VMamba-S' third stage, as training launches them, and with every gradient and samples that are missing."""
+    """As training launches them, and with every gradient and samples that are missing."""
     compiled = []
 
     def compile_only(files, name, macros, *_, shared=0):
@@ -66,14 +66,16 @@ def test_interpreter_every_kernel_of_vmamba_compiles(tmp_path, monkeypatch):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(nvrtc, "run", compile_only)
+    cuda_kernels = importlib.import_module("mambapeft_kernels.ss2d.cuda_kernels")
+    monkeypatch.setattr(cuda_kernels, "WANTED_WARPS", 1)  # all directions in one block: nothing for Triton to do
     for name in ("ss2d", "depthwise_conv2d"):
         monkeypatch.setattr(
             importlib.import_module(f"mambapeft_kernels.{name}.api"), "resolve_backend", lambda *_: "cuda"
         )
-    for sizes in (StageSizes(3, 5, 8, 96, 1, 24), StageSizes(4, 4, 8, 64, 1, 6)):
-        scans, _, convolution, *_ = stage_tasks((sizes,), torch.bfloat16, torch.device("cpu"), "cuda")
-        scans()
-        convolution()
+    sizes = StageSizes(3, 5, 8, 96, 1, 24)
+    scans, _, convolution, *_ = stage_tasks((sizes,), torch.bfloat16, torch.device("cpu"), "cuda")
+    scans()
+    convolution()
     assert set(compiled) == {
         ("ss2d_forward", None),
         ("ss2d_backward", None),
