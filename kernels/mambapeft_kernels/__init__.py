@@ -5,7 +5,7 @@ Every op has a `naive.py` that is its definition, and one file for each faster b
 """
 
 from mambapeft_kernels.backends import BACKENDS, FUSED, available_backends, describe, resolve_backend
-from mambapeft_kernels.compile_ahead import BlockSizes, compile_ahead
+from mambapeft_kernels.compile_ahead import BlockSizes, StageSizes, compile_ahead, compile_stages_ahead
 from mambapeft_kernels.depthwise_conv2d import depthwise_conv_silu
 from mambapeft_kernels.layer_norm import add_layer_norm, layer_norm
 from mambapeft_kernels.low_rank import low_rank_add
@@ -22,10 +22,12 @@ __all__ = [
     "BlockSizes",
     "Direction",
     "SS2DWeights",
+    "StageSizes",
     "add_layer_norm",
     "add_rms_norm",
     "available_backends",
     "compile_ahead",
+    "compile_stages_ahead",
     "depthwise_conv_silu",
     "describe",
     "layer_norm",

@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 
 from mambapeft_kernels.backends import FUSED
+from mambapeft_kernels.depthwise_conv2d import depthwise_conv_silu
+from mambapeft_kernels.layer_norm import add_layer_norm, layer_norm
 from mambapeft_kernels.low_rank import low_rank_add
 from mambapeft_kernels.pixel_lookup import look_up
 from mambapeft_kernels.rms_norm import add_rms_norm
 from mambapeft_kernels.selective_scan.checkpoints import CHUNK, empty_checkpoints
+from mambapeft_kernels.ss2d import SS2DWeights, ss2d
 
 _BATCH, _LENGTH = 2, 2 * CHUNK  # of the zeros; kernels are not specialised on either
+_MAPS = 4  # samples of VMamba's zeros: kernels know whether their number is a multiple of 4
 # Which directions of a block's call read backwards.
 _REVERSE = False, True
 
@@ -51,7 +55,48 @@ def compile_ahead(
     """
     if device.type != "cuda" or backend not in FUSED:
         return ()
-    work = tasks(sizes, scale, dtype, device, backend)
+    return _started(tasks(sizes, scale, dtype, device, backend))
+
+
+@dataclass(frozen=True)
+class StageSizes:
+    """Height and width of the maps of a VMamba's stage; D width, E channels, N states, R dt_rank of its blocks."""
+
+    height: int
+    map_width: int
+    width: int
+    channels: int
+    states: int
+    rank: int
+
+
+@cache
+def compile_stages_ahead(
+    stages: tuple[StageSizes, ...], dtype: torch.dtype, device: torch.device, backend: str
+) -> tuple[Future, ...]:
+    """As `compile_ahead`, for frozen blocks of VMamba's stages."""
+    if device.type != "cuda" or backend not in FUSED:
+        return ()
+    return _started(stage_tasks(stages, dtype, device, backend))
+
+
+def stage_tasks(
+    stages: tuple[StageSizes, ...], dtype: torch.dtype, device: torch.device, backend: str
+) -> tuple[Callable[[], object], ...]:
+    """Functions that launch all of it together, those that compile longest first."""
+    every = [_Stage(sizes, dtype, device, backend) for sizes in stages]
+    return tuple(
+        task
+        for tasks_of in (
+            lambda stage: (partial(stage.scans, train=True), partial(stage.scans, train=False)),
+            lambda stage: (stage.convolution, stage.norms, stage.low_rank),
+        )
+        for stage in every
+        for task in tasks_of(stage)
+    )
+
+
+def _started(work: tuple[Callable[[], object], ...]) -> tuple[Future, ...]:
     executor = ThreadPoolExecutor(len(work), thread_name_prefix="compile ahead")
     futures = tuple(executor.submit(task) for task in work)
     executor.shutdown(wait=False)
@@ -147,3 +192,56 @@ class _Block:
         shapes = (s.channels, s.rank), (s.channels,), (s.channels, s.states), (s.channels,)
         weights = [self._wide(s.channels, s.taps), self._wide(s.channels), x_proj, *map(self._wide, shapes)]
         return weights * len(_REVERSE), ([True] * 7 + [False] * 2) * len(_REVERSE), list(_REVERSE)
+
+
+class _Stage:
+    """The ops of a block of VMamba on zeros."""
+
+    def __init__(self, sizes: StageSizes, dtype: torch.dtype, device: torch.device, backend: str) -> None:
+        self._sizes, self._backend = sizes, backend
+        self._activations = partial(torch.zeros, dtype=dtype, device=device)
+        self._wide = partial(torch.zeros, dtype=torch.float32, device=device)
+
+    def scans(self, train: bool) -> None:
+        e, n, r = self._sizes.channels, self._sizes.states, self._sizes.rank
+        weights = SS2DWeights(
+            x_proj_weight=self._activations(4, r + 2 * n, e),  # which a model brings in their dtype
+            dt_projs_weight=self._wide(4, e, r),
+            dt_projs_bias=self._wide(4, e),
+            A_logs=self._wide(4 * e, n),
+            Ds=self._wide(4 * e),
+        )
+        u = self._map(e).requires_grad_(train)
+        self._back(ss2d(u, weights, self._backend))
+
+    def convolution(self) -> None:
+        filters = self._wide(self._sizes.channels, 1, 3, 3)
+        x = self._map(self._sizes.channels).requires_grad_()
+        self._back(depthwise_conv_silu(x, filters, None, self._backend))
+
+    def norms(self) -> None:
+        """out_norm, and the norms of residual sums: with and without drop path, and the first of a stage."""
+        ones = self._wide(self._sizes.channels)
+        self._back(layer_norm(self._map(self._sizes.channels).requires_grad_(), ones, ones, 1e-5, self._backend))
+        ones, scale = self._wide(self._sizes.width), self._wide(_MAPS)
+        for train in (True, False):
+            hidden = self._map(self._sizes.width).requires_grad_(train)
+            residual = hidden.detach().float().requires_grad_(train)
+            for before, branch in ((residual, scale), (residual, None), (None, None)):
+                outputs = add_layer_norm(hidden, before, ones, ones, 1e-5, branch, self._backend)
+                self._back(*outputs)
+                self._back(outputs[0])  # of the last norm nothing uses the sum
+
+    def low_rank(self) -> None:
+        """Beside in_proj."""
+        out = self._map(self._sizes.channels).flatten(0, 2)
+        for rank in (16, 4):
+            up = self._wide(self._sizes.channels, rank)
+            low_rank_add(out, self._activations(len(out), rank), up, 1.0, self._backend)
+
+    def _map(self, channels: int) -> Tensor:
+        return self._activations(_MAPS, self._sizes.height, self._sizes.map_width, channels)
+
+    def _back(self, *outputs: Tensor) -> None:
+        if outputs[0].requires_grad:
+            torch.autograd.backward(outputs, [torch.zeros_like(t) for t in outputs], retain_graph=True)

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from mambapeft_kernels import (
     FUSED,
     SS2DWeights,
+    StageSizes,
     add_layer_norm,
+    compile_stages_ahead,
     depthwise_conv_silu,
     layer_norm,
     prefix_states,
@@ -128,6 +130,8 @@ class SS2D(Ported):
         self.cast_weights = ("x_proj_weight",)
 
         self.affix = PrefixPort(f"{name}.affix")  # () → [4, n, E]
+        self._prefix_states: Tensor | None  # that the affix leaves, of a model that is merged: [4, E, N]
+        self.register_buffer("_prefix_states", None, persistent=False)
         self.gate = Port(f"{name}.gate") if vanilla else RefusedPort(f"{name}.gate", "VMamba's blocks have no gate")
         self.state_offset = Port(f"{name}.state_offset")  # () → four [E, N]
         self.output_offset = Port(f"{name}.output_offset")  # () → four [E]
@@ -166,7 +170,17 @@ class SS2D(Ported):
         )
         if self.affix.value is None:
             return weights
-        return weights._replace(initial_states=prefix_states(self.affix.value(), weights))
+        folded = self._prefix_states
+        states = prefix_states(self.affix.value(), weights) if folded is None else folded
+        return weights._replace(initial_states=states)
+
+    @torch.no_grad()
+    def bake(self) -> None:
+        """As `Ported.bake`; and the states that an affix leaves, which are all that the scans need of it."""
+        super().bake()
+        if self.affix.value is not None:
+            self._prefix_states = None
+            self._prefix_states = self.weights(self.x_proj_weight.dtype).initial_states
 
     def forward(self, h: Tensor) -> Tensor:
         """[B, H, W, D] → [B, H, W, D]."""
@@ -464,8 +478,14 @@ class VMamba(TimmModel):
         return resolved
 
     def compile_ahead(self, kernel: str, dtype: torch.dtype, device: torch.device) -> tuple[Future, ...]:
-        """Nothing: the kernels of VMamba compile when they are first launched."""
-        return ()
+        """Starts to compile the stages' kernels for activations of `dtype`; see `mambapeft_kernels.compile_ahead`."""
+        stages, (rows, columns) = [], self.layout.grid
+        for stage in self.stages:
+            block = cast(Block, stage.blocks[0])
+            mixer = block.op
+            stages.append(StageSizes(rows, columns, block.embed_dim, mixer.d_inner, mixer.states, mixer.dt_rank))
+            rows, columns = math.ceil(rows / 2), math.ceil(columns / 2)
+        return compile_stages_ahead(tuple(stages), dtype, device, kernel)
 
     # -- from images to features ------------------------------------------------------------------------------
 

@@ -4,7 +4,14 @@ import importlib
 
 import pytest
 import torch
-from mambapeft_kernels.compile_ahead import BlockSizes, compile_ahead, tasks
+from mambapeft_kernels.compile_ahead import (
+    BlockSizes,
+    StageSizes,
+    compile_ahead,
+    compile_stages_ahead,
+    stage_tasks,
+    tasks,
+)
 
 from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.backbones.contract import frozen_casts
@@ -26,9 +33,20 @@ def test_every_task_runs(device, dtype):
         task()
 
 
+@pytest.mark.parametrize("device", ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_every_task_of_vmamba_runs(device):
+    device = torch.device("cpu" if device == "interpreter" else device)
+    stages = (StageSizes(2, 3, 4, 6, 1, 2), StageSizes(1, 2, 6, 8, 1, 2))
+    every = stage_tasks(stages, torch.float32, device, "triton" if device.type == "cpu" else "cuda")
+    assert len(every) == 5 * len(stages)
+    for task in every:
+        task()
+
+
 def test_where_nothing_compiles_nothing_is_started():
     assert compile_ahead(SIZES, 0.5, torch.float32, torch.device("cpu"), "triton") == ()
     assert compile_ahead(SIZES, 0.5, torch.float32, torch.device("cuda", 0), "torch") == ()
+    assert compile_stages_ahead((), torch.float32, torch.device("cpu"), "triton") == ()
 
 
 class Noted:

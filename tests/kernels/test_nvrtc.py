@@ -1,9 +1,11 @@
 """CUDA C++ kernels compile, and are compiled once a machine. NVRTC needs no GPU."""
 
+import importlib
+
 import pytest
 import torch
-from mambapeft_kernels import BlockSizes
-from mambapeft_kernels.compile_ahead import tasks
+from mambapeft_kernels import BlockSizes, StageSizes
+from mambapeft_kernels.compile_ahead import stage_tasks, tasks
 
 pytest.importorskip("cuda.core", reason="NOT RUN: cuda-core is not installed")
 pytest.importorskip("cuda.bindings.nvrtc", reason="NOT RUN: cuda-bindings, for the CUDA of PyTorch, is not installed")
@@ -48,6 +50,37 @@ def test_interpreter_every_kernel_compiles(states, dtype, index, tmp_path, monke
     for task in tasks(sizes, 0.5, dtype, torch.device("cpu"), "cuda")[:2]:  # the mixer's
         task()
     assert sorted(set(compiled)) == ["conv_backward", "conv_forward", "scan_backward", "scan_forward"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, tests run these kernels")
+def test_interpreter_every_kernel_of_vmamba_compiles(tmp_path, monkeypatch):
+    """As training launches them, and with every gradient and samples that are missing."""
+    compiled = []
+
+    def compile_only(files, name, macros, *_, shared=0):
+        gradients = {key: 1 for key in macros if key.startswith("NEED_")}
+        for chosen in (macros, macros | gradients | {key: 0 for key in ("EXACT",) if key in macros}):
+            assert name.encode() in nvrtc._compiled(nvrtc._source(files, tuple(chosen.items())), "sm_90")
+        compiled.append((name, macros.get("MODE")))
+        assert shared <= 227 << 10
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(nvrtc, "run", compile_only)
+    cuda_kernels = importlib.import_module("mambapeft_kernels.ss2d.cuda_kernels")
+    monkeypatch.setattr(cuda_kernels, "WANTED_WARPS", 1)  # all directions in one block: nothing for Triton to do
+    for name in ("ss2d", "depthwise_conv2d"):
+        monkeypatch.setattr(
+            importlib.import_module(f"mambapeft_kernels.{name}.api"), "resolve_backend", lambda *_: "cuda"
+        )
+    sizes = StageSizes(3, 5, 8, 96, 1, 24)
+    scans, _, convolution, *_ = stage_tasks((sizes,), torch.bfloat16, torch.device("cpu"), "cuda")
+    scans()
+    convolution()
+    assert set(compiled) == {
+        ("ss2d_forward", None),
+        ("ss2d_backward", None),
+        *(("depthwise", mode) for mode in range(3)),
+    }
 
 
 def test_indices_have_as_many_bits_as_the_largest_tensor_needs():

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.method_cases import PRESETS, methods_of
+from hydra import compose, initialize_config_dir
 
 from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.backbones import create_backbone
@@ -16,8 +17,11 @@ from mambapeft_vision.backbones.weights import export_official, load_weights, re
 from mambapeft_vision.integrations.reference import load_reference
 from mambapeft_vision.methods.affix import Affix
 from mambapeft_vision.methods.linear_probe import LinearProbe
+from mambapeft_vision.methods.lora import LoRA
 from mambapeft_vision.methods.state_offset import StateOffset
+from mambapeft_vision.run.config import register_schemas
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.paths import configs_folder
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "vmamba"
 
@@ -223,6 +227,63 @@ def test_weights_of_a_file_load_and_export_under_official_names(tmp_path):
     adapted = adapt(other, {"probe": LinearProbe()}, 3)
     export_official(adapted.backbone, tmp_path / "out.safetensors")
     assert set(read_state_dict(tmp_path / "out.safetensors")) == {*state, "classifier.head.bias"}
+
+
+def test_a_merged_affix_costs_the_scans_an_initial_state_alone(monkeypatch):
+    """The tokens stay attached and saved; what they leave is computed once."""
+    torch.manual_seed(0)
+    backbone = VMamba(dims=(4, 6), depths=(1, 1), num_classes=0, img_size=16).double()
+    model = adapt(backbone, {"affix": Affix(tokens=2, position="prefix", directions="dual", projection=True)}, 3)
+    for parameter in model.head_parameters().values():
+        torch.nn.init.normal_(parameter)
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    expected = model.eval()(images)
+    assert list(model.merge()) == ["affix"]
+    monkeypatch.setattr("mambapeft_vision.backbones.vmamba.prefix_states", None)  # nobody calls it any more
+    assert torch.allclose(model(images), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", ["torch", "numba"])
+def test_a_training_trajectory_is_the_same_on_every_kernel(kernel):
+    """Steps of AdamW with drop path, LoRA's dropout and an affix, in float64."""
+
+    def losses(kernel: str) -> tuple[list[float], torch.Tensor]:
+        torch.manual_seed(0)
+        backbone = VMamba(dims=(4, 6), depths=(1, 2), num_classes=0, img_size=16, drop_path_rate=0.3).double()
+        methods = {
+            "lora": LoRA(targets="in_proj", rank=2, scale=1.0, dropout=0.1),
+            "rows": LoRA(targets="x_proj", rank=1, scale=1.0, space="weight"),
+            "affix": Affix(tokens=1, position="prefix", directions="dual"),
+        }
+        model = adapt(backbone, methods, 3).train()
+        backbone.set_kernel(kernel, "cpu")
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        images, labels = torch.randn(6, 3, 16, 16, dtype=torch.float64), torch.arange(6) % 3
+        found = []
+        for step in range(4):
+            torch.manual_seed(step)
+            loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found, torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+    (expected, weights), (found, trained) = losses("naive"), losses(kernel)
+    assert expected[-1] < expected[0]
+    assert np.abs(np.subtract(found, expected)).max() <= 1e-10
+    assert (trained - weights).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("backbone", ["vmamba_s", "vmamba_b"])
+def test_published_presets_do_not_clip(backbone):
+    def clip_norm(*overrides: str) -> float | None:
+        with initialize_config_dir(str(configs_folder()), version_base="1.3"):
+            return compose("train", [f"backbone={backbone}", *overrides]).trainer.clip_norm
+
+    register_schemas()
+    assert clip_norm("method=lora_in_proj") is None
+    assert clip_norm("method=lora_in_proj", "trainer.clip_norm=3") == 3
 
 
 @pytest.mark.parametrize(
