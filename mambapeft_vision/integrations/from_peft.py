@@ -6,13 +6,14 @@ Nothing but tensors and sizes is taken from a folder, and peft need not be insta
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from mambapeft_vision.adapter.build import build_method
 from mambapeft_vision.adapter.files import CONFIG_FILE
 from mambapeft_vision.adapter.model import AdaptedModel, adapt
+from mambapeft_vision.backbones.contract import Backbone
 from mambapeft_vision.backbones.timm_model import TimmModel
 from mambapeft_vision.integrations.peft_forms import FORMS, PEFT_TENSOR_FILE, column
 from mambapeft_vision.utils.errors import UserError
@@ -68,7 +69,7 @@ def from_peft(folder: str | Path, backbone: TimmModel) -> AdaptedModel:
     except (KeyError, TypeError, ZeroDivisionError, AttributeError) as error:
         raise UserError(f"{folder / CONFIG_FILE} does not fit its tensors ({plain(error)}); copy both again") from None
     built = {name: build_method(name, spec, str(folder / CONFIG_FILE)) for name, (spec, _) in methods.items()}
-    model = adapt(backbone, built, head["weight"].shape[0])
+    model = adapt(cast(Backbone, backbone), built, head["weight"].shape[0])
     tensors = {f"{name}.{key}": tensor for name, (_, own) in methods.items() for key, tensor in own.items()}
     mine = model.adapter_state()
     given = {**tensors, **{f"head.{key}": value for key, value in head.items()}}

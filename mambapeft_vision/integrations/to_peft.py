@@ -90,7 +90,7 @@ def _factors(pair: LowRank, rows: slice | None, out_features: int) -> list[tuple
     """(down, scale · up) of a pair for the whole weight; with PiSSA also the first ones, which are taken away."""
     if pair.groups is not None:
         raise UserError(f"peft has no adapters of grouped weights [{pair.groups}, out, in], as VMamba's are")
-    found = [(pair.down, pair.scale * pair.up)]
+    found: list[tuple[Tensor, Tensor]] = [(pair.down, pair.scale * pair.up)]
     if "first_down" in dict(pair.named_buffers()):
         found.append((pair.first_down, -pair.scale * pair.first_up))
     return [(down.detach(), _in_rows(up.detach(), rows, out_features)) for down, up in found]

@@ -67,7 +67,8 @@ def test_interpreter_every_kernel_of_vmamba_compiles(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(nvrtc, "run", compile_only)
     cuda_kernels = importlib.import_module("mambapeft_kernels.ss2d.cuda_kernels")
-    monkeypatch.setattr(cuda_kernels, "WANTED_WARPS", 1)  # all directions in one block: nothing for Triton to do
+    # All directions in one block: nothing for Triton to do.
+    monkeypatch.setattr(cuda_kernels, "WANTED_WARPS", {"forward": 1, "backward": 1})
     for name in ("ss2d", "depthwise_conv2d"):
         monkeypatch.setattr(
             importlib.import_module(f"mambapeft_kernels.{name}.api"), "resolve_backend", lambda *_: "cuda"

@@ -4,8 +4,6 @@ Forward: one product for the projections of all directions, the scans, their sum
 kernel that adds up what reaches u. Gradients are computed only for what asks for them.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,8 +12,6 @@ from mambapeft_kernels.derivatives import differentiated_again, plain_gradients
 from mambapeft_kernels.matmul import product
 from mambapeft_kernels.ss2d import naive
 from mambapeft_kernels.ss2d.api import DIRECTIONS, SS2DWeights
-
-_LOG2E = 1.4426950408889634
 
 
 def ss2d(u: Tensor, weights: SS2DWeights, backend: str) -> Tensor:
@@ -56,9 +52,10 @@ def _forward(
     u = u.contiguous()
     with torch.cuda.device_of(u):
         proj = u.flatten(1, 2) @ _x_proj(u, w, backend).T
-        scans, skip = _scans(u, proj, w, backend), _skip(w)
-        y, ckpt = scans.forward(skip, _state_major(initial_states), save)
-        out = y.view_as(u) if scans.planes == 1 else triton.merge(y, u, None if scans.adds_skip else skip, None, None)
+        scans = _scans(u, proj, w, backend)
+        y, ckpt = scans.forward(save)
+        complete = len(y) == 1 and scans.adds_skip
+        out = y.view_as(u) if complete else triton.merge(y, u, None if scans.adds_skip else _skip(w), None, None)
     return out, proj if save else proj.new_empty(0), ckpt
 
 
@@ -111,14 +108,16 @@ def _backward(
             "offset": asked["state_offset"],
         }
         if any(wanted.values()):
-            scans, skip = _scans(u, proj, w, backend), _skip(w)
-            found = scans.backward(dout, skip, ckpt, wanted)
-            if need_u and scans.planes == 1:
-                du = found["u"].view_as(u)
-                du.flatten(0, 2).addmm_(found["proj"].flatten(0, 1), _x_proj(u, w, backend))
-            elif need_u:
-                skip = None if scans.adds_skip else skip
-                du = triton.merge(found["u"], dout, skip, found["proj"], _x_proj(u, w, backend))
+            scans = _scans(u, proj, w, backend)
+            found = scans.backward(dout, ckpt, wanted)
+            if need_u:
+                parts, weight = found["u"], _x_proj(u, w, backend)
+                if len(parts) == 1 and scans.adds_skip:
+                    du = parts.view_as(u)
+                    du.flatten(0, 2).addmm_(found["proj"].flatten(0, 1), weight)
+                else:
+                    skip = None if scans.adds_skip else _skip(w)
+                    du = triton.merge(parts, dout, skip, found["proj"], weight)
             if asked["x_proj_weight"]:
                 rows = product(found["proj"].flatten(0, 1).T, u.flatten(0, 2), torch.float32)
                 grads["x_proj_weight"] = rows.unflatten(0, (DIRECTIONS, -1))[:, : x_proj_weight.shape[1]].contiguous()
@@ -189,19 +188,13 @@ def _pitch(u: Tensor, w: SS2DWeights, backend: str) -> int:
 
 
 def _scans(u: Tensor, proj: Tensor, w: SS2DWeights, backend: str):
+    if _in_cuda(u, w, backend):
+        from mambapeft_kernels.ss2d import cuda_kernels
+
+        return cuda_kernels.Scans(u, proj, w)
     from mambapeft_kernels.ss2d import triton_kernels
 
-    kernels: Any = triton_kernels
-    if _in_cuda(u, w, backend):
-        from mambapeft_kernels.ss2d import cuda_kernels as kernels
-    A = -torch.exp(w.A_logs.float().view(DIRECTIONS, u.shape[-1], -1)) * _LOG2E
-    weight, bias = w.dt_projs_weight.contiguous(), w.dt_projs_bias.float().contiguous()
-    return kernels.Scans(u, proj, weight, bias, A.mT.contiguous(), _state_major(w.state_offset))
-
-
-def _state_major(t: Tensor | None) -> Tensor | None:
-    """[4, E, N] → [4, N, E] float32: a row of channels for each state."""
-    return t if t is None else t.float().mT.contiguous()
+    return triton_kernels.Scans(u, proj, w)
 
 
 def _x_proj(u: Tensor, w: SS2DWeights, backend: str) -> Tensor:

@@ -162,13 +162,18 @@ __device__ __forceinline__ void load_turned(u32* into, const io_t* row) {  // th
                  : "memory");
 }
 
+// Every direction adds its D · u at the same place: only the sum counts.
+__device__ __forceinline__ float skip_of(const float* d, int channel) {
+    return d[channel] + d[E + channel] + d[2 * E + channel] + d[3 * E + channel];
+}
+
 // What a lane needs of direction k: dt_proj's rows of its two channels, as the product's left side.
 struct Direction {
     u32 weight[KT][2];
     float bias[4];
     float A[2];  // in units of log2
 
-    __device__ __forceinline__ void load(const float* w, const float* b, const float* a, int k, int channel, int t) {
+    __device__ __forceinline__ void load(const float* w, const float* b, const float* a_logs, int k, int channel, int t) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
             const int row = k * E + channel + c;
@@ -178,7 +183,7 @@ struct Direction {
                 weight[q][c] = r < R ? pack(w[row * R + r], w[row * R + r + 1]) : 0;
             }
             bias[2 * c] = bias[2 * c + 1] = b[row];
-            A[c] = a[row];
+            A[c] = -LOG2E * ex2(LOG2E * a_logs[row]);
         }
     }
 

@@ -24,7 +24,7 @@ struct Lane {
 
 struct Arguments {
     const io_t *dy, *u, *proj;
-    const float *weight, *bias, *a, *skip, *offset, *decay, *end;
+    const float *weight, *bias, *a_logs, *d, *offset, *decay, *end;
     const io_t* ckpt;
     io_t *du, *dproj;
     float *dweight, *dbias, *da, *dfirst, *doffset;
@@ -116,13 +116,13 @@ __device__ __forceinline__ void scan_back(const Arguments& p, io_t* du, int k, c
     const RowCopier rows(p.proj, k, at.first_sample, p.batch);
     TileCopier tile(at.first_sample, p.batch, at.tile * CB);
     Direction dir;
-    dir.load(p.weight, p.bias, p.a, k, at.channel, at.t);
+    dir.load(p.weight, p.bias, p.a_logs, k, at.channel, at.t);
     float carry[2], off[2], D[2], total_a[2], total_bias[2], total_offset[2], total_weight[KT][4] = {};
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
         carry[c] = entered<true>(0.0f, p.decay, p.end, dir.A[c], sample, k, at.segment, at.segments, at.channel + c);
         off[c] = HAS_OFFSET ? p.offset[k * E + at.channel + c] : 0.0f;
-        D[c] = FIRST && k == 0 ? p.skip[at.channel + c] : 0.0f;
+        D[c] = FIRST && k == 0 ? skip_of(p.d, at.channel + c) : 0.0f;
         total_a[c] = total_bias[c] = total_offset[c] = 0.0f;
     }
 #if NEED_PROJ
@@ -221,15 +221,15 @@ __device__ __forceinline__ void scan_back(const Arguments& p, io_t* du, int k, c
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) ss2d_backward(
     const io_t* __restrict__ dy, const io_t* __restrict__ u, const io_t* __restrict__ proj,
-    const float* __restrict__ weight, const float* __restrict__ bias, const float* __restrict__ a,
-    const float* __restrict__ skip, const float* __restrict__ offset, const float* __restrict__ decay,
+    const float* __restrict__ weight, const float* __restrict__ bias, const float* __restrict__ a_logs,
+    const float* __restrict__ d, const float* __restrict__ offset, const float* __restrict__ decay,
     const float* __restrict__ end, const io_t* __restrict__ ckpt, io_t* du, io_t* __restrict__ dproj,
     float* __restrict__ dweight, float* __restrict__ dbias, float* __restrict__ da, float* __restrict__ dfirst,
     float* __restrict__ doffset, int batch, int chunks, int planes) {
     extern __shared__ __align__(16) unsigned char memory[];
     Shared& shared = *(Shared*)memory;
-    const Arguments p{dy,   u,  proj,  weight,  bias,  a,  skip,   offset,  decay, end,    ckpt,
-                      du, dproj, dweight, dbias, da, dfirst, doffset, batch, chunks, planes};
+    const Arguments p{dy,   u,  proj,  weight,  bias,  a_logs, d,      offset,  decay, end,    ckpt,
+                      du, dproj, dweight, dbias, da,     dfirst, doffset, batch, chunks, planes};
     Lane at;
     at.segment = blockIdx.z, at.segments = gridDim.z, at.tile = blockIdx.x / planes;
     at.lane = threadIdx.x % 32, at.warp = threadIdx.x / 32, at.t = at.lane % 4, at.g = at.lane / 4;

@@ -1,7 +1,7 @@
 // The scans of one u. Macros as in scan.cuh, and SAVE (keep the state that enters each chunk), MIN_BLOCKS, SHARED.
 //
 // `y` has `planes` parts to be added up. A block scans the 4 / planes directions of one part one after another, and later
-// ones add to what earlier ones left there. Direction 0 adds skip · u too.
+// ones add to what earlier ones left there. Direction 0 adds Σ D · u too.
 
 struct __align__(16) Shared {
     io_t rows[2][ROWS * PITCH], u[2][ROWS * TP], y[2][ROWS * TP];
@@ -11,7 +11,7 @@ static_assert(sizeof(Shared) <= SHARED, "the launch asks for too little shared m
 
 struct Arguments {
     const io_t *u, *proj;
-    const float *weight, *bias, *a, *skip, *first, *offset, *decay, *end;
+    const float *weight, *bias, *a_logs, *d, *first, *offset, *decay, *end;
     io_t *y, *ckpt;
     int batch, chunks, planes;
 };
@@ -31,7 +31,7 @@ __device__ __forceinline__ void scan(const Arguments& p, io_t* y, int k, Shared&
     const RowCopier rows(p.proj, k, first_sample, p.batch);
     TileCopier tile(first_sample, p.batch, first_channel);
     Direction dir;
-    dir.load(p.weight, p.bias, p.a, k, channel, t);
+    dir.load(p.weight, p.bias, p.a_logs, k, channel, t);
     float h[2], off[2], D[2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
@@ -39,7 +39,7 @@ __device__ __forceinline__ void scan(const Arguments& p, io_t* y, int k, Shared&
         h[c] = HAS_FIRST ? p.first[row] : 0.0f;
         h[c] = entered<false>(h[c], p.decay, p.end, dir.A[c], sample, k, segment, segments, channel + c);
         off[c] = HAS_OFFSET ? p.offset[row] : 0.0f;
-        D[c] = FIRST && k == 0 ? p.skip[channel + c] : 0.0f;
+        D[c] = FIRST && k == 0 ? skip_of(p.d, channel + c) : 0.0f;
     }
     Pack<8> before[TileCopier::COUNT];
     __syncthreads();
@@ -89,12 +89,12 @@ __device__ __forceinline__ void scan(const Arguments& p, io_t* y, int k, Shared&
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) ss2d_forward(
     const io_t* __restrict__ u, const io_t* __restrict__ proj, const float* __restrict__ weight,
-    const float* __restrict__ bias, const float* __restrict__ a, const float* __restrict__ skip,
+    const float* __restrict__ bias, const float* __restrict__ a_logs, const float* __restrict__ d,
     const float* __restrict__ first, const float* __restrict__ offset, const float* __restrict__ decay,
     const float* __restrict__ end, io_t* y, io_t* __restrict__ ckpt, int batch, int chunks, int planes) {
     extern __shared__ __align__(16) unsigned char memory[];
     Shared& shared = *(Shared*)memory;
-    const Arguments p{u, proj, weight, bias, a, skip, first, offset, decay, end, y, ckpt, batch, chunks, planes};
+    const Arguments p{u, proj, weight, bias, a_logs, d, first, offset, decay, end, y, ckpt, batch, chunks, planes};
     const int plane = blockIdx.x % planes;
     io_t* mine = y + (i64)plane * batch * L * E;
     scan<true>(p, mine, plane, shared);

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mambapeft_kernels.backends import interpreted
-from mambapeft_kernels.ss2d.api import DIRECTIONS
+from mambapeft_kernels.ss2d.api import DIRECTIONS, SS2DWeights
+from mambapeft_kernels.ss2d.gradients import summed
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -162,8 +163,8 @@ def _entered(
 def _segment_states(
     u_ptr, dy_ptr, proj_ptr, weight_ptr, bias_ptr, a_ptr, decay_ptr, end_ptr, E, chunks,
     H: tl.constexpr, W: tl.constexpr, N: tl.constexpr, NB: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    P: tl.constexpr, UNIT: tl.constexpr, BACKWARD: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, BACKWARD: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ΣΔ [B, 4, S, E] of each segment and its last state from zero [B, 4, S, N, E]; BACKWARD: its first adjoint."""
     E = E * UNIT
@@ -171,6 +172,7 @@ def _segment_states(
     chan = tl.program_id(0) // 4 * BLOCK_E + tl.arange(0, BLOCK_E)
     b = tl.program_id(1).to(tl.int64)
     segment = tl.program_id(2) + (1 if BACKWARD else 0)
+    P: tl.constexpr = R + 2 * N
     L: tl.constexpr = H * W
     A = _states(a_ptr, k, chan, E, N, NB)
     weight, bias = _dt_weights(weight_ptr, bias_ptr, k, chan, E, R, RP, u_ptr.dtype.element_ty)
@@ -215,8 +217,8 @@ def _segment_states(
 def _forward(
     u_ptr, proj_ptr, weight_ptr, bias_ptr, a_ptr, first_ptr, offset_ptr, decay_ptr, end_ptr, y_ptr, ckpt_ptr,
     E, chunks, batch, H: tl.constexpr, W: tl.constexpr, N: tl.constexpr, NB: tl.constexpr, R: tl.constexpr,
-    RP: tl.constexpr, P: tl.constexpr, UNIT: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_OFFSET: tl.constexpr,
-    SAVE: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    RP: tl.constexpr, UNIT: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_OFFSET: tl.constexpr, SAVE: tl.constexpr,
+    SEGMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """C·(h + offset) of each direction [4, B, L, E], and the state that enters each chunk [B, 4, chunks, N, E]."""
     E = E * UNIT  # a multiple of UNIT, which is all that may be known of it
@@ -224,6 +226,7 @@ def _forward(
     chan = tl.program_id(0) // 4 * BLOCK_E + tl.arange(0, BLOCK_E)
     b = tl.program_id(1).to(tl.int64)
     segment = tl.program_id(2)
+    P: tl.constexpr = R + 2 * N
     L: tl.constexpr = H * W
     A = _states(a_ptr, k, chan, E, N, NB)
     weight, bias = _dt_weights(weight_ptr, bias_ptr, k, chan, E, R, RP, u_ptr.dtype.element_ty)
@@ -266,7 +269,7 @@ def _backward(
     dy_ptr, u_ptr, proj_ptr, weight_ptr, bias_ptr, a_ptr, offset_ptr, decay_ptr, end_ptr, ckpt_ptr,
     du_ptr, dproj_ptr, dweight_ptr, dbias_ptr, da_ptr, dfirst_ptr, doffset_ptr, E, chunks, batch,
     H: tl.constexpr, W: tl.constexpr, N: tl.constexpr, NB: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    P: tl.constexpr, UNIT: tl.constexpr, HAS_OFFSET: tl.constexpr, NEED_U: tl.constexpr, NEED_PROJ: tl.constexpr,
+    UNIT: tl.constexpr, HAS_OFFSET: tl.constexpr, NEED_U: tl.constexpr, NEED_PROJ: tl.constexpr,
     NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr, NEED_A: tl.constexpr, NEED_FIRST: tl.constexpr,
     NEED_OFFSET: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -279,6 +282,7 @@ def _backward(
     mask_e = chan < E
     b = tl.program_id(1).to(tl.int64)
     segment = tl.program_id(2)
+    P: tl.constexpr = R + 2 * N
     L: tl.constexpr = H * W
     A = _states(a_ptr, k, chan, E, N, NB)
     weight, bias = _dt_weights(weight_ptr, bias_ptr, k, chan, E, R, RP, u_ptr.dtype.element_ty)
@@ -429,13 +433,12 @@ def _tile(channels: int, x: Tensor) -> dict[str, int]:
 WANTED_PROGRAMS, MIN_CHUNKS = 2048, 4
 
 
-def split(batch: int, length: int, channels: int, x: Tensor, wanted: int | None = None) -> tuple[int, int]:
-    """Segments of a sequence (about as many as wanted; None: as many as fill the chip), and chunks of a segment."""
+def split(batch: int, length: int, channels: int, x: Tensor) -> tuple[int, int]:
+    """Segments of a sequence, and chunks of a segment."""
     tile = _tile(channels, x)
     chunks = triton.cdiv(length, tile["BLOCK_T"])
     programs = batch * DIRECTIONS * triton.cdiv(channels, tile["BLOCK_E"])
-    fills = WANTED_PROGRAMS // max(1, programs) if wanted is None else wanted
-    segments = max(1, min(fills, chunks // MIN_CHUNKS))
+    segments = max(1, min(WANTED_PROGRAMS // max(1, programs), chunks // MIN_CHUNKS))
     per_segment = triton.cdiv(chunks, segments)
     return triton.cdiv(chunks, per_segment), per_segment
 
@@ -452,61 +455,53 @@ def _padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
+def _state_major(t: Tensor | None) -> Tensor | None:
+    """[4, E, N] → [4, N, E] float32: a row of channels for each state."""
+    return t if t is None else t.float().mT.contiguous()
+
+
 class Scans:
     """Launches the scans over one u: sizes, tiles and the tensors that every launch reads.
 
     Args:
-        u: [B, H, W, E] contiguous. proj: [B, H·W, 4 P] contiguous, u's dtype; P: R + 2N, or more at the end.
-        weight: [4, E, R], bias: [4, E]. A: [4, N, E] float32, -exp(A_logs) · log2(e).
-        offset: [4, N, E] float32 or None.
-        segments: about how many; None: as many as fill the chip.
+        u: [B, H, W, E] contiguous. proj: [B, H·W, 4(R + 2N)] contiguous, u's dtype.
+        w: of all directions; x_proj_weight is in `proj` already.
     """
 
-    planes, adds_skip = DIRECTIONS, False  # outputs to be added up, without D · u
+    adds_skip = False  # Σ D · u is missing in the planes
 
-    def __init__(
-        self,
-        u: Tensor,
-        proj: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        A: Tensor,
-        offset: Tensor | None,
-        segments: int | None = None,
-    ) -> None:
+    def __init__(self, u: Tensor, proj: Tensor, w: SS2DWeights) -> None:
+        A = -torch.exp(w.A_logs.float().view(DIRECTIONS, u.shape[-1], -1)) * _LOG2E.value
+        A, weight, bias = A.mT.contiguous(), w.dt_projs_weight.contiguous(), w.dt_projs_bias.float().contiguous()
+        self.first, self.offset = _state_major(w.initial_states), _state_major(w.state_offset)
         batch, height, width, channels = u.shape
         self.u, self.A, self.batch, self.length, self.channels = u, A, batch, height * width, channels
         self.states, self.rank = A.shape[1], weight.shape[-1]
-        self.segments, self.chunks = split(batch, self.length, channels, u, segments)
+        self.segments, self.chunks = split(batch, self.length, channels, u)
         self.tile = _tile(channels, u)
         self.tiles = triton.cdiv(channels, self.tile["BLOCK_E"])
         self.inputs = u, proj, weight, bias, A
-        self.offset = offset
         self.sizes = {
             "H": height, "W": width, "N": self.states, "NB": triton.next_power_of_2(self.states), "R": self.rank,
-            "RP": _padded(self.rank), "P": proj.shape[-1] // DIRECTIONS, "SEGMENTS": self.segments,
-            "PRECISION": _precision(u), **self.tile,
+            "RP": _padded(self.rank), "SEGMENTS": self.segments, "PRECISION": _precision(u), **self.tile,
         }  # fmt: skip
         self.units = channels // self.tile["UNIT"]
 
-    def forward(self, skip: Tensor, first: Tensor | None, save: bool) -> tuple[Tensor, Tensor]:
-        """C·(h + offset) of each direction, [4, B, L, E]; if `save`, the states entering chunks, [B, 4, chunks, N, E].
-
-        skip: not used here. first: [4, N, E] float32, the states before the first step; None: zero.
-        """
+    def forward(self, save: bool) -> tuple[Tensor, Tensor]:
+        """C·(h + offset) of each direction [4, B, L, E]; if `save`, the states entering chunks [B, 4, chunks, N, E]."""
         y = self._plane(DIRECTIONS)
         ckpt = self.u.new_empty(self.checkpoint_shape if save else (0,))
         _forward[self._grid(self.segments)](
-            *self.inputs, self._or_any(first), self._or_any(self.offset), *self.segment_states(None), y, ckpt,
-            self.units, self.chunks, self.batch, HAS_FIRST=first is not None, HAS_OFFSET=self.offset is not None,
+            *self.inputs, self._or_any(self.first), self._or_any(self.offset), *self._segment_states(None), y, ckpt,
+            self.units, self.chunks, self.batch, HAS_FIRST=self.first is not None, HAS_OFFSET=self.offset is not None,
             SAVE=save, **self.sizes,
         )  # fmt: skip
         return y, ckpt
 
-    def backward(self, dy: Tensor, skip: Tensor, ckpt: Tensor, need: dict[str, bool]) -> dict[str, Tensor]:
+    def backward(self, dy: Tensor, ckpt: Tensor, need: dict[str, bool]) -> dict[str, Tensor]:
         """The gradients that `need` names; all but u's and proj's in float32, summed over samples.
 
-        dy: [B, H, W, E] contiguous; skip: not used here; ckpt: of `forward`.
+        dy: [B, H, W, E] contiguous; ckpt: of `forward`.
         need: "u" → the scans' share [4, B, L, E], "proj" [B, L, 4(R + 2N)], "weight" [4, E, R], "bias" [4, E],
             "A" (times Δ's unit: of A = -exp(A_logs)), "first", "offset" [4, N, E].
         """
@@ -527,7 +522,7 @@ class Scans:
             for name, shape in shapes.items()
         }
         _backward[self._grid(self.segments)](
-            dy, *self.inputs, self._or_any(self.offset), *self.segment_states(dy), ckpt, *out.values(),
+            dy, *self.inputs, self._or_any(self.offset), *self._segment_states(dy), ckpt, *out.values(),
             self.units, self.chunks, self.batch, HAS_OFFSET=self.offset is not None,
             **{f"NEED_{name.upper()}": need[name] for name in shapes}, **self.sizes,
         )  # fmt: skip
@@ -538,7 +533,7 @@ class Scans:
         """Of the states that the forward keeps, in u's dtype: one in every BLOCK_T steps."""
         return self.batch, DIRECTIONS, self.segments * self.chunks, self.states, self.channels
 
-    def segment_states(self, dy: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _segment_states(self, dy: Tensor | None) -> tuple[Tensor, Tensor]:
         """What each segment makes of the state before it (with dy: of the adjoint behind it); empty for one segment."""
         groups = self.batch * DIRECTIONS * self.segments if self.segments > 1 else 0
         decay = self.A.new_empty(groups, self.channels)
@@ -560,16 +555,6 @@ class Scans:
     def _or_any(self, t: Tensor | None) -> Tensor:
         """A pointer; an absent tensor is never read."""
         return self.A if t is None else t
-
-
-def summed(out: dict[str, Tensor], need: dict[str, bool], batch: int, segments: int) -> dict[str, Tensor]:
-    """The gradients that `need` names, summed over their parts."""
-    for name in ("proj", "weight", "bias", "A", "offset"):
-        if need[name]:
-            out[name] = out[name].sum(0)
-    if need["first"]:
-        out["first"] = out["first"].unflatten(0, (batch, segments))[:, 0].sum(0)
-    return out
 
 
 def merge(parts: Tensor, x: Tensor, skip: Tensor | None, proj: Tensor | None, weight: Tensor | None) -> Tensor:

@@ -1,0 +1,13 @@
+"""What the backends' gradients have in common."""
+
+from torch import Tensor
+
+
+def summed(out: dict[str, Tensor], need: dict[str, bool], batch: int, segments: int) -> dict[str, Tensor]:
+    """The gradients that `need` names, summed over their parts."""
+    for name in ("proj", "weight", "bias", "A", "offset"):
+        if need[name]:
+            out[name] = out[name].sum(0)
+    if need["first"]:
+        out["first"] = out["first"].unflatten(0, (batch, segments))[:, 0].sum(0)
+    return out
