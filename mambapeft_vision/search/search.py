@@ -35,12 +35,13 @@ from mambapeft_vision.run.inputs import Inputs
 from mambapeft_vision.run.run import train
 from mambapeft_vision.search.plots import history, importances
 from mambapeft_vision.search.space import Point, Space
-from mambapeft_vision.sweep.display import say
 from mambapeft_vision.sweep.jobs import Job, plan_jobs
 from mambapeft_vision.sweep.worker_cache import Kept
 from mambapeft_vision.utils.atomic import write_text
+from mambapeft_vision.utils.console import say
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import command, plain
+from mambapeft_vision.utils.untrusted import read_bytes, refuse_links
 
 PROTOCOLS = {
     "validation": ("dataset.train_split=train800", "dataset.test_split=val200"),
@@ -52,6 +53,7 @@ WARNINGS = {
 }
 HOPELESS = 5  # failed trials, and none that succeeded, after which a search gives up
 JOURNAL = "study.journal"
+_MOST_BYTES = 200_000_000  # of a journal; a trial takes some 5 kB
 
 
 @dataclass(frozen=True)
@@ -102,14 +104,21 @@ def open_study(settings: Search) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     settings.folder.mkdir(parents=True, exist_ok=True)
     if settings.storage is None:
+        refuse_links(settings.folder / JOURNAL, settings.folder)
         _drop_incomplete_line(settings.folder / JOURNAL)
         storage: JournalStorage | RDBStorage = JournalStorage(JournalFileBackend(str(settings.folder / JOURNAL)))
     else:
         storage = _database(settings.storage)
     sampler = optuna.samplers.TPESampler(multivariate=True)
-    study = optuna.create_study(
-        storage=storage, sampler=sampler, study_name=settings.name, direction="maximize", load_if_exists=True
-    )
+    try:
+        study = optuna.create_study(
+            storage=storage, sampler=sampler, study_name=settings.name, direction="maximize", load_if_exists=True
+        )
+    except Exception as error:  # whatever Optuna's readers raise on a damaged journal or database
+        raise UserError(
+            f"the study {settings.name} cannot be read ({type(error).__name__}: "
+            f"{_reason(error, settings.storage or '-')}); expected one that a search has made. Move it away to begin anew"
+        ) from None
     known = study.user_attrs.get("identity")
     if known is None:
         study.set_user_attr("identity", settings.identity)
@@ -124,12 +133,12 @@ def open_study(settings: Search) -> optuna.Study:
 
 def _drop_incomplete_line(journal: Path) -> None:
     """Cuts off the line that a killed process was writing, which Optuna reads no further than."""
-    if not journal.is_file():
+    if not os.path.lexists(journal):
         return
     lock = JournalFileSymlinkLock(str(journal))  # of another process that is writing one now
     lock.acquire()
     try:
-        content = journal.read_bytes()
+        content = read_bytes(journal, max_bytes=_MOST_BYTES)
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             os.truncate(journal, whole)

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from mambapeft_vision.utils.errors import UserError
@@ -9,6 +10,7 @@ from mambapeft_vision.utils.text import shown
 
 _METHOD = re.compile(r"[A-Za-z]\w*")
 _PART = re.compile(r"\w[\w.-]*")
+MOST_METHODS = 50  # of one model; each costs time on every parameter
 LONGEST = 100  # bytes of one part: file systems take 255, and endings are added
 
 
@@ -31,6 +33,14 @@ def check_name(name: object, key: str, *, parts: int = 1) -> str:
             "bytes. Choose another name"
         )
     return text
+
+
+def check_method_names(names: Collection[object]) -> None:
+    """The names of the methods in a config, each as in `check_method_name`. Raises UserError, also for too many."""
+    if len(names) > MOST_METHODS:
+        raise UserError(f"{len(names):,} methods; expected at most {MOST_METHODS}. Remove some")
+    for name in names:
+        check_method_name(name)
 
 
 def check_method_name(name: object) -> str:
