@@ -104,9 +104,11 @@ def open_study(settings: Search) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     settings.folder.mkdir(parents=True, exist_ok=True)
     if settings.storage is None:
-        refuse_links(settings.folder / JOURNAL, settings.folder)
-        _drop_incomplete_line(settings.folder / JOURNAL)
-        storage: JournalStorage | RDBStorage = JournalStorage(JournalFileBackend(str(settings.folder / JOURNAL)))
+        journal = settings.folder.absolute() / JOURNAL  # Optuna's lock is a link to it
+        refuse_links(journal, journal.parent)
+        _refuse_endless_lock(journal.with_name(f"{JOURNAL}.lock"))
+        _drop_incomplete_line(journal)
+        storage: JournalStorage | RDBStorage = JournalStorage(JournalFileBackend(str(journal)))
     else:
         storage = _database(settings.storage)
     sampler = optuna.samplers.TPESampler(multivariate=True)
@@ -117,7 +119,8 @@ def open_study(settings: Search) -> optuna.Study:
     except Exception as error:  # whatever Optuna's readers raise on a damaged journal or database
         raise UserError(
             f"the study {settings.name} cannot be read ({type(error).__name__}: "
-            f"{_reason(error, settings.storage or '-')}); expected one that a search has made. Move it away to begin anew"
+            f"{_reason(error, settings.storage or '-')}); expected one that a search has made. Move it away, "
+            "and the search begins anew"
         ) from None
     known = study.user_attrs.get("identity")
     if known is None:
@@ -129,6 +132,12 @@ def open_study(settings: Search) -> optuna.Study:
             f"cannot be compared with new ones; give this one another name with name=..."
         )
     return study
+
+
+def _refuse_endless_lock(lock: Path) -> None:
+    """Raises UserError for a lock that leads nowhere, for which Optuna waits for ever; any other it gives up in time."""
+    if lock.is_symlink() and not lock.exists():
+        raise UserError(f"{lock} is a link to nothing; expected a lock of Optuna's. Delete it if no search is at work")
 
 
 def _drop_incomplete_line(journal: Path) -> None:
