@@ -108,18 +108,23 @@ def open_study(settings: Search) -> optuna.Study:
         refuse_links(journal, journal.parent)
         _refuse_endless_lock(journal.with_name(f"{JOURNAL}.lock"))
         _drop_incomplete_line(journal)
-        storage: JournalStorage | RDBStorage = JournalStorage(JournalFileBackend(str(journal)))
-    else:
-        storage = _database(settings.storage)
-    sampler = optuna.samplers.TPESampler(multivariate=True)
     try:
         study = optuna.create_study(
-            storage=storage, sampler=sampler, study_name=settings.name, direction="maximize", load_if_exists=True
+            storage=JournalStorage(JournalFileBackend(str(journal)))
+            if settings.storage is None
+            else _database(settings.storage),
+            sampler=optuna.samplers.TPESampler(multivariate=True),
+            study_name=settings.name,
+            direction="maximize",
+            load_if_exists=True,
         )
+        study.get_trials(deepcopy=False)
+    except (UserError, OSError):
+        raise
     except Exception as error:  # whatever Optuna's readers raise on a damaged journal or database
+        reason = f"{type(error).__name__}: {_reason(error, settings.storage or JOURNAL)}"
         raise UserError(
-            f"the study {settings.name} cannot be read ({type(error).__name__}: "
-            f"{_reason(error, settings.storage or '-')}); expected one that a search has made. Move it away, "
+            f"the study {settings.name} cannot be read ({reason}); expected one that a search has made. Move it away, "
             "and the search begins anew"
         ) from None
     known = study.user_attrs.get("identity")
@@ -135,7 +140,7 @@ def open_study(settings: Search) -> optuna.Study:
 
 
 def _refuse_endless_lock(lock: Path) -> None:
-    """Raises UserError for a lock that leads nowhere, for which Optuna waits for ever; any other it gives up in time."""
+    """Raises UserError for a lock that leads nowhere: Optuna waits for it for ever, and not for any other."""
     if lock.is_symlink() and not lock.exists():
         raise UserError(f"{lock} is a link to nothing; expected a lock of Optuna's. Delete it if no search is at work")
 
