@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from mambapeft_vision.utils.errors import UserError
-from mambapeft_vision.utils.text import shown
+from mambapeft_vision.utils.text import plain, shown
 
 _METHOD = re.compile(r"[A-Za-z]\w*")
 _PART = re.compile(r"\w[\w.-]*")
@@ -58,5 +58,12 @@ def check_method_name(name: object) -> str:
 
 
 def user_path(text: str | os.PathLike[str]) -> Path:
-    """A path as a user gives it: `~` and `~name` are home folders, everything else stands for itself."""
-    return Path(text).expanduser()
+    """A path as a user gives it: `~` and `~name` are home folders, everything else stands for itself.
+
+    Raises:
+        UserError: where nobody has that name.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{shown(os.fspath(text))}: {plain(error)} Correct the path") from None

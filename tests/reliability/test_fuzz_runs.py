@@ -144,11 +144,7 @@ def test_predictions(content):
 @bounded(200)
 @given(text=st.text(st.characters(), max_size=80))
 def test_texts(text):
-    assert (
-        plain(text).isprintable()
-        and shown(text).isprintable()
-        and lines(text).replace("\n", "").replace("\t", "").isprintable()
-    )
+    assert all(lines(show(text)) == show(text) for show in (plain, shown, markdown, latex, html_text))
     assert not re.search(r"(?<!\\)\|", markdown(text).replace("\\\\", "")) and "<" not in markdown(text)
     assert set(re.findall(r"\\[a-z]+", latex(text))) <= {r"\textbackslash", r"\textasciicircum", r"\textasciitilde"}
     assert not set(html_text(text)) & set("<>\"'")
@@ -157,30 +153,30 @@ def test_texts(text):
         try:
             check()
         except UserError as error:
-            assert str(error).isprintable()
+            assert lines(str(error)) == str(error)
         else:
             assert not set(text) & set("/\0\n\\${}'\" ;") and text not in (".", "..")
 
 
-@bounded(5)
+@bounded(2)
 @given(name=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
 def test_reports_of_any_name(name):
     record = fake_record("vtab/cifar", "a", 0, 0.5, backbone={"name": name}, device_name=name)
-    page = report(collect([record], STANDARD), title=name)
-    assert "<script" not in page.lower().replace("<script>", "", 0) or "<script" not in name.lower()
+    page = report(collect([record], STANDARD), title=f"<b>{name}")
+    assert "<b>" not in page and "&lt;b&gt;" in page
 
 
 # Configs
 
 CONFIG = yaml.safe_load(OmegaConf.to_yaml(OmegaConf.create(RECORD["config"])))
-COMMAND = OmegaConf.create({"run": "run", "paths": {"cache": None, "methods": None}})
+COMMAND = OmegaConf.create(
+    {"run": "run", "paths": {"cache": None, "methods": None}, "dataset_folder": None, "backbone_weights": None}
+)
 
 
 @bounded(80)
 @given(
-    content=changed_values(CONFIG).map(
-        lambda value: yaml.safe_dump(value, allow_unicode=True).encode("utf-8", "replace")
-    )
+    content=changed_values(CONFIG).map(lambda value: yaml.safe_dump(value).encode())
     | mutated(yaml.safe_dump(CONFIG).encode())
 )
 def test_configs_of_runs(content):
@@ -192,15 +188,13 @@ PRESETS = read_presets(CONFIGS / "method")
 SPACES = [yaml.safe_load(file.read_text()) for file in sorted((CONFIGS / "search").glob("*.yaml"))]
 
 
-@bounded(60)
+@bounded(30)
 @given(content=st.sampled_from(SPACES).flatmap(changed_values).map(lambda value: yaml.safe_dump(value).encode()))
 def test_search_spaces(content):
     read_or_refused("s.yaml", content, lambda folder: read_space(folder / "s.yaml", PRESETS, "lora_p_x"))
 
 
-REFERENCE = (
-    b"model = dict(backbone=dict(type='VimPEFTModel', lora=dict(dim=8), module=dict(depth=24, x=[1, -2, (3,)])))\n"
-)
+REFERENCE = b"model = dict(backbone=dict(type='VimPEFTModel', l=dict(dim=8), module=dict(depth=24, x=[1, -2])))\n"
 
 
 @bounded(100)
@@ -216,7 +210,8 @@ def test_reference_configs_in_json(content):
 
 
 WORDS = st.sampled_from(
-    ["method", "dataset", "seed", "trainer", ".", "=", "glob(", ")", ",", "*", "[", "]", "{", "}", "${", "'", '"', "~", "+",
+    ["method", "dataset", "seed", "trainer", ".", "=", "glob(", ")", ",", "*", "[", "]", "{", "}", "${", "'", '"', "~",
+     "+",
      "@", "lora_p_x", "vtab/*", "1", "-m", " ", "\n", "\\", ":", "null", "range(", "paths.outputs=~", "\x1b", "é"]
 )  # fmt: skip
 
@@ -246,7 +241,8 @@ def test_any_value_can_be_given(value):
 
 MANIFEST = {
     "format": 1,
-    "tasks": {"toy": {"sha256": "0" * 64, "lists": {"test": "1" * 64}, "images": 1, "bytes": 2, "classes_seen": {"test": 1},
+    "tasks": {"toy": {"sha256": "0" * 64, "lists": {"test": "1" * 64}, "images": 1, "bytes": 2,
+                      "classes_seen": {"test": 1},
                       "decoded": True}},
     "source": {"archive": "a.zip", "bytes": 3},
 }  # fmt: skip
@@ -295,7 +291,7 @@ def journal(tmp_path_factory) -> list[dict]:
 
 @bounded(60)
 @given(data=st.data())
-def test_journals(journal, data, monkeypatch_plots=None):
+def test_journals(journal, data):
     changed = data.draw(changed_values(journal, 3))
     rows = changed if isinstance(changed, list) else [changed]
     content = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
