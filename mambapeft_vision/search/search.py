@@ -149,6 +149,8 @@ def _drop_incomplete_line(journal: Path) -> None:
     """Cuts off the line that a killed process was writing, which Optuna reads no further than."""
     if not os.path.lexists(journal):
         return
+    if journal.stat().st_nlink > 1:
+        raise UserError(f"{journal} is a file under other names too, which would change; copy it, and delete this one")
     lock = JournalFileSymlinkLock(str(journal))  # of another process that is writing one now
     lock.acquire()
     try:
