@@ -86,7 +86,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         content = read_bytes(file, max_bytes=_MAX_TENSOR_BYTES)
         if int.from_bytes(content[:8], "little") > MAX_HEADER:
-            raise UserError(f"{file} is no file of safetensors, or lists too many tensors; {_AGAIN}")
+            raise UserError(f"{file} cannot be read: it is no safetensors, or lists too many tensors; {_AGAIN}")
         state = deserialize(content)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} cannot be read: {plain(error)}; {_AGAIN}") from error

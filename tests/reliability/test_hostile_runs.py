@@ -26,6 +26,7 @@ from mambapeft_vision.integrations.convert import read_reference_config
 from mambapeft_vision.methods.targets import fits
 from mambapeft_vision.run.evaluate import evaluate
 from mambapeft_vision.run.rerun import store_root_config
+from mambapeft_vision.run.run import train
 from mambapeft_vision.utils.atomic import write_json
 
 Prepare = Callable[[World, Path], Action]
@@ -196,6 +197,17 @@ for name, change in RECORDS.items():
 def _(world: World, run: Path) -> Action:
     (run / "result.json").write_text("[" * 200_000)
     return evaluation(run)
+
+
+@attack("a record of a rank of 10^8, to be done again", ["expected at most"])
+def _(world: World, run: Path) -> Action:
+    def rank(record: Any) -> None:
+        record["config"]["method"]["lora_p_x"]["rank"] = 10**8
+
+    changed_json(run / "result.json", rank)
+    record = store_root_config(run, [], runs.CONFIGS)
+    cfg = runs.compose_root("from_result", [f"paths.outputs={world.folder / 'again'}"])
+    return lambda: train(cfg, expected=record)
 
 
 # Adapters

@@ -21,6 +21,7 @@ from mambapeft_vision.commands.sync import main as sync
 from mambapeft_vision.data.prepare.importer import read_tree
 from mambapeft_vision.results import plots
 from mambapeft_vision.results.bundle import read_bundle
+from mambapeft_vision.results.layout import file_name
 from mambapeft_vision.results.metrics import read_metrics
 from mambapeft_vision.results.predictions import read_labels
 from mambapeft_vision.results.record import read_record
@@ -278,6 +279,20 @@ def test_csv_has_no_formula(tmp_path):
     records = [fake_record("vtab/cifar", "a", 0, 0.5, backbone={"name": "=1+1", "weights": "@x"})]
     text = to_csv(collect(records, read_standard(CONFIGS)))
     assert "'=1+1" in text and "'@x" in text and not re.search(r"(^|,)[=@]", text, flags=re.MULTILINE)
+
+
+def test_a_page_of_many_rows_takes_no_longer_for_its_pictures():
+    records = [
+        fake_record("vtab/cifar", "a", 0, 0.5, device_name=str(n), backbone={"name": f"b{n}"}) for n in range(1_500)
+    ]
+    collections = collect(records, read_standard(CONFIGS))
+    assert within_bounds(lambda: report(collections, title="t")) == "accepted"
+
+
+@pytest.mark.parametrize("text", ["/tmp/x", "../../x", "..", ".", "", "a/b", "\x1b[2J", "n" * 300, "con\0x"])
+def test_a_sweeps_folder_lies_below_the_outputs(text):
+    name = file_name(text)
+    assert re.fullmatch(r"[\w+-][\w.+-]*", name) and len(name) < 200
 
 
 def test_html_and_pictures_take_any_text(collection, capsys):
