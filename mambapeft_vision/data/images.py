@@ -70,7 +70,8 @@ def decode_list(
         UserError: for the first image, in list order, that is missing or damaged.
     """
     height, width = preprocessing.size
-    needed, there = len(listing) * preprocessing.channels * height * width, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed = len(listing) * preprocessing.channels * height * width
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:
         raise UserError(
             f"{listing.file}: the images take {needed / 2**30:,.1f} GiB at {height}x{width} pixels; the machine has "

@@ -39,7 +39,7 @@ from mambapeft_vision.results.tables import (
     to_markdown,
     to_text,
 )
-from mambapeft_vision.run.evaluate import _config
+from mambapeft_vision.run.evaluate import recorded_config
 from mambapeft_vision.run.exit import describe_error, is_mistake
 from mambapeft_vision.run.overrides import prepare_multirun
 from mambapeft_vision.run.rerun import store_root_config
@@ -169,9 +169,6 @@ def test_reports_of_any_name(name):
 # Configs
 
 CONFIG = yaml.safe_load(OmegaConf.to_yaml(OmegaConf.create(RECORD["config"])))
-COMMAND = OmegaConf.create(
-    {"run": "run", "paths": {"cache": None, "methods": None}, "dataset_folder": None, "backbone_weights": None}
-)
 
 
 @bounded(80)
@@ -180,7 +177,7 @@ COMMAND = OmegaConf.create(
     | mutated(yaml.safe_dump(CONFIG).encode())
 )
 def test_configs_of_runs(content):
-    read_or_refused("config.yaml", content, lambda folder: make_plan(_config(folder / "config.yaml", COMMAND)))
+    read_or_refused("config.yaml", content, lambda folder: make_plan(recorded_config(folder, cache=None, methods=None)))
 
 
 SPACE = CONFIGS / "search" / "tune.yaml"
