@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mambapeft_vision.utils.atomic import write_bytes, write_json
 from mambapeft_vision.utils.errors import UserError
-from mambapeft_vision.utils.names import check_method_name
+from mambapeft_vision.utils.names import check_method_names
 from mambapeft_vision.utils.state_dict_checks import check_finite
-from mambapeft_vision.utils.tensor_files import tensors_sha256
+from mambapeft_vision.utils.tensor_files import MAX_HEADER, tensors_sha256
 from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.untrusted import read_bytes, read_json, refuse_references
 
@@ -85,6 +85,8 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors, which are those that were written if the file says what they were."""
     try:
         content = read_bytes(file, max_bytes=_MAX_TENSOR_BYTES)
+        if int.from_bytes(content[:8], "little") > MAX_HEADER:
+            raise UserError(f"{file} cannot be read: it is no safetensors, or lists too many tensors; {_AGAIN}")
         state = deserialize(content)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} cannot be read: {plain(error)}; {_AGAIN}") from error
@@ -124,8 +126,7 @@ def _check_adapter_config(config: Mapping[str, Any], path: Path) -> None:
         raise UserError(
             f"{path}: missing or of the wrong type: {', '.join(wrong)}; copy it again from where it was made"
         )
-    for name in config["methods"]:
-        try:
-            check_method_name(name)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+    try:
+        check_method_names(config["methods"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None

@@ -19,7 +19,7 @@ from mambapeft_vision.utils.text import shown
 from mambapeft_vision.utils.typed import check_arguments
 
 # Far beyond any model; an adapter's config is untrusted, and its sizes must not cost hours or all memory.
-LARGEST, DEEPEST = 16_384, 1_024
+LARGEST, DEEPEST = 16_384, 256
 MAX_PARAMETERS = 1_000_000_000
 
 

@@ -182,7 +182,7 @@ def read_checkpoint(path: str | Path, key: str = "model") -> Checkpoint:
             f"backbone weights {shown(str(path))} cannot be read ({error.strerror}); give a .pth or .safetensors file"
         ) from error
     state = content.get(key, content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise UserError(f"{shown(str(path))} holds no state dict of tensors (under {key!r} or at top level)")
     return Checkpoint(state, _made_for({**content, **metadata_of(path)}, path.stem))
 

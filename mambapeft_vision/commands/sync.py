@@ -16,8 +16,10 @@ from mambapeft_vision.results.layout import RESULT_FILE, SET_ASIDE, WANDB_ID_FIL
 from mambapeft_vision.results.record import RunRecord, read_record
 from mambapeft_vision.results.tables import read_standard
 from mambapeft_vision.run.arguments import ArgumentParser
+from mambapeft_vision.utils.console import say
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.paths import configs_folder
+from mambapeft_vision.utils.untrusted import files_below
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -29,13 +31,14 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--offline", action="store_true", help="write files for `wandb sync` into the run folders")
     parser.add_argument("--sweeps", action="store_true", help="also the runs of whole sweeps, with tables and plots")
     options = parser.parse_args(arguments)
-    finished = [file.parent for place in options.places for file in sorted(place.rglob(RESULT_FILE))]
+    found = [file for place in options.places for file in files_below(place)]
+    finished = [file.parent for file in found if file.name == RESULT_FILE]
     if not finished:
         raise UserError(f"no finished run below {', '.join(map(str, options.places))}; expected folders with runs")
     new = [folder for folder in finished if not (folder / WANDB_ID_FILE).exists() and SET_ASIDE not in folder.name]
     for folder in new:
         upload(folder, make_logger(options))
-        print(f"uploaded {folder}", flush=True)
+        say(f"uploaded {folder}")
     print(f"{len(new)} runs uploaded, {len(finished) - len(new)} left alone")
     if options.sweeps:
         publish_sweeps([folder for folder in finished if SET_ASIDE not in folder.name], options)
@@ -49,7 +52,7 @@ def publish_sweeps(folders: list[Path], options: argparse.Namespace) -> None:
             sweeps.setdefault(record.config["sweep"], {})[folder] = record
     for sweep, records in sweeps.items():
         publish(make_logger(options), sweep, records, read_standard(configs_folder()), options.places[0])
-        print(f"uploaded {sweep}: {len(records)} runs", flush=True)
+        say(f"uploaded {sweep}: {len(records)} runs")
 
 
 def make_logger(options: argparse.Namespace) -> WandbLogger:

@@ -21,7 +21,8 @@ from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.untrusted import read_bytes
 
-MAX_LIST_BYTES = 500_000_000
+MAX_LIST_BYTES = 200_000_000
+MAX_LINES = 2_000_000
 MAX_PROBLEMS = 10_000  # bad lines that are named; of more there is only the number
 _SHOWN = 80  # characters of a bad line
 _LABEL = re.compile(r"[+-]?[0-9]+")
@@ -94,6 +95,9 @@ def parse_list(file: Path, num_classes: int, *, remedy: str = "", several: bool 
     Of more than `MAX_PROBLEMS` bad lines the last text gives the number. Raises UserError for what is no plain file.
     """
     content = read_bytes(file, max_bytes=MAX_LIST_BYTES, follow_links=True)
+    lines = content.count(b"\n")
+    if lines > MAX_LINES:
+        raise UserError(f"{plain(file)} has {lines:,} lines; expected at most {MAX_LINES:,}. Split the task")
     entries: dict[str, Entry] = {}
     problems: list[str] = []
     bad = 0

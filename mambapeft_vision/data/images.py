@@ -1,5 +1,6 @@
 """Decoded images in memory."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from mambapeft_vision.data.image_list import Entry, ImageList
 from mambapeft_vision.data.preprocessing import Preprocessing, decode_image, describe_failure
+from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.utils.progress import ProgressCallback, ProgressMeter
 
@@ -68,6 +70,13 @@ def decode_list(
         UserError: for the first image, in list order, that is missing or damaged.
     """
     height, width = preprocessing.size
+    needed = len(listing) * preprocessing.channels * height * width
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise UserError(
+            f"{listing.file}: the images take {needed / 2**30:,.1f} GiB at {height}x{width} pixels; the machine has "
+            f"{there / 2**30:,.1f}. Lower backbone.img_size, or set paths.cache to a disk that holds them"
+        )
     images = np.empty((len(listing), preprocessing.channels, height, width), dtype=np.uint8)
     decode_into(images, listing, preprocessing, workers=workers, progress=progress)
     names = [entry.path for entry in listing.entries]

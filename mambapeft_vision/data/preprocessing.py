@@ -7,8 +7,9 @@ record.
 
 import io
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ MAX_IMAGE_BYTES = 256_000_000  # of one file
 MAX_CHANNELS = 1_000
 # Each scan of a JPEG is decoded over all of its pixels. Progressive files usually have about ten.
 MAX_SCANS, MAX_SCANNED_PIXELS = 100, 20 * MAX_PIXELS
+# Bytes of a file in a form that Pillow decodes value by value in Python.
+MAX_SLOW_BYTES = 10_000_000
+_PIXELS_AT_ONCE = 10_000_000
+_one_large_image = threading.Lock()  # all threads together have the memory for one
 
 # Good images carry more text (metadata of cameras and editors) than Pillow's 1 MB; all of a file's text stays bounded.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
@@ -63,6 +68,8 @@ class Preprocessing:
             object.__setattr__(self, field, tuple(getattr(self, field)))
         if len(self.size) != 2 or min(self.size) < 1:
             raise UserError(f"Preprocessing size {self.size}: expected (height, width) in pixels, both at least 1.")
+        if math.prod(self.size) > MAX_PIXELS:
+            raise UserError(f"Preprocessing size {self.size}: expected at most {MAX_PIXELS:,} pixels. Lower img_size.")
         if self.interpolation not in _RESAMPLING:
             raise UserError(
                 f"Preprocessing interpolation {self.interpolation!r}: expected one of "
@@ -137,9 +144,17 @@ def open_image(image: Path | bytes) -> Iterator[Image.Image]:
             scans = count_scans(content)
             if scans > MAX_SCANS or scans * pixels > MAX_SCANNED_PIXELS:
                 raise ValueError(f"{scans:,} scans of {pixels:,} pixels, at most {MAX_SCANS} scans are decoded")
+        if len(content) > MAX_SLOW_BYTES and _is_slow(opened, content):
+            raise ValueError(f"{len(content):,} bytes in a form that is slow to decode; convert it to PNG or JPEG")
         if opened.mode == "F" or (opened.mode == "I" and opened.format not in ("PNG", "PPM")):
             raise ValueError(f"32-bit pixels (mode {opened.mode}), whose range is not known; convert it to 8 bits")
-        yield opened
+        with _one_large_image if pixels > _PIXELS_AT_ONCE else nullcontext():
+            yield opened
+
+
+def _is_slow(image: Image.Image, content: bytes) -> bool:
+    """Whether numbers are written out as text (PPM), or equal pixels counted (BMP)."""
+    return content[:2] in (b"P1", b"P2", b"P3") or (image.format == "BMP" and bool(image.info.get("compression")))
 
 
 def describe_failure(error: Exception) -> str:

@@ -15,6 +15,7 @@ from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.utils.atomic import write_text
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain, shown
+from mambapeft_vision.utils.untrusted import refuse_links
 
 if TYPE_CHECKING:
     from mambapeft_vision.run.run_config import RunPlan
@@ -163,6 +164,8 @@ class WandbLogger:
     def _begin(self, **settings: Any) -> Any:
         import wandb  # slow to import, and needed with this logger alone
 
+        own = Path(settings["dir"])
+        refuse_links(own / "wandb", own)
         try:
             return wandb.init(**self._settings, **settings, resume="allow", settings=wandb.Settings(silent=True))
         except Exception as error:

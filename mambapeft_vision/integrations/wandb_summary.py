@@ -9,11 +9,12 @@ from mambapeft_vision.results.plots import named_apart, pictures_of_collection, 
 from mambapeft_vision.results.record import RunRecord, is_finished
 from mambapeft_vision.results.tables import Standard, collect, tables_of
 from mambapeft_vision.run.build import build_logger
-from mambapeft_vision.sweep.display import say
 from mambapeft_vision.sweep.jobs import Job
 from mambapeft_vision.sweep.sweep import records_of
+from mambapeft_vision.utils.console import say
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain
+from mambapeft_vision.utils.untrusted import refuse_links
 
 
 def publish_sweep(jobs: Sequence[Job], standard: Standard) -> None:
@@ -53,6 +54,7 @@ def publish(
         say(f"the tables of {plain(sweep)} are not logged to W&B: {plain(error)}")
         collections = []
     folder = outputs / SWEEP_LOGS / file_name(sweep)
+    refuse_links(folder, outputs)
     folder.mkdir(parents=True, exist_ok=True)
     tables = {table.title: (table.header, table.rows) for c in collections for table in tables_of(c)}
     logger.log_parent(

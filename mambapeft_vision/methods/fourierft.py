@@ -58,7 +58,9 @@ class FourierFT(WeightDelta):
                 )
             if name not in self._entries:
                 self._entries[name] = entries
-                places = torch.randperm(entries, device="cpu")[: self.n_frequency].sort().values
+                # On shapes alone, no permutation is drawn: a config can name sizes beyond the memory of a machine.
+                drawn = torch.arange(self.n_frequency) if weight.is_meta else torch.randperm(entries, device="cpu")
+                places = drawn[: self.n_frequency].sort().values
                 self.register_buffer(name, places.to(weight.device))
 
     def start(self, weight: Tensor) -> Mapping[str, Tensor]:

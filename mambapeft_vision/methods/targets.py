@@ -1,7 +1,9 @@
 """Which parameters of a backbone a method works on: roles, patterns of names, rows, groups."""
 
 import difflib
+import functools
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import shown
 
 LONGEST_PATTERN = 200
+MOST_TARGETS = 50
 
 
 def match_parameters(model: Backbone, targets: str | Iterable[str], who: str, each: bool = True) -> list[str]:
@@ -25,7 +28,10 @@ def match_parameters(model: Backbone, targets: str | Iterable[str], who: str, ea
     """
     names = [name for name, _ in model.named_parameters() if not name.startswith("head.")]
     found: set[str] = set()
-    for target in [targets] if isinstance(targets, str) else targets:
+    listed = [targets] if isinstance(targets, str) else list(targets)
+    if len(listed) > MOST_TARGETS:
+        raise UserError(f"{who}: {len(listed):,} targets; expected at most {MOST_TARGETS}. Write patterns with *")
+    for target in listed:
         if target in model.roles:
             found.update(model.roles[target])
             continue
@@ -67,18 +73,27 @@ def fits(pattern: str, name: str) -> bool:
     `*` stands for any characters but dots, also none; `**` for one character or more of any kind. All places of the
     pattern that the name can have come to are followed at once, as bits of a number; nothing is ever tried again.
     """
-    tokens = re.findall(r"\*\*|.", pattern, re.DOTALL)
-    within = sum(1 << place for place, token in enumerate(tokens) if token == "*")
-    across = sum(1 << place for place, token in enumerate(tokens) if token == "**")
+    length, letters_at, within, across = _places_of(pattern)
     places = 1
     for character in [None, *name]:
         if character is not None:
-            letters = sum(1 << place for place, token in enumerate(tokens) if token == character != "*")
+            letters = letters_at.get(character, 0)
             stay = across | (0 if character == "." else within)
             places = ((places & (letters | across)) << 1) | (places & stay)
         while (more := places | ((places & within) << 1)) != places:  # a star that stands for nothing
             places = more
-    return bool(places >> len(tokens) & 1)
+    return bool(places >> length & 1)
+
+
+@functools.lru_cache(maxsize=256)
+def _places_of(pattern: str) -> tuple[int, dict[str, int], int, int]:
+    """Length of a pattern, and the places of each letter, of `*` and of `**` in it as bits of a number."""
+    tokens = re.findall(r"\*\*|.", pattern, re.DOTALL)
+    places: dict[str, int] = defaultdict(int)
+    for place, token in enumerate(tokens):
+        places[token] |= 1 << place
+    within, across = places.pop("*", 0), places.pop("**", 0)
+    return len(tokens), dict(places), within, across
 
 
 def _reason(model: Backbone, target: str, names: list[str]) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mambapeft_vision.data.prepare.importer import LabelledImages, read_labelled
-from mambapeft_vision.data.preprocessing import Preprocessing, decode_image
+from mambapeft_vision.data.preprocessing import Preprocessing, decode_image, describe_failure
 from mambapeft_vision.pretraining.config import SourceConfig
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.hashing import sha256_file
@@ -129,7 +129,7 @@ def _decode_chunk(contents: list[bytes], preprocessing: Preprocessing, source: P
             decoded.append(decode_image(content, preprocessing))
         except Exception as error:  # Pillow's readers raise far more than OSError on damaged files
             raise UserError(
-                f"{source}: image number {number} cannot be decoded ({type(error).__name__}: {error}). "
+                f"{source}: image number {number} cannot be decoded ({describe_failure(error)}). "
                 "Remove it, or get the data again."
             ) from error
     return np.stack(decoded)

@@ -15,6 +15,7 @@ from mambapeft_vision.utils.untrusted import read_arrays
 
 MOST_CLASSES = 2**31
 MOST_PROBABILITIES = 200_000_000  # of all images of a file together
+MOST_IMAGES = 10_000_000
 
 
 def read_labels(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -75,6 +76,6 @@ def _read(file: Path) -> dict[str, np.ndarray]:
 
 
 def _are_classes(values: np.ndarray) -> bool:
-    if values.ndim != 1 or values.dtype.kind not in "iu" or not values.size:
+    if values.ndim != 1 or values.dtype.kind not in "iu" or not 0 < values.size <= MOST_IMAGES:
         return False
     return 0 <= int(values.min()) <= int(values.max()) < MOST_CLASSES

@@ -115,6 +115,9 @@ def recorded_config(folder: Path, *, cache: str | None, methods: str | None) -> 
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise UserError(f"{path} is no config of a run: {plain(error)}; copy it again from where it was made") from None
     assert isinstance(config, DictConfig)
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"{path} lacks {plain(', '.join(missing))}; copy it again from where it was made")
     return config
 
 

@@ -6,7 +6,6 @@ Light to import, as config.py is.
 import difflib
 import errno
 import functools
-import json
 import os
 import re
 import shutil
@@ -40,6 +39,7 @@ from mambapeft_vision.utils.errors import DISK_REMEDIES, NotFiniteError, Preempt
 from mambapeft_vision.utils.progress import CANNOT_WRITE
 from mambapeft_vision.utils.text import command, override, plain
 from mambapeft_vision.utils.typed import nearest
+from mambapeft_vision.utils.untrusted import files_below, read_json, refuse_links
 
 CRASH = 1
 USER_MISTAKE = 2
@@ -60,6 +60,7 @@ class Failure:
     mistake: bool
 
 
+_HYDRAS_NOTE = "multirun.yaml"  # of the latest sweep
 _launches: list[Path] = []  # folders of the sweeps that this process has launched
 
 
@@ -67,14 +68,38 @@ class RememberLaunch(Callback):
     """Remembers the folder where a sweep's jobs, which may run in other processes or machines, note their failures."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        _launches.append(Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir)
+        folder = Path(config.hydra.sweep.dir)
+        try:
+            _keep_to_ourselves(folder, "submitit" in str(config.hydra.launcher._target_))
+        except UserError as error:  # Hydra would go on after an Exception of a callback
+            say(f"error: {error}", sys.stderr)
+            raise SystemExit(USER_MISTAKE) from None
+        _launches.append(folder / config.hydra.sweep.subdir)
+
+
+def _keep_to_ourselves(folder: Path, submitit: bool) -> None:
+    """Looks for links that others planted where Hydra and Submitit will write. Raises UserError.
+
+    Submitit's jobs unpickle what they find in `.submitit`, so that nobody else may write there.
+    """
+    refuse_links(folder, folder.parent)
+    refuse_links(folder / _HYDRAS_NOTE, folder)
+    if submitit:
+        jobs = folder / ".submitit"
+        refuse_links(jobs, folder)
+        jobs.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if jobs.stat().st_uid != os.getuid():
+            raise UserError(f"{jobs} belongs to another user, whose files our jobs would run; give other paths.outputs")
+        jobs.chmod(0o700)
+        for file in files_below(jobs):
+            refuse_links(file, jobs)
 
 
 def _take_failures() -> list[Failure]:
     failures = []
     for folder in _launches:
         files = sorted(folder.glob("failure-*.json"), key=lambda file: int(file.stem.partition("-")[2]))
-        failures += [Failure(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
+        failures += [Failure(**read_json(file)) for file in files]
         shutil.rmtree(folder, ignore_errors=True)
     _launches.clear()
     return failures

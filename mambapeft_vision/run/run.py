@@ -40,6 +40,8 @@ from mambapeft_vision.utils.console import Console, say
 from mambapeft_vision.utils.environment import device_name, git_state
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.lock import locked
+from mambapeft_vision.utils.names import user_path
+from mambapeft_vision.utils.untrusted import refuse_links
 
 _FILES = (
     *(RESULT_FILE, RUN_CONFIG_FILE, OVERRIDES_FILE, LOG_FILE, METRICS_FILE, PREDICTIONS_FILE, CHECKPOINT_FILE),
@@ -103,6 +105,7 @@ def run_training(plan: RunPlan, context: RunContext, outdated: str = "") -> RunR
     Raises: UserError.
     """
     with ExitStack() as stack:
+        refuse_links(plan.folder, user_path(plan.paths.outputs))
         stack.enter_context(failures_noted(plan.folder, context.overrides))
         stack.enter_context(_readable_errors_of(plan))
         stack.enter_context(_deletion_noticed(plan.folder))

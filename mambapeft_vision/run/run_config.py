@@ -17,7 +17,7 @@ from mambapeft_vision.run.config import GIVEN, METHOD_SIZES, PathsConfig, TrainC
 from mambapeft_vision.run.exit import nearest
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.identity import fingerprint, identity
-from mambapeft_vision.utils.names import check_method_name, check_name, user_path
+from mambapeft_vision.utils.names import check_method_names, check_name, user_path
 from mambapeft_vision.utils.text import shown
 
 # Of a folder with methods' names; file systems allow 255 bytes.
@@ -155,8 +155,7 @@ def _checked(cfg: DictConfig) -> dict[str, Any]:
     _check_values(config, "")
     TrainerConfig(**config["trainer"]).check()
     check_name(config["dataset"].get("name"), "dataset.name", parts=MOST_PARTS)
-    for name in config["method"]:
-        check_method_name(name)
+    check_method_names(config["method"])
     return config
 
 

@@ -35,12 +35,13 @@ from mambapeft_vision.run.inputs import Inputs
 from mambapeft_vision.run.run import train
 from mambapeft_vision.search.plots import history, importances
 from mambapeft_vision.search.space import Point, Space
-from mambapeft_vision.sweep.display import say
 from mambapeft_vision.sweep.jobs import Job, plan_jobs
 from mambapeft_vision.sweep.worker_cache import Kept
 from mambapeft_vision.utils.atomic import write_text
+from mambapeft_vision.utils.console import say
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import command, plain
+from mambapeft_vision.utils.untrusted import read_bytes, refuse_links
 
 PROTOCOLS = {
     "validation": ("dataset.train_split=train800", "dataset.test_split=val200"),
@@ -52,6 +53,7 @@ WARNINGS = {
 }
 HOPELESS = 5  # failed trials, and none that succeeded, after which a search gives up
 JOURNAL = "study.journal"
+_MOST_BYTES = 200_000_000  # of a journal; a trial takes some 5 kB
 
 
 @dataclass(frozen=True)
@@ -102,14 +104,29 @@ def open_study(settings: Search) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     settings.folder.mkdir(parents=True, exist_ok=True)
     if settings.storage is None:
-        _drop_incomplete_line(settings.folder / JOURNAL)
-        storage: JournalStorage | RDBStorage = JournalStorage(JournalFileBackend(str(settings.folder / JOURNAL)))
-    else:
-        storage = _database(settings.storage)
-    sampler = optuna.samplers.TPESampler(multivariate=True)
-    study = optuna.create_study(
-        storage=storage, sampler=sampler, study_name=settings.name, direction="maximize", load_if_exists=True
-    )
+        journal = settings.folder.absolute() / JOURNAL  # Optuna's lock is a link to it
+        refuse_links(journal, journal.parent)
+        _refuse_endless_lock(journal.with_name(f"{JOURNAL}.lock"))
+        _drop_incomplete_line(journal)
+    try:
+        study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(journal)))
+            if settings.storage is None
+            else _database(settings.storage),
+            sampler=optuna.samplers.TPESampler(multivariate=True),
+            study_name=settings.name,
+            direction="maximize",
+            load_if_exists=True,
+        )
+        study.get_trials(deepcopy=False)
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # whatever Optuna's readers raise on a damaged journal or database
+        reason = f"{type(error).__name__}: {_reason(error, settings.storage or JOURNAL)}"
+        raise UserError(
+            f"the study {settings.name} cannot be read ({reason}); expected one that a search has made. Move it away, "
+            "and the search begins anew"
+        ) from None
     known = study.user_attrs.get("identity")
     if known is None:
         study.set_user_attr("identity", settings.identity)
@@ -122,14 +139,22 @@ def open_study(settings: Search) -> optuna.Study:
     return study
 
 
+def _refuse_endless_lock(lock: Path) -> None:
+    """Raises UserError for a lock that leads nowhere: Optuna waits for it for ever, and not for any other."""
+    if lock.is_symlink() and not lock.exists():
+        raise UserError(f"{lock} is a link to nothing; expected a lock of Optuna's. Delete it if no search is at work")
+
+
 def _drop_incomplete_line(journal: Path) -> None:
     """Cuts off the line that a killed process was writing, which Optuna reads no further than."""
-    if not journal.is_file():
+    if not os.path.lexists(journal):
         return
+    if journal.stat().st_nlink > 1:
+        raise UserError(f"{journal} is a file under other names too, which would change; copy it, and delete this one")
     lock = JournalFileSymlinkLock(str(journal))  # of another process that is writing one now
     lock.acquire()
     try:
-        content = journal.read_bytes()
+        content = read_bytes(journal, max_bytes=_MOST_BYTES)
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             os.truncate(journal, whole)

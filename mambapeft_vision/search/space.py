@@ -181,6 +181,8 @@ def _part(
     fixed = _section(path, change, "fixed")
     if base is None and (name not in presets or name not in presets[name].methods):
         raise UserError(f"{path}: part {name} is no preset of one method; {nearest(name, presets)}")
+    if base is not None and name not in base.methods:
+        raise UserError(f"{path}: part {name} is no method of {base.name}; {nearest(name, base.methods)}")
     spec = {**(base or presets[name]).methods[name], **fixed}
     known = _settings_of(spec["_target_"])
     tune = {**{k: r for k, r in shared.items() if k in known}, **_ranges(path, _section(path, change, "tune"))}

@@ -11,7 +11,9 @@ from mambapeft_vision.sweep.jobs import Job, State
 from mambapeft_vision.sweep.pool import Pool
 from mambapeft_vision.sweep.sweep import LOGS, ended_by_sigterm, gpus_of
 from mambapeft_vision.sweep.worker import Outcome
+from mambapeft_vision.utils.console import say
 from mambapeft_vision.utils.progress import format_duration
+from mambapeft_vision.utils.untrusted import refuse_links
 
 LINE_EVERY_S = 15.0
 RECENT = 100  # runs, by whose longest the last ones are judged
@@ -46,7 +48,7 @@ class Follower:
         self._took.append(time.monotonic() - self._begun.pop(str(job.folder)))
         if outcome.record is None:
             self.failures.append((job, outcome.error))
-            print(f"FAILED  {job.label}: {outcome.error}", flush=True)
+            say(f"FAILED  {job.label}: {outcome.error}")
         else:
             self.records.append(outcome.record)
 
@@ -55,7 +57,7 @@ class Follower:
         now = time.monotonic()
         if now >= self._next_line:
             self._next_line = now + LINE_EVERY_S
-            print(self.state(), flush=True)
+            say(self.state())
         if now >= self._deadline:
             raise TimeUp
 
@@ -87,6 +89,7 @@ def run_in_time(jobs: Sequence[Job], workers: int, *, deadline: float = float("i
     if not todo:
         return follower
     outputs = Path(todo[0].plan.config["paths"]["outputs"]).expanduser()
+    refuse_links(outputs / LOGS, outputs)
     with ended_by_sigterm(), suppress(TimeUp):
         Pool(workers, gpus_of(todo), outputs / LOGS, tasks).run(todo, follower, follower.enough)
     return follower

@@ -14,6 +14,7 @@ from mambapeft_vision.results.metrics import read_metrics
 from mambapeft_vision.sweep.estimates import Speeds
 from mambapeft_vision.sweep.jobs import Job
 from mambapeft_vision.sweep.worker import Outcome
+from mambapeft_vision.utils.console import say
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.progress import CANNOT_WRITE, format_duration
 
@@ -137,12 +138,6 @@ class Display:
 
 def _age(since: float) -> float:
     return time.monotonic() - since
-
-
-def say(text: str) -> None:
-    """Prints a line; an output that cannot be written (a full disk, a closed pipe) ends no sweep."""
-    with suppress(*CANNOT_WRITE):
-        print(text, flush=True)
 
 
 def _progress(job: Job) -> tuple[int, float]:

@@ -13,9 +13,12 @@ from mambapeft_vision.results.record import RunRecord, is_derived
 from mambapeft_vision.run.exit import nearest
 from mambapeft_vision.run.run_config import RunPlan
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.text import plain, shown
+from mambapeft_vision.utils.untrusted import read_text
 
 COLUMNS = ["backbone", "preset", "train_images_per_second", "test_images_per_second"]
 ANY_OTHER = "*"
+_MOST_BYTES = 1_000_000
 RECENT = 25  # results that an estimate is made from, the latest of those most alike
 NUM_TRAIN = {"train800val200": 1000, "train800": 800}  # images of a split, as VTAB-1K has them
 NUM_TEST = {"val200": 200}
@@ -105,25 +108,28 @@ def read_rates(path: str | Path, presets: Mapping[str, Preset]) -> list[Rate]:
     Raises: UserError naming the file and the line that is wrong.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = read_text(path, max_bytes=_MOST_BYTES).splitlines()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); expected a file such as docs/rates.csv") from error
     reader = csv.DictReader(line for line in lines if not line.startswith("#"))
-    if reader.fieldnames != COLUMNS:
-        raise UserError(f"{path} has the columns {reader.fieldnames}; expected {','.join(COLUMNS)}")
-    return [_rate(path, row, presets) for row in reader]
+    try:
+        if reader.fieldnames != COLUMNS:
+            raise UserError(f"{path} has the columns {shown(reader.fieldnames)}; expected {','.join(COLUMNS)}")
+        return [_rate(path, row, presets) for row in reader]
+    except csv.Error as error:
+        raise UserError(f"{path} is no table ({plain(error)}); expected a file such as docs/rates.csv") from None
 
 
 def _rate(path: str | Path, row: Mapping[str, str], presets: Mapping[str, Preset]) -> Rate:
     backbone, preset, *numbers = (row[column] for column in COLUMNS)
     if preset != ANY_OTHER and preset not in presets:
-        raise UserError(f"{path}: {preset} is no preset; {nearest(preset, presets)}")
+        raise UserError(f"{path}: {shown(preset)} is no preset; {nearest(str(preset), presets)}")
     try:
         train, test = map(float, numbers)
     except (TypeError, ValueError):
         train = test = 0.0
-    if not (train > 0 and test > 0):
-        raise UserError(f"{path}: {backbone}, {preset}: {numbers}; expected two numbers above 0")
+    if not (0 < train < math.inf and 0 < test < math.inf):
+        raise UserError(f"{path}: {shown([backbone, preset, *numbers])}; expected two numbers above 0")
     methods = () if preset == ANY_OTHER else tuple(sorted(presets[preset].methods))
     return Rate(backbone, methods, train, test)
 

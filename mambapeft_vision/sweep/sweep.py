@@ -16,15 +16,17 @@ from mambapeft_vision.results.record import RunRecord, is_finished, read_record
 from mambapeft_vision.results.tables import find_records
 from mambapeft_vision.run.arguments import ArgumentParser, positive
 from mambapeft_vision.run.exit import CRASH
-from mambapeft_vision.sweep.display import Display, say
+from mambapeft_vision.sweep.display import Display
 from mambapeft_vision.sweep.estimates import Rate, Speeds, read_rates
 from mambapeft_vision.sweep.jobs import Job, State, plan_jobs
 from mambapeft_vision.sweep.pool import Pool, visible_gpus
+from mambapeft_vision.utils.console import say
 from mambapeft_vision.utils.errors import UserError, disk_errors_of
 from mambapeft_vision.utils.paths import configs_folder
 from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.utils.progress import format_duration
 from mambapeft_vision.utils.text import plain
+from mambapeft_vision.utils.untrusted import refuse_links
 
 LOGS = SWEEP_LOGS
 
@@ -118,6 +120,7 @@ def sweep(jobs: Sequence[Job], command: Command) -> int:
     say(f"{len(jobs)} runs, {len(finished)} of them finished before; {workers} at a time")
     if not todo:
         return 0
+    refuse_links(outputs / LOGS, outputs)
     with disk_errors_of(str(outputs), "paths.outputs=DIR", "Nothing was begun"):
         (outputs / LOGS).mkdir(parents=True, exist_ok=True)
     display = _run(todo, len(finished), speeds, workers, Pool(workers, gpus, outputs / LOGS))

@@ -20,10 +20,13 @@ from mambapeft_vision.run.exit import is_mistake, summary
 from mambapeft_vision.run.failure_record import note_failure
 from mambapeft_vision.run.run import train
 from mambapeft_vision.sweep.worker_cache import Kept
-from mambapeft_vision.utils.errors import NotFiniteError
+from mambapeft_vision.utils.atomic import open_log
+from mambapeft_vision.utils.errors import NotFiniteError, UserError
 from mambapeft_vision.utils.lock import InUseError
+from mambapeft_vision.utils.names import user_path
 from mambapeft_vision.utils.processes import end_with_parent
 from mambapeft_vision.utils.progress import CANNOT_WRITE
+from mambapeft_vision.utils.untrusted import refuse_links
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,9 @@ def run(assignment: Assignment, kept: Kept) -> Outcome:
         return Outcome(None, summary(error), elsewhere=True)
     except Exception as error:
         traceback.print_exc()
-        note_failure(assignment.folder, error, assignment.overrides)
+        with suppress(UserError):  # through a link nothing is written
+            refuse_links(assignment.folder, user_path(assignment.cfg.paths.outputs))
+            note_failure(assignment.folder, error, assignment.overrides)
         ends_sweep = _is_full(error) or (isinstance(error, NotFiniteError) and error.ends_sweep)
         return Outcome(None, summary(error), last=not is_mistake(error), ends_sweep=ends_sweep)
     return Outcome(record)
@@ -132,8 +137,8 @@ def _print_to(log: Path) -> None:
     """Sends what this process prints, and what libraries below Python print, to a file."""
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    except OSError:
+        descriptor = open_log(log)
+    except (OSError, UserError):
         descriptor = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         with suppress(*CANNOT_WRITE):

@@ -1,5 +1,6 @@
 """Files that are either whole or absent, whenever the process dies."""
 
+import errno
 import glob
 import json
 import os
@@ -13,9 +14,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.text import plain
+
 # A name that nobody can foresee: a link planted under a foreseeable one would have another file overwritten.
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 _CREATE = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC
+_APPEND = os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_WRONLY | os.O_CLOEXEC
 _DAY_S = 86_400.0
 
 
@@ -77,6 +82,30 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def open_log(file: Path) -> int:
+    """Opens a file that lines are appended to → its descriptor; makes it where it is not there.
+
+    Raises:
+        UserError: for a link (also a hard one), a pipe or a device, which somebody has put there: the lines would go
+            into another file, or wait for a reader.
+        OSError: for what the disk has against it.
+    """
+    planted = UserError(f"{plain(file)} is a link or no plain file; expected a log of ours. Delete it, and mistrust it")
+    if file.is_symlink():
+        raise planted
+    try:
+        descriptor = os.open(file, _APPEND, 0o644)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link since then, or a pipe without a reader
+            raise planted from None
+        raise
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        raise planted
+    return descriptor
 
 
 def temporary_path(path: Path) -> Path:

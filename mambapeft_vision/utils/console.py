@@ -7,18 +7,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+from mambapeft_vision.utils.atomic import open_log
 from mambapeft_vision.utils.progress import CANNOT_WRITE, LiveDisplay
-from mambapeft_vision.utils.text import plain
+from mambapeft_vision.utils.text import lines, plain
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Prints a line. A stream that cannot be written (a full disk, a closed pipe) takes none, and ends nothing.
+    """Prints a line, without control characters that the names in it may have.
+
+    A stream that cannot be written (a full disk, a closed pipe) takes none, and ends nothing.
 
     Args:
         stream: default: standard output.
     """
     with suppress(*CANNOT_WRITE):
-        print(text, file=sys.stdout if stream is None else stream, flush=True)
+        print(lines(text), file=sys.stdout if stream is None else stream, flush=True)
 
 
 @contextmanager
@@ -36,13 +39,14 @@ class Console:
     Neither a stream nor a log that cannot be written ends a run: a full disk ends it where it cannot keep its state.
 
     Args:
-        log: the log file; None: no file.
+        log: the log file; None: no file. A link or a pipe there is refused with a UserError.
         stream: default: standard output.
     """
 
     def __init__(self, log: Path | None = None, stream: TextIO | None = None) -> None:
         self._stream = sys.stdout if stream is None else stream
-        self._log = None if log is None else open(log, "a", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
+        # Closed in __exit__.
+        self._log = None if log is None else open(open_log(log), "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
         self._display = LiveDisplay(self._stream, every_s=None)
 
     def __enter__(self) -> "Console":
@@ -84,4 +88,4 @@ class Console:
     def _write_log(self, text: str) -> None:
         if self._log is not None:
             with suppress(OSError):
-                print(text, file=self._log, flush=True)
+                print(lines(text), file=self._log, flush=True)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 PACKAGE = "mambapeft_vision/__init__.py"  # tracked in a checkout of this project
 _ID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-_MOST_BYTES = 2**28  # of one of git's files
+_MOST_BYTES = 2**26  # of one of git's files
+_MOST_FILES = 50_000  # tracked
 _COMMIT = 1  # type of an object in a pack
 _GITLINK = 0o16  # kind of an entry that stands for a submodule
 _SYMLINK = 0o12
@@ -39,7 +40,7 @@ def checkout_state(root: Path, tracked: str = PACKAGE) -> tuple[str | None, bool
             return None, None
         commit = _head(git)
         return commit, None if commit is None else _differs(root, git, index, commit)
-    except (OSError, ValueError, IndexError, struct.error, zlib.error):
+    except (OSError, ValueError, LookupError, StopIteration, struct.error, zlib.error):
         return None, None
 
 
@@ -108,6 +109,8 @@ def _read_index(file: Path) -> _Index:
     signature, version, count = struct.unpack_from(">4sII", content)
     if signature != b"DIRC" or version not in (2, 3):
         raise ValueError(f"index of version {version}")
+    if count > _MOST_FILES:
+        raise ValueError(f"{count:,} tracked files")
     entries, place = [], 12
     for _ in range(count):
         _, _, seconds, nanoseconds, _, _, mode, _, _, size = struct.unpack_from(">10I", content, place)
@@ -181,7 +184,7 @@ def _has_changed(root: Path, entry: _Entry, written: int) -> bool:
 def _tree_of(common: Path, commit: str) -> str | None:
     """The tree of a commit; None where it is not found, or is stored as a difference."""
     loose = common / "objects" / commit[:2] / commit[2:]
-    content = zlib.decompress(_bytes(loose)).partition(b"\0")[2] if loose.is_file() else _packed(common, commit)
+    content = _start_of(_bytes(loose)).partition(b"\0")[2] if loose.is_file() else _packed(common, commit)
     match = re.match(rb"tree ([0-9a-f]{40})\n", content or b"")
     return match[1].decode() if match else None
 
@@ -197,8 +200,13 @@ def _packed(common: Path, commit: str) -> bytes | None:
         if head[0] >> 4 & 7 != _COMMIT:
             return None
         begin = next(place for place, byte in enumerate(head) if byte < 0x80) + 1  # the size ends there
-        return zlib.decompressobj().decompress(head[begin:], 200)
+        return _start_of(head[begin:])
     return None
+
+
+def _start_of(compressed: bytes) -> bytes:
+    """Of an object only its beginning: it can unpack to any size."""
+    return zlib.decompressobj().decompress(compressed, 200)
 
 
 def _offset(index: Path, identity: bytes) -> int | None:

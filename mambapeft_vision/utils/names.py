@@ -2,13 +2,15 @@
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from mambapeft_vision.utils.errors import UserError
-from mambapeft_vision.utils.text import shown
+from mambapeft_vision.utils.text import plain, shown
 
 _METHOD = re.compile(r"[A-Za-z]\w*")
 _PART = re.compile(r"\w[\w.-]*")
+MOST_METHODS = 50  # of one model; each costs time on every parameter
 LONGEST = 100  # bytes of one part: file systems take 255, and endings are added
 
 
@@ -33,6 +35,14 @@ def check_name(name: object, key: str, *, parts: int = 1) -> str:
     return text
 
 
+def check_method_names(names: Collection[object]) -> None:
+    """The names of the methods in a config, each as in `check_method_name`. Raises UserError, also for too many."""
+    if len(names) > MOST_METHODS:
+        raise UserError(f"{len(names):,} methods; expected at most {MOST_METHODS}. Remove some")
+    for name in names:
+        check_method_name(name)
+
+
 def check_method_name(name: object) -> str:
     """The name of a method in a config, which is part of names of tensors and folders.
 
@@ -48,5 +58,12 @@ def check_method_name(name: object) -> str:
 
 
 def user_path(text: str | os.PathLike[str]) -> Path:
-    """A path as a user gives it: `~` and `~name` are home folders, everything else stands for itself."""
-    return Path(text).expanduser()
+    """A path as a user gives it: `~` and `~name` are home folders, everything else stands for itself.
+
+    Raises:
+        UserError: where nobody has that name.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{shown(os.fspath(text))}: {plain(error)} Correct the path") from None

@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import os
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,11 +18,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.pickle_checks import check_pickle
 from mambapeft_vision.utils.text import plain
-from mambapeft_vision.utils.untrusted import open_plain
+from mambapeft_vision.utils.untrusted import open_plain, open_zip
 
 MAX_BYTES = 16_000_000_000  # of a file of weights
-_MAX_HEADER = 100_000_000  # of safetensors, as that library has it
+MAX_HEADER = 5_000_000  # of safetensors: some 40,000 tensors
+_MAX_PICKLE = 50_000_000
+_MAX_MEMBERS = 100_000  # of PyTorch's zip files, a tensor each
+_BLOCK = 1 << 20
 _ZIP = b"PK\3\4"
 _TRAILER = b"\nsha256:"  # after the file that `torch.save` writes, which PyTorch's reader takes no notice of
 _TRAILER_BYTES = len(_TRAILER) + 64
@@ -44,7 +47,7 @@ def read_tensors(file: Path | str, *, max_bytes: int = MAX_BYTES) -> Any:
         if is_safetensors(opened):
             try:
                 return load_file(file)
-            except SafetensorError as error:
+            except (SafetensorError, MemoryError) as error:  # the file is mapped, and no room for that is no memory
                 raise UserError(
                     f"{plain(file)} cannot be read as safetensors ({plain(error)}); download it again"
                 ) from None
@@ -55,7 +58,7 @@ def is_safetensors(opened: BinaryIO) -> bool:
     """Whether the content begins as safetensors does: the length of a header, and the header's brace."""
     start = opened.read(9)
     opened.seek(0)
-    return len(start) == 9 and int.from_bytes(start[:8], "little") <= _MAX_HEADER and start[8:] == b"{"
+    return len(start) == 9 and int.from_bytes(start[:8], "little") <= MAX_HEADER and start[8:] == b"{"
 
 
 def metadata_of(file: Path | str) -> dict[str, Any]:
@@ -69,12 +72,14 @@ def metadata_of(file: Path | str) -> dict[str, Any]:
 
 def _load(opened: BinaryIO, where: str, remedy: str, map_location: Any = "cpu") -> Any:
     """Reads a file of PyTorch's. `argparse.Namespace` is allowed: a leftover of training in official files."""
-    _check_zip(opened, where, remedy)
     try:
+        _check_pickles(opened, where)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(opened, map_location=map_location, weights_only=True)
     except MemoryError:
         raise
+    except UserError as error:
+        raise UserError(f"{plain(where)} cannot be read as a checkpoint: {error}. {remedy}") from None
     except Exception as error:  # the restricted unpickler raises anything on bytes that are no pickle
         # Its text is advice to run what the file holds.
         raise UserError(
@@ -91,19 +96,26 @@ def _load(opened: BinaryIO, where: str, remedy: str, map_location: Any = "cpu") 
     return content
 
 
-def _check_zip(opened: BinaryIO, where: str, remedy: str) -> None:
-    """PyTorch's zip files are stored without compression, so that what they unpack to is what they take."""
-    is_zip, size = opened.read(4) == _ZIP, opened.seek(0, os.SEEK_END)
+def _check_pickles(opened: BinaryIO, where: str) -> None:
+    """Looks through what PyTorch will unpickle. Raises whatever is wrong, UserError or not."""
+    is_zip = opened.read(4) == _ZIP
+    size = opened.seek(0, os.SEEK_END)
     opened.seek(0)
-    if not is_zip:
+    if not is_zip:  # as before PyTorch 1.6: four pickles (number, version, machine, content), and the tensors
+        for _ in range(5):
+            check_pickle(opened)
+        opened.seek(0)
         return
-    try:
-        with zipfile.ZipFile(opened) as archive:
-            infos = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
-        raise UserError(f"{plain(where)} cannot be read as a checkpoint: {plain(error)}. {remedy}") from None
-    if any(info.compress_type != zipfile.ZIP_STORED for info in infos) or sum(i.file_size for i in infos) > size:
-        raise UserError(f"{plain(where)} is compressed; expected a file as torch.save writes it. {remedy}")
+    with open_zip(opened, where, max_members=_MAX_MEMBERS) as archive:
+        infos = archive.infolist()
+        # Stored without compression, so that what they unpack to is what they take.
+        if any(info.compress_type for info in infos) or sum(info.file_size for info in infos) > size:
+            raise UserError("it is compressed; expected a file as torch.save writes it")
+        for info in infos:
+            if info.filename.endswith(".pkl"):
+                if info.file_size > _MAX_PICKLE:
+                    raise UserError(f"{info.file_size:,} bytes of it are no tensors; expected at most {_MAX_PICKLE:,}")
+                check_pickle(io.BytesIO(archive.read(info)))
     opened.seek(0)
 
 
@@ -137,11 +149,25 @@ def load_checked(file: Path | str, *, max_bytes: int = MAX_BYTES, map_location: 
         OSError: for a file that is missing or not permitted.
     """
     with open_plain(file, max_bytes=max_bytes) as opened:
-        content = opened.read()
-    saved, trailer = content[:-_TRAILER_BYTES], content[-_TRAILER_BYTES:]
-    if trailer != _TRAILER + hashlib.sha256(saved).hexdigest().encode():
-        raise UserError(f"{plain(file)} cannot be read: it is not as it was written (its checksum differs)")
-    return _load(io.BytesIO(saved), str(file), "Delete it", map_location)
+        if not _is_as_written(opened):
+            raise UserError(f"{plain(file)} cannot be read: it is not as it was written (its checksum differs)")
+        return _load(opened, str(file), "Delete it", map_location)
+
+
+def _is_as_written(opened: BinaryIO) -> bool:
+    """Whether the trailer is the checksum of what stands before it; the file is read block by block."""
+    left = opened.seek(0, os.SEEK_END) - _TRAILER_BYTES
+    opened.seek(max(0, left))
+    trailer = opened.read(_TRAILER_BYTES)
+    if not trailer.startswith(_TRAILER):
+        return False
+    opened.seek(0)
+    digest = hashlib.sha256()
+    while left > 0 and (block := opened.read(min(left, _BLOCK))):
+        digest.update(block)
+        left -= len(block)
+    opened.seek(0)
+    return trailer == _TRAILER + digest.hexdigest().encode()
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:

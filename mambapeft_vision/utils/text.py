@@ -43,6 +43,13 @@ def plain(text: object, longest: int = LONGEST) -> str:
     return "".join(_escaped(c) if unicodedata.category(c) in _HIDDEN else c for c in cut)
 
 
+def lines(text: str) -> str:
+    """Any text for a terminal or a log: as `plain`, but line ends and tabs stay, and nothing is cut."""
+    if all(line.isprintable() for line in text.split("\n")):
+        return text
+    return "".join(_escaped(c) if c not in "\n\t" and unicodedata.category(c) in _HIDDEN else c for c in text)
+
+
 def shown(value: Any, longest: int = LONGEST) -> str:
     """`repr` of a value for a message: at most `longest` characters, of long lists and texts only the beginning."""
     if isinstance(value, str):

@@ -11,10 +11,12 @@ import math
 import os
 import re
 import stat
+import struct
 import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -248,7 +250,7 @@ def read_arrays(
     try:
         with open_plain(file, max_bytes=max_bytes, follow_links=follow_links) as opened:
             size = os.fstat(opened.fileno()).st_size
-            with zipfile.ZipFile(opened) as archive:
+            with open_zip(opened, str(file), max_members=_MAX_MEMBERS) as archive:
                 infos = archive.infolist()
                 _check_members(file, infos, min(max_bytes, max(_SMALL_BYTES, _BEST_COMPRESSION * size)))
                 return {info.filename.removesuffix(".npy"): _read_array(archive, info, kinds) for info in infos}
@@ -298,8 +300,8 @@ _UNREADABLE = (
 
 
 def _check_members(file: Path | str, infos: list[zipfile.ZipInfo], max_bytes: int) -> None:
-    if len(infos) > _MAX_MEMBERS or len({info.filename for info in infos}) != len(infos):
-        raise UserError(f"{plain(file)} has {len(infos):,} arrays, or one twice; expected at most {_MAX_MEMBERS}")
+    if len({info.filename for info in infos}) != len(infos):
+        raise UserError(f"{plain(file)} has an array twice; expected each once. {_AGAIN}")
     unpacked = sum(info.file_size for info in infos)
     if unpacked > max_bytes:
         raise UserError(f"{plain(file)} unpacks to {unpacked:,} bytes; expected at most {max_bytes:,}. Split it")
@@ -342,6 +344,113 @@ def _read_header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype, int]:
 
 def _too_large(file: Path | str, size: int, max_bytes: int) -> UserError:
     return UserError(f"{plain(file)} has {size:,} bytes; expected at most {max_bytes:,}. {_AGAIN}")
+
+
+# Folders
+
+
+def files_below(folder: Path, *, hidden: bool = True) -> list[Path]:
+    """What is no folder below `folder`, sorted; folders that are links are not entered, those that vanish are left out.
+
+    Args:
+        hidden: whether files and folders count whose names begin with a dot.
+
+    Raises:
+        UserError: for folders inside of folders that no one makes by hand: they cost time at each level.
+    """
+    found = []
+    todo = [(folder, 0)]
+    while todo:
+        place, depth = todo.pop()
+        if depth > MAX_DEPTH:
+            raise UserError(f"{plain(folder)} has folders in more than {MAX_DEPTH} levels; expected fewer. Clear it up")
+        with suppress(OSError), os.scandir(place) as entries:
+            for entry in entries:
+                if not hidden and entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    todo.append((place / entry.name, depth + 1))
+                else:
+                    found.append(place / entry.name)
+    return sorted(found)
+
+
+def refuse_links(path: Path, base: Path) -> None:
+    """Raises UserError where a folder below `base`, on the way to `path`, is a link: files would be written elsewhere.
+
+    Links above `base` are the user's own.
+    """
+    for place in (path, *path.parents):
+        if place == base:
+            return
+        if place.is_symlink():
+            raise UserError(
+                f"{plain(place, 1_000)} is a link to {plain(os.readlink(place))}; expected none, as files are written "
+                "there. If it is yours, put there what it leads to, or choose another folder (paths.outputs=DIR)"
+            )
+
+
+# Zip files
+
+
+@contextmanager
+def open_zip(opened: BinaryIO, where: str, *, max_members: int) -> Iterator[zipfile.ZipFile]:
+    """A zip file whose directory is no larger than it may be; members are stored or deflated.
+
+    Args:
+        opened: of `open_plain`.
+        where: names the file in messages.
+
+    Raises:
+        UserError: for a directory that is damaged or too large, and for other compressions, whose readers take memory
+            by what a member declares.
+    """
+    try:
+        members = _count_members(opened)
+        if members > max_members:
+            raise UserError(f"{plain(where)} has {members:,} members; expected at most {max_members:,}. {_AGAIN}")
+        archive = zipfile.ZipFile(opened)
+    except UserError:
+        raise
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, struct.error) as error:
+        raise UserError(f"{plain(where)} is damaged or not a zip file ({plain(error)}). {_AGAIN}") from None
+    with archive:
+        for info in archive.infolist():
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise UserError(
+                    f"{plain(where)}: {shown(info.filename)} is compressed in a way that is not read here; expected "
+                    "stored or deflated members. Pack it again"
+                )
+        yield archive
+
+
+def _count_members(opened: BinaryIO) -> int:
+    """Members of a zip file, counted where its directory is, before anything is made of them.
+
+    The records at the end tell where that is (APPNOTE.TXT, 4.3.14 to 4.3.16); the number of members that they state is
+    not asked, as readers do not ask it either.
+    """
+    size = opened.seek(0, os.SEEK_END)
+    start = max(0, size - (1 << 16) - 22 - 20 - 56)  # the longest comment, and the records before it
+    opened.seek(start)
+    tail = opened.read()
+    end = tail.rfind(b"PK\5\6")
+    if end < 0 or end + 22 > len(tail):
+        raise zipfile.BadZipFile("its directory is missing")
+    (length,) = struct.unpack_from("<L", tail, end + 12)
+    directory_end = start + end
+    if tail[max(0, end - 20) :].startswith(b"PK\6\7") and tail[max(0, end - 76) :].startswith(b"PK\6\6"):
+        (length,) = struct.unpack_from("<Q", tail, end - 76 + 40)
+        directory_end -= 76
+    if length > directory_end:
+        raise zipfile.BadZipFile("its directory is longer than the file")
+    opened.seek(directory_end - length)
+    members, previous, left = 0, b"", length
+    while left > 0 and (block := opened.read(min(left, _READ_BYTES))):
+        members += (previous + block).count(b"PK\1\2")
+        previous, left = block[-3:], left - len(block)
+    opened.seek(0)
+    return members
 
 
 def count_scans(content: bytes) -> int:

@@ -2,13 +2,20 @@
 
 A row is a function that gets a `World`, prepares the attack in it, and returns what the user would do with it:
 
+    TABLE, attack = hostile.table()
+
     @attack("a result that is a pipe", words=["pipe"])
     def _(world):
         os.mkfifo(world.folder / "result.json")
         return lambda: read_json(world.folder / "result.json")
 
+    @pytest.mark.parametrize("name", TABLE)
+    def test_attack(name, tmp_path):
+        hostile.check(TABLE[name], name, tmp_path)
+
 The action has to end with a `UserError` that has all of `words`; without `words` it has to succeed (and may check by
 itself that nothing bad happened). In both cases the victim file stays as it is, and the limits hold.
+With `pytest -s` each row prints what it took.
 """
 
 import contextlib
@@ -23,6 +30,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.text import lines
 
 MIB = 1 << 20
 LONGEST_MESSAGE = 3_000
@@ -67,20 +75,47 @@ class Outcome:
     mib: float
 
 
-TABLE: dict[str, Attack] = {}
+Prepare = Callable[[World], Action]
 
 
-def attack(
-    name: str, *, words: Sequence[str] = (), seconds: float = 5.0, mib: int = 300, disk_mib: int = 10
-) -> Callable[[Callable[[World], Action]], Callable[[World], Action]]:
-    """Adds a row to the table."""
+def table(mib: int = 300, disk_mib: int = 10) -> tuple[dict[str, Attack], Callable[..., Callable[[Prepare], Prepare]]]:
+    """An empty table, and the decorator that adds a row to it. mib, disk_mib: of rows that say nothing else."""
+    rows: dict[str, Attack] = {}
 
-    def add(prepare: Callable[[World], Action]) -> Callable[[World], Action]:
-        assert name not in TABLE, name
-        TABLE[name] = Attack(prepare, words, seconds, mib, disk_mib)
-        return prepare
+    def attack(
+        name: str,
+        words: Sequence[str] = (),
+        *,
+        seconds: float = 5.0,
+        mib: int = mib,
+        disk_mib: int = disk_mib,
+    ) -> Callable[[Prepare], Prepare]:
+        def add(prepare: Prepare) -> Prepare:
+            assert name not in rows, name
+            rows[name] = Attack(prepare, words, seconds, mib, disk_mib)
+            return prepare
 
-    return add
+        return add
+
+    return rows, attack
+
+
+def check(row: Attack, name: str, folder: Path) -> None:
+    """Carries a row out in `folder`, an empty one, and asserts that the attack fails."""
+    outcome = outcome_of(row, folder)
+    assert outcome is not None, "a limit of time or disk ended the process"
+    print(f"{outcome.cpu_seconds:6.2f} s {outcome.mib:6.0f} MiB  {name}")
+    assert outcome.failure is None, outcome.failure
+    if row.words:
+        assert outcome.refused is not None, "it was accepted"
+        assert all(word in outcome.refused for word in row.words), outcome.refused
+        assert len(outcome.refused) < LONGEST_MESSAGE
+        assert lines(outcome.refused) == outcome.refused, ascii(outcome.refused)
+    else:
+        assert outcome.refused is None, outcome.refused
+    assert outcome.cpu_seconds < row.seconds and outcome.mib < row.mib, outcome
+    assert disk_use(folder) < row.disk_mib
+    assert (folder / "victim").read_text() == "precious"
 
 
 def outcome_of(row: Attack, folder: Path) -> Outcome | None:

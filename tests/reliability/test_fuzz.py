@@ -6,7 +6,6 @@ The examples are the same in every run (derandomised) and few; HYPOTHESIS_EXAMPL
 import copy
 import io
 import json
-import os
 import tempfile
 import zipfile
 from contextlib import suppress
@@ -15,7 +14,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from helpers.fuzz import JSON, bounded, change, mutated, places
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -37,32 +37,6 @@ from mambapeft_vision.results.record import read_record
 from mambapeft_vision.utils.errors import UserError
 
 TOY = Task("toy", "natural", num_classes=3, num_test=1)
-
-
-def bounded(examples: int):
-    """Settings: the same `examples` in every run."""
-    given_number = os.environ.get("HYPOTHESIS_EXAMPLES")
-    return settings(
-        max_examples=int(given_number or examples),
-        derandomize=given_number is None,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-
-
-def mutated(content: bytes):
-    """`content` with some bytes changed, cut or put in."""
-    place = st.integers(0, len(content))
-    edit = st.tuples(place, st.integers(0, 8), st.binary(max_size=8))
-
-    def apply(edits: list[tuple[int, int, bytes]]) -> bytes:
-        changed = content
-        for start, removed, added in edits:
-            changed = changed[:start] + added + changed[start + removed :]
-        return changed
-
-    return st.lists(edit, min_size=1, max_size=6).map(apply)
 
 
 # List files
@@ -113,12 +87,6 @@ def test_lists(content):
 
 # Adapters
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=5,
-)
-
 
 def tiny():
     return create_backbone("vim_pico_patch8_32", "random", depth=1, embed_dim=8, d_state=2)
@@ -133,27 +101,6 @@ def adapter(tmp_path_factory) -> tuple[dict, bytes]:
     sdt.finish_warmup()
     model.save(folder, {"task": "x"})
     return json.loads((folder / "adapter_config.json").read_text()), (folder / "adapter.safetensors").read_bytes()
-
-
-def places(value: object, path: tuple = ()) -> list[tuple]:
-    """The path of everything inside of a JSON value."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [place for key, inner in items for place in ((*path, key), *places(inner, (*path, key)))]
-
-
-def change(config: dict, path: tuple, value: object, how: str) -> None:
-    for key in path[:-1]:
-        if not isinstance(config, (dict, list)):
-            return
-        with suppress(LookupError, TypeError):
-            config = config[key]
-    with suppress(LookupError, TypeError, AttributeError):
-        if how == "remove":
-            del config[path[-1]]
-        elif how == "rename":
-            config[str(value)] = config.pop(path[-1])
-        else:
-            config[path[-1]] = value
 
 
 def loads_or_is_refused(config: bytes, tensors: bytes) -> None:

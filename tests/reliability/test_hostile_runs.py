@@ -4,12 +4,9 @@ The rows are as those of test_hostile_files.py (tests/helpers/hostile.py says wh
 finished run, which it changes.
 """
 
-import io
 import json
 import os
-import pickle
 import shutil
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,12 +22,11 @@ from safetensors.torch import save_file
 
 from mambapeft_vision.adapter.files import ADAPTER_FILE, CONFIG_FILE, read_adapter
 from mambapeft_vision.adapter.load import load_adapter
-from mambapeft_vision.backbones.weights import read_state_dict
-from mambapeft_vision.engine.checkpoint import AtomicCheckpointIO
 from mambapeft_vision.integrations.convert import read_reference_config
 from mambapeft_vision.methods.targets import fits
 from mambapeft_vision.run.evaluate import evaluate
 from mambapeft_vision.run.rerun import store_root_config
+from mambapeft_vision.run.run import train
 from mambapeft_vision.utils.atomic import write_json
 
 Prepare = Callable[[World, Path], Action]
@@ -68,15 +64,7 @@ def test_attack(name, tmp_path, finished):
     prepare, row = TABLE[name]
     world = hostile.make_world(tmp_path)
     action = prepare(world, shutil.copytree(finished, world.folder / "run"))
-    outcome = hostile.outcome_of(Attack(lambda _: action, row.words, row.seconds, row.mib, row.disk_mib), tmp_path)
-    assert outcome is not None, "a limit of time or disk ended the process"
-    assert outcome.failure is None, outcome.failure
-    assert outcome.refused is not None, "it was accepted"
-    assert all(word in outcome.refused for word in row.words), outcome.refused
-    assert len(outcome.refused) < hostile.LONGEST_MESSAGE
-    assert outcome.refused.replace("\n", "").isprintable(), ascii(outcome.refused)
-    assert outcome.cpu_seconds < row.seconds and outcome.mib < row.mib, outcome
-    assert (tmp_path / "victim").read_text() == "precious"
+    hostile.check(Attack(lambda _: action, row.words, row.seconds, row.mib, row.disk_mib), name, tmp_path)
 
 
 def evaluation(run: Path) -> Action:
@@ -211,6 +199,17 @@ def _(world: World, run: Path) -> Action:
     return evaluation(run)
 
 
+@attack("a record of a rank of 10^8, to be done again", ["expected at most"])
+def _(world: World, run: Path) -> Action:
+    def rank(record: Any) -> None:
+        record["config"]["method"]["lora_p_x"]["rank"] = 10**8
+
+    changed_json(run / "result.json", rank)
+    record = store_root_config(run, [], runs.CONFIGS)
+    cfg = runs.compose_root("from_result", [f"paths.outputs={world.folder / 'again'}"])
+    return lambda: train(cfg, expected=record)
+
+
 # Adapters
 
 
@@ -240,6 +239,43 @@ adapter_row(
     lambda c: c["backbone"]["architecture"].update(depth=12, embed_dim=2048),
 )
 adapter_row("a reference", ["reference"], targets("${oc.env:HOME}"))
+adapter_row(
+    "thousands of methods",
+    [CONFIG_FILE, "20,000 methods"],
+    lambda c: c["methods"].update({f"m{n}": c["methods"]["lora_p_x"] for n in range(19_999)}),
+    disk_mib=30,
+)
+adapter_row(
+    "thousands of targets",
+    ["100,000 targets"],
+    lambda c: c["methods"]["lora_p_x"].update(targets=["layers.**"] * 100_000),
+)
+adapter_row(
+    "many methods of many targets on a deep backbone",
+    [CONFIG_FILE],
+    lambda c: (
+        c["backbone"]["architecture"].update(depth=256, embed_dim=16),
+        c["methods"].update(
+            {f"m{n}": {**c["methods"]["lora_p_x"], "targets": ["*a" * 90 + "!"] * 50} for n in range(49)}
+        ),
+    ),
+    seconds=40,
+)
+adapter_row(
+    "an order of as many entries as a backbone has",
+    ["does not fit"],
+    lambda c: (
+        c["backbone"]["architecture"].update(depth=1, embed_dim=12_000),
+        c.update(methods={"f": {
+            "_target_": "mambapeft_vision.methods.fourierft.FourierFT", "targets": "in_proj", "n_frequency": 10}}),
+    ),
+)  # fmt: skip
+adapter_row(
+    "a matrix of its own as large as it likes",
+    ["does not fit"],
+    lambda c: c.update(methods={"v": {
+        "_target_": "mambapeft_vision.methods.vera.VeRA", "targets": "in_proj", "rank": 10_000_000}}),
+)  # fmt: skip
 adapter_row("escapes in a method's name", [CONFIG_FILE], lambda c: c["methods"].update({"\x1b[2J": {"_target_": "x"}}))
 
 
@@ -259,63 +295,6 @@ def _(world: World, run: Path) -> Action:
 def _(world: World, run: Path) -> Action:
     os.truncate(run / ADAPTER_FILE, 1 << 40)
     return lambda: read_adapter(run)
-
-
-# Weights and checkpoints
-
-
-def saved(content: Any) -> bytes:
-    file = io.BytesIO()
-    torch.save(content, file)
-    return file.getvalue()
-
-
-def deflated(content: bytes) -> bytes:
-    """The same zip file, compressed."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as given_zip, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as out:
-        for info in given_zip.infolist():
-            out.writestr(info.filename, given_zip.read(info))
-    return file.getvalue()
-
-
-class Mark:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os.mkdir, ("/tmp/must-not-be-made",))
-
-
-WEIGHTS: dict[str, tuple[Callable[[], bytes], str]] = {
-    "compressed": (lambda: deflated(saved({"model": {"a": torch.zeros(10_000_000)}})), "is compressed"),
-    "a tensor without values": (
-        lambda: saved({"model": {"a": torch.zeros(1, dtype=torch.int8).expand(40_000, 40_000)}}),
-        "whose values are not in the file",
-    ),
-    "a tensor": (lambda: saved(torch.zeros(3)), "no state dict"),
-    "a list": (lambda: saved([1]), "no state dict"),
-    "code": (lambda: pickle.dumps({"model": Mark()}), "holds more than tensors"),
-    "damaged text in a pickle": (lambda: b"\x80\x02X\x03\x00\x00\x00\xff\xfe\xfd.", "cannot be read"),
-    "nothing": (lambda: b"", "cannot be read"),
-    "a cut safetensors file": (lambda: (500).to_bytes(8, "little") + b"{" + b" " * 100, "safetensors"),
-}
-for name, (make, word) in WEIGHTS.items():
-
-    @attack(f"weights are {name}", ["w.pth", word])
-    def _(world: World, run: Path, make: Callable[[], bytes] = make) -> Action:
-        (world.folder / "w.pth").write_bytes(make())
-        return lambda: read_state_dict(world.folder / "w.pth")
-
-    @attack(f"a checkpoint is {name}", ["w.ckpt", "delete it"])
-    def _(world: World, run: Path, make: Callable[[], bytes] = make) -> Action:
-        (world.folder / "w.ckpt").write_bytes(make())
-        return lambda: AtomicCheckpointIO().load_checkpoint(world.folder / "w.ckpt")
-
-
-def test_weights_are_known_by_their_content(tmp_path):
-    state = {"a": torch.arange(3.0)}
-    save_file(state, tmp_path / "w.pth")  # as in the cache of a hub, where files have no ending
-    torch.save({"model": state}, tmp_path / "w.safetensors")
-    for name in ("w.pth", "w.safetensors"):
-        assert torch.equal(read_state_dict(tmp_path / name)["a"], state["a"])
 
 
 # Configs of the reference

@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import signal
+import subprocess
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,8 +17,11 @@ import pytest
 from helpers.fake_records import CONFIGS, fake_record
 from PIL import Image
 
+from mambapeft_vision.commands.sync import main as sync
+from mambapeft_vision.data.prepare.importer import read_tree
 from mambapeft_vision.results import plots
 from mambapeft_vision.results.bundle import read_bundle
+from mambapeft_vision.results.layout import file_name
 from mambapeft_vision.results.metrics import read_metrics
 from mambapeft_vision.results.predictions import read_labels
 from mambapeft_vision.results.record import read_record
@@ -32,6 +36,8 @@ from mambapeft_vision.results.tables import (
     to_markdown,
     to_text,
 )
+from mambapeft_vision.sweep.estimates import COLUMNS as RATE_COLUMNS
+from mambapeft_vision.sweep.estimates import read_rates
 from mambapeft_vision.utils.errors import UserError
 
 SECONDS, BYTES = 20, 2**30
@@ -154,7 +160,10 @@ def test_bundles_are_refused_in_one_message(tmp_path, name):
     [
         "", "epoch,loss\n", "loss\n1\n", "epoch,loss\n0\n", "epoch,loss\n0,text\n", "epoch,loss\n0,nan\n",
         "epoch,loss\n0," + "1" * 200_000, "epoch,loss\n0,1,2\n", "epoch,loss\n0,\x001\n", b"\xff\xfe",
+        "epoch,loss\n" + "0,1\n" * 10_000_000, "epoch,loss\r" + "0,1\r" * 10_000_000,
+        "epoch" + ",a" * 1_000_000 + "\n0" + ",1" * 1_000_000,
     ],
+    ids=range(13),
 )  # fmt: skip
 def test_metrics_are_read_or_refused(tmp_path, content):
     (tmp_path / "metrics.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -177,6 +186,7 @@ def header(dtype: str, shape: tuple) -> bytes:
 
 
 LABELS = header("<i8", (2,)) + np.array([0, 1]).tobytes()
+MANY = 12_000_000
 PREDICTIONS = {
     "nothing": b"",
     "no array": b"x" * 100,
@@ -189,6 +199,7 @@ PREDICTIONS = {
     "negative": header("<i8", (2,)) + np.array([-1, 1]).tobytes(),
     "huge classes": header("<i8", (2,)) + np.array([1, 2**40]).tobytes(),
     "another length": header("<i8", (1,)) + b"\0" * 8,
+    "many": header("|u1", (MANY,)) + bytes(MANY),
 }
 
 
@@ -203,6 +214,34 @@ def test_predictions_that_are_right_are_read(tmp_path):
     an_npz(tmp_path, predicted=LABELS, labels=LABELS)
     predicted, labels = read_labels(tmp_path)
     assert predicted.tolist() == labels.tolist() == [0, 1]
+
+
+def test_folders_in_folders_without_end_are_refused(tmp_path):
+    place = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(1_200):  # deeper than a path can name and than Python calls itself
+        os.mkdir("a", dir_fd=place)
+        inner = os.open("a", os.O_RDONLY, dir_fd=place)
+        os.close(place)
+        place = inner
+    os.close(place)
+    for read in (lambda: find_records([tmp_path]), lambda: read_tree(tmp_path), lambda: sync([str(tmp_path)])):
+        assert "refused" in within_bounds(read)
+    subprocess.run(["rm", "-r", str(tmp_path / "a")], check=True)  # which Python's own rmtree cannot
+
+
+RATES = ",".join(RATE_COLUMNS) + "\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff\xfe", b"a,b\n", *(RATES.encode() + row for row in (
+        b"x", b"x" * 200_000, b"vim_s,*,1,inf", b"vim_s,*,nan,1", b"vim_s,\x1b[2J,1,1", b"vim_s,*,1,1,1,1,,,x,0"))],
+    ids=range(9),
+)  # fmt: skip
+def test_rates_are_read_or_refused(tmp_path, content):
+    (tmp_path / "rates.csv").write_bytes(content)
+    said = within_bounds(lambda: read_rates(tmp_path / "rates.csv", {}))
+    assert said.startswith("refused: ") == (b",1,1,1" not in content) and said.isprintable()
 
 
 # What is shown
@@ -240,6 +279,20 @@ def test_csv_has_no_formula(tmp_path):
     records = [fake_record("vtab/cifar", "a", 0, 0.5, backbone={"name": "=1+1", "weights": "@x"})]
     text = to_csv(collect(records, read_standard(CONFIGS)))
     assert "'=1+1" in text and "'@x" in text and not re.search(r"(^|,)[=@]", text, flags=re.MULTILINE)
+
+
+def test_a_page_of_many_rows_takes_no_longer_for_its_pictures():
+    records = [
+        fake_record("vtab/cifar", "a", 0, 0.5, device_name=str(n), backbone={"name": f"b{n}"}) for n in range(1_500)
+    ]
+    collections = collect(records, read_standard(CONFIGS))
+    assert within_bounds(lambda: report(collections, title="t")) == "accepted"
+
+
+@pytest.mark.parametrize("text", ["/tmp/x", "../../x", "..", ".", "", "a/b", "\x1b[2J", "n" * 300, "con\0x"])
+def test_a_sweeps_folder_lies_below_the_outputs(text):
+    name = file_name(text)
+    assert re.fullmatch(r"[\w+-][\w.+-]*", name) and len(name) < 200
 
 
 def test_html_and_pictures_take_any_text(collection, capsys):

@@ -1,11 +1,10 @@
 """Files and folders of a tree of images: what is hidden, what is an image, which folders are splits."""
 
-import os
 from pathlib import Path
 
 from mambapeft_vision.data.preprocessing import MAX_IMAGE_BYTES
 from mambapeft_vision.utils.errors import UserError
-from mambapeft_vision.utils.untrusted import open_plain
+from mambapeft_vision.utils.untrusted import files_below, open_plain
 
 # What a file begins with → its usual ending. Endings are not asked: images are stored as .jfif, .JPG_1 or without any.
 _SIGNATURES = {
@@ -39,11 +38,7 @@ def visible_folders(folder: Path) -> list[Path]:
 
 def visible_files(folder: Path) -> list[Path]:
     """Files at any depth that neither are hidden nor lie in a hidden folder, in the order of their paths."""
-    found = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(place, name) for name in files if not name.startswith(".")]
-    return sorted(found)
+    return files_below(folder, hidden=False)
 
 
 def is_image(file: Path) -> bool:

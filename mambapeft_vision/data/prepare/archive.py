@@ -23,10 +23,11 @@ from mambapeft_vision.utils.atomic import atomic_folder
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.progress import ProgressCallback, ProgressMeter
 from mambapeft_vision.utils.text import shown
-from mambapeft_vision.utils.untrusted import open_plain
+from mambapeft_vision.utils.untrusted import open_plain, open_zip
 
 MAX_BYTES = 20_000_000_000
-MAX_MEMBERS = 2_000_000  # VTAB-1K has some 430,000 images
+MAX_ARCHIVE_BYTES = 1 << 40
+MAX_MEMBERS = 1_000_000  # VTAB-1K has some 430,000 images
 MAX_FOLDERS = 100_000
 MAX_DEPTH = 16  # parts of a path
 _LONGEST_NAME = 255  # bytes of one part of a path, as file systems have it
@@ -61,13 +62,11 @@ def extract_tasks(
         UserError: for a damaged, unsafe or incomplete archive.
     """
     try:
-        with zipfile.ZipFile(archive) as opened:
-            infos = opened.infolist()
-            if len(infos) > MAX_MEMBERS:
-                raise UserError(
-                    f"{archive} has {len(infos):,} members: expected at most {MAX_MEMBERS:,}. Take another archive."
-                )
-            members = _members_by_task(archive, infos, tasks)
+        with (
+            open_plain(archive, max_bytes=MAX_ARCHIVE_BYTES, follow_links=True) as file,
+            open_zip(file, str(archive), max_members=MAX_MEMBERS) as opened,
+        ):
+            members = _members_by_task(archive, opened.infolist(), tasks)
             _check_size(archive, members, max_bytes, root)
             meter = ProgressMeter(sum(_size(files) for files in members.values()), progress)
             for folder, files in members.items():
@@ -78,7 +77,7 @@ def extract_tasks(
                         with opened.open(member.info) as stream, open(target, "xb") as out:
                             shutil.copyfileobj(stream, out, _COPY_BLOCK)
                         meter.advance(member.info.file_size)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError) as error:
         raise _damaged(archive, error) from error
     except OSError as error:
         if error.errno == errno.EINVAL and error.filename is None:  # a member's place before the file's beginning
@@ -185,16 +184,21 @@ def safe_path(info: zipfile.ZipInfo) -> PurePosixPath:
 
 def _members_by_task(archive: Path, infos: Iterable[zipfile.ZipInfo], tasks: Sequence[Task]) -> dict[str, list[Member]]:
     """The files of each task. A task's folder is the one of its name that holds a list file."""
-    paths = {}
+    paths: dict[PurePosixPath, zipfile.ZipInfo] = {}
+    folders: set[PurePosixPath] = set()
     for info in infos:
         path = safe_path(info)  # of every member, wanted or not
         if path in paths and not info.is_dir():
             raise UserError(f"{archive} has the member {shown(info.filename)} twice. Download it again.")
         if not info.is_dir():
             paths[path] = info
-    inside = next((path for path in paths if any(parent in paths for parent in path.parents)), None)
+            folder = path.parent
+            while folder not in folders:  # those around it are known with it
+                folders.add(folder)
+                folder = folder.parent
+    inside = next((path for path in folders if path in paths), None)
     if inside is not None:
-        raise UserError(f"{archive} has the member {shown(str(inside))} inside of a file. Download it again.")
+        raise UserError(f"{archive} has members inside of the file {shown(str(inside))}. Download it again.")
     list_files = {f"{split}.txt" for split in SPLITS}
     homes = {path.parent for path in paths if path.name in list_files}
     members: dict[str, list[Member]] = {}

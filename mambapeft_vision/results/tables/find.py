@@ -1,6 +1,5 @@
 """Finished runs below folders."""
 
-import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -9,6 +8,7 @@ from mambapeft_vision.results.bundle import read_bundle
 from mambapeft_vision.results.layout import BUNDLE_SUFFIX, RESULT_FILE, SET_ASIDE
 from mambapeft_vision.results.record import RunRecord, read_record
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.untrusted import files_below
 
 
 def find_records(
@@ -29,7 +29,7 @@ def find_records(
         if place.is_file():
             (bundles if place.name.endswith(BUNDLE_SUFFIX) else files).append(place)
         else:
-            found = _files_below(place)
+            found = files_below(place)
             files += [file for file in found if file.name == RESULT_FILE]
             bundles += [file for file in found if file.name.endswith(BUNDLE_SUFFIX)]
     records: list[RunRecord] = []
@@ -49,11 +49,6 @@ def _read(read: Callable[[], list[RunRecord]], unreadable: Callable[[UserError],
             raise
         unreadable(error)
         return []
-
-
-def _files_below(place: Path) -> list[Path]:
-    """Sorted. A folder that a sweep sets aside meanwhile is no error, as it is one to Path.rglob."""
-    return sorted(Path(folder, name) for folder, _, names in os.walk(place) for name in names)
 
 
 def _unless_gone(file: Path) -> list[RunRecord]:
