@@ -62,7 +62,7 @@ def include(path: str, heading: str = "") -> str:
 BLOCKS: dict[str, Callable[..., str]] = {
     "group-keys": reference.group_keys,
     "schema-keys": reference.schema_keys,
-    "datasets": reference.dataset_groups,
+    "options": reference.options,
     "method-table": reference.method_table,
     "method-sections": reference.method_sections,
     "method-arguments": reference.method_arguments,

@@ -49,7 +49,7 @@ class Standard:
 
     def _describe(self, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         names = sorted(config["method"])
-        rivals = [preset for preset in self.presets.values() if sorted(preset.methods) == names]
+        rivals = [preset for preset in self.presets.values() if sorted(preset.specs) == names]
         if not rivals:
             parts = [self.presets[name] for name in names if name in self.presets]
             return "+".join(names), self._differences(config, parts)
