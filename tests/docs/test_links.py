@@ -1,7 +1,6 @@
 """Links inside the repository's Markdown lead somewhere, and the site builds without a warning."""
 
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -89,21 +88,16 @@ def test_every_page_is_in_the_navigation() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("mkdocs") is None, reason="needs the extra `docs`")
+@pytest.mark.usefixtures("generators")
 def test_the_site_builds_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Strict: a link or anchor that leads nowhere, or a page outside of the navigation, fails the build."""
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 
     monkeypatch.chdir(ROOT)
-    before = set(sys.modules)
-    try:
-        config = load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(tmp_path / "site"))
-        config.plugins.on_startup(command="build", dirty=False)
-        build(config)
-    finally:
-        for name in set(sys.modules) - before:
-            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(ROOT / "docs")):
-                del sys.modules[name]
+    config = load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(tmp_path / "site"))
+    config.plugins.on_startup(command="build", dirty=False)
+    build(config)
     html = {page: page.read_text(encoding="utf-8") for page in (tmp_path / "site").rglob("*.html")}
     assert len(html) > 30
     fetched = [
