@@ -68,7 +68,7 @@ def test_the_command_line_has_arguments_output_and_folder_of_the_block(place: Pl
 
 def test_tutorials_have_snippets() -> None:
     found = {page.stem for page in WITH_SNIPPETS}
-    assert {"demo", "own-images", "write-a-method"} <= found
+    assert {"demo", "own-images", "write-a-method", "bring-a-backbone"} <= found
 
 
 def test_every_mark_is_understood() -> None:
