@@ -19,18 +19,27 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from mambapeft_vision.benchmarks.measured import STAMP
+
 ROOT = Path(__file__).resolve().parents[2]
-MARK = re.compile(r"<!-- generated: (.*?) -->")
+MARK = re.compile(r"<!-- generated: (.*?) -->", flags=re.DOTALL)
 
 
 def measured_at(*files: str) -> str:
-    """Where figures come from: the files in git, and the commit that last changed each."""
-    parts = []
+    """Where figures come from: the files in git, what they say about their machine, and the commit of each."""
+    lines = []
     for name in files:
         path = name if name.startswith("results/") else f"docs/{name}"
-        stamp = _git("log", "-1", "--format=%h of %cs", "--", path)
-        parts.append(f"`{path}` ({f'commit {stamp}' if stamp else 'not in git'})")
-    return "Figures: " + ", ".join(parts) + "."
+        commit = _git("log", "-1", "--format=%h of %cs", "--", path)
+        lines.append(f"* `{path}`, {f'last changed in commit {commit}' if commit else 'not in git'}{_machine(path)}")
+    return "Figures come from\n\n" + "\n".join(lines)
+
+
+def _machine(path: str) -> str:
+    """What the first line of a CSV file says (see mambapeft_vision/benchmarks/measured.py)."""
+    with open(ROOT / path, encoding="utf-8") as file:
+        first = file.readline().rstrip()
+    return f"; {first.removeprefix('# ')}" if first.startswith(STAMP) else ""
 
 
 def _git(*arguments: str) -> str:
