@@ -79,6 +79,8 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "result-fields": reference.result_fields,
     "commands": reference.commands,
     "csv": figures.csv_table,
+    "nano-backbones": figures.nano_table,
+    "nano-log": figures.nano_log,
     "kernels": figures.kernel_table,
     "kernel-backends": figures.backend_table,
     "kernel-sizes": figures.size_table,

@@ -20,6 +20,7 @@ from mambapeft_vision.results.paper import PAPER, PUBLISHED, PaperRow, paper_row
 from mambapeft_vision.results.record import DERIVED, RunRecord
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.identity import SAME_EXPERIMENT
+from mambapeft_vision.utils.paths import weights_in_package
 from mambapeft_vision.utils.untrusted import read_yaml
 
 GROUPS = {
@@ -209,7 +210,9 @@ class Collection:
     def title(self) -> str:
         family = "VTAB-1K" if self.is_vtab else self.family
         split = f", on {self.shared['test_split']}" if "test_split" in self.shared else ""
-        return f"{family}, {self.backbone} ({self.weights} weights){split}"
+        ours = self.weights == "official" and weights_in_package(self.backbone) is not None
+        weights = "this project's" if ours else self.weights
+        return f"{family}, {self.backbone} ({weights} weights){split}"
 
     @property
     def published_rows(self) -> tuple[PaperRow, ...]:
