@@ -6,7 +6,7 @@ import inspect
 import io
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
 from itertools import dropwhile, groupby
 from pathlib import Path

@@ -40,6 +40,13 @@ def create_backbone(
         weights_sha256: of the file with the weights (as `sha256sum` prints it); another file is refused.
         weights_license: "accepted" lets official weights be fetched for which no licence was found.
         architecture: other sizes than the variant's, e.g. img_size, drop_path_rate.
+    Returns: the model without a head, in training mode: normalised images [B, 3, H, W] → features.
+    Raises: UserError for an unknown name, sizes out of range, and weights that are missing or do not fit.
+
+    Example:
+        >>> backbone = create_backbone("vim_nano_patch8_64")  # its weights come with the package
+        >>> backbone(torch.zeros(2, 3, 64, 64)).shape
+        torch.Size([2, 192])
     """
     if name not in registered():
         raise UserError(f"backbone.name={shown(name)} is unknown; known: {', '.join(registered())}")

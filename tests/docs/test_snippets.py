@@ -53,7 +53,8 @@ def test_the_code_of_a_page_runs(page: Path, place: Place) -> None:
 
 
 @pytest.mark.parametrize(
-    "language, code", [("bash", "false"), ("bash", "mambapeft fly"), ("python", "raise AssertionError"), ("bash", "ls x")]
+    "language, code",
+    [("bash", "false"), ("bash", "mambapeft fly"), ("python", "raise AssertionError"), ("bash", "ls x")],
 )
 def test_a_block_that_fails_is_found(language: str, code: str, place: Place) -> None:
     with pytest.raises(AssertionError):
