@@ -9,6 +9,7 @@ import shlex
 import subprocess
 from collections.abc import Callable
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 import figures
@@ -19,27 +20,25 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from mambapeft_vision.benchmarks.measured import STAMP
-
 ROOT = Path(__file__).resolve().parents[2]
 MARK = re.compile(r"<!-- generated: (.*?) -->", flags=re.DOTALL)
 
 
 def measured_at(*files: str) -> str:
-    """Where figures come from: the files in git, what they say about their machine, and the commit of each."""
+    """Where figures come from: the files in git, the commit of each, and what it says of itself."""
     lines = []
     for name in files:
         path = name if name.startswith("results/") else f"docs/{name}"
         commit = _git("log", "-1", "--format=%h of %cs", "--", path)
-        lines.append(f"* `{path}`, {f'last changed in commit {commit}' if commit else 'not in git'}{_machine(path)}")
+        lines.append(f"* `{path}`, {f'last changed in commit {commit}' if commit else 'not in git'}{_comment(path)}")
     return "Figures come from\n\n" + "\n".join(lines)
 
 
-def _machine(path: str) -> str:
-    """What the first line of a CSV file says (see mambapeft_vision/benchmarks/measured.py)."""
+def _comment(path: str) -> str:
+    """What the first lines of a CSV file say: machine, versions, day."""
     with open(ROOT / path, encoding="utf-8") as file:
-        first = file.readline().rstrip()
-    return f"; {first.removeprefix('# ')}" if first.startswith(STAMP) else ""
+        lines = [line.strip("# \n") for line in takewhile(lambda line: line.startswith("#"), file)]
+    return f": {' '.join(lines)}" if lines else ""
 
 
 def _git(*arguments: str) -> str:
