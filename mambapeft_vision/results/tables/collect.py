@@ -267,7 +267,7 @@ def _collection(family: str, records: list[RunRecord], standard: Standard, allow
     mixed = _mixed(records)
     if mixed and not allow_mixed:
         raise UserError(
-            f"{mixed}. Such numbers are not comparable: collect one kind at a time, or say --allow-mixed to have them "
+            f"{mixed}. Such results are not comparable: collect one kind at a time, or give --allow-mixed to have them "
             f"in one table"
         )
     rows = _rows(records, standard)
