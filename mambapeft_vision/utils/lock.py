@@ -187,8 +187,8 @@ def _refuse_unless_plain(file: Path) -> None:
         found = file.lstat()
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
             raise UserError(
-                f"{file} is a link or no plain file; expected a lock file that this project made. Delete it, and ask who "
-                f"put it there"
+                f"{file} is a link or no plain file; expected a lock file that this project made. Delete it, and ask "
+                f"who put it there"
             )
 
 
