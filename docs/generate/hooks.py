@@ -76,6 +76,7 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "method-arguments": reference.method_arguments,
     "backbones": reference.backbone_table,
     "result-fields": reference.result_fields,
+    "errors": reference.errors,
     "commands": reference.commands,
     "csv": figures.csv_table,
     "nano-backbones": figures.nano_table,

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import inspect
 import io
+import pkgutil
 import re
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ import timm
 import torch
 from pictures import rows
 
+import mambapeft_vision
 from mambapeft_vision.adapter.build import build_method
 from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.adapter.presets import Preset, read_presets
@@ -25,6 +27,7 @@ from mambapeft_vision.commands.count import registered_name
 from mambapeft_vision.methods.method import Method
 from mambapeft_vision.results import record
 from mambapeft_vision.run import config_reference
+from mambapeft_vision.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -228,6 +231,27 @@ def result_fields() -> str:
         if found is not None:
             lines.append([f"`{found[1]}`", f"`{found[2].strip().replace(' | ', ' or ')}`", found[3] or ""])
     return table(["field", "type", "meaning"], lines)
+
+
+def errors() -> str:
+    """Every class of errors that end a command with a message and no traceback."""
+    for _, name, _ in pkgutil.walk_packages(mambapeft_vision.__path__, "mambapeft_vision."):
+        if not name.startswith("mambapeft_vision.benchmarks"):
+            importlib.import_module(name)
+    lines = []
+    for kind in _with_subclasses(UserError):
+        lines.append([f"`{kind.__name__}`", f"`{kind.__bases__[0].__name__}`", _first_line(kind), kind.__module__])
+    return table(["class", "is a", "meaning", "module"], lines)
+
+
+def _with_subclasses(kind: type) -> Iterator[type]:
+    yield kind
+    for other in sorted(kind.__subclasses__(), key=lambda found: found.__name__):
+        yield from _with_subclasses(other)
+
+
+def _first_line(kind: type) -> str:
+    return (inspect.getdoc(kind) or "").splitlines()[0]
 
 
 def commands() -> str:
