@@ -1,6 +1,6 @@
 """The documentation's code is run: every fenced block below `<!-- snippet: run -->`, page by page, from top to bottom.
 
-A page's blocks share an empty folder, as if the package were installed and nothing else were there.
+A page's blocks share a folder that is empty but for `data`, as if the package were installed and nothing else there.
 `<!-- snippet: file PATH -->` writes the next block to that path.
 Runs train on and are tested with the first images of each split alone: the pages' commands are tested, not accuracies.
 """
@@ -24,9 +24,15 @@ FEW = 48  # images of a split: two steps, the second of half a batch
 WITH_SNIPPETS = [page for page in pages() if snippets_of(page)]
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all pages keep their tasks, so that the demo's is laid out once."""
+    return tmp_path_factory.mktemp("data")
+
+
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    """An empty folder, with few images in each task."""
+def place(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """An empty folder but for `data`, with few images in each task."""
     cached_list = module.cached_list
 
     def first_images(listing: ImageList, *rest: object) -> object:
@@ -37,6 +43,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     found, known = list(methods.__path__), set(sys.modules)
     folder, pipes = tmp_path / "folder", tmp_path / "pipes"
     folder.mkdir()
+    (folder / "data").symlink_to(data)
     pipes.mkdir()
     yield Place(folder, pipes)
     methods.__path__[:] = found
