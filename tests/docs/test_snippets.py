@@ -5,15 +5,13 @@ A page's blocks share a folder that is empty but for `data`, as if the package w
 Runs train on and are tested with the first images of each split alone: the pages' commands are tested, not accuracies.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from docs.snippets import ROOT, Place, Snippet, pages, snippets_of
-from PIL import Image
+from docs.snippets import Place, Snippet, pages, snippets_of
 
 import mambapeft_vision.methods as methods
 from mambapeft_vision.data import module
@@ -74,22 +72,6 @@ def test_the_command_line_has_arguments_output_and_folder_of_the_block(place: Pl
     place.use(Snippet("bash", 'mkdir a && cd a && mambapeft --version > b && [ "$(cat b)" != "" ]', None))
     place.use(Snippet("bash", "mambapeft methods 'lora_p_x' | grep -q LoRA", None))
     assert (place.folder / "a" / "b").is_file()
-
-
-def test_the_script_of_the_fgvc_page_makes_a_task(place: Place) -> None:
-    """On four drawn images, with the labels from 1 that published splits have."""
-    (script,) = snippets_of(ROOT / "docs" / "how-to" / "fgvc.md")
-    place.use(script)
-    images = place.folder / "cub"
-    images.mkdir()
-    for name, splits in {"train": {"a 1.png": 7, "b.png": 3}, "val": {"c.png": 3}, "test": {"d.png": 7}}.items():
-        (place.folder / f"{name}.json").write_text(json.dumps(splits))
-        for file in splits:
-            Image.new("RGB", (8, 8)).save(images / file)
-    place.use(Snippet("bash", f"{sys.executable} fgvc_lists.py . cub > said && grep -q num_classes=2 said", None))
-    assert (images / "trainval.txt").read_text().splitlines() == ["a 1.png 1", "b.png 0", "c.png 0"]
-    task = TaskDataModule(name="fgvc/cub", folder=images, num_classes=2, group="custom", train_split="trainval")
-    task.check()
 
 
 def test_tutorials_have_snippets() -> None:
