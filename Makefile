@@ -72,15 +72,11 @@ bench: $(INSTALLED) ## kernel benchmarks (needs a GPU)
 report: $(INSTALLED) ## every table and picture of the published runs (results/), into results/report/
 	$(BIN)/mambapeft report results --out results/report
 
-$(VENV)/.docs: $(INSTALLED)
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e ".[docs]"
-	@touch $@
-
 .PHONY: docs docs-serve
-docs: $(VENV)/.docs ## build the documentation into site/; warnings are errors
+docs: $(INSTALLED) ## build the documentation into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-docs-serve: $(VENV)/.docs ## show the documentation on http://127.0.0.1:8000, built again when a page changes
+docs-serve: $(INSTALLED) ## show the documentation on http://127.0.0.1:8000, built again when a page changes
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 clean: ## remove the environment and everything that was built; runs and data stay

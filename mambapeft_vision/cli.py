@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Command → what it does; the module of its name in mambapeft_vision/commands does it.
 COMMANDS = {
-    "train": "fine-tune a backbone on a task, or on many (-m); takes what train.py takes",
+    "train": "fine-tune a backbone on a task, or on many (-m)",
     "evaluate": "test the adapter of a finished run again, merged",
     "predict": "the classes of new images, by the model of a finished run",
     "explain": "a picture of what in an image a prediction rests on",

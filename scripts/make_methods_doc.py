@@ -20,7 +20,7 @@ HEAD = """\
 Generated from the headers of `configs/method/*.yaml` by `python scripts/make_methods_doc.py`; do not edit.
 
 A preset is one yaml. `method=[a,b]` trains several together, in any order. Parameters are without the head;
-`python scripts/count_params.py` compares them with the published table.
+`mambapeft count` compares them with the published table.
 """
 
 BACKBONES = {"vim_s": "Vim-S", "vim_b": "Vim-B", "vit_s": "ViT-S", "mambareg_s": "Mamba-Reg-S"}

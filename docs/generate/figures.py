@@ -1,7 +1,12 @@
-"""Tables of the benchmark pages, made from the CSV files of docs/."""
+"""Tables of the benchmark pages, made from CSV files of docs/ and records of pretraining."""
+
+import json
+from typing import Any
 
 from pictures import KERNELS, rows
 from reference import table
+
+from mambapeft_vision.backbones.build import EMBEDDED_WEIGHTS
 
 CASES = {
     "vim_s_b32": "Vim-S, batch 32",
@@ -22,6 +27,39 @@ def csv_table(name: str) -> str:
     found = rows(name)
     header = list(found[0])
     return table(header, [list(row.values()) for row in found], "l" + "r" * (len(header) - 1))
+
+
+def nano_table() -> str:
+    """The backbones that this project pretrained, from the records beside their weights."""
+    lines = []
+    for name, record in _nano_records():
+        held_out = [f"{100 * source['held_out_accuracy']:.1f}" for source in record["data"].values()]
+        minutes = f"{record['seconds'] / 60:.1f}"
+        lines.append([f"`{name}`", f"{record['parameters']:,}", record["device"], minutes, *held_out])
+    _, record = _nano_records()[0]
+    sources = [f"{name} ({source['held_out_images']:,})" for name, source in record["data"].items()]
+    header = ["backbone", "parameters", "card", "minutes", *sources]
+    return table(header, lines, "lrlr" + "r" * len(sources))
+
+
+def nano_log() -> str:
+    """Accuracy on held-out images in the course of pretraining, backbone after backbone."""
+    parts = []
+    for name, record in _nano_records():
+        sources = list(record["data"])
+        lines = [
+            [f"{entry['step']:,}", *(f"{100 * entry[f'accuracy_{source}']:.1f}" for source in sources)]
+            for entry in record["log"]
+            if f"accuracy_{sources[0]}" in entry
+        ]
+        parts.append(f"`{name}`:\n\n{table(['step', *sources], lines, 'r' * (len(sources) + 1))}")
+    return "\n\n".join(parts)
+
+
+def _nano_records() -> list[tuple[str, dict[str, Any]]]:
+    """Name and record of each pretrained backbone of the package, vim_nano first."""
+    files = sorted(EMBEDDED_WEIGHTS.glob("*_nano.json"), key=lambda file: (file.stem != "vim_nano", file.stem))
+    return [(file.stem, json.loads(file.read_text(encoding="utf-8"))) for file in files]
 
 
 def kernel_table(case: str) -> str:

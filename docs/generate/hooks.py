@@ -9,6 +9,7 @@ import shlex
 import subprocess
 from collections.abc import Callable
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 import figures
@@ -20,17 +21,24 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
-MARK = re.compile(r"<!-- generated: (.*?) -->")
+MARK = re.compile(r"<!-- generated: (.*?) -->", flags=re.DOTALL)
 
 
 def measured_at(*files: str) -> str:
-    """Where figures come from: the files in git, and the commit that last changed each."""
-    parts = []
+    """Where figures come from: the files in git, the commit of each, and what it says of itself."""
+    lines = []
     for name in files:
         path = name if name.startswith("results/") else f"docs/{name}"
-        stamp = _git("log", "-1", "--format=%h of %cs", "--", path)
-        parts.append(f"`{path}` ({f'commit {stamp}' if stamp else 'not in git'})")
-    return "Figures: " + ", ".join(parts) + "."
+        commit = _git("log", "-1", "--format=%h of %cs", "--", path)
+        lines.append(f"* `{path}`, {f'last changed in commit {commit}' if commit else 'not in git'}{_comment(path)}")
+    return "Figures come from\n\n" + "\n".join(lines)
+
+
+def _comment(path: str) -> str:
+    """What the first lines of a CSV file say: machine, versions, day."""
+    with open(ROOT / path, encoding="utf-8") as file:
+        lines = [line.strip("# \n") for line in takewhile(lambda line: line.startswith("#"), file)]
+    return f": {' '.join(lines)}" if lines else ""
 
 
 def _git(*arguments: str) -> str:
@@ -62,14 +70,17 @@ def include(path: str, heading: str = "") -> str:
 BLOCKS: dict[str, Callable[..., str]] = {
     "group-keys": reference.group_keys,
     "schema-keys": reference.schema_keys,
-    "datasets": reference.dataset_groups,
+    "options": reference.options,
     "method-table": reference.method_table,
     "method-sections": reference.method_sections,
     "method-arguments": reference.method_arguments,
     "backbones": reference.backbone_table,
     "result-fields": reference.result_fields,
+    "errors": reference.errors,
     "commands": reference.commands,
     "csv": figures.csv_table,
+    "nano-backbones": figures.nano_table,
+    "nano-log": figures.nano_log,
     "kernels": figures.kernel_table,
     "kernel-backends": figures.backend_table,
     "kernel-sizes": figures.size_table,

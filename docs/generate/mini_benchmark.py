@@ -22,11 +22,17 @@ VIM_NANO = RESULTS / "vim_nano.runs.json"
 CSV = ROOT / "docs" / "mini.csv"
 
 
+@cache
+def records(place: Path = RESULTS) -> list[RunRecord]:
+    """The runs of a file, or of all backbones."""
+    return list(find_records([place]))
+
+
 def recipe_summary() -> list[dict[str, str]]:
     """Mean accuracy in % and trained parameters of every preset at the paper's learning rate, over tasks and seeds."""
     runs: dict[str, list[RunRecord]] = defaultdict(list)
     standard = read_standard(ROOT / "configs")
-    for record in recipe_and_tuned(find_records([VIM_NANO]), standard)[0]:
+    for record in recipe_and_tuned(records(VIM_NANO), standard)[0]:
         runs[standard.describe(record.config)[0]].append(record)
     return [
         {
@@ -44,7 +50,7 @@ def document(backbone: str = "vim_nano") -> tuple[str, dict[str, bytes]]:
     """The generated part of a backbone's page, and its pictures by file name."""
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / ("mini.md" if backbone == "vim_nano" else f"mini-{backbone}.md")
-        write_document(page, find_records([RESULTS / f"{backbone}.runs.json"]), read_standard(ROOT / "configs"))
+        write_document(page, records(RESULTS / f"{backbone}.runs.json"), read_standard(ROOT / "configs"))
         return page.read_text(encoding="utf-8"), _pictures(folder)
 
 
@@ -52,7 +58,7 @@ def document(backbone: str = "vim_nano") -> tuple[str, dict[str, bytes]]:
 def backbones() -> tuple[str, dict[str, bytes]]:
     """The comparison of all backbones whose results are in git, and its picture."""
     with tempfile.TemporaryDirectory() as folder:
-        text = comparison(Path(folder) / "mini-backbones", find_records([RESULTS]), read_standard(ROOT / "configs"))
+        text = comparison(Path(folder) / "mini-backbones", records(), read_standard(ROOT / "configs"))
         return text, _pictures(folder)
 
 

@@ -165,7 +165,7 @@ def run() -> str:
 
 def ports() -> str:
     """A Vim block with its ports."""
-    drawing = Drawing(1120, 380, "A Vim block and its ports")
+    drawing = Drawing(1120, 446, "A Vim block and its ports")
     stations = [
         (130, "RMSNorm", 90),
         (266, "in_proj", 90),
@@ -190,7 +190,7 @@ def ports() -> str:
     drawing.line(794, 252, 794, y + height + 2, arrow=True)
     drawing.text(322, 246, "z, the gate", colour=GREY)
     for x, target, port, what in (
-        (86, 86, "block.input", "tokens, layout"),
+        (86, 86, "block.input", "or block.replace"),
         (278, 311, "in_proj.side", "branches: LoRA"),
         (466, 466, "mixer.affix", "tokens joined for the scan"),
         (702, 780, "state_offset, output_offset", "added inside the scan"),
@@ -202,10 +202,16 @@ def ports() -> str:
     drawing.line(1046, y + 28, 1046, 100, arrow=True)
     _port(drawing, 552, 286, "mixer.gate", "a function of z")
     drawing.line(552, 286, 552, 254, arrow=True)
+    # Beside the whole branch.
+    drawing.line(243, y + 28, 243, 362)
+    drawing.line(243, 362, 1000, 362)
+    drawing.line(1000, 362, 1000, y + 30, arrow=True)
+    _port(drawing, 760, 343, "block.mixer_branch", "an addition, from what enters and leaves")
     drawing.text(20, 30, "One block", size=15, bold=True)
-    drawing.text(20, 346, "Orange: activation ports, empty by default.", colour=GREY)
+    around = "Around the blocks: model.images, model.prompt, model.feature. Blocks with an MLP also have mlp_branch."
+    drawing.text(20, 412, f"Orange: activation ports, empty by default. {around}", colour=GREY)
     weights = "Weights (in_proj, conv1d, x_proj, dt_proj, A_log, D, out_proj) are read through weight ports."
-    drawing.text(20, 368, weights, colour=GREY)
+    drawing.text(20, 434, weights, colour=GREY)
     return drawing.render()
 
 

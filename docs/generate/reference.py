@@ -4,28 +4,30 @@ import dataclasses
 import importlib
 import inspect
 import io
+import pkgutil
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
-from itertools import dropwhile
+from itertools import dropwhile, groupby
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-import yaml
-from timm.models import model_entrypoint
+from pictures import rows
 
+import mambapeft_vision
 from mambapeft_vision.adapter.build import build_method
 from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.adapter.presets import Preset, read_presets
-from mambapeft_vision.backbones import create_backbone
+from mambapeft_vision.backbones.registry import one_block
 from mambapeft_vision.cli import COMMANDS, main
 from mambapeft_vision.commands.count import registered_name
 from mambapeft_vision.methods.method import Method
 from mambapeft_vision.results import record
 from mambapeft_vision.run import config_reference
+from mambapeft_vision.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -79,12 +81,24 @@ def keys_of(file: Path) -> Iterator[Key]:
 
 
 def group_keys(file: str, prefix: str) -> str:
-    """A table of the keys of one option of a group, from the comments beside them."""
+    """A table of the keys of one option of a group: types from the target's arguments, meanings from the comments."""
+    types = _types_of(re.findall(r"^_target_: (\S+)", (CONFIGS / file).read_text(encoding="utf-8"), re.MULTILINE)[0])
     lines = []
     for key in keys_of(CONFIGS / file):
         default = "required" if key.value == "???" else f"`{key.value}`"
-        lines.append([f"`{prefix}{key.path}`", default, key.comment])
-    return table(["key", "default", "meaning"], lines)
+        lines.append([f"`{prefix}{key.path}`", types[key.path], default, key.comment])
+    return table(["key", "type", "default", "meaning"], lines)
+
+
+def _types_of(target: str) -> dict[str, str]:
+    """The types of what a `_target_` takes, by the names of its arguments."""
+    function = _target(target)
+    return {name: _name_of(parameter.annotation) for name, parameter in inspect.signature(function).parameters.items()}
+
+
+def _target(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def schema_keys(root: str, section: str = "", prefix: str = "") -> str:
@@ -105,13 +119,12 @@ def _is_at_top(name: str) -> bool:
     return "." not in name or name.startswith("paths.")
 
 
-def dataset_groups() -> str:
-    """The options of the group dataset."""
-    lines = []
-    for folder in sorted(path for path in (CONFIGS / "dataset").iterdir() if path.is_dir()):
-        names = ", ".join(f"`{folder.name}/{file.stem}`" for file in sorted(folder.glob("*.yaml")))
-        lines.append([f"`{folder.name}`", names])
-    return table(["group", "options"], lines)
+def options(group: str) -> str:
+    """The names that a group of configs takes, those of each folder in a line."""
+    files = sorted((CONFIGS / group).rglob("*.yaml"), key=lambda file: (file.parent != CONFIGS / group, file))
+    names = [file.relative_to(CONFIGS / group).with_suffix("") for file in files]
+    lines = [", ".join(f"`{name}`" for name in found) for _, found in groupby(names, key=lambda name: name.parent)]
+    return "\n".join(f"* {line}" for line in lines)
 
 
 def _name_of(kind: Any) -> str:
@@ -149,7 +162,7 @@ def _attached(preset: Preset) -> list[Method]:
     name = registered_name(preset.backbone)
     with torch.device("meta"):
         methods = {key: build_method(key, spec, preset.name) for key, spec in preset.methods_on(name).items()}
-        adapt(create_backbone(name, "random", depth=1), methods, 2)
+        adapt(timm.create_model(name, num_classes=0, **one_block(name)), methods, 2)
     return list(methods.values())
 
 
@@ -164,15 +177,10 @@ def method_sections() -> str:
     return re.sub(r"\[\S+\]\(\.\./(\S+)\)", r"`\1`", f"## {sections}")
 
 
-def _class_of(spec: Mapping[str, Any]) -> type[Method]:
-    module, _, name = spec["_target_"].rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
 def method_arguments() -> str:
     """The arguments of every method class that a preset uses."""
     presets = read_presets(CONFIGS / "method").values()
-    classes = {_class_of(spec) for preset in presets for spec in preset.methods.values()}
+    classes: set[type[Method]] = {_target(spec["_target_"]) for preset in presets for spec in preset.methods.values()}
     return "\n".join(_arguments_of(cls) for cls in sorted(classes, key=lambda cls: cls.__name__))
 
 
@@ -196,39 +204,20 @@ def _arguments_of(cls: type[Method]) -> str:
 
 
 def backbone_table() -> str:
-    """Every registered backbone: sizes, parameters, and where its weights come from."""
-    configs = {
-        yaml.safe_load(path.read_text(encoding="utf-8"))["name"]: path.stem for path in (CONFIGS / "backbone").glob("*")
-    }
-    lines = []
-    for name in timm.list_models():
-        if not model_entrypoint(name).__module__.startswith("mambapeft_vision.backbones."):
-            continue
-        with torch.device("meta"):
-            model = create_backbone(name, "random")
-        record = model.default_cfg
-        accuracy = re.search(r"_(\d+)p(\d)acc", record.get("hf_hub_filename", ""))
-        lines.append(
-            [
-                f"`{name}`",
-                f"`{configs[name]}`" if name in configs else "",
-                f"{record['input_size'][-1]}",
-                f"{model.embed_dim}",
-                f"{sum(p.numel() for p in model.parameters()):,}",
-                f"{accuracy[1]}.{accuracy[2]}" if accuracy else "",
-                _weights_of(record),
-            ]
-        )
-    header = ["name", "`backbone=`", "image", "width", "parameters", "top-1, %", "weights"]
-    return table(header, lines, "llrrrrl")
-
-
-def _weights_of(record: Mapping[str, Any]) -> str:
-    if "embedded" in record:
-        return "in the package, made by this project"
-    if record.get("hf_hub_id"):
-        return f"hub: {record['hf_hub_id']}"
-    return "none: random, or a file"
+    """Every backbone of configs/backbone: sizes, weights and licence from docs/backbones.md, published accuracy."""
+    published = {row["config"]: row["top1"] for row in rows("published_accuracy.csv")}
+    text = (ROOT / "docs" / "backbones.md").read_text(encoding="utf-8").partition("\n## ")[0]
+    header, _, *lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
+    ]
+    unknown = sorted(set(published) - {name for name, *_ in lines})
+    if unknown:
+        raise ValueError(f"docs/published_accuracy.csv names {', '.join(unknown)}; expected names of docs/backbones.md")
+    cells = [
+        [f"`{name}`", f"`{timm_name}`", *sizes, published.get(name, ""), weights]
+        for name, timm_name, *sizes, weights in lines
+    ]
+    return table(["`backbone=`", *header[1:-1], "top-1, %", header[-1]], cells, "ll" + "r" * (len(header) - 2) + "l")
 
 
 # -- results and commands -------------------------------------------------------------------------------------
@@ -242,6 +231,27 @@ def result_fields() -> str:
         if found is not None:
             lines.append([f"`{found[1]}`", f"`{found[2].strip().replace(' | ', ' or ')}`", found[3] or ""])
     return table(["field", "type", "meaning"], lines)
+
+
+def errors() -> str:
+    """Every class of errors that end a command with a message and no traceback."""
+    for _, name, _ in pkgutil.walk_packages(mambapeft_vision.__path__, "mambapeft_vision."):
+        if not name.startswith("mambapeft_vision.benchmarks"):
+            importlib.import_module(name)
+    lines = []
+    for kind in _with_subclasses(UserError):
+        lines.append([f"`{kind.__name__}`", f"`{kind.__bases__[0].__name__}`", _first_line(kind), kind.__module__])
+    return table(["class", "is a", "meaning", "module"], lines)
+
+
+def _with_subclasses(kind: type) -> Iterator[type]:
+    yield kind
+    for other in sorted(kind.__subclasses__(), key=lambda found: found.__name__):
+        yield from _with_subclasses(other)
+
+
+def _first_line(kind: type) -> str:
+    return (inspect.getdoc(kind) or "").splitlines()[0]
 
 
 def commands() -> str:

@@ -28,6 +28,11 @@ def load_adapter(
             hub, where there is no such folder.
         weights: of the backbone: "official", "random" (drawn from `seed`) or a file; its hash must fit the adapter.
         revision: a branch, tag or commit of the repository; None: its main branch.
+    Raises: UserError for files that are missing, damaged or do not fit, and for other weights than those trained on.
+
+    Example:
+        >>> model = load_adapter("outputs/mini/digits/lora_p_x/seed0-0123456789")  # doctest: +SKIP
+        >>> logits = model(images)  # doctest: +SKIP
     """
     if is_repository(folder):
         adapter = read_adapter(fetch_adapter(str(folder), revision), follow_links=True)

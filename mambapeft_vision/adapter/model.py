@@ -114,7 +114,7 @@ class AdaptedModel(nn.Module):
         return {**self.owned(), **self.head_parameters()}
 
     def counts(self) -> dict[str, Any]:
-        """Trained numbers: in total without the head, by method, of the head, and the frozen rest."""
+        """Trained parameters: in total without the head, by method, those of the head, and the frozen rest."""
         by_method = {name: sum(p.numel() for p in m.owned().values()) for name, m in self.methods.items()}
         owned = {id(p) for p in self.owned().values()}
         frozen = [p for n, p in self.backbone.named_parameters() if not n.startswith("head.")]
@@ -239,7 +239,27 @@ class AdaptedModel(nn.Module):
 
 
 def adapt(backbone: Backbone, methods: Mapping[str, Method], num_classes: int, seed: int = 0) -> AdaptedModel:
-    """Attaches `methods` to `backbone`, in place. See `AdaptedModel`."""
+    """Freezes `backbone`, attaches `methods` to it, in place, and gives it a zero head for `num_classes`.
+
+    Args:
+        backbone: from `create_backbone`, or a model of your own that keeps the contract; it is adapted once.
+        methods: by name; their order does not matter.
+        num_classes: of the task.
+        seed: of the methods' initial tensors.
+    Returns: the model: normalised images [B, 3, H, W] → logits [B, num_classes].
+    Raises: UserError for a method that does not fit the backbone, and two methods that want the same port or tensor.
+
+    Example:
+        >>> from mambapeft_vision.methods.lora import LoRA
+        >>> backbone = create_backbone("vim_nano_patch8_64")
+        >>> model = adapt(backbone, {"lora": LoRA(targets="in_proj", rank=4)}, num_classes=10)
+        >>> model(torch.zeros(2, 3, 64, 64)).shape
+        torch.Size([2, 10])
+        >>> model.counts()["trainable"]
+        13824
+        >>> model.merge()  # {}: everything is folded into the weights
+        {}
+    """
     return AdaptedModel(backbone, methods, num_classes, seed)
 
 

@@ -40,6 +40,13 @@ def create_backbone(
         weights_sha256: of the file with the weights (as `sha256sum` prints it); another file is refused.
         weights_license: "accepted" lets official weights be fetched for which no licence was found.
         architecture: other sizes than the variant's, e.g. img_size, drop_path_rate.
+    Returns: the model without a head, in training mode: normalised images [B, 3, H, W] → features.
+    Raises: UserError for an unknown name, sizes out of range, and weights that are missing or do not fit.
+
+    Example:
+        >>> backbone = create_backbone("vim_nano_patch8_64")  # its weights come with the package
+        >>> backbone(torch.zeros(2, 3, 64, 64)).shape
+        torch.Size([2, 192])
     """
     if name not in registered():
         raise UserError(f"backbone.name={shown(name)} is unknown; known: {', '.join(registered())}")
@@ -59,7 +66,9 @@ def create_backbone(
     elif weights != "random":
         load_weights(model, weights, weights_sha256)
     elif weights_sha256 is not None:
-        raise UserError("backbone.weights=random are no file; leave backbone.weights_sha256 out, or give a file")
+        raise UserError(
+            "backbone.weights=random has no file to compare with; leave backbone.weights_sha256 out, or give a file"
+        )
     return model
 
 
@@ -93,7 +102,7 @@ def one_block(name: str) -> dict[str, Any]:
 def check_sizes(kind: type[nn.Module], sizes: Mapping[str, Any]) -> None:
     """Raises UserError unless `sizes` are arguments of the class `kind` of the right type and in range."""
     if "num_classes" in sizes:
-        raise UserError("backbone.num_classes is no size of a backbone; the task has dataset.num_classes")
+        raise UserError("backbone.num_classes cannot be given, because the task decides it; set dataset.num_classes")
     check_arguments(kind, sizes, "backbone")
     for key, value in sizes.items():
         if key == "img_size" and isinstance(value, (list, tuple)) and len(value) != 2:

@@ -8,7 +8,6 @@ over input sets that together exceed the L2 cache. Writes OUT.csv and OUT.png.
 """
 
 import argparse
-import csv
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from mambapeft_vision.benchmarks.kernel_cases import cast, errors, make_directions, make_xz, plain_mixer, results
+from mambapeft_vision.benchmarks.measured import write_rows
 from mambapeft_vision.results.plots import png, save_png
 
 REVERSE = (False, True)
@@ -426,9 +426,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{row['floor_us']:7.1f} ({row['bound']}) {row['fraction_of_floor']:5.2f}  {row['peak_MiB']:8.1f} MiB",
                 flush=True,
             )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(args.out.with_suffix(".csv"), rows)
     plot(rows, rows[0]["case"], args.out.with_suffix(".png"))

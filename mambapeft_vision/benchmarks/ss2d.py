@@ -8,7 +8,6 @@ exceed the L2 cache at every stage and batch size, but for the last stage at bat
 """
 
 import argparse
-import csv
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from mambapeft_vision.benchmarks.kernel_cases import errors
 from mambapeft_vision.benchmarks.kernels import Chip, Work, graph_time, peak_memory
+from mambapeft_vision.benchmarks.measured import write_rows
 from mambapeft_vision.benchmarks.ss2d_cases import cast, make_map, make_weights, results
 
 WIDTHS = {"t": (96, 1), "s": (96, 2), "b": (128, 2)}  # D of the first stage, E / D
@@ -176,11 +176,7 @@ def main() -> None:
                 flush=True,
             )
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(args.out, rows)
 
 
 if __name__ == "__main__":

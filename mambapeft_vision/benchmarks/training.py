@@ -14,7 +14,6 @@ by kernel and record). Busy share: time that kernels run, by the profiler, over 
 """
 
 import argparse
-import csv
 import itertools
 import math
 import subprocess
@@ -39,6 +38,7 @@ from PIL import Image
 
 from mambapeft_vision.adapter.presets import fitting_presets
 from mambapeft_vision.benchmarks import guard
+from mambapeft_vision.benchmarks.measured import write_rows
 from mambapeft_vision.data import Preprocessing
 from mambapeft_vision.engine.loop import step_settings
 from mambapeft_vision.engine.module import Normalise
@@ -388,10 +388,7 @@ def report(rows: list[dict[str, Any]], out: Path | None) -> None:
     if rows:
         print(table(rows))
     if rows and out:
-        with open(f"{out}.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(Path(f"{out}.csv"), rows)
         plot(rows, Path(f"{out}.png"))
 
 

@@ -244,6 +244,6 @@ def _obstacle(folder: Path, size: int) -> str | None:
     if free < size + _SPARE:
         return (
             f"{folder} has {free / 2**30:.1f} GiB left and {size / 2**30:.1f} are needed beside a reserve of 1; "
-            f"clean it (scripts/decoded_cache.py), or set paths.cache to another disk or to null"
+            f"clean it (mambapeft cache), or set paths.cache to another disk or to null"
         )
     return None

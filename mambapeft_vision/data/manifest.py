@@ -1,7 +1,7 @@
 """`manifest.json`: one fingerprint per task, so that a result says which images it was measured on.
 
 A task's sha256 is taken over lines `<sha256 of the file>  <path>\\n`, sorted by path, for its list files and
-every image they name. It is written by `scripts/prepare_vtab1k.py` next to the task folders.
+every image they name. It is written by `mambapeft prepare vtab1k` next to the task folders.
 
 A manifest can come with data of others, so it is no evidence where somebody's result is computed again:
 `manifest_hash(..., check_images=True)` reads all images instead.
@@ -64,7 +64,7 @@ class _Manifest:
     def __post_init__(self) -> None:
         hashes = [digest for entry in self.tasks.values() for digest in (entry.sha256, *entry.lists.values())]
         if self.format != _FORMAT or not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in hashes):
-            raise UserError(f"format {self.format}, or a hash that is none")
+            raise UserError(f"format {self.format}, or a hash that is no sha256")
 
 
 def task_sha256(file_hashes: Mapping[str, str]) -> str:

@@ -102,4 +102,4 @@ def select_tasks(folders: list[str] | None, table: dict[str, Task] = TASKS) -> l
 
 def prepare_command(root: Path | str) -> str:
     """The command that fetches and checks the data below `root`."""
-    return command("python", "scripts/prepare_vtab1k.py", "--root", root)
+    return command("mambapeft", "prepare", "vtab1k", "--root", root)

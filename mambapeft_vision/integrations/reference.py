@@ -57,6 +57,11 @@ def load_reference(
     Returns: the model in evaluation mode (images [B, 3, H, W] → logits), and the parameters that the reference
         trains, head included, by its names (without `backbone.`).
     Raises: UserError for unknown arguments or keys, unsupported forms, and tensors that are missing or mis-shaped.
+
+    Example:
+        >>> model, trained = load_reference(  # doctest: +SKIP
+        ...     config.peft_kwargs, config.module_kwargs, adapter_state, 100, backbone_state=official_state
+        ... )
     """
     if family not in (*_WITH_METHODS, "svp", *FAMILIES):
         raise UserError(f"family={family!r} is unknown; known: {', '.join((*_WITH_METHODS, 'svp', *FAMILIES))}")

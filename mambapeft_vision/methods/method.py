@@ -24,6 +24,16 @@ class Method(nn.Module):
     Args:
         lr_mult: factor on the learning rate of this method's tensors.
         decay_mult: factor on their weight decay.
+
+    Example:
+        >>> class FeatureOffset(Method):  # adds a trained vector to what the head gets
+        ...     merge_obstacle = "no weight holds the offset"
+        ...     def attach(self, model):
+        ...         self.offset = nn.Parameter(torch.zeros(model.head_hidden_size))
+        ...         model.feature.set(self.name, lambda feature: feature + self.offset)
+        >>> model = adapt(create_backbone("vim_nano_patch8_64"), {"offset": FeatureOffset()}, num_classes=10)
+        >>> model.counts()["by_method"]
+        {'offset': 192}
     """
 
     #: Why this method cannot be folded into the backbone's weights; None: it can.

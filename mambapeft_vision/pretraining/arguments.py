@@ -1,11 +1,11 @@
-"""The shorter command line of pretraining: NAME key=value ... for train.py pretrain=NAME pretrain.key=value ..."""
+"""`mambapeft pretrain NAME key=value ...`, short for `mambapeft train pretrain=NAME pretrain.key=value ...`."""
 
 import re
 from collections.abc import Sequence
 
 
 def train_arguments(arguments: Sequence[str]) -> list[str]:
-    """The command line of train.py that `arguments` are short for.
+    """The command line of `mambapeft train` that `arguments` are short for.
 
     Flags stay as they are, and so do overrides of Hydra.
 

@@ -31,7 +31,7 @@ def read_labels(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     if len(found) != 2 or not all(map(_are_classes, found)) or len(found[0]) != len(found[1]):
         raise UserError(
             f"{file}: expected `predicted` and `labels`, a class number for each test image. Test the run again with "
-            f"evaluate.py"
+            f"mambapeft evaluate run=..."
         )
     predicted, labels = (values.astype(np.int64) for values in found)
     return predicted, labels

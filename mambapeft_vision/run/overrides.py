@@ -21,7 +21,7 @@ NO_PART_OF_A_SWEEP = ("paths.", "logger", "hydra", "sweep")  # where and how it 
 
 
 def prepare_multirun(arguments: Sequence[str], configs: Path) -> list[str]:
-    """A command line of train.py with what Hydra does not do itself: glob() expanded, the sweep and the
+    """A command line of `mambapeft train` with what Hydra does not do itself: glob() expanded, the sweep and the
     folder of this start of it named.
 
     Of command lines without --multirun only `~` is expanded. Raises: UserError for a glob that matches nothing.

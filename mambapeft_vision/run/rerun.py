@@ -1,4 +1,4 @@
-"""`train.py --from-result PATH`: a recorded run again, from what its result.json says.
+"""`mambapeft train --from-result PATH`: a recorded run again, from what its result.json says.
 
 The result becomes a root config of Hydra's, so that further overrides work as ever: keys are changed, and a group that
 is chosen anew (logger=wandb, method=[a,d]) takes the place of what was recorded. Light to import, as config.py is.

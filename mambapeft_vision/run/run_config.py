@@ -146,7 +146,7 @@ def _checked(cfg: DictConfig) -> dict[str, Any]:
     if OmegaConf.is_missing(cfg, "method") or not cfg.method:
         raise UserError("method=[] names no method; for the head alone choose method=linear_probe")
     if cfg.get("pretrain") is not None:
-        raise UserError("pretrain=... is no fine-tuning run; start it with train.py, and alone")
+        raise UserError("pretrain=... trains no methods; start it alone: mambapeft train pretrain=...")
     config = to_dict(cfg)
     config.pop("pretrain", None)
     if config["method_sizes"] not in METHOD_SIZES:

@@ -242,7 +242,7 @@ def release_dead_trials(study: optuna.Study, space: Space) -> None:
 
 
 def export(settings: Search, study: optuna.Study) -> Path:
-    """Writes the best trial as a method yaml that train.py takes, and the plots. Raises UserError without any."""
+    """Writes the best trial as a preset, and the plots. Raises UserError without any."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not complete:
         raise UserError(f"no trial of {settings.name} has succeeded; the errors are in its trials' run folders")
@@ -258,7 +258,7 @@ def export(settings: Search, study: optuna.Study) -> Path:
         f"mean accuracy {study.best_value:.2f}; {WARNINGS[settings.protocol]}",
         f"count: {trainable if isinstance(trainable, int) else 0:,}",
         "paper: not in any",
-        f"run: {command('python', 'train.py', '--config-dir', settings.folder, f'method={name}')}",
+        f"run: {command('mambapeft', 'train', '--config-dir', settings.folder, f'method={name}')}",
     ]
     body = OmegaConf.to_yaml(OmegaConf.create({"method": point.methods, "trainer": point.trainer}))
     write_text(path, "\n".join(f"# {line}" for line in header) + f"\n{body}")

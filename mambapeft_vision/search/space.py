@@ -157,7 +157,7 @@ def read_space(path: Path, presets: Mapping[str, Preset], preset: str | None = N
     base = presets[preset] if preset else None
     changes = _section(path, content, "parts") or {name: {} for name in (base.methods if base else ())}
     if not changes:
-        raise UserError(f"{path} lists no parts; expected `parts:`, or give it to scripts/tune.py with method=...")
+        raise UserError(f"{path} lists no parts; expected `parts:`, or mambapeft tune method=...")
     return Space(
         choose=content["choose"],
         tasks=tuple(tasks),

@@ -195,7 +195,7 @@ def _closing(display: Display, outputs: Path) -> str:
     ]
     if lines:
         lines = [f"{len(lines)} of the runs failed; the same command tries them again:", *lines]
-    return "\n".join([display.state(), *lines, f"tables: python scripts/collect_results.py {outputs}"])
+    return "\n".join([display.state(), *lines, f"tables: mambapeft tables {outputs}"])
 
 
 def _duration(seconds: float | None) -> str:

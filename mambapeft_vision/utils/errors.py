@@ -8,8 +8,15 @@ from contextlib import contextmanager
 class UserError(ValueError):
     """A mistake in a config, a file or a command.
 
-    The message says what was given, what was expected and what to do. `train.py` and the scripts print
-    it without a traceback and leave with exit code 2; from Python it is an ordinary `ValueError`.
+    The message says what was given, what was expected and what to do. Commands print it without a traceback and leave
+    with exit code 2. From Python it is an ordinary `ValueError`.
+
+    Example:
+        >>> try:
+        ...     create_backbone("vim_smal")
+        ... except UserError as error:
+        ...     print(str(error)[:35])
+        backbone.name='vim_smal' is unknown
     """
 
 

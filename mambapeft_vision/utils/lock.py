@@ -186,7 +186,10 @@ def _refuse_unless_plain(file: Path) -> None:
     with suppress(FileNotFoundError, NotADirectoryError):
         found = file.lstat()
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-            raise UserError(f"{file} is a link or no plain file; expected a lock of ours. Delete it, and mistrust it")
+            raise UserError(
+                f"{file} is a link or no plain file; expected a lock file that this project made. Delete it, and ask "
+                f"who put it there"
+            )
 
 
 def _holder(file: Path) -> str:

@@ -39,8 +39,7 @@ def test_every_command_has_help(command, capsys):
         sys.exit(0)  # Hydra's help returns
     assert end.value.code == 0
     out = capsys.readouterr().out
-    name = command if command not in ("train", "evaluate") else f"{command}.py"
-    assert name.split()[-1] in out and len(out.splitlines()) > 4
+    assert command.split()[-1] in out and len(out.splitlines()) > 4
 
 
 def test_version(capsys):

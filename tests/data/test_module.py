@@ -245,16 +245,14 @@ def test_missing_vtab_data_names_the_path_and_the_command(tmp_path, preprocessin
     with pytest.raises(UserError) as error:
         data.load(preprocessing)
     assert f"{tmp_path / 'vtab-1k' / 'cifar'} is missing" in str(error.value)
-    assert f"Run `python scripts/prepare_vtab1k.py --root {tmp_path / 'vtab-1k'}`" in str(error.value)
+    assert f"Run `mambapeft prepare vtab1k --root {tmp_path / 'vtab-1k'}`" in str(error.value)
 
 
 def test_damaged_vtab_data_is_to_be_deleted_first_since_the_command_leaves_what_is_there(toy_folder, preprocessing):
     (toy_folder / "test.txt").unlink()
     with pytest.raises(UserError) as error:
         make(toy_folder, name="vtab/kitti", num_classes=4, train_split="val200").load(preprocessing)
-    assert f"Delete {toy_folder} and run `python scripts/prepare_vtab1k.py --root {toy_folder.parent}`" in str(
-        error.value
-    )
+    assert f"Delete {toy_folder} and run `mambapeft prepare vtab1k --root {toy_folder.parent}`" in str(error.value)
 
 
 def test_a_vtab_task_with_too_few_images_fails(toy_folder, preprocessing):

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from docs.snippets import snippets_of
 
 from mambapeft_vision.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 TOP_LEVEL = ("README.md", "CONTRIBUTING.md", "data/README.md", "results/README.md")
 PAGES = [*(ROOT / name for name in TOP_LEVEL), *sorted((ROOT / "docs").rglob("*.md"))]
+WRITTEN = {snippet.file for page in PAGES for snippet in snippets_of(page)}  # files that a page tells to save
 SHOWN = re.compile(r"(?:^|[\s`\"(])(mambapeft|make|python) +([\w./-]+)", flags=re.MULTILINE)
 
 
@@ -34,7 +36,7 @@ def exists(program: str, argument: str) -> bool:
     if program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
         return argument in targets
-    return (ROOT / argument).is_file() or argument == "scripts/"
+    return (ROOT / argument).is_file() or argument in {"scripts/", *WRITTEN}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -1,92 +1,85 @@
 """The documentation's code is run: every fenced block below `<!-- snippet: run -->`, page by page, from top to bottom.
 
-A page's blocks share an empty folder, as if the package were installed and nothing else were there.
+A page's blocks share a folder that is empty but for `data`, as if the package were installed and nothing else there.
 `<!-- snippet: file PATH -->` writes the next block to that path.
+Runs train on and are tested with the first images of each split alone: the pages' commands are tested, not accuracies.
 """
 
-import os
-import re
-import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from docs.snippets import Place, Snippet, pages, snippets_of
 
-ROOT = Path(__file__).resolve().parents[2]
-SNIPPET = re.compile(r"^<!-- snippet: (run|file (\S+)) -->\n```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
-# What the shell finds: this Python, and the command of the package beside this file.
-PROGRAMS = {"python": "", "mambapeft": " -c 'from mambapeft_vision.cli import run; run()'"}
+import mambapeft_vision.methods as methods
+from mambapeft_vision.data import module
+from mambapeft_vision.data.image_list import ImageList
+from mambapeft_vision.data.module import TaskDataModule
 
-
-@dataclass(frozen=True)
-class Snippet:
-    """A marked block. file: where it is to be written; None: it is run."""
-
-    language: str
-    code: str
-    file: str | None
+FEW = 48  # images of a split: two steps, the second of half a batch
+WITH_SNIPPETS = [page for page in pages() if snippets_of(page)]
 
 
-def snippets_of(page: Path) -> list[Snippet]:
-    """The marked blocks of a page in their order."""
-    return [Snippet(found[3], found[4], found[2]) for found in SNIPPET.finditer(page.read_text(encoding="utf-8"))]
-
-
-def pages_with_snippets() -> Iterator[Path]:
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
-        if snippets_of(page):
-            yield page
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all pages keep their tasks, so that the demo's is laid out once."""
+    return tmp_path_factory.mktemp("data")
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """An empty folder but for `bin`, which holds the programs."""
-    for name, arguments in PROGRAMS.items():
-        program = tmp_path / "bin" / name
-        program.parent.mkdir(exist_ok=True)
-        program.write_text(f'#!/bin/sh\nexec "{sys.executable}"{arguments} "$@"\n')
-        program.chmod(0o755)
-    return tmp_path
+def place(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """An empty folder but for `data`, with few images in each task."""
+    cached_list = module.cached_list
+
+    def first_images(listing: ImageList, *rest: object) -> object:
+        return cached_list(replace(listing, entries=listing.entries[:: max(1, len(listing) // FEW)]), *rest)
+
+    monkeypatch.setattr(module, "cached_list", first_images)
+    monkeypatch.setattr(TaskDataModule, "prefetch_test", lambda self: None)  # a process that would decode all
+    found, known = list(methods.__path__), set(sys.modules)
+    folder, pipes = tmp_path / "folder", tmp_path / "pipes"
+    folder.mkdir()
+    (folder / "data").symlink_to(data)
+    pipes.mkdir()
+    yield Place(folder, pipes)
+    methods.__path__[:] = found
+    for name in set(sys.modules) - known:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
 
 
-def run(snippet: Snippet, folder: Path) -> None:
-    command = ["bash", "-euo", "pipefail", "-c"] if snippet.language == "bash" else [sys.executable, "-c"]
-    environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": _import_path()}
-    result = subprocess.run(
-        [*command, snippet.code], cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert result.returncode == 0, f"{snippet.code}\n{result.stdout}\n{result.stderr}"
-
-
-def _import_path() -> str:
-    """This checkout's packages first, whatever is installed."""
-    given = os.environ.get("PYTHONPATH")
-    return ":".join([str(ROOT), str(ROOT / "kernels"), *([given] if given else [])])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", list(pages_with_snippets()), ids=lambda page: page.stem)
-def test_the_code_of_a_page_runs(page: Path, folder: Path) -> None:
+@pytest.mark.parametrize("page", WITH_SNIPPETS, ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page: Path, place: Place) -> None:
     for snippet in snippets_of(page):
         assert snippet.language in ("bash", "python") or snippet.file, (
             f"{page.name}: a {snippet.language} block cannot run"
         )
-        if snippet.file is not None:
-            target = folder / snippet.file
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(snippet.code, encoding="utf-8")
-        else:
-            run(snippet, folder)
+        place.use(snippet)
+
+
+@pytest.mark.parametrize(
+    "language, code",
+    [("bash", "false"), ("bash", "mambapeft fly"), ("python", "raise AssertionError"), ("bash", "ls x")],
+)
+def test_a_block_that_fails_is_found(language: str, code: str, place: Place) -> None:
+    with pytest.raises(AssertionError):
+        place.use(Snippet(language, code, None))
+
+
+def test_the_command_line_has_arguments_output_and_folder_of_the_block(place: Place) -> None:
+    place.use(Snippet("bash", 'mkdir a && cd a && mambapeft --version > b && [ "$(cat b)" != "" ]', None))
+    place.use(Snippet("bash", "mambapeft methods 'lora_p_x' | grep -q LoRA", None))
+    assert (place.folder / "a" / "b").is_file()
 
 
 def test_tutorials_have_snippets() -> None:
-    found = {page.stem for page in pages_with_snippets()}
-    assert {"demo", "own-images", "write-a-method"} <= found
+    found = {page.stem for page in WITH_SNIPPETS}
+    assert {"demo", "own-images", "write-a-method", "bring-a-backbone"} <= found
 
 
 def test_every_mark_is_understood() -> None:
     """A mark with a typing mistake would silently be no snippet."""
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+    for page in pages():
         assert page.read_text(encoding="utf-8").count("<!-- snippet") == len(snippets_of(page)), page

@@ -52,7 +52,7 @@ YAML = """\
 # W' = diag(1 + s) W; s starts at zero.
 # count: 9,216
 # paper: none
-# run: python train.py method=row_scale dataset=vtab/cifar paths.methods=... --config-dir ...
+# run: mambapeft train method=row_scale dataset=vtab/cifar paths.methods=... --config-dir ...
 row_scale:
   _target_: mambapeft_vision.methods.row_scale.RowScale
   targets: out_proj

@@ -111,7 +111,7 @@ def test_what_only_fine_tuning_heeds_is_refused(override):
 
 
 def test_pretraining_is_no_part_of_a_fine_tuning_run():
-    with pytest.raises(UserError, match="no fine-tuning run"):
+    with pytest.raises(UserError, match="trains no methods"):
         make_plan(runs.compose_train(["pretrain=folder", "pretrain.sources.mine.path=x"]))
     assert "pretrain" not in make_plan(runs.compose_train([])).config
 

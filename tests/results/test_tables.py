@@ -189,6 +189,12 @@ def test_runs_on_other_splits_are_apart(standard):
     assert "(official weights), on val200: summary" in to_markdown(summary_table(other))
 
 
+def test_weights_of_this_project_are_not_called_official(standard):
+    ours = [fake_record("mini/usps", "lora_p_x", 0, 0.5, backbone={"name": "vim_nano_patch8_64"})]
+    (collection,) = collect(ours, standard)
+    assert collection.title == "mini, vim_nano_patch8_64 (this project's weights)"
+
+
 def test_settings_of_a_method_are_named(standard):
     method = {name: dict(spec) for name, spec in fake_record(ALL[0], "lora_p_x", 0, 0.5).config["method"].items()}
     method["lora_p_x"]["rank"] = 8

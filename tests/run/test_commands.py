@@ -136,7 +136,7 @@ def test_help_shows_groups_and_examples():
     options = {file.stem for file in (runs.CONFIGS / "method").glob("*.yaml")}
     (listed,) = (line for line in result.stdout.splitlines() if line.startswith("method: "))
     assert set(listed.removeprefix("method: ").split(", ")) == options
-    assert result.stdout.count("  python train.py ") >= 5
+    assert result.stdout.count("  mambapeft train ") >= 5
 
 
 def test_help_of_evaluate():

@@ -46,7 +46,11 @@ def ssm_mixer(
     Raises: ValueError for shapes that do not fit each other or a backend that cannot run here.
 
     Example:
-        out = ssm_mixer(in_proj(h), (forward, backward))  # two `Direction`s, backward with reverse=True
+        >>> forward = Direction(torch.randn(8, 4), torch.zeros(8), torch.randn(5, 8), torch.randn(8, 3),
+        ...                     torch.zeros(8), torch.zeros(8, 1), torch.ones(8))     # E = 8, R = 3, N = 1, K = 4
+        >>> backward = forward._replace(reverse=True)
+        >>> ssm_mixer(torch.randn(2, 10, 16), (forward, backward)).shape
+        torch.Size([2, 10, 8])
     """
     _check_shapes(xz, z, directions)
     chosen = resolve_backend(backend, xz.device, xz.dtype)

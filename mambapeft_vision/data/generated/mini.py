@@ -1,7 +1,7 @@
 """The mini tasks: small, in the layout of VTAB-1K, for runs of seconds to minutes.
 
 Those of `GENERATED` need no download: they are drawn, or come with a dependency, and are laid out at first use.
-Those of `IMPORTED` have sources with licences of their own; `scripts/prepare_mini.py` makes them tasks, and those of
+Those of `IMPORTED` have sources with licences of their own; `mambapeft prepare mini` makes them tasks, and those of
 `torchvision_tasks.FETCHED`, which torchvision downloads.
 """
 
@@ -76,8 +76,8 @@ class MiniDataModule(TaskDataModule):
         name = self.name.removeprefix("mini/")
         if name in GENERATED:
             return f"Delete {self.folder} and start again: it is laid out anew by itself."
-        fetch = f"python scripts/prepare_mini.py fetch {name}` (a download) or `" if name in FETCHED else ""
-        return f"Lay it out with `{fetch}python scripts/prepare_mini.py import PATH --name {name}` (data/README.md)."
+        fetch = f"mambapeft prepare mini fetch {name}` (a download) or `" if name in FETCHED else ""
+        return f"Lay it out with `{fetch}mambapeft prepare mini import PATH --name {name}` (data/README.md)."
 
 
 def lay_out_generated(task: Task, folder: Path) -> None:

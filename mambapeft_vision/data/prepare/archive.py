@@ -88,7 +88,7 @@ def extract_tasks(
 def _damaged(archive: Path, error: Exception) -> UserError:
     return UserError(
         f"{archive} is damaged or not a zip file ({error}). Delete it and download it again, with "
-        "`python scripts/prepare_vtab1k.py` or by hand as data/README.md shows."
+        "`mambapeft prepare vtab1k` or by hand as data/README.md shows."
     )
 
 

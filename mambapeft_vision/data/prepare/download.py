@@ -37,6 +37,6 @@ def fetch_archive(folder: Path) -> Path:
             "Or download by hand, on any machine, from one of\n"
             f"  {HUB_PAGE}\n"
             f"  {DRIVE_PAGE}\n"
-            f"and run `python scripts/prepare_vtab1k.py --zip PATH/TO/{ARCHIVE_NAME}`."
+            f"and run `mambapeft prepare vtab1k --zip PATH/TO/{ARCHIVE_NAME}`."
         ) from error
     return archive

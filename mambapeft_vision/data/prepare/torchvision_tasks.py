@@ -87,7 +87,7 @@ def _open(fetched: Fetched, part: Part, downloads: Path) -> Any:
             f"{fetched.task.name}: torchvision.datasets.{fetched.dataset} cannot be downloaded to {downloads} "
             f"({type(error).__name__}: {error}); expected a connection to the internet and {fetched.size} of space. "
             f"Try again, or bring {downloads} along from a machine where this command ran, or import the images by "
-            f"`python scripts/prepare_mini.py import PATH --name {fetched.task.folder}`."
+            f"`mambapeft prepare mini import PATH --name {fetched.task.folder}`."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The work of `scripts/prepare_vtab1k.py`: get VTAB-1K, lay it out, check all of it, write the manifest."""
+"""The work of `mambapeft prepare vtab1k`: get VTAB-1K, lay it out, check all of it, write the manifest."""
 
 import argparse
 import contextlib
@@ -28,10 +28,10 @@ _SHOWN_PROBLEMS = 20
 
 _EPILOG = f"""\
 examples:
-  python scripts/prepare_vtab1k.py                        download, lay out and check all 19 tasks
-  python scripts/prepare_vtab1k.py --zip {ARCHIVE_NAME}      the same from an archive already here
-  python scripts/prepare_vtab1k.py --tasks cifar,dtd      only some tasks
-  python scripts/prepare_vtab1k.py --verify-only          check once more what is laid out
+  mambapeft prepare vtab1k                        download, lay out and check all 19 tasks
+  mambapeft prepare vtab1k --zip {ARCHIVE_NAME}      the same from an archive already here
+  mambapeft prepare vtab1k --tasks cifar,dtd      only some tasks
+  mambapeft prepare vtab1k --verify-only          check once more what is laid out
 
 Interrupt it whenever you like: the same command continues.
 Exit code 0: all good; 2: a report says what is not.

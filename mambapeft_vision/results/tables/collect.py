@@ -20,6 +20,7 @@ from mambapeft_vision.results.paper import PAPER, PUBLISHED, PaperRow, paper_row
 from mambapeft_vision.results.record import DERIVED, RunRecord
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.identity import SAME_EXPERIMENT
+from mambapeft_vision.utils.paths import weights_in_package
 from mambapeft_vision.utils.untrusted import read_yaml
 
 GROUPS = {
@@ -49,7 +50,7 @@ class Standard:
 
     def _describe(self, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         names = sorted(config["method"])
-        rivals = [preset for preset in self.presets.values() if sorted(preset.methods) == names]
+        rivals = [preset for preset in self.presets.values() if sorted(preset.specs) == names]
         if not rivals:
             parts = [self.presets[name] for name in names if name in self.presets]
             return "+".join(names), self._differences(config, parts)
@@ -209,7 +210,9 @@ class Collection:
     def title(self) -> str:
         family = "VTAB-1K" if self.is_vtab else self.family
         split = f", on {self.shared['test_split']}" if "test_split" in self.shared else ""
-        return f"{family}, {self.backbone} ({self.weights} weights){split}"
+        ours = self.weights == "official" and weights_in_package(self.backbone) is not None
+        weights = "this project's" if ours else self.weights
+        return f"{family}, {self.backbone} ({weights} weights){split}"
 
     @property
     def published_rows(self) -> tuple[PaperRow, ...]:
@@ -264,7 +267,7 @@ def _collection(family: str, records: list[RunRecord], standard: Standard, allow
     mixed = _mixed(records)
     if mixed and not allow_mixed:
         raise UserError(
-            f"{mixed}. Such numbers are not comparable: collect one kind at a time, or say --allow-mixed to have them "
+            f"{mixed}. Such results are not comparable: collect one kind at a time, or give --allow-mixed to have them "
             f"in one table"
         )
     rows = _rows(records, standard)

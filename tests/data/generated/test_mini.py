@@ -152,5 +152,5 @@ def test_of_two_processes_the_second_takes_the_folder_of_the_first(small, tmp_pa
 
 def test_an_absent_imported_task_names_the_command(tmp_path):
     data = MiniDataModule(name="mini/usps", folder=tmp_path / "usps", num_classes=10, group="natural")
-    with pytest.raises(UserError, match=r"prepare_mini.py import PATH --name usps"):
+    with pytest.raises(UserError, match=r"mambapeft prepare mini import PATH --name usps"):
         data.load(PREPROCESSING)

@@ -90,7 +90,7 @@ def test_verify_only_checks_again_and_forgets_what_does_not_pass(run, root, arch
     report = capsys.readouterr().err
     assert f"{root / 'toy/test.txt'}:2: {root / 'toy/images/test/000001.jpg'}: cannot decode" in report
     assert f"delete what there is of {root / 'toy'}\n" in report
-    assert "python scripts/prepare_vtab1k.py --root" in report
+    assert "mambapeft prepare vtab1k --root" in report
     assert (root / "problems.txt").read_text().startswith(f"{root / 'toy/test.txt'}:2: ")
 
 
