@@ -1,5 +1,6 @@
 """Shared by all tests: a known number of threads, no network, and a tiny task with a finished run of it."""
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -41,6 +42,12 @@ def finished(task, tmp_path_factory) -> FinishedRun:
     command = runs.overrides(task, outputs, "trainer.picture=true")
     record = runs.run(command)
     return FinishedRun(command, runs.only_run_folder(outputs), record)
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests live to the end: each look through them for garbage takes longer than most tests."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -1,6 +1,6 @@
 """Every preset on every other backbone than Vim: it goes the whole way, or is refused with the reason."""
 
-import subprocess
+import runpy
 import sys
 import warnings
 
@@ -207,10 +207,7 @@ def count(backbone: str, preset: str) -> int:
     return model.counts()["trainable"]
 
 
-@pytest.mark.parametrize(
-    "backbone",
-    [pytest.param(n, marks=[] if "small" in n or "tiny" in n else pytest.mark.slow) for n in COUNTS],
-)
+@pytest.mark.parametrize("backbone", COUNTS)
 def test_trained_parameters_are_as_many_as_the_formulas_say(backbone):
     assert {name: count(backbone, name) for name in _COLUMNS} == dict(zip(_COLUMNS, COUNTS[backbone]))
     assert count(backbone, "d") == COUNTS[backbone][0]
@@ -316,7 +313,7 @@ def test_around_the_class_token_is_refused_where_there_are_registers():
         )
 
 
-@pytest.mark.slow
-def test_the_table_in_the_documentation_is_up_to_date():
+def test_the_table_in_the_documentation_is_up_to_date(monkeypatch):
     script = CONFIGS.parent / "scripts" / "make_backbones_doc.py"
-    assert subprocess.run([sys.executable, script, "--check"]).returncode == 0, f"run python {script}"
+    monkeypatch.setattr(sys, "argv", [str(script), "--check"])
+    assert runpy.run_path(str(script))["main"]() == 0, f"run python {script}"
