@@ -44,6 +44,19 @@ def finished(task, tmp_path_factory) -> FinishedRun:
     return FinishedRun(command, runs.only_run_folder(outputs), record)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="also run the tests marked exhaustive (CONTRIBUTING.md)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("exhaustive"):
+        return
+    left_out = [item for item in items if "exhaustive" in item.keywords]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if "exhaustive" not in item.keywords]
+
+
 def pytest_collection_finish() -> None:
     """Modules and tests live to the end: each look through them for garbage takes longer than most tests."""
     gc.collect()

@@ -76,7 +76,7 @@ def _check_parameters(name: str, architecture: Mapping[str, Any]) -> None:
         )
 
 
-@lru_cache(256)  # several models of one run have the same sizes, and a model without values takes longer than a small one
+@lru_cache(256)  # models of one process are often of one size
 def _count_parameters(name: str, architecture: str) -> int:
     """Of the backbone with these sizes, a JSON object."""
     with torch.device("meta"):

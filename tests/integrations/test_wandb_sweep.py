@@ -4,12 +4,11 @@ import json
 import os
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import runs
+from helpers import crashes, runs
 from helpers.wandb_files import OfflineRun, offline_runs
 from PIL import Image
 
@@ -29,10 +28,9 @@ def command(task: Path, outputs: Path, *more: str) -> list[str]:
 
 
 def run_sweep(*arguments: str) -> None:
-    script = [sys.executable, str(runs.ROOT / "scripts" / "sweep_vtab1k.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-    done = subprocess.run([*script, *arguments], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, out, err = crashes.command(Path.cwd(), "scripts/sweep_vtab1k.py", *arguments, environment=environment)
+    assert code == 0, out + err
 
 
 def check_run(run: OfflineRun, record: RunRecord, folder: Path) -> None:
