@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SNIPPET = re.compile(r"^<!-- snippet: (run|file (\S+)) -->\n```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 # What the shell finds: this Python, and the command of the package beside this file.
 PROGRAMS = {"python": "", "mambapeft": " -c 'from mambapeft_vision.cli import run; run()'"}
+# Pages that train on 1,000 images. tests/sweep/test_demo.py and tests/data/prepare have both in small.
+TRAIN_FOR_LONG = {"demo", "own-images"}
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,14 @@ def _import_path() -> str:
     return ":".join([str(ROOT), str(ROOT / "kernels"), *([given] if given else [])])
 
 
+def page_cases() -> Iterator[Any]:
+    for page in pages_with_snippets():
+        marks = [pytest.mark.exhaustive] if page.stem in TRAIN_FOR_LONG else []
+        yield pytest.param(page, id=page.stem, marks=marks)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", list(pages_with_snippets()), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", list(page_cases()))
 def test_the_code_of_a_page_runs(page: Path, folder: Path) -> None:
     for snippet in snippets_of(page):
         assert snippet.language in ("bash", "python") or snippet.file, (

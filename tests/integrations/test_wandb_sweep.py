@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import wandb
 from helpers import crashes, runs
 from helpers.wandb_files import OfflineRun, offline_runs
 from PIL import Image
@@ -107,6 +108,7 @@ def test_a_sweep_and_its_runs_are_on_wandb_at_once_or_later(tmp_path, monkeypatc
     upload = [script.name, str(outputs), "--offline", "--tags", "later"]
     monkeypatch.setattr(sys, "argv", [*upload, "--sweeps"])
     runpy.run_path(str(script), run_name="__main__")
+    wandb.teardown()  # what its service has in hand is in the files then, as at the end of a process
     check_all(outputs)
     assert all("later" in run.tags for run in offline_runs(outputs))
     assert "uploaded first try: 2 runs" in capsys.readouterr().out
