@@ -5,14 +5,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Two workers, one thread each: the tests are many small ones.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 # A constraints file for pip; constraints.txt holds the versions that the project was last tested with.
 CONSTRAINTS ?=
 OLDEST ?= .venv-oldest
 NEWEST ?= .venv-newest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check-science test test-gpu test-oldest test-newest audit lint format wheel bench report clean
+.PHONY: help install demo check-science test test-all test-gpu test-oldest test-newest audit lint format wheel bench report clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -33,7 +33,10 @@ demo: $(INSTALLED) ## fine-tune a small pretrained Vim three ways on real images
 check-science: $(INSTALLED) ## is the order scratch < linear_probe < lora_p_x there on every small backbone? (CPU, minutes)
 	$(BIN)/mambapeft check-science
 
-test: $(INSTALLED) ## all tests (GPU tests skip themselves where there is no GPU)
+test-all: override PYTEST_ARGS += --exhaustive
+test-all: test ## all tests, with the rest of large products of cases (see CONTRIBUTING.md)
+
+test: $(INSTALLED) ## the tests (GPU tests skip themselves where there is no GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --ignore=tests/kernels tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/kernels # alone: see its conftest.py
 

@@ -1,6 +1,8 @@
 """Shared by all tests: a known number of threads, no network, and a tiny task with a finished run of it."""
 
+import gc
 import os
+from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,6 +14,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+CPU_BUDGET_S = 5
+CPU_TIMES = pytest.StashKey[dict[str, float]]()
 
 # The project is imported inside the fixtures: tests/kernels chooses Triton's interpreter before its first import.
 
@@ -43,6 +48,63 @@ def finished(task, tmp_path_factory) -> FinishedRun:
     return FinishedRun(command, runs.only_run_folder(outputs), record)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="also run the tests marked exhaustive (CONTRIBUTING.md)")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves exhaustive tests out unless they are asked for; files with slow tests come first.
+
+    So no worker is left with a long file when the others have nothing more to do.
+    """
+    kept = [item for item in items if config.getoption("exhaustive") or "exhaustive" not in item.keywords]
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if "exhaustive" in item.keywords])
+    slow = {item.path for item in kept if "slow" in item.keywords}
+    items[:] = sorted(kept, key=lambda item: item.path not in slow)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Notes the CPU time of a test, its fixtures included, and of the processes that it has waited for."""
+    before = sum(os.times()[:4])
+    result = yield
+    item.config.stash[CPU_TIMES][item.nodeid] = sum(os.times()[:4]) - before
+    return result
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[CPU_TIMES] = {}
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its times to the process that reports."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["cpu_times"] = session.config.stash[CPU_TIMES]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[CPU_TIMES].update(getattr(node, "workeroutput", {}).get("cpu_times", {}))
+
+
+def report_cpu_times(terminalreporter: Any) -> None:
+    """The whole suite is to take six minutes on two cores: whatever takes long is said at the end of each run."""
+    times = terminalreporter.config.stash[CPU_TIMES]
+    long = sorted(((seconds, test) for test, seconds in times.items() if seconds > CPU_BUDGET_S), reverse=True)
+    if long:
+        terminalreporter.section(f"tests over {CPU_BUDGET_S} s of CPU time (all tests: {sum(times.values()):.0f} s)")
+        for seconds, test in long:
+            terminalreporter.write_line(f"{seconds:6.1f} s  {test}")
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests live to the end: each look through them for garbage takes longer than most tests."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """Writes how the tests that need a GPU ended to results/gpu-tests.json, wherever one is (docs show the last run).
 
@@ -50,6 +112,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
     """
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
+    report_cpu_times(terminalreporter)
     counts = {
         outcome: sum("gpu" in getattr(report, "keywords", ()) for report in terminalreporter.stats.get(outcome, []))
         for outcome in ("passed", "failed", "error", "skipped")

@@ -204,7 +204,7 @@ class Arm(ScanModel):
             Block(embed_dim, hidden, rates[i], norm_eps, name=f"layers.{i}", **sizes) for i in range(depth)
         )
         self.norm_f = LayerNorm(embed_dim, eps=norm_eps)
-        self.init_weights()
+        self.init_new()
 
     def layout_of(self, grid: tuple[int, int]) -> TokenLayout:
         """One class token in the middle of the patches."""

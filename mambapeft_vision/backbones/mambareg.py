@@ -71,7 +71,7 @@ class MambaReg(ResidualStack):
             self.norm_neck = PortedRMSNorm(self.special_width, eps=norm_eps, name="norm_neck")
         sizes = {"d_state": d_state, "d_conv": d_conv, "expand": expand, "dt_rank": dt_rank}
         self.add_blocks(depth, drop_path_rate, norm_eps, **sizes)
-        self.init_weights()
+        self.init_new()
 
     def layout_of(self, grid: tuple[int, int]) -> TokenLayout:
         """n registers, one behind each run of patches but the last run."""

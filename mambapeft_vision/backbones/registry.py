@@ -2,9 +2,10 @@
 
 import importlib
 import inspect
+import json
 import pkgutil
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, get_type_hints
 
 import timm
@@ -74,13 +75,21 @@ def create_backbone(
 
 def _check_parameters(name: str, architecture: Mapping[str, Any]) -> None:
     """Raises UserError for sizes that each are in range, but together take the memory of a machine."""
-    with torch.device("meta"):
-        count = sum(p.numel() for p in timm.create_model(name, num_classes=0, **architecture).parameters())
+    if not architecture:
+        return
+    count = _count_parameters(name, json.dumps(dict(architecture), sort_keys=True))
     if count > MAX_PARAMETERS:
         raise UserError(
             f"backbone {name} with {shown(dict(architecture))} would have {count:,} parameters; expected at most "
             f"{MAX_PARAMETERS:,}"
         )
+
+
+@lru_cache(256)  # models of one process are often of one size
+def _count_parameters(name: str, architecture: str) -> int:
+    """Of the backbone with these sizes, a JSON object."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in timm.create_model(name, num_classes=0, **json.loads(architecture)).parameters())
 
 
 @cache

@@ -40,9 +40,9 @@ class State(NamedTuple):
 class TimmModel(Ported):
     """Base of backbones: what timm and its users expect of a model.
 
-    A subclass makes its blocks, final norm and `head` and implements `layout_of` and `embed`. Where tokens pass its
-    blocks in another way than one after another, it overrides `run_blocks` and `normed`; where its special tokens are
-    not simply joined for the head, `read_special` and `special_width`.
+    A subclass makes its blocks, final norm and `head`, calls `init_new`, and implements `layout_of`, `embed` and
+    `init_weights`. Where tokens pass its blocks in another way than one after another, it overrides `run_blocks` and
+    `normed`; where its special tokens are not simply joined for the head, `read_special` and `special_width`.
 
     Args:
         img_size: height and width of the images (or one number for both).
@@ -105,6 +105,15 @@ class TimmModel(Ported):
     def embed(self, images: Tensor) -> tuple[Tensor, TokenLayout]:
         """[B, C, H, W] → the tokens [B, L, D] that enter the first block, prompts included, and their layout."""
         raise NotImplementedError
+
+    def init_weights(self) -> None:
+        """Draws all parameters anew."""
+        raise NotImplementedError
+
+    def init_new(self) -> None:
+        """The last step of making a model. One without values (on the meta device) has nothing to draw."""
+        if not next(self.parameters()).is_meta:
+            self.init_weights()
 
     @property
     def special_width(self) -> int:

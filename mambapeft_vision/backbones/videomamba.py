@@ -51,7 +51,7 @@ class VideoMamba(ResidualStack):
         self.pos_embed = nn.Parameter(torch.empty(1, self.layout.length, embed_dim))
         sizes = {"d_state": d_state, "d_conv": d_conv, "expand": expand, "dt_rank": dt_rank}
         self.add_blocks(depth, drop_path_rate, norm_eps, halve_sum=False, **sizes)
-        self.init_weights()
+        self.init_new()
 
     def layout_of(self, grid: tuple[int, int]) -> TokenLayout:
         """The class token in front of the patches."""

@@ -58,7 +58,7 @@ class Vim(ResidualStack):
         self.pos_embed = nn.Parameter(torch.empty(1, self.layout.length, embed_dim))
         sizes = {"d_state": d_state, "d_conv": d_conv, "expand": expand, "dt_rank": dt_rank}
         self.add_blocks(depth, drop_path_rate, norm_eps, halve_sum=halve_sum, **sizes)
-        self.init_weights()
+        self.init_new()
 
     def layout_of(self, grid: tuple[int, int]) -> TokenLayout:
         """One class token in the middle of the patches."""

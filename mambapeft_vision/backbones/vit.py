@@ -113,7 +113,7 @@ class Vit(TimmModel):
         self.blocks = cast(Sequence[Block], blocks)
         self.norm = PortedLayerNorm(embed_dim, eps=1e-6)
         self.head = zero_head(self.head_hidden_size, num_classes)
-        self.init_weights()
+        self.init_new()
 
     @property
     def mixers(self) -> tuple[()]:

@@ -412,7 +412,7 @@ class VMamba(TimmModel):
 
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").repeat_interleave(2)
         self.branch_scales = BranchScales(rates.tolist())
-        self.init_weights()
+        self.init_new()
 
     # -- parts ------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
+import mambapeft_vision.backbones.vim  # noqa: F401 (registers its models with timm)
 from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.backbones import create_backbone, unfused
 from mambapeft_vision.backbones.contract import frozen_casts
@@ -32,7 +33,6 @@ def announcements_start_afresh() -> None:
 
 def vim(kernel: str = "auto", dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
     torch.manual_seed(0)
-    create_backbone("vim_pico_patch8_32", "random", depth=1)  # registers the names with timm
     model: Any = timm.create_model("vim_pico_patch8_32", num_classes=4, **{**SIZES, **sizes})
     nn.init.normal_(model.head.weight)
     if kernel != "auto":

@@ -120,8 +120,16 @@ def check(results: dict[str, str], names: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_timms_own_tests_pass_on_tiny_models(timm_tests, tmp_path):
-    check(run_timm_tests(timm_tests, tmp_path, TINY), TINY)
+@pytest.mark.parametrize(
+    "names",
+    [
+        # The two implementations of the contract: sequences (TimmModel's own) and maps.
+        pytest.param(["vim_pico_patch8_32", "vmamba_pico_patch4_32"], id="two"),
+        pytest.param(TINY, id="all", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_timms_own_tests_pass_on_tiny_models(timm_tests, tmp_path, names):
+    check(run_timm_tests(timm_tests, tmp_path, names), names)
 
 
 @pytest.mark.slow

@@ -1,11 +1,10 @@
 """The arithmetic of scripts/bench_kernels.py: floors, and a refusal without a GPU. The timing itself needs a GPU."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import crashes
 
 from mambapeft_vision.benchmarks import kernels as bench
 
@@ -28,7 +27,7 @@ def test_floors_grow_with_the_batch():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_refuses_without_a_gpu():
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "got no CUDA GPU" in done.stderr
+def test_refuses_without_a_gpu(tmp_path):
+    code, _, err = crashes.command(tmp_path, "scripts/bench_kernels.py")
+    assert code == 1
+    assert "got no CUDA GPU" in err

@@ -1,11 +1,10 @@
 """The arithmetic of scripts/bench_ss2d.py: sizes and floors, and a refusal without a GPU."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import crashes
 
 from mambapeft_vision.benchmarks.kernels import Chip
 from mambapeft_vision.benchmarks.ss2d import Case, work
@@ -29,7 +28,7 @@ def test_the_floor_of_a_forward_scan_is_its_special_functions():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_refuses_without_a_gpu():
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "got no CUDA GPU" in done.stderr
+def test_refuses_without_a_gpu(tmp_path):
+    code, _, err = crashes.command(tmp_path, "scripts/bench_ss2d.py")
+    assert code == 1
+    assert "got no CUDA GPU" in err

@@ -88,6 +88,7 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # `make docs` does the same
 @pytest.mark.skipif(find_spec("mkdocs") is None, reason="needs the extra `docs`")
 @pytest.mark.usefixtures("generators")
 def test_the_site_builds_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,12 @@ import random
 import runpy
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -67,16 +70,54 @@ def _in_child(function: Callable[..., Any], *arguments: Any) -> None:
     function(*arguments)
 
 
-def command(folder: Path, script: str, *arguments: str) -> tuple[int, str, str]:
+@dataclass(frozen=True)
+class Command:
+    """A command of the project, as a process that has begun in a folder."""
+
+    process: BaseProcess
+    outputs: tuple[Path, Path]  # files with what it prints, and its errors
+
+    def end(self, seconds: float = 300.0) -> tuple[int, str, str]:
+        """Waits for it: exit code (negative: the signal that ended it), output, errors."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise AssertionError(f"{self.process.name} did not end in {seconds} s")
+        return self.process.exitcode, *(file.read_text() for file in self.outputs)
+
+
+@cache
+def _said() -> tempfile.TemporaryDirectory[str]:
+    """Goes when this process ends."""
+    return tempfile.TemporaryDirectory()
+
+
+def begin(folder: Path, script: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Command:
+    said = Path(tempfile.mkdtemp(dir=_said().name))
+    outputs = said / "out", said / "err"
+    return Command(start(_command, folder, str(runs.ROOT / script), arguments, environment, outputs), outputs)
+
+
+def command(
+    folder: Path, script: str, *arguments: str, environment: Mapping[str, str] | None = None
+) -> tuple[int, str, str]:
     """A command of the project, as a process in `folder`: exit code, output, errors."""
-    code = run_to_end(_command, folder, str(runs.ROOT / script), arguments)
-    return code, *((folder / name).read_text() for name in ("out.txt", "err.txt"))
+    return begin(folder, script, *arguments, environment=environment).end()
 
 
-def _command(folder: Path, script: str, arguments: tuple[str, ...]) -> None:
+def _command(
+    folder: Path,
+    script: str,
+    arguments: tuple[str, ...],
+    environment: Mapping[str, str] | None,
+    outputs: tuple[Path, Path],
+) -> None:
     os.chdir(folder)
-    for descriptor, name in ((1, "out.txt"), (2, "err.txt")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    if environment is not None:
+        os.environ.clear()
+        os.environ.update(environment)
+    for descriptor, file in enumerate(outputs, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
     sys.argv = [script, *arguments]
     fork_workers()
     runpy.run_path(script, run_name="__main__")

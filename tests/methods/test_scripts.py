@@ -1,33 +1,29 @@
 """The table of counts and the generated documentation follow from the presets."""
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 from helpers.method_cases import PRESETS
 
+from mambapeft_vision import cli
 from mambapeft_vision.commands import count
 from mambapeft_vision.results.paper import PAPER, PUBLISHED, VIM_S, VIT_S, paper_row
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def script(name: str, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / name), *arguments], capture_output=True, text=True, check=False
-    )
+def test_methods_document_is_up_to_date(monkeypatch):
+    script = str(ROOT / "scripts" / "make_methods_doc.py")
+    monkeypatch.setattr(sys, "argv", [script, "--check"])
+    assert runpy.run_path(script)["main"]() == 0, f"run: python {script}"
 
 
-def test_methods_document_is_up_to_date():
-    run = script("make_methods_doc.py", "--check")
-    assert run.returncode == 0, "run: python scripts/make_methods_doc.py\n" + run.stderr
-
-
-def test_counts_script():
-    run = script("count_params.py", "--backbone", "vit_s")
-    assert run.returncode == 0, run.stderr
-    lines = {line.split("|")[1].strip(): line for line in run.stdout.splitlines() if line.startswith("|")}
+def test_counts_command(capsys):
+    assert cli.main(["count", "--backbone", "vit_s"]) == 0
+    out = capsys.readouterr().out
+    lines = {line.split("|")[1].strip(): line for line in out.splitlines() if line.startswith("|")}
     assert "|    589,824 |       628 |" in lines["lora_qv"]
     assert {"full", "scratch", "linear_probe", "fact_tk"} <= set(lines)
 

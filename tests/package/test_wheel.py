@@ -76,27 +76,40 @@ def mambapeft(site: Path, work: Path, *arguments: str) -> str:
     return call(site, work, sys.executable, str(site / "bin" / "mambapeft"), *arguments)
 
 
-def test_everything_comes_from_the_wheel(site, work):
+@pytest.fixture(scope="module")
+def said(site, work) -> list[str]:
+    """Where an installed package has its parts, and what its command says of itself: in one process."""
     code = (
         "import mambapeft_kernels, mambapeft_vision\n"
+        "from mambapeft_vision.cli import main\n"
         "from mambapeft_vision.utils.paths import configs_folder\n"
-        "print(mambapeft_vision.__file__, mambapeft_kernels.__file__, configs_folder(), sep='\\n')"
+        "print(mambapeft_vision.__file__, mambapeft_kernels.__file__, configs_folder(), sep='\\n')\n"
+        "for arguments in (['--help'], ['train', '--help'], ['--version']):\n"
+        "    print('--8<--')\n"
+        "    try:\n"
+        "        main(arguments)\n"
+        "    except SystemExit as end:\n"
+        "        assert not end.code\n"
     )
-    places = python(site, work, code).splitlines()
+    return python(site, work, code).split("--8<--\n")
+
+
+def test_everything_comes_from_the_wheel(site, said):
+    places = said[0].splitlines()
     assert len(places) == 3 and all(Path(place).is_relative_to(site) for place in places)
     assert (site / "mambapeft_vision" / "py.typed").exists() and (site / "mambapeft_kernels" / "py.typed").exists()
     packed = {file.relative_to(site / "mambapeft_vision") for file in (site / "mambapeft_vision").rglob("*.yaml")}
     assert packed == {file.relative_to(ROOT) for file in (ROOT / "configs").rglob("*.yaml")}
 
 
-def test_the_command_says_what_it_can_do(site, work):
+def test_the_command_says_what_it_can_do(said):
     from mambapeft_vision import __version__
     from mambapeft_vision.cli import COMMANDS
 
-    listed = mambapeft(site, work, "--help")
+    _, listed, of_train, version = said
     assert all(f"\n  {name} " in listed for name in COMMANDS)
-    assert mambapeft(site, work, "--version").strip() == __version__
-    assert "method=[lora_out_proj,lora_p_x]" in mambapeft(site, work, "train", "--help")
+    assert version.strip() == __version__
+    assert "method=[lora_out_proj,lora_p_x]" in of_train
 
 
 def test_training_by_the_command_then_a_prediction_and_a_training_from_python(site, work, command):

@@ -4,15 +4,13 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import faults, runs
+from helpers import crashes, faults, runs
 from helpers.pretraining import TINY, write_source
 from hydra.errors import HydraException
 from mambapeft_kernels import resolve_backend
@@ -92,15 +90,8 @@ def test_train_py_pretrains_and_a_shorter_command_too(images, tmp_path):
         ["train.py", "pretrain=folder", *prefixed(*settings, f"out={tmp_path / 'one'}")],
         ["scripts/pretrain.py", "folder", *settings, f"out={tmp_path / 'two'}"],
     ):
-        done = subprocess.run(
-            [sys.executable, str(runs.ROOT / command[0]), *command[1:]],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
+        code, _, err = crashes.command(tmp_path, *command)
+        assert code == 0, err
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
 
 
@@ -317,17 +308,16 @@ def test_a_killed_process_is_continued_by_the_same_command(images, tmp_path):
         f"sources.mine.path={images}",
     ]
     command = ["pretrain=folder", *prefixed(*settings, f"out={tmp_path / 'again'}")]
-    line = [sys.executable, str(runs.ROOT / "train.py"), *command]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(line, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    process = crashes.begin(tmp_path, "train.py", *command).process
     deadline = time.monotonic() + 200
     while not (tmp_path / "again.checkpoint").is_file():
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.01)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
-    done = subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and "goes on after step" in done.stdout
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    code, out, err = crashes.command(tmp_path, "train.py", *command)
+    assert code == 0 and "goes on after step" in out, err
     found = json.loads((tmp_path / "again.json").read_text())
     assert found["steps"] == 120
     threads = torch.get_num_threads()

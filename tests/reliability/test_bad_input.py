@@ -1,24 +1,12 @@
 """Bad input ends with a message that names what, where and the remedy, with exit code 2 and no traceback."""
 
-import gc
 import shutil
-import subprocess
-import sys
 
 import pytest
-from helpers import runs
+from helpers import crashes, runs
 from helpers.bad_inputs import CASES, World
 
 from mambapeft_vision.run.exit import USER_MISTAKE, describe_error, is_mistake
-
-
-@pytest.fixture(autouse=True, scope="module")
-def imports_are_no_garbage():
-    """Each run collects garbage before it starts; looking through all imports would cost more than the rest."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
@@ -84,9 +72,8 @@ def test_there_are_at_least_sixty():
 def test_commands_say_it_and_leave_with_2(world, damage, command, words):
     damage(world)
     script, *arguments = command(world)
-    line = [sys.executable, str(runs.ROOT / script), *map(str, arguments)]
-    ended = subprocess.run(line, cwd=world.folder, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == USER_MISTAKE, ended.stderr
-    assert "Traceback" not in ended.stderr
+    code, _, err = crashes.command(world.folder, script, *map(str, arguments))
+    assert code == USER_MISTAKE, err
+    assert "Traceback" not in err
     for word in words:
-        assert word in ended.stderr
+        assert word in err

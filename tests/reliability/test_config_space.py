@@ -21,7 +21,7 @@ from mambapeft_vision.run.config import TrainConfig
 from mambapeft_vision.run.run_config import RunPlan, make_plan
 from mambapeft_vision.utils.errors import UserError
 
-DRAWS, IN_ONE_TEST = 200, 20
+DRAWS, IN_ONE_TEST, ALWAYS = 200, 20, 80
 # Words with which a message says what to do or what would have been right.
 REMEDIES = re.compile(r"expected|remove|set |use |change |blocks of it|nearest|give ", re.IGNORECASE)
 
@@ -34,7 +34,13 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("first", range(0, DRAWS, IN_ONE_TEST))
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param(first, marks=[] if first < ALWAYS else [pytest.mark.exhaustive])
+        for first in range(0, DRAWS, IN_ONE_TEST)
+    ],
+)
 def test_a_composition_works_or_is_refused(first, tmp_path):
     for number in range(first, first + IN_ONE_TEST):
         composition = draw(number)

@@ -25,7 +25,10 @@ from mambapeft_vision.run.run import train
 from mambapeft_vision.sweep.jobs import State, plan_jobs, state_of
 from mambapeft_vision.sweep.sweep import Command, sweep
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="NOT RUN: needs Linux's process clocks")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self").exists(), reason="NOT RUN: needs Linux's process clocks"),
+]
 
 KILLS = 20
 

@@ -14,6 +14,7 @@ from mambapeft_vision.data.tasks import TASKS
 from mambapeft_vision.results import plots
 from mambapeft_vision.results.tables import collect, read_standard
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.startup import drop_unusable_backend
 
 ALL = [task.name for task in TASKS.values()]
 
@@ -79,10 +80,21 @@ def test_files_are_images(tmp_path, collection):
     assert Image.open(io.BytesIO(plots.png(plots.task_bars(collection)))).format == "PNG"
 
 
-@pytest.mark.parametrize("backend", ["module://matplotlib_inline_of_a_notebook.backend_inline", "module://", "svg"])
-def test_a_backend_that_a_notebook_chose_is_no_matter(backend):
+INLINE = "module://matplotlib_inline_of_a_notebook.backend_inline"
+
+
+@pytest.mark.parametrize(
+    ("backend", "left"), [(INLINE, None), ("module://", None), ("module://json", "module://json"), ("svg", "svg")]
+)
+def test_a_backend_that_is_not_here_is_forgotten(backend, left, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", backend)
+    drop_unusable_backend()
+    assert os.environ.get("MPLBACKEND") == left
+
+
+def test_a_backend_that_a_notebook_chose_is_no_matter():
     program = (
         "from mambapeft_vision.results import plots; from matplotlib.figure import Figure\n"
         "assert plots.png(Figure(figsize=(1, 1)))[:4] == b'\\x89PNG'"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "MPLBACKEND": backend})
+    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "MPLBACKEND": INLINE})

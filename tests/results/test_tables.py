@@ -3,15 +3,13 @@
 import csv
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import timm
+from helpers import crashes
 from helpers.fake_records import CONFIGS, fake_record
 
 import mambapeft_vision.backbones  # noqa: F401 (registers the backbones)
@@ -35,6 +33,7 @@ from mambapeft_vision.results.tables import (
 )
 from mambapeft_vision.utils.errors import UserError
 
+SCRIPT = "scripts/collect_results.py"
 ALL = [task.name for task in TASKS.values()]
 SPECIALIZED, STRUCTURED = GROUPS["Specialized"], GROUPS["Structured"]
 
@@ -289,26 +288,20 @@ def test_records_are_found_and_replaced_runs_are_not(tmp_path):
         find_records([tmp_path / "nowhere"])
 
 
-def collect_results(*arguments: str) -> subprocess.CompletedProcess:
-    script = CONFIGS.parent / "scripts" / "collect_results.py"
-    quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}  # old releases of libraries warn when they are imported
-    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=quiet)
-
-
 def test_the_command_writes_a_file_and_refuses_mixtures(tmp_path):
     records = [fake_record("vtab/cifar", "a", seed, 0.5, data_manifest=f"images {seed}") for seed in (0, 1)]
     lay_out(tmp_path / "runs", records)
-    refused = collect_results(str(tmp_path / "runs"))
-    assert refused.returncode == 2 and refused.stderr.startswith("error: vtab/cifar was run on different images")
+    code, _, err = crashes.command(tmp_path, SCRIPT, "runs")
+    assert code == 2 and err.startswith("error: vtab/cifar was run on different images")
     out = tmp_path / "table.md"
-    assert collect_results(str(tmp_path / "runs"), "--allow-mixed", "--out", str(out)).returncode == 0
+    assert crashes.command(tmp_path, SCRIPT, "runs", "--allow-mixed", "--out", "table.md")[0] == 0
     assert "50.00 ± 0.00" in out.read_text() and "Mixed, as allowed" in out.read_text()
 
 
 def test_everything_is_written_into_a_folder(tmp_path):
     runs = lay_out(tmp_path / "runs", full_set("a") + full_set("a", dataset={"test_split": "val200"}))
-    done = collect_results(str(runs), "--all", str(tmp_path / "all"))
-    assert done.returncode == 0 and "114 runs" in done.stdout, done.stderr
+    code, out, err = crashes.command(tmp_path, SCRIPT, "runs", "--all", "all")
+    assert code == 0 and "114 runs" in out, err
     collections = collect(find_records([runs]), read_standard(CONFIGS))
     tables = [table for collection in collections for table in tables_of(collection)]
     assert (tmp_path / "all" / "tables.md").read_text() == "\n".join(map(to_markdown, tables))

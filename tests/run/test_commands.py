@@ -1,29 +1,27 @@
-"""train.py and evaluate.py as people start them: real processes, killed, swept, misspelt."""
+"""train.py and evaluate.py as people start them: processes, killed, swept, misspelt."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from helpers import runs
+from helpers import crashes, runs
 
 from mambapeft_vision.results.record import is_finished, read_record
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
-def start(
-    script: str, *arguments: str, cwd: Path = runs.ROOT, environment: dict[str, str] = ENVIRONMENT
-) -> subprocess.Popen[str]:
+def start(script: str, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(runs.ROOT / script), *arguments],
-        cwd=cwd,
-        env=environment,
+        cwd=runs.ROOT,
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -31,10 +29,12 @@ def start(
     )
 
 
-def call(script: str, *arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
-    process = start(script, *arguments, **settings)
-    out, err = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+def call(
+    script: str, *arguments: str, cwd: Path = runs.ROOT, environment: dict[str, str] = ENVIRONMENT
+) -> subprocess.CompletedProcess[str]:
+    """As `start`, but forked from a process with everything imported, until its end."""
+    code, out, err = crashes.command(cwd, script, *arguments, environment=environment)
+    return subprocess.CompletedProcess([script, *arguments], code, out, err)
 
 
 def epochs_on_disk(outputs: Path) -> int:
@@ -42,28 +42,30 @@ def epochs_on_disk(outputs: Path) -> int:
     return len(files[0].read_text().splitlines()) - 1 if files else 0
 
 
-def kill_when(process: subprocess.Popen[str], outputs: Path, epochs: int, delay: float) -> None:
+def kill_when(process: BaseProcess, outputs: Path, epochs: int, delay: float) -> None:
     """SIGKILL `delay` seconds after metrics.csv has this many rows."""
     while epochs_on_disk(outputs) < epochs:
-        assert process.poll() is None, process.communicate()
+        assert process.is_alive(), process.exitcode
         time.sleep(0.002)
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def test_a_run_killed_again_and_again_ends_with_the_same_bits(task, tmp_path):
     """Dropout and drop path are on; 40 epochs, so that kills land in the middle of training."""
     more = ("trainer.max_epochs=40", "+backbone.drop_path_rate=0.2", "method.lora_p_x.dropout=0.2")
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-    uninterrupted = start("train.py", *runs.overrides(task, whole, *more))
+    uninterrupted = crashes.begin(tmp_path, "train.py", *runs.overrides(task, whole, *more))
     for epochs, delay in ((1, 0.0), (9, 0.02), (23, 0.05)):
-        kill_when(start("train.py", *runs.overrides(task, pieces, *more)), pieces, epochs, delay)
+        begun = crashes.begin(tmp_path, "train.py", *runs.overrides(task, pieces, *more))
+        kill_when(begun.process, pieces, epochs, delay)
         assert not is_finished(runs.only_run_folder(pieces))
     finish = call("train.py", *runs.overrides(task, pieces, *more))
     assert finish.returncode == 0, finish.stderr
     assert "continues from" in finish.stdout
-    assert uninterrupted.communicate(timeout=120) and uninterrupted.returncode == 0
+    assert uninterrupted.end()[0] == 0
 
     folders = [runs.only_run_folder(outputs) for outputs in (whole, pieces)]
     expected, resumed = (runs.read_adapter_tensors(folder) for folder in folders)
@@ -128,15 +130,16 @@ def test_dry_run_needs_neither_data_nor_weights(tmp_path):
 
 def test_help_shows_groups_and_examples():
     started = time.monotonic()
-    result = call("train.py", "--help")
+    process = start("train.py", "--help")
+    out, _ = process.communicate(timeout=120)
     assert time.monotonic() - started < 20
-    assert result.returncode == 0
+    assert process.returncode == 0
     for group in ("backbone", "dataset/vtab", "dataset/demo", "experiment", "logger", "method", "trainer"):
-        assert any(line.startswith(f"{group}: ") for line in result.stdout.splitlines()), group
+        assert any(line.startswith(f"{group}: ") for line in out.splitlines()), group
     options = {file.stem for file in (runs.CONFIGS / "method").glob("*.yaml")}
-    (listed,) = (line for line in result.stdout.splitlines() if line.startswith("method: "))
+    (listed,) = (line for line in out.splitlines() if line.startswith("method: "))
     assert set(listed.removeprefix("method: ").split(", ")) == options
-    assert result.stdout.count("  mambapeft train ") >= 5
+    assert out.count("  mambapeft train ") >= 5
 
 
 def test_help_of_evaluate():

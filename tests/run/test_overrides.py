@@ -1,10 +1,7 @@
 """What train.py -m understands beyond Hydra: glob() over subfolders, and a name for the sweep."""
 
-import subprocess
-import sys
-
 import pytest
-from helpers import runs
+from helpers import crashes, runs
 
 from mambapeft_vision.data.tasks import TASKS
 from mambapeft_vision.run.overrides import prepare_multirun, sweep_name
@@ -55,10 +52,10 @@ def test_the_sweep_is_no_part_of_a_runs_identity():
     assert alone.folder == swept.folder and swept.config["sweep"] == "mine"
 
 
-def test_the_plain_hydra_way_plans_every_task():
+def test_the_plain_hydra_way_plans_every_task(tmp_path):
     """As the README writes it: 2 methods x 4 tasks x 2 seeds."""
-    command = [sys.executable, str(runs.ROOT / "train.py"), "-m", "method=linear_probe,a", "dataset=glob(vtab/s*)"]
-    done = subprocess.run([*command, "seed=0,1", "dry_run=true"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    begun = [line for line in done.stdout.splitlines() if line.startswith("━━ run")]
+    command = ["train.py", "-m", "method=linear_probe,a", "dataset=glob(vtab/s*)", "seed=0,1", "dry_run=true"]
+    code, out, err = crashes.command(tmp_path, *command)
+    assert code == 0, err
+    begun = [line for line in out.splitlines() if line.startswith("━━ run")]
     assert len(begun) == 16 and len(set(begun)) == 16

@@ -11,7 +11,7 @@ import numpy as np
 import optuna
 import pytest
 import yaml
-from helpers import runs
+from helpers import crashes, runs
 from helpers.wandb_files import offline_runs
 from optuna.trial import FixedTrial, TrialState
 from PIL import Image
@@ -330,12 +330,10 @@ def test_plots_show_the_best_so_far_and_what_matters():
 
 @pytest.mark.slow
 def test_two_workers_share_a_study(data, here):
-    script = runs.ROOT / "scripts" / "search_hybrid.py"
-    command = [sys.executable, str(script), *arguments(data, "trials=12", f"storage=sqlite:///{here}/study.db")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
-    outputs = [worker.communicate(timeout=200)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0] and all("winner:" in out for out in outputs)
-    trials = open_study(settings(data, "trials=12", f"storage=sqlite:///{here}/study.db")).trials
-    assert 12 <= len(trials) <= 13  # both may begin the last one
+    command = arguments(data, "trials=8", f"storage=sqlite:///{here}/study.db")
+    workers = [crashes.begin(here, "scripts/search_hybrid.py", *command) for _ in range(2)]
+    for code, out, err in [worker.end() for worker in workers]:
+        assert code == 0 and "winner:" in out, err
+    trials = open_study(settings(data, "trials=8", f"storage=sqlite:///{here}/study.db")).trials
+    assert 8 <= len(trials) <= 9  # both may begin the last one
     assert len({trial.user_attrs["worker"][1] for trial in trials}) == 2

@@ -4,10 +4,11 @@ written (Slurm's output file on a full home) end nothing."""
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
-from helpers import runs
+from helpers import crashes, runs
 
 from mambapeft_vision.results.record import is_finished
 from mambapeft_vision.sweep import worker
@@ -33,15 +34,19 @@ def test_a_full_disk_ends_the_sweep_with_its_reason(task, tmp_path, monkeypatch)
     assert not is_finished(job.folder)
 
 
+def say_much_to_a_full_disk():
+    worker._print_to(Path("/dev/full"))
+    print("x" * 100_000)
+    try:
+        raise ZeroDivisionError
+    except ZeroDivisionError:
+        traceback.print_exc()
+    print("ü\ud800", file=sys.stderr)
+    sys.exit(7)
+
+
 def test_a_worker_whose_log_cannot_be_written_goes_on():
-    program = (
-        "import sys, traceback; from pathlib import Path; from mambapeft_vision.sweep.worker import _print_to\n"
-        "_print_to(Path('/dev/full')); print('x' * 100_000)\n"
-        "try: 1 / 0\n"
-        "except ZeroDivisionError: traceback.print_exc()\n"
-        "print('ü\\ud800', file=sys.stderr); sys.exit(7)\n"
-    )
-    assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 7
+    assert crashes.run_to_end(say_much_to_a_full_disk) == 7
 
 
 @pytest.mark.slow

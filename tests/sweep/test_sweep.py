@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import runs
+from helpers import crashes, runs
 from helpers.fake_records import fake_record
 from hydra.errors import HydraException
 from rich.console import Console
@@ -92,12 +92,6 @@ def start(command: list[str]) -> subprocess.Popen:
         start_new_session=True,
         preexec_fn=runs.heed_ctrl_c,
     )
-
-
-def finish(command: list[str]) -> tuple[int, str, str]:
-    process = start(command)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 300.0) -> None:  # machines can be busy
@@ -312,10 +306,11 @@ def test_killed_and_interrupted_the_same_command_goes_on(data, tmp_path):
     after_interrupt = results(tmp_path)
     assert len(after_interrupt) < 24
 
-    both = [start(command), start(command)]  # as on two machines with a common folder
-    said = [process.communicate(timeout=300)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert any(f"{len(after_interrupt)} of them finished before" in out for out in said)
+    # As on two machines with a common folder.
+    both = [crashes.begin(tmp_path, "scripts/sweep_vtab1k.py", *command) for _ in range(2)]
+    ended = [process.end() for process in both]
+    assert [code for code, *_ in ended] == [0, 0], ended
+    assert any(f"{len(after_interrupt)} of them finished before" in out for _, out, _ in ended)
     final = results(tmp_path)
     assert len(final) == 24
     assert {file: final[file] for file in after_kill} == after_kill
@@ -376,7 +371,7 @@ def test_crashed_runs_are_recorded_and_the_others_done(data, tmp_path):
         "+method.crashing._target_=mambapeft_vision.methods.crashing.Crashing",
         "+method.crashing.how=raise,die,not",
     )
-    code, out, _ = finish(command)
+    code, out, _ = crashes.command(tmp_path, "scripts/sweep_vtab1k.py", *command)
     assert code == 1 and "2 of the runs failed" in out and "1 done" in out
     failures = [json.loads(file.read_text()) for file in (tmp_path / "out").rglob("failure.json")]
     assert sorted(failure["error"] for failure in failures) == [
