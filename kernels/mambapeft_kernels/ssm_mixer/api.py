@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mambapeft_kernels.backends import FUSED, computes_now, resolve_backend
+from mambapeft_kernels.backends import FUSED, backend_for, computes_now
 
 
 class Direction(NamedTuple):
@@ -49,7 +49,7 @@ def ssm_mixer(
         out = ssm_mixer(in_proj(h), (forward, backward))  # two `Direction`s, backward with reverse=True
     """
     _check_shapes(xz, z, directions)
-    chosen = resolve_backend(backend, xz.device, xz.dtype)
+    chosen = backend_for(backend, xz)
     directions = tuple(directions)
     # Imports wait until here: a backend's packages need not exist where another one runs.
     if chosen in FUSED:
