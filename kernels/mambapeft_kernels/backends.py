@@ -2,12 +2,15 @@
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterable
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from mambapeft_kernels.derivatives import transformed
 
 # Name → what it is, best first for the devices it supports. `auto` never chooses the last two.
 BACKENDS: dict[str, str] = {
@@ -102,6 +105,27 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype | 
         known = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES[name])
         raise ValueError(f"kernel={name} takes {known}, got {dtype}; cast the input, or choose auto or torch")
     return name
+
+
+def backend_for(name: str, x: Tensor) -> str:
+    """The backend that runs for `x` now: as `resolve_backend`, but the definition within transforms of `torch.func`.
+
+    They and forward-mode differentiation (per-sample gradients, ensembles, Jacobians) go through no other backend.
+    """
+    resolved = resolve_backend(name, x.device, x.dtype)
+    if resolved == "naive" or not transformed():
+        return resolved
+    _announce_definition()
+    return "naive"
+
+
+@cache
+def _announce_definition() -> None:
+    warnings.warn(
+        "within transforms of torch.func and forward-mode differentiation every op runs as its definition "
+        "(kernel=naive), which is right and slower",
+        stacklevel=4,
+    )
 
 
 def _takes(name: str, dtype: torch.dtype | None) -> bool:

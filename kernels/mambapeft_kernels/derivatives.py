@@ -9,7 +9,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def no_autocast(kind: str) -> AbstractContextManager[None]:
@@ -21,9 +24,23 @@ def no_autocast(kind: str) -> AbstractContextManager[None]:
     return torch.autocast(kind, enabled=False) if is_on else nullcontext()
 
 
-def differentiated_again() -> bool:
-    """Within a backward pass: whether its result will be differentiated (`create_graph=True`)."""
-    return torch.is_grad_enabled()
+def transformed() -> bool:
+    """Whether a transform of `torch.func` (grad, vmap, jvp, ...) or forward-mode differentiation is at work.
+
+    They go through plain PyTorch and through no function that has a backward pass of its own.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def differentiated_again(grad: Tensor) -> bool:
+    """Within the backward pass of `grad`: whether plain PyTorch must compute it.
+
+    That is so where its result will be differentiated (`create_graph=True`), is transformed, or where `grad` stands for
+    many gradients at once (`is_grads_batched=True`).
+    """
+    return torch.is_grad_enabled() or transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def exporting() -> bool:
@@ -52,6 +69,12 @@ def plain_gradients(
     return [next(found) if t is not None and needed else None for t, needed in zip(inputs, need)]
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's scaled dot-product attention, [..., L, d] each; its fused kernels have no forward-mode derivatives."""
+    with sdpa_kernel(SDPBackend.MATH) if transformed() else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v)
+
+
 def first_order_only(out: Tensor, remedy: str) -> Tensor:
     """`out`, whose gradient cannot be differentiated: that is an error instead of a silent zero."""
     return _FirstOrder.apply(out, remedy)
@@ -65,6 +88,8 @@ class _FirstOrder(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if differentiated_again():
-            raise RuntimeError(f"second derivatives (create_graph=True) do not exist here; {ctx.remedy}")
+        if differentiated_again(grad):
+            raise RuntimeError(
+                f"second derivatives (create_graph=True) and batches of gradients do not exist here; {ctx.remedy}"
+            )
         return grad, None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mambapeft_kernels.derivatives import transformed
 from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class FourWayMixer(Mixer):
         order, inverse = _column_order(layout, h.device)
 
         def both_orders(tokens: Tensor) -> tuple[Tensor, Tensor]:
-            return tokens, _Permute.apply(tokens, order, inverse)
+            return tokens, _permuted(tokens, order, inverse)
 
         pairs: list[tuple[list[tuple[Tensor, Tensor | None]], tuple[slice | Tensor, ...]]]
         if self.affix.value is None:
@@ -62,7 +63,7 @@ class FourWayMixer(Mixer):
             self._scan(*buffers[0], own)[:, keep[0]] if len(buffers) == 1 else self._scan_apart(buffers, own, keep)
             for (buffers, keep), own in zip(pairs, (directions[:2], directions[2:]))
         )
-        return self.out_proj(rows + _Permute.apply(columns, inverse, order))
+        return self.out_proj(rows + _permuted(columns, inverse, order))
 
     def _join(self, orders: Sequence[Tensor], layout: TokenLayout) -> list[Joined]:
         """The affix port's tokens beside those of both orders, whose special tokens stand at the same places."""
@@ -80,8 +81,13 @@ def _column_order(layout: TokenLayout, device: torch.device) -> tuple[Tensor, Te
     return torch.tensor(order, device=device), torch.tensor(inverse, device=device)
 
 
+def _permuted(tokens: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """[B, L, C] → tokens in another order."""
+    return tokens[:, order] if transformed() else _Permute.apply(tokens, order, inverse)
+
+
 class _Permute(torch.autograd.Function):
-    """[B, L, C] → tokens in another order. Its gradient is a permutation too, where indexing would add atomically."""
+    """Its gradient is a permutation too, where that of indexing would add atomically."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, order: Tensor, inverse: Tensor) -> Tensor:

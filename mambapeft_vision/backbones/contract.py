@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 import torch
+from mambapeft_kernels.derivatives import attention, transformed
 from torch import Tensor, nn
 
 from mambapeft_vision.backbones.layout import TokenLayout
@@ -51,9 +52,11 @@ __all__ = [
     "TapPort",
     "TokenLayout",
     "WeightPort",
+    "attention",
     "bake_weights",
     "frozen_casts",
     "taken_ports",
+    "transformed",
 ]
 
 #: Role → what has it. Roles of linear maps and convolutions are their weights; biases have roles of their own or none.

@@ -1,6 +1,6 @@
 """Layers that backbones share: plain PyTorch layers that read their weights through ports."""
 
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from mambapeft_vision.backbones.ports import FunctionPort, Port, Ported, SidePort
 from mambapeft_vision.utils.errors import UserError
+
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
 class PortedLinear(Ported, nn.Linear):
@@ -46,7 +48,7 @@ class PortedLinear(Ported, nn.Linear):
 
 
 class LinearWeights(Ported, nn.Linear):
-    """Holds the weights of a linear map that a kernel computes; `forward` runs where `computes_as_held` says no."""
+    """Holds the weights of a linear map that a kernel computes; `forward` runs where `computes_as` says no."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.read("bias")
@@ -54,31 +56,44 @@ class LinearWeights(Ported, nn.Linear):
 
 
 class ConvWeights(Ported, nn.Conv1d):
-    """Holds the weights of a convolution that a kernel computes; `forward` runs where `computes_as_held` says no."""
+    """Holds the weights of a convolution that a kernel computes; `forward` runs where `computes_as` says no."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.read("bias")
         return self._conv_forward(x, self.read("weight"), bias)
 
 
-_HOLDERS = LinearWeights.forward, ConvWeights.forward
+class PortedConv2d(Ported, nn.Conv2d):
+    """`nn.Conv2d`, its weights read through ports; or by a kernel instead, where `computes_as` says so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.read("bias")
+        return self._conv_forward(x, self.read("weight"), bias)
 
 
-def computes_as_held(module: nn.Module) -> bool:
-    """Whether a kernel may read the weights of `module` instead of calling it.
+def computes_as(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
+    """Whether `module` computes what a `kind` does, so that a kernel may read its weights instead of calling it.
 
     Not where somebody else takes part in its computation: another module in its place or around it (adapters of other
-    libraries, quantisation), a `forward` of its own (offloading), hooks (pruning, weight norm, activations). What
-    only computes its weights (weight ports, `torch.nn.utils.parametrize`) is held.
+    libraries, quantisation), a `forward` of its own (offloading), hooks (pruning, weight norm, activations), of this
+    module or of all modules. What only computes its weights (weight ports, `torch.nn.utils.parametrize`) takes no part.
     """
     return (
-        getattr(type(module), "forward", None) in _HOLDERS
+        getattr(type(module), "forward", None) is kind.forward
         and "forward" not in vars(module)
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
+        and not any(hooks for hooks in _HOOKS_OF_ALL_MODULES)
     )
+
+
+# What torch.nn.modules.module.register_module_*_hook fill.
+_HOOKS_OF_ALL_MODULES = tuple(
+    getattr(torch.nn.modules.module, f"_global_{kind}_hooks")
+    for kind in ("forward", "forward_pre", "backward", "backward_pre")
+)
 
 
 class Mlp(nn.Module):

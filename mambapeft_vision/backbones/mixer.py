@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from mambapeft_kernels import FUSED, Direction, add_rms_norm, ssm_mixer
 from torch import Tensor, nn
 
-from mambapeft_vision.backbones.layers import ConvWeights, LinearWeights, PortedLinear, computes_as_held
+from mambapeft_vision.backbones.layers import ConvWeights, LinearWeights, PortedLinear, computes_as
 from mambapeft_vision.backbones.layout import TokenLayout
 from mambapeft_vision.backbones.ports import (
     AffixPort,
@@ -30,7 +30,8 @@ from mambapeft_vision.utils.errors import UserError
 
 Directions: TypeAlias = Sequence[Direction] | Sequence[ModuleDirection]  # for the kernel, or to call modules
 
-_HELD = "conv1d", "x_proj", "dt_proj"  # modules whose weights the kernel reads
+# Modules whose weights the kernel reads.
+_HELD: dict[str, type[nn.Module]] = {"conv1d": ConvWeights, "x_proj": LinearWeights, "dt_proj": LinearWeights}
 
 
 class Mixer(Ported):
@@ -132,10 +133,10 @@ class Mixer(Ported):
 
     def _is_held(self) -> bool:
         """Whether a kernel may read the weights of conv1d, x_proj and dt_proj."""
-        for part in _HELD:
+        for part, kind in _HELD.items():
             for suffix in self.suffixes:
                 module = getattr(self, f"{part}{suffix}")
-                if not computes_as_held(module):
+                if not computes_as(module, kind):
                     announce(part, module)
                     return False
         return True

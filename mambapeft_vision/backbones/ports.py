@@ -7,10 +7,11 @@ them; it does not know who uses them. Every user of a port gives its name, so th
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
+from mambapeft_kernels.derivatives import transformed
 from mambapeft_kernels.low_rank.linear import LowRankFactors, add_low_rank, low_rank_linear
 from torch import Tensor, nn
 
@@ -112,20 +113,36 @@ class TapPort:
 # Beside a map
 
 
+class LowRankPair(Protocol):
+    """Who owns the factors down [r, in] and up [features, r]."""
+
+    down: Any
+    up: Any
+
+
 @dataclass(frozen=True, eq=False)
 class LowRankBranch:
     """scale · up(down(x)) on the features `rows`, with dropout on the input or between down and up.
 
-    down: [r, in]; up: [features, r]; rows: output features it is added to, None: all.
+    pair: the owner of both factors. They are read in each pass, as others may stand in a parameter's place
+        (`torch.func.functional_call`, offloading, parametrizations).
+    rows: output features it is added to, None: all.
     """
 
     owner: str
-    down: Tensor
-    up: Tensor
+    pair: LowRankPair
     scale: float
     dropout: float = 0.0
     dropout_on: Literal["input", "middle"] = "middle"
     rows: slice | None = None
+
+    @property
+    def down(self) -> Tensor:
+        return self.pair.down
+
+    @property
+    def up(self) -> Tensor:
+        return self.pair.up
 
     def __call__(self, x: Tensor, training: bool) -> Tensor:
         """The definition. Beside a linear map `SidePort.linear` computes the same by fused products."""
@@ -175,6 +192,8 @@ class SidePort:
         Low-rank branches with the same dropout between down and up share one product; the first such group is computed
         together with the map itself. A branch with dropout on its input has a product of its own.
         """
+        if transformed():
+            return self(x, F.linear(x, weight, bias), training)
         groups: dict[float, list[LowRankFactors]] = {}
         apart: list[tuple[Tensor, LowRankFactors]] = []
         functions: list[FunctionBranch] = []
@@ -201,7 +220,12 @@ class SidePort:
 
 def _add(branch: LowRankBranch | FunctionBranch, x: Tensor, out: Tensor, training: bool) -> Tensor:
     delta = branch(x, training)
-    return out + delta if branch.rows is None else _AddToFeatures.apply(out, delta, branch.rows)
+    if branch.rows is None:
+        return out + delta
+    if transformed():
+        start, stop, _ = branch.rows.indices(out.shape[-1])
+        return out + F.pad(delta, (start, out.shape[-1] - stop))
+    return _AddToFeatures.apply(out, delta, branch.rows)
 
 
 class _AddToFeatures(torch.autograd.Function):

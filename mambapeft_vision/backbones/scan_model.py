@@ -55,5 +55,5 @@ class ScanModel(TimmModel):
     def compile_ahead(self, kernel: str, dtype: torch.dtype, device: torch.device) -> tuple[Future, ...]:
         """Starts to compile a block's kernels for activations of `dtype`; see `mambapeft_kernels.compile_ahead`."""
         mixer = self.mixers[0]
-        sizes = BlockSizes(self.embed_dim, mixer.d_inner, mixer.states, mixer.dt_rank, mixer.conv1d.kernel_size[0])
+        sizes = BlockSizes(self.embed_dim, mixer.d_inner, mixer.states, mixer.dt_rank, mixer.d_conv)
         return compile_ahead(sizes, mixer.scale, dtype, device, kernel)

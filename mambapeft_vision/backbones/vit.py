@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
+from mambapeft_kernels.derivatives import attention
 from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class Attention(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         batch, length, dim = h.shape
         q, k, v = self.qkv(h).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = attention(q, k, v)
         return self.proj(out.transpose(1, 2).reshape(batch, length, dim))
 
 

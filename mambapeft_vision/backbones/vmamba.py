@@ -34,11 +34,12 @@ from torch.utils.checkpoint import checkpoint
 
 from mambapeft_vision.backbones.build import EMBEDDED_WEIGHTS, build, cfg
 from mambapeft_vision.backbones.drop_path import BranchScales
-from mambapeft_vision.backbones.layers import Mlp, PortedLinear, both_sides, zero_head
+from mambapeft_vision.backbones.layers import Mlp, PortedConv2d, PortedLinear, both_sides, computes_as, zero_head
 from mambapeft_vision.backbones.layout import TokenLayout, select
 from mambapeft_vision.backbones.ports import InputPort, Port, Ported, PrefixPort, SidePort, TapPort
 from mambapeft_vision.backbones.timm_model import State, TimmModel
 from mambapeft_vision.backbones.timm_model import stream as tokens_of
+from mambapeft_vision.backbones.unfused import announce
 from mambapeft_vision.utils.errors import UserError
 
 
@@ -67,24 +68,24 @@ class Norm(Ported):
         """[..., D] → [..., D]."""
         return layer_norm(x, self.read("weight"), self.read("bias"), self.eps, self.kernel)
 
-    def add(self, hidden: Tensor, residual: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The norm of residual + scale · hidden, and that sum; scale: [B] or None."""
-        weight, bias = self.read("weight"), self.read("bias")
-        return add_layer_norm(hidden, residual, weight, bias, self.eps, scale, self.kernel)
+
+def add_norm(norm: nn.Module, hidden: Tensor, residual: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The norm of residual + scale · hidden [B, ..., D], and that sum in at least float32; scale: [B] or None.
+
+    One pass makes both unless somebody else takes part in the norm, which is then called.
+    """
+    if computes_as(norm, Norm):
+        return add_layer_norm(hidden, residual, norm.read("weight"), norm.read("bias"), norm.eps, scale, norm.kernel)
+    total = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    if scale is not None:
+        total = total * scale.view(-1, *[1] * (hidden.ndim - 1))
+    total = total if residual is None else residual + total
+    return norm(total).to(hidden.dtype), total
 
 
-class Conv2d(Ported, nn.Conv2d):
-    """`nn.Conv2d` on channel-last maps."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] → [B, H', W', C']."""
-        bias = None if self.bias is None else self.read("bias")
-        out = F.conv2d(x.permute(0, 3, 1, 2), self.read("weight"), bias, self.stride, self.padding)
-        return out.permute(0, 2, 3, 1)
-
-
-class Conv2dWeights(Ported, nn.Conv2d):
-    """Holds the weights of a convolution that a kernel computes."""
+def convolved(conv: nn.Module, x: Tensor) -> Tensor:
+    """A convolution of channel-last maps, [B, H, W, C] → [B, H', W', C']."""
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class SS2D(Ported):
@@ -120,7 +121,7 @@ class SS2D(Ported):
         self.dt_projs_weight = nn.Parameter(torch.empty(directions, inner, rank))
         self.dt_projs_bias = nn.Parameter(torch.empty(directions, inner))
         in_proj = PortedLinear(embed_dim, inner * (2 if vanilla else 1), bias=False, name=f"{name}.in_proj")
-        conv2d = Conv2dWeights(inner, inner, 3, padding=1, groups=inner, bias=conv_bias)
+        conv2d = PortedConv2d(inner, inner, 3, padding=1, groups=inner, bias=conv_bias)
         if vanilla:  # the official order of keys
             self.in_proj, self.conv2d, self.out_norm = in_proj, conv2d, Norm(inner)
         else:
@@ -188,13 +189,21 @@ class SS2D(Ported):
         if self.gated:
             x, z = x.chunk(2, dim=-1)
             z = z if self.gate.value is None else self.gate.value(z)
-        bias = None if self.conv2d.bias is None else self.conv2d.read("bias")
-        u = depthwise_conv_silu(x, self.conv2d.read("weight"), bias, self.kernel)
+        u = self._conv_silu(x)
         y = ss2d(u, self.weights(u.dtype), self.kernel)
         if self.output_offset.value is not None:
             y = y + torch.stack(self.output_offset.value()).sum(0).to(y.dtype)
         y = self.out_norm(y)
         return self.out_proj(y if z is None else y * F.silu(z))
+
+    def _conv_silu(self, x: Tensor) -> Tensor:
+        """silu(conv2d(x)), [B, H, W, E]; conv2d is called where somebody else takes part in it."""
+        conv = self.conv2d
+        if not computes_as(conv, PortedConv2d):
+            announce("conv2d", conv)
+            return F.silu(convolved(conv, x))
+        bias = None if conv.bias is None else conv.read("bias")
+        return depthwise_conv_silu(x, conv.read("weight"), bias, self.kernel)
 
     def init_weights(self) -> None:
         """Δ log-uniform in [0.001, 0.1], A = -(1 … N), D = 1."""
@@ -250,10 +259,10 @@ class Block(nn.Module):
         """first, second: drop-path factors [B] of the two branches."""
         if self.input.value is not None:
             stream = Stream(self._through_input(stream.total()))
-        normed, residual = self.norm.add(*stream)
+        normed, residual = add_norm(self.norm, *stream)
         stream = Stream(self.op(normed), residual, first)
         if self.has_mlp:
-            normed, residual = self.norm2.add(*stream)
+            normed, residual = add_norm(self.norm2, *stream)
             stream = Stream(self.mlp(normed), residual, second)
         if self.tap.readers:
             total = Stream(stream.hidden, stream.residual).total()
@@ -284,9 +293,9 @@ class PatchEmbed(nn.ModuleDict):
         side = patch_size // 2
         super().__init__(
             {
-                "0": Conv2d(in_chans, embed_dim // 2, side + 1, side, padding=1),
+                "0": PortedConv2d(in_chans, embed_dim // 2, side + 1, side, padding=1),
                 "2": Norm(embed_dim // 2),
-                "5": Conv2d(embed_dim // 2, embed_dim, side + 1, side, padding=1),
+                "5": PortedConv2d(embed_dim // 2, embed_dim, side + 1, side, padding=1),
                 "7": Norm(embed_dim),
             }
         )
@@ -294,30 +303,30 @@ class PatchEmbed(nn.ModuleDict):
         self.grid_size = tuple(math.ceil(size / patch_size) for size in img_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = F.gelu(self["2"](self["0"](images.permute(0, 2, 3, 1))))
-        return self["7"](self["5"](x))
+        x = F.gelu(self["2"](self["0"](images).permute(0, 2, 3, 1)))
+        return self["7"](convolved(self["5"], x))
 
 
 class VanillaPatchEmbed(nn.ModuleDict):
     """Images [B, C, H, W] → [B, H/p, W/p, D]: one product for each patch, and a norm."""
 
     def __init__(self, img_size: tuple[int, int], in_chans: int, embed_dim: int, patch_size: int) -> None:
-        super().__init__({"0": Conv2d(in_chans, embed_dim, patch_size, patch_size), "2": Norm(embed_dim)})
+        super().__init__({"0": PortedConv2d(in_chans, embed_dim, patch_size, patch_size), "2": Norm(embed_dim)})
         self.img_size = img_size
         self.grid_size = tuple(size // patch_size for size in img_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self["2"](self["0"](images.permute(0, 2, 3, 1)))
+        return self["2"](self["0"](images).permute(0, 2, 3, 1))
 
 
 class Downsample(nn.ModuleDict):
     """[B, H, W, D] → [B, H/2, W/2, D'] by a convolution 3x3 and a norm; sides round up."""
 
     def __init__(self, dim: int, out_dim: int) -> None:
-        super().__init__({"1": Conv2d(dim, out_dim, 3, 2, padding=1), "3": Norm(out_dim)})
+        super().__init__({"1": PortedConv2d(dim, out_dim, 3, 2, padding=1), "3": Norm(out_dim)})
 
     def forward(self, x: Tensor) -> Tensor:
-        return self["3"](self["1"](x))
+        return self["3"](convolved(self["1"], x))
 
 
 class PatchMerging(nn.Module):
@@ -518,10 +527,10 @@ class VMamba(TimmModel):
 
     def normed(self, state: State, positions: Sequence[int] | None = None) -> Tensor:
         """As `TimmModel.normed`; the norm is that of the last stage, and states of others are only added up."""
-        if isinstance(self.norm, Norm) and state.hidden.shape[-1] == self.num_features:
-            tokens, _ = self.norm.add(state.hidden, state.residual, state.branch_scale)
-        else:
+        if isinstance(self.norm, nn.Identity) or state.hidden.shape[-1] != self.num_features:
             tokens = tokens_of(state)
+        else:
+            tokens, _ = add_norm(self.norm, state.hidden, state.residual, state.branch_scale)
         return tokens if positions is None else select(tokens, positions)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

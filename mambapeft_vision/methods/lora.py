@@ -132,7 +132,7 @@ class LoRA(Method):
     def _branch(self, pair: "LowRank", rows: slice | None) -> LowRankBranch | FunctionBranch:
         if isinstance(pair, LowRankConvolution):
             return FunctionBranch(self.name, pair, rows)
-        return LowRankBranch(self.name, pair.down, pair.up, self._factor, self.dropout, rows=rows)
+        return LowRankBranch(self.name, pair, self._factor, self.dropout, rows=rows)
 
     def _side(self, model: Backbone, parameter: str) -> SidePort:
         side = side_port(model, parameter)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambapeft_vision.backbones.contract import Backbone, TokenLayout
+from mambapeft_vision.backbones.contract import Backbone, TokenLayout, attention
 from mambapeft_vision.methods.checks import require_positive, undecayed_biases
 from mambapeft_vision.methods.method import Method, site_key
 from mambapeft_vision.methods.targets import like, one_width
@@ -103,5 +103,5 @@ class Rung(nn.Module):
             entering = torch.lerp(z, entering, torch.sigmoid(self.gate / 0.1).to(z.dtype))
         z = entering
         q, k, v = self.qkv(self.norm1(z)).unsqueeze(1).chunk(3, dim=-1)  # one head
-        z = z + self.proj(F.scaled_dot_product_attention(q, k, v).squeeze(1))
+        z = z + self.proj(attention(q, k, v).squeeze(1))
         return z + self.fc2(F.gelu(self.fc1(self.norm2(z))))

@@ -66,7 +66,7 @@ class ProDiaL(Method):
             if side is None:
                 port.add(self.name, site.low_rank_delta)
             else:
-                side.add(LowRankBranch(self.name, site.down, site.up, site.low_scale, self.dropout, "input"))
+                side.add(LowRankBranch(self.name, site, site.low_scale, self.dropout, "input"))
 
     def _side(self, model: Backbone, parameter: str) -> SidePort | None:
         """Where the low-rank branch runs; None: on the weight, as a grouped weight has no port on activations."""

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mambapeft_vision.backbones.contract import TokenLayout
+from mambapeft_vision.backbones.contract import TokenLayout, transformed
 from mambapeft_vision.utils.kept_tensors import kept_tensors
 
 
@@ -69,7 +69,7 @@ def join(tokens: Tensor, new: Tensor, at: list[int]) -> Tensor:
     at: for each new token, the number of tokens in front of it (`TokenLayout.places`).
     """
     new = new.to(tokens.dtype)
-    if all(place in (0, tokens.shape[1]) for place in at):
+    if all(place in (0, tokens.shape[1]) for place in at) and not transformed():
         return _BothEnds.apply(tokens, new, at.count(0))
     new = new.expand(tokens.shape[0], -1, -1)
     pieces, done = [], 0
@@ -107,7 +107,11 @@ def fill_ends(tokens: Tensor, new: Tensor, front: int) -> Tensor:
     What was there must be zeros that depend on nothing trained (of a linear map without bias): the gradient passes
     over them as it comes.
     """
-    return _FilledEnds.apply(tokens, new.to(tokens.dtype), front)
+    new = new.to(tokens.dtype)
+    if transformed():
+        first, last = (part.expand(tokens.shape[0], -1, -1) for part in (new[:front], new[front:]))
+        return torch.cat((first, tokens[:, front : tokens.shape[1] - (len(new) - front)], last), dim=1)
+    return _FilledEnds.apply(tokens, new, front)
 
 
 class _FilledEnds(torch.autograd.Function):

@@ -14,7 +14,7 @@ import timm
 import torch
 from lightning.pytorch import Callback
 from omegaconf import DictConfig
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import nn
 
 from mambapeft_vision.backbones import create_backbone
@@ -30,7 +30,7 @@ from mambapeft_vision.pretraining.model import SharedBackbone, choose_kernel
 from mambapeft_vision.pretraining.module import Pretraining, Rounds
 from mambapeft_vision.pretraining.sources import load_source
 from mambapeft_vision.pretraining.teacher import FEATURES, load_teacher
-from mambapeft_vision.utils.atomic import atomic_path, write_json
+from mambapeft_vision.utils.atomic import write_bytes, write_json
 from mambapeft_vision.utils.hashing import sha256_file
 
 _CHECKED_IMAGES = 8  # on which kernels are compared with the definition
@@ -124,8 +124,7 @@ def save_weights(backbone: nn.Module, out: Path, record: dict[str, Any]) -> dict
     out.parent.mkdir(parents=True, exist_ok=True)
     weights = out.with_name(f"{out.name}.safetensors")
     state = {name: tensor.half().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    with atomic_path(weights) as temporary:
-        save_file(state, temporary)
+    write_bytes(weights, serialize(state))  # unlike safetensors' save_file, this says what a disk has against it
     parameters = sum(tensor.numel() for tensor in state.values())
     digest = sha256_file(weights)
     record = {"file": weights.name, "sha256": digest, "dtype": "float16", "parameters": parameters, **record}

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable
@@ -123,7 +124,7 @@ def job(function: Callable[[DictConfig], float | None]) -> Callable[[DictConfig]
         except Exception as error:
             failure = Failure(overrides, summary(error), is_mistake(error))
             write_json(Path(hydra.runtime.output_dir) / f"failure-{hydra.job.num}.json", asdict(failure))
-            say(describe_error(error), sys.stderr)
+            say(ending(error), sys.stderr)
             if (
                 isinstance(error, NotFiniteError) and error.ends_sweep and _launches
             ):  # jobs elsewhere have begun already
@@ -161,13 +162,13 @@ def _code_of(main: Callable[[], int | None]) -> int | None:
     except BrokenPipeError as error:
         if error.filename is None:
             return NO_READER
-        say(describe_error(error), sys.stderr)
+        say(ending(error), sys.stderr)
         return CRASH
     except Exception as error:
         if interrupted:  # while something was imported, which may turn Ctrl-C into an error of its own
             return _interrupted()
         # Of a job that raised, Hydra has already said with which overrides.
-        say(describe_error(error), sys.stderr)
+        say(ending(error), sys.stderr)
         return USER_MISTAKE if is_mistake(error) else CRASH
     finally:
         failures += _take_failures()
@@ -223,7 +224,22 @@ def summary(error: Exception) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
+def ending(error: Exception) -> str:
+    """What a command says of the error that ends it: `describe_error`, but the traceback of a crash is in a file."""
+    text = describe_error(error)
+    if error.__traceback__ is None or not text.startswith("Traceback"):
+        return text
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="mambapeft-traceback-", suffix=".txt")
+        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text + "\n")
+    except OSError:  # then there is no other place for it
+        return text
+    return f"error: {plain(summary(error))}; a fault of this program or of the machine. Its traceback: {name}"
+
+
 def describe_error(error: Exception) -> str:
+    """A mistake, or what the system said of a file, in one line; any other error with its traceback."""
     if is_mistake(error):
         return f"error: {_message(error)}"
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:

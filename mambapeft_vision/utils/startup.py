@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 
 
 @contextmanager
@@ -33,11 +34,22 @@ def drop_unusable_backend() -> None:
     are started from them. Without that module, importing matplotlib fails, and with it Lightning. Files are drawn with
     Agg whatever the variable says.
     """
-    kind, _, module = os.environ.get("MPLBACKEND", "").partition("://")
+    chosen = os.environ.get("MPLBACKEND", "")
+    kind, _, module = chosen.partition("://")
     if kind == "module":
         try:
             found = importlib.util.find_spec(module) is not None
         except (ImportError, ValueError):
             found = False
-        if not found:
-            del os.environ["MPLBACKEND"]
+    else:
+        found = not chosen or chosen.lower() in _BACKENDS or bool(entry_points(group="matplotlib.backend", name=chosen))
+    if not found:
+        del os.environ["MPLBACKEND"]
+
+
+# Matplotlib's own; others are modules or register themselves.
+_BACKENDS = {
+    *("agg", "cairo", "pdf", "pgf", "ps", "svg", "template", "macosx", "nbagg", "notebook", "webagg"),
+    *("gtk3agg", "gtk3cairo", "gtk4agg", "gtk4cairo", "qtagg", "qtcairo", "qt5agg", "qt5cairo"),
+    *("tkagg", "tkcairo", "wx", "wxagg", "wxcairo"),
+}

@@ -1,6 +1,8 @@
 """Adapters, hooks, masks and weights of other libraries on modules whose weights a kernel would read."""
 
+import copy
 import inspect
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -68,16 +70,77 @@ def test_the_unfused_mixer_computes_the_same() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["mambareg_pico_patch8_32", "videomamba_pico_patch8_32", "arm_pico_patch8_32"])
-def test_other_backbones_too(name: str) -> None:
-    model = create_backbone(name, "random").double().eval()
-    x = torch.randn(2, 3, *model.patch_embed.img_size, dtype=torch.float64)
-    expected, seen = model(x), []
-    for mixer in model.mixers:
-        for suffix in mixer.suffixes:
-            getattr(mixer, f"x_proj{suffix}").register_forward_hook(lambda module, *_: seen.append(module))
-    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-12)
-    assert len(seen) == sum(len(mixer.suffixes) for mixer in model.mixers)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "vim_pico_patch8_32": {"depth": 2, "embed_dim": 32},
+    "mambareg_pico_patch8_32": {"depth": 2, "embed_dim": 32},
+    "videomamba_pico_patch8_32": {"depth": 2, "embed_dim": 32},
+    "arm_pico_patch8_32": {"depth": 2, "embed_dim": 32},
+    "vmamba_pico_patch4_32": {},
+    "vmamba_vanilla_tiny": {"dims": 32, "depths": (1, 1), "d_state": 4, "img_size": 32},
+    "ported_vit_pico_patch8_32": {"depth": 2, "embed_dim": 32, "num_heads": 2},
+}
+
+
+def family(name: str) -> Any:
+    torch.manual_seed(0)
+    create_backbone("vim_pico_patch8_32", "random", depth=1)  # registers the names with timm
+    model: Any = timm.create_model(name, num_classes=4, **FAMILIES[name]).double().eval()
+    nn.init.normal_(model.head.weight)
+    return model
+
+
+def with_weights(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules with parameters of their own and none inside."""
+    return {name: m for name, m in model.named_modules() if list(m.parameters()) and not list(m.children())}
+
+
+@pytest.mark.filterwarnings("ignore:.* of a mixer has a hook")
+@pytest.mark.parametrize("where", ["each module", "all modules"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_module_is_called_where_somebody_listens(name: str, where: str) -> None:
+    model, x = family(name), images(torch.float64)
+    expected, seen = model(x), set()
+    if where == "each module":
+        handles = [m.register_forward_hook(lambda m, *_: seen.add(m)) for m in with_weights(model).values()]
+    else:
+        handles = [nn.modules.module.register_module_forward_hook(lambda m, *_: seen.add(m))]
+    try:
+        torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-12)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert [n for n, m in with_weights(model).items() if m not in seen] == []
+    seen.clear()
+    assert torch.equal(model(x), expected) and not seen
+
+
+class Doubled(nn.Module):
+    """Somebody's module around one of a model's."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, *args: Any) -> Any:
+        out = self.base(*args)
+        return tuple(None if t is None else 2 * t for t in out) if isinstance(out, tuple) else 2 * out
+
+
+@pytest.mark.filterwarnings("ignore:.* of a mixer has a hook")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_module_around_any_module_takes_part(name: str) -> None:
+    """So do weights that are pruned: a mask that leaves nothing is seen in the output."""
+    model, x = family(name), images(torch.float64)
+    expected = model(x)
+    for path, module in {re.sub(r"\d+", "N", path): (path, m) for path, m in with_weights(model).items()}.values():
+        parent, _, own = path.rpartition(".")
+        setattr(model.get_submodule(parent), own, Doubled(module))
+        assert not torch.allclose(model(x), expected, rtol=1e-9, atol=0), path
+        setattr(model.get_submodule(parent), own, module)
+        pruned = copy.deepcopy(model)
+        prune.random_unstructured(pruned.get_submodule(path), "weight", amount=0.999)
+        assert not torch.allclose(pruned(x), expected, rtol=1e-9, atol=0), path
+    assert torch.equal(model(x), expected)
 
 
 @pytest.mark.parametrize("position", ["prefix", "infix"])
@@ -272,7 +335,7 @@ def kinds() -> list[str]:
     return sorted((names - NO_ADAPTERS) | set(VARIANTS))
 
 
-def with_adapter(kind: str, targets: list[str]) -> Any:
+def with_adapter(kind: str, targets: list[str], backbone: Any = None) -> Any:
     """A model with a peft adapter whose tensors are not zero; None where peft refuses, or attaches to nothing."""
     from peft import get_peft_model
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -283,7 +346,7 @@ def with_adapter(kind: str, targets: list[str]) -> Any:
     arguments = {"r": 2, **SETTINGS.get(name, {}), **VARIANTS.get(kind, {})}
     arguments = {key: value for key, value in arguments.items() if key in known}
     try:
-        model: Any = get_peft_model(vim(), config(target_modules=targets, **arguments)).eval()
+        model: Any = get_peft_model(backbone or vim(), config(target_modules=targets, **arguments)).eval()
     except (ValueError, TypeError, KeyError, NotImplementedError):
         return None
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -316,6 +379,38 @@ def test_adapters_of_peft_train_and_merge(kind: str) -> None:
         model = with_adapter(kind, [target])
         if model is not None and (kind, target) not in WRONG_IN_PEFT:
             check_adapter(kind, model)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith("vim")])
+def test_adapters_of_peft_on_other_backbones(name: str) -> None:
+    pytest.importorskip("peft")
+    modules = with_weights(family(name))
+    linear = [path for path, m in modules.items() if isinstance(m, nn.Linear)]
+    convolutions = [path for path, m in modules.items() if isinstance(m, (nn.Conv1d, nn.Conv2d))]
+    ungrouped = [path for path in convolutions if modules[path].groups == 1]  # peft's LoRA divides r into groups
+    for kind, targets in (
+        ("LORA", linear + ungrouped),
+        ("VERA", ["in_proj", "qkv"]),
+        ("IA3", [path for path in convolutions if "conv1d" not in path]),
+    ):
+        model = with_adapter(kind, targets, family(name).float())
+        assert model is not None, (kind, targets)
+        check_adapter(kind, model)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tuning_of_norms_by_peft(name: str) -> None:
+    peft = pytest.importorskip("peft")
+    backbone = family(name)
+    norms = [path for path in with_weights(backbone) if "norm" in path or re.search(r"patch_embed\.[27]$", path)]
+    before = backbone(images(torch.float64))
+    model = peft.get_peft_model(backbone, peft.LNTuningConfig(target_modules=norms))
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    torch.testing.assert_close(model(images(torch.float64)), before)
+    model(images(torch.float64)).square().sum().backward()
+    assert len(trained) >= len(norms) and all(p.grad is not None and p.grad.any() for p in trained.values())
 
 
 @pytest.mark.filterwarnings("ignore")

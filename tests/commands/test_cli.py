@@ -145,7 +145,7 @@ def test_other_words_are_refused(word, message):
         (lambda: None, None, ""),
         (lambda: 0, None, ""),
         (lambda: CRASH, CRASH, ""),
-        (lambda: int("x"), CRASH, "Traceback"),
+        (lambda: int("x"), CRASH, "error: ValueError: invalid literal"),
         (lambda: mistake(), USER_MISTAKE, "error: a mistake"),
         (lambda: interrupt(), INTERRUPTED, "interrupted"),
     ],
@@ -159,7 +159,7 @@ def test_exit_codes(end, code, said, capsys):
             run_cli(end)
         assert stop.value.code == code
     err = capsys.readouterr().err
-    assert said in err and ("Traceback" in err) == (said == "Traceback")
+    assert said in err and "Traceback (" not in err
 
 
 def mistake():

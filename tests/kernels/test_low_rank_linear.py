@@ -1,5 +1,7 @@
 """The linear map with its low-rank branch against the same written out."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,7 +110,7 @@ def test_branches_beside_each_other_draw_dropout_of_their_own():
 def test_the_fused_products_are_what_the_branch_defines(rows, dropout_on, training):
     linear = PortedLinear(IN, OUT, bias=False, name="linear").double().train(training)
     x, _, _, down, up = tensors(rows, False)
-    branch = LowRankBranch("owner", down, up, 0.3, 0.4, dropout_on, rows)
+    branch = LowRankBranch("owner", SimpleNamespace(down=down, up=up), 0.3, 0.4, dropout_on, rows)
     linear.side.add(branch)
     torch.manual_seed(1)
     found = linear(x)
@@ -126,11 +128,12 @@ def test_a_port_adds_branches_of_every_kind():
     linear = PortedLinear(IN, OUT, bias=False, name="linear").double()
     x, _, _, down, up = tensors(None, False)
     expected = F.linear(x, linear.weight)
+    pair = SimpleNamespace(down=down, up=up)
     for number in range(3):
         dropout = 0.0 if number else 1e-300  # a rate of its own that drops nothing
-        linear.side.add(LowRankBranch(f"owner{number}", down, up, 0.1, dropout))
+        linear.side.add(LowRankBranch(f"owner{number}", pair, 0.1, dropout))
         expected = expected + 0.1 * F.linear(F.linear(x, down), up)
-    linear.side.add(LowRankBranch("on the input", down, up, 0.2, 0.0, "input"))
+    linear.side.add(LowRankBranch("on the input", pair, 0.2, 0.0, "input"))
     expected = expected + 0.2 * F.linear(F.linear(x, down), up)
     linear.side.add(FunctionBranch("another", lambda x: x.sum(-1, keepdim=True), slice(2, 3)))
     expected[..., 2:3] += x.sum(-1, keepdim=True)

@@ -360,7 +360,7 @@ def test_wrong_shapes_are_named(change, message):
 def test_what_has_no_such_op_is_refused(monkeypatch):
     from mambapeft_kernels.ss2d import api
 
-    monkeypatch.setattr(api, "resolve_backend", lambda *_: "mamba_ssm")
+    monkeypatch.setattr(api, "backend_for", lambda *_: "mamba_ssm")
     with pytest.raises(ValueError, match="no two-dimensional scan"):
         ss2d(torch.ones(1, 2, 2, 8), cast(make_weights(8, 1, 2), torch.float32), backend="mamba_ssm")
     with pytest.raises(ValueError, match=r"tokens must be \[4, n, 8\]"):

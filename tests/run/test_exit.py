@@ -1,6 +1,7 @@
 """How commands end where the disk, the terminal or the system gives way."""
 
 import errno
+import os
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,7 @@ from mambapeft_vision.run.overrides import prepare_multirun
 from mambapeft_vision.run.run import train
 from mambapeft_vision.utils.atomic import write_text
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.startup import drop_unusable_backend
 
 FULL = Path("/dev/full")
 
@@ -125,6 +127,20 @@ def test_errors_that_no_table_knows_are_one_line():
     assert describe_error(KeyError("x")) == "KeyError: 'x'"  # of one that was raised, with its traceback
 
 
+def test_the_traceback_of_a_crash_is_in_a_file(tmp_path, monkeypatch, capsys):
+    """On the terminal it is a line; where no file can be written, the traceback."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert code_of(lambda: 1 / 0) == CRASH
+    (file,) = tmp_path.iterdir()
+    line = (
+        f"error: ZeroDivisionError: division by zero; a fault of this program or of the machine. Its traceback: {file}"
+    )
+    assert capsys.readouterr().err == line + "\n" and "1 / 0" in file.read_text()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    assert code_of(lambda: 1 / 0) == CRASH
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_ctrl_c_that_an_import_turns_into_another_error():
     """numpy's lazy imports end in a RecursionError."""
 
@@ -178,6 +194,16 @@ def test_hydras_grammar_is_translated(value):
 def test_the_home_folder_is_written_out(tmp_path):
     words = prepare_multirun(["-m", 'paths.outputs="~/o"', "seed=1,2"], runs.CONFIGS)
     assert f"paths.outputs={Path.home()}/o" in words
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"), [("nonsense", False), ("module://no.such.backend", False), ("", True), ("SVG", True)]
+)
+def test_a_backend_of_matplotlib_that_is_not_there_is_forgotten(monkeypatch, value, kept):
+    """Importing matplotlib, and with it Lightning, fails on it."""
+    monkeypatch.setenv("MPLBACKEND", value)
+    drop_unusable_backend()
+    assert ("MPLBACKEND" in os.environ) == kept
 
 
 def test_torchrun_is_told_what_to_do(task, tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from mambapeft_kernels.backends import FUSED, resolve_backend
+from mambapeft_kernels.backends import FUSED, backend_for
 from mambapeft_kernels.depthwise_conv2d import naive
 
 
@@ -20,7 +20,7 @@ def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None, b
     for name, tensor, shape in (("weight", weight, (x.shape[-1], 1, 3, 3)), ("bias", bias, (x.shape[-1],))):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"depthwise_conv_silu: {name} has shape {tuple(tensor.shape)}, expected {shape}")
-    chosen = resolve_backend(backend, x.device, x.dtype)
+    chosen = backend_for(backend, x)
     if chosen not in FUSED or not x.numel():
         return naive.depthwise_conv_silu(x, weight, bias)
     from mambapeft_kernels.depthwise_conv2d import triton_kernels

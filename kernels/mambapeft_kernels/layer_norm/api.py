@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambapeft_kernels.backends import FUSED, resolve_backend
+from mambapeft_kernels.backends import FUSED, backend_for
 from mambapeft_kernels.layer_norm import naive
 
 
@@ -20,7 +20,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, backe
     Raises: ValueError for shapes that do not fit each other or a backend that cannot run here.
     """
     _check_shapes("layer_norm", x, {"weight": (weight, x.shape[-1:]), "bias": (bias, x.shape[-1:])})
-    chosen = resolve_backend(backend, x.device, x.dtype)
+    chosen = backend_for(backend, x)
     if chosen in ("torch", "numba"):  # Numba has no such loops
         wide = torch.promote_types(x.dtype, torch.float32)
         return F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps).to(x.dtype)
@@ -56,7 +56,7 @@ def add_layer_norm(
         "branch_scale": (branch_scale, hidden.shape[:1]),
     }
     _check_shapes("add_layer_norm", hidden, expected)
-    chosen = resolve_backend(backend, hidden.device, hidden.dtype)
+    chosen = backend_for(backend, hidden)
     if chosen in ("torch", "numba"):  # Numba has no such loops
         residual = naive.add_branch(hidden, residual, branch_scale)
         return layer_norm(residual, weight, bias, eps, chosen).to(hidden.dtype), residual

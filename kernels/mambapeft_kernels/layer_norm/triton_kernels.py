@@ -193,7 +193,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _differentiate(ctx, dnormed, dout):
     total, weight, branch_scale = ctx.saved_tensors
     need = list(ctx.needs_input_grad[:4])
-    if differentiated_again():
+    if differentiated_again(dnormed):
         return *_plainly(ctx, dnormed, dout if ctx.keep else None, total, weight, branch_scale), None, None, None
     grads = torch.ops.mambapeft.add_layer_norm_backward(
         dnormed, dout if ctx.keep else None, total, weight, branch_scale, ctx.eps, ctx.dtypes[0], need

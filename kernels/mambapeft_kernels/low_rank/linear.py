@@ -103,7 +103,7 @@ class _LowRankLinear(torch.autograd.Function):
         count = len(ctx.settings.scales)
         weight, *saved = ctx.saved_tensors
         kept, inputs = _Kept.of(saved[: 4 + count]), saved[4 + count :]
-        if differentiated_again():
+        if differentiated_again(grad):
             need_x, need_weight, need_bias, _, *need_factors = ctx.needs_input_grad
             definition = partial(_linear_definition, ctx.settings, weight.dtype, kept.mask)
             need = need_x, need_weight, need_bias, *need_factors
@@ -140,7 +140,7 @@ class _AddLowRank(torch.autograd.Function):
     def backward(ctx, grad):
         saved, count = ctx.saved_tensors, len(ctx.settings.scales)
         kept, inputs = _Kept.of(saved[: 4 + count]), saved[4 + count :]
-        if differentiated_again():
+        if differentiated_again(grad):
             _, need_x, _, *need_factors = ctx.needs_input_grad
             definition = partial(_branches_definition, ctx.settings, grad.shape[-1], kept.x.dtype, kept.mask)
             dx, *dfactors = plain_gradients(definition, inputs, (need_x, *need_factors), grad)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from mambapeft_kernels.backends import FUSED, resolve_backend
+from mambapeft_kernels.backends import FUSED, backend_for
 from mambapeft_kernels.rms_norm import naive
 
 
@@ -26,7 +26,7 @@ def add_rms_norm(
     Raises: ValueError for shapes that do not fit each other or a backend that cannot run here.
     """
     _check_shapes(hidden, residual, weight, branch_scale)
-    if resolve_backend(backend, hidden.device, hidden.dtype) not in FUSED:
+    if backend_for(backend, hidden) not in FUSED:
         return naive.add_rms_norm(hidden, residual, weight, eps, branch_scale)
     from mambapeft_kernels.rms_norm import triton_kernels as triton
 

@@ -174,7 +174,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _differentiate(ctx, dnormed, dout):
     out, weight, branch_scale = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
-    if differentiated_again():
+    if differentiated_again(dnormed):
         return *_plainly(ctx, dnormed, dout, out, weight, branch_scale), None, None
     grads = torch.ops.mambapeft.add_rms_norm_backward(
         dnormed, dout, out, weight, branch_scale, ctx.eps, ctx.dtype, *need

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambapeft_kernels.derivatives import differentiated_again, no_autocast, plain_gradients
+from mambapeft_kernels.derivatives import differentiated_again, no_autocast, plain_gradients, transformed
 from mambapeft_kernels.selective_scan import naive
 from mambapeft_kernels.selective_scan.chunked import chunk_length, scan_backward, scan_forward
 from mambapeft_kernels.selective_scan.exported import exported_as_operator
@@ -29,7 +29,8 @@ def selective_scan(
     Returns: y [B, L, E]; derivatives of all orders exist.
     """
     with no_autocast(u.device.type):
-        y = _Scan.apply(u, delta, A, B, C) + D * u
+        scan = _definition if transformed() else _Scan.apply
+        y = scan(u, delta, A, B, C) + D * u
         if state_offset is not None:
             y = y + C @ state_offset.T
         return y if output_offset is None else y + output_offset
@@ -49,7 +50,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         u, delta, A, B, C, starts = ctx.saved_tensors
-        if differentiated_again():
+        if differentiated_again(dy):
             return tuple(plain_gradients(_definition, (u, delta, A, B, C), ctx.needs_input_grad, dy))
         u_t, delta_t, B_t, C_t, dy_t = map(_time_major, (u, delta, B, C, dy))
         need_dA = ctx.needs_input_grad[2]

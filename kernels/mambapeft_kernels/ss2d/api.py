@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mambapeft_kernels.backends import FUSED, resolve_backend
+from mambapeft_kernels.backends import FUSED, backend_for
 
 DIRECTIONS = 4
 
@@ -51,7 +51,7 @@ def ss2d(u: Tensor, weights: SS2DWeights, backend: str = "auto") -> Tensor:
         torch.Size([2, 14, 10, 8])
     """
     _check_shapes(u, weights)
-    chosen = resolve_backend(backend, u.device, u.dtype)
+    chosen = backend_for(backend, u)
     # Imports wait until here: a backend's packages need not exist where another one runs.
     if chosen in FUSED:
         from mambapeft_kernels.ss2d import fused

@@ -156,7 +156,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _differentiate(ctx, dout, *_):
     need = list(ctx.needs_input_grad[:-2])
     tensors = ctx.saved_tensors
-    if differentiated_again():
+    if differentiated_again(dout):
         return *plain_gradients(_definition, tensors[: len(need)], need, dout), None, None
     grads = torch.ops.mambapeft.ss2d_backward(dout, *tensors, ctx.backend, need)
     return *(g.to(t.dtype) if asked else None for g, t, asked in zip(grads, tensors, need)), None, None

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mambapeft_kernels.backends import FUSED, computes_now, resolve_backend
+from mambapeft_kernels.backends import FUSED, backend_for, computes_now
 
 
 class Direction(NamedTuple):
@@ -53,7 +53,7 @@ def ssm_mixer(
         torch.Size([2, 10, 8])
     """
     _check_shapes(xz, z, directions)
-    chosen = resolve_backend(backend, xz.device, xz.dtype)
+    chosen = backend_for(backend, xz)
     directions = tuple(directions)
     # Imports wait until here: a backend's packages need not exist where another one runs.
     if chosen in FUSED:

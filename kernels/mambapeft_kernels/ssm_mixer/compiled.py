@@ -114,7 +114,7 @@ class _Mixer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        if differentiated_again():
+        if differentiated_again(dout):
             xz, z, _, *rest = ctx.saved_tensors
             need_xz, need_z, _, _, *need_flat = ctx.needs_input_grad
 

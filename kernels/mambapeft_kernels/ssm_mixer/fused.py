@@ -312,7 +312,7 @@ def _differentiate(ctx, dout, *_):
     xz, z, *rest = ctx.saved_tensors
     kept, tensors = rest[: ctx.count], rest[ctx.count :]
     need_xz, need_z, need = ctx.needs_input_grad[0], ctx.needs_input_grad[1], list(ctx.needs_input_grad[2])
-    if differentiated_again():
+    if differentiated_again(dout):
         definition = partial(_definition, ctx.constants)
         dxz, dz, *own = plain_gradients(definition, (xz, z, *tensors), (need_xz, need_z, *need), dout)
         return dxz, dz, own, None, None, None, None, None

@@ -75,7 +75,7 @@ class _Mixer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         x, z, _, _, *flat = ctx.saved_tensors
-        if differentiated_again():
+        if differentiated_again(grad_out):
             need_x, need_z, _, _, *need_flat = ctx.needs_input_grad
 
             def definition(x: Tensor, z: Tensor, *flat: Tensor | None) -> Tensor:
