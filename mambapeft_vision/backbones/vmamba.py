@@ -36,7 +36,7 @@ from mambapeft_vision.backbones.build import EMBEDDED_WEIGHTS, build, cfg
 from mambapeft_vision.backbones.drop_path import BranchScales
 from mambapeft_vision.backbones.layers import Mlp, PortedConv2d, PortedLinear, both_sides, computes_as, zero_head
 from mambapeft_vision.backbones.layout import TokenLayout, select
-from mambapeft_vision.backbones.ports import InputPort, Port, Ported, PrefixPort, SidePort, TapPort
+from mambapeft_vision.backbones.ports import BranchPort, InputPort, Port, Ported, PrefixPort, SidePort, TapPort
 from mambapeft_vision.backbones.timm_model import State, TimmModel
 from mambapeft_vision.backbones.timm_model import stream as tokens_of
 from mambapeft_vision.backbones.unfused import announce
@@ -235,9 +235,12 @@ class Stream(NamedTuple):
 
 
 class Block(nn.Module):
-    """x += drop_path(op(norm(x))); x += drop_path(mlp(norm2(x))), x: [B, H, W, D]; no MLP in the vanilla layout."""
+    """x += drop_path(op(norm(x))); x += drop_path(mlp(norm2(x))), x: [B, H, W, D]; no MLP in the vanilla layout.
 
-    after = None  # there is no port after the block
+    Ports see maps as tokens [B, H · W, D]. `after` adds to the sum of both branches, `tap` sees it without drop path.
+    """
+
+    mlp_branch: BranchPort | None = None
 
     def __init__(self, embed_dim: int, *, name: str, mlp_ratio: float, **mixer: Any) -> None:
         super().__init__()
@@ -247,8 +250,11 @@ class Block(nn.Module):
         if mlp_ratio:
             self.norm2 = Norm(embed_dim)
             self.mlp = Mlp(embed_dim, int(mlp_ratio * embed_dim), name=f"{name}.mlp")
+            self.mlp_branch = BranchPort(f"{name}.mlp_branch")
         self.has_mlp = bool(mlp_ratio)
         self.input = InputPort(f"{name}.input")
+        self.mixer_branch = BranchPort(f"{name}.mixer_branch")
+        self.after = SidePort(f"{name}.after")
         self.tap = TapPort(f"{name}.tap")
 
     @property
@@ -260,10 +266,14 @@ class Block(nn.Module):
         if self.input.value is not None:
             stream = Stream(self._through_input(stream.total()))
         normed, residual = add_norm(self.norm, *stream)
-        stream = Stream(self.op(normed), residual, first)
-        if self.has_mlp:
+        stream = Stream(through_branch(self.mixer_branch, normed, self.op(normed)), residual, first)
+        if self.mlp_branch is not None:
             normed, residual = add_norm(self.norm2, *stream)
-            stream = Stream(self.mlp(normed), residual, second)
+            stream = Stream(through_branch(self.mlp_branch, normed, self.mlp(normed)), residual, second)
+        if self.after.branches:
+            total = stream.total()
+            tokens = total.flatten(1, 2)
+            stream = Stream(self.after(tokens, tokens, self.training).view_as(total))
         if self.tap.readers:
             total = Stream(stream.hidden, stream.residual).total()
             self.tap(total.flatten(1, 2), map_layout(total))
@@ -277,6 +287,13 @@ class Block(nn.Module):
                 f"{tokens.shape[1]}; a map of VMamba has room for no other tokens"
             )
         return tokens.view_as(x)
+
+
+def through_branch(port: BranchPort, x: Tensor, out: Tensor) -> Tensor:
+    """What the port makes of a branch whose input and output are maps [B, H, W, D]."""
+    if not port.functions:
+        return out
+    return port(x.flatten(1, 2), out.flatten(1, 2), map_layout(x)).view_as(out)
 
 
 def map_layout(x: Tensor) -> TokenLayout:

@@ -1,6 +1,6 @@
 """Checks of methods' arguments and targets. Each raises a UserError that says what was expected."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -53,19 +53,26 @@ def require_ported_linear(model: Backbone, parameter: str, who: str) -> tuple[nn
     return module, side
 
 
-def branches_of(model: Backbone, who: str, last_only: bool = False) -> list[tuple[str, BranchPort]]:
-    """Ports on the residual branches of all blocks (token mixer, MLP where there is one), by name, first to last.
+class Branch(NamedTuple):
+    """A residual branch of a block. width: of its tokens."""
+
+    port: BranchPort
+    width: int
+
+
+def branches_of(model: Backbone, who: str, last_only: bool = False) -> list[Branch]:
+    """The residual branches of all blocks (token mixer, MLP where there is one), first to last.
 
     last_only: of each block just the last one. Raises UserError for a block without such ports.
     """
     found = []
     for block in model.blocks:
         ports = [getattr(block, name, None) for name in ("mixer_branch", "mlp_branch")]
-        branches = [(port.name, port) for port in ports if port is not None]
+        branches = [Branch(port, block.embed_dim) for port in ports if port is not None]
         if not branches:
             raise UserError(
                 f"{who} works on the residual branches of every block, but {type(model).__name__} has no ports there "
-                f"in {block.name}; use a backbone of Vim's family or a ViT"
+                f"in {block.name}; use another backbone"
             )
         found += branches[-1:] if last_only else branches
     return found

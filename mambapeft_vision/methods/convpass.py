@@ -50,10 +50,10 @@ class Convpass(Method):
         self.sites = nn.ModuleDict()
 
     def attach(self, model: Backbone) -> None:
-        for name, branch in branches_of(model, self.name):
-            site = Bypass(self, like(model).new_empty(self.dim, model.embed_dim))
-            self.sites[site_key(name)] = site
-            branch.add(self.name, site)
+        for port, width in branches_of(model, self.name):
+            site = Bypass(self, like(model).new_empty(self.dim, width))
+            self.sites[site_key(port.name)] = site
+            port.add(self.name, site)
 
     def param_groups(self) -> list[dict[str, Any]]:
         return undecayed_biases(self)

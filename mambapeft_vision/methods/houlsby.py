@@ -41,13 +41,13 @@ class Houlsby(Method):
         return self.init == "zero"
 
     def attach(self, model: Backbone) -> None:
-        for name, branch in branches_of(model, self.name):
-            site = SerialAdapter(like(model).new_empty(self.dim, model.embed_dim), F.gelu)
+        for port, width in branches_of(model, self.name):
+            site = SerialAdapter(like(model).new_empty(self.dim, width), F.gelu)
             nn.init.trunc_normal_(site.down, std=0.01, a=-0.02, b=0.02)
             if self.init == "published":
                 nn.init.trunc_normal_(site.up, std=0.01, a=-0.02, b=0.02)
-            self.sites[site_key(name)] = site
-            branch.add(self.name, site)
+            self.sites[site_key(port.name)] = site
+            port.add(self.name, site)
 
     def param_groups(self) -> list[dict[str, Any]]:
         return undecayed_biases(self)

@@ -32,11 +32,11 @@ class Pfeiffer(Method):
         self.sites = nn.ModuleDict()
 
     def attach(self, model: Backbone) -> None:
-        for name, branch in branches_of(model, self.name, last_only=True):
-            site = SerialAdapter(like(model).new_empty(self.dim, model.embed_dim), F.relu)
+        for port, width in branches_of(model, self.name, last_only=True):
+            site = SerialAdapter(like(model).new_empty(self.dim, width), F.relu)
             nn.init.kaiming_uniform_(site.down, a=math.sqrt(5))
-            self.sites[site_key(name)] = site
-            branch.add(self.name, site)
+            self.sites[site_key(port.name)] = site
+            port.add(self.name, site)
 
     def param_groups(self) -> list[dict[str, Any]]:
         return undecayed_biases(self)

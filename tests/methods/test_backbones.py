@@ -52,12 +52,10 @@ REFUSED = {
     "vmamba_pico_patch4_32": {
         **_NO_ATTENTION,
         **_NO_NECK,
-        "adapter_plus": "has no such place in layers.0",
         "lora_embed": "no port on activations",
         "lora_p_z": "rows='z' is no block of",
         "memba": "VMamba's blocks have no gate",
         "vpt_deep": "the maps of VMamba have no room for other tokens",
-        **dict.fromkeys(("convpass", "houlsby", "pfeiffer"), "has no ports there"),
         **dict.fromkeys(("lst", "svp"), "works on blocks of one width"),
         "pos_embed": r"has no 'pos_embed' \(position embedding\)",
         **dict.fromkeys(("prompt", "prompt_wo_proj"), "the maps of VMamba have no room for other tokens"),
