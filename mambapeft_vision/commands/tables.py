@@ -7,7 +7,7 @@ report.html, tables.md, tables.csv, tables.tex and the plots as PNG files.
 from collections.abc import Sequence
 from pathlib import Path
 
-from mambapeft_vision.results.plots import named_apart, pictures_of_collection, save_png
+from mambapeft_vision.results.plots import named_apart, pictures_of_collections, save_png
 from mambapeft_vision.results.report import report
 from mambapeft_vision.results.tables import (
     Collection,
@@ -52,7 +52,7 @@ def collections_below(places: Sequence[str], *, allow_mixed: bool) -> list[Colle
 
 def write_all(collections: list[Collection], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = [pictures_of_collection(collection) for collection in collections]
+    pictures = pictures_of_collections(collections)
     write_text(folder / "report.html", report(collections, title="Results", pictures=pictures))
     for name, form in (("tables.md", "md"), ("tables.csv", "csv"), ("tables.tex", "latex")):
         write_text(folder / name, _text(collections, form))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mambapeft_vision.integrations.wandb_logger import WandbLogger, known_id
 from mambapeft_vision.results.layout import SWEEP_LOGS, file_name
-from mambapeft_vision.results.plots import named_apart, pictures_of_collection, save_png
+from mambapeft_vision.results.plots import named_apart, pictures_of_collections, save_png
 from mambapeft_vision.results.record import RunRecord, is_finished
 from mambapeft_vision.results.tables import Standard, collect, tables_of
 from mambapeft_vision.run.build import build_logger
@@ -65,7 +65,7 @@ def publish(
         summary={"planned": planned or len(records), "finished": len(records)},
         pictures={
             name: _saved(content, folder / f"{name}.png")
-            for name, content in named_apart(map(pictures_of_collection, collections)).items()
+            for name, content in named_apart(pictures_of_collections(collections)).items()
         },
         tables=tables,
     )

@@ -12,7 +12,7 @@ import jinja2
 from mambapeft_vision.results.files import read_bytes
 from mambapeft_vision.results.layout import PAGE_FILE
 from mambapeft_vision.results.pictures import run_title
-from mambapeft_vision.results.plots import confusion_matrix, drawn, pictures_of_collection, training_curves
+from mambapeft_vision.results.plots import confusion_matrix, drawn, pictures_of_collections, training_curves
 from mambapeft_vision.results.record import read_record
 from mambapeft_vision.results.tables import MISSING, Collection, Table, tables_of
 from mambapeft_vision.utils.errors import UserError
@@ -59,9 +59,9 @@ def report(
     Args:
         collections: what it shows, in this order.
         examples: folders of finished runs whose curves, confusion matrix and page of test images are shown.
-        pictures: `pictures_of_collection` of each collection, where they are drawn already.
+        pictures: `pictures_of_collections`, where they are drawn already.
     """
-    pictures = [pictures_of_collection(collection) for collection in collections] if pictures is None else pictures
+    pictures = pictures_of_collections(collections) if pictures is None else pictures
     sections = [_section(collection, drawn) for collection, drawn in zip(collections, pictures, strict=True)]
     if examples:
         sections.append(Section("Single runs", [], list(_examples(examples))))

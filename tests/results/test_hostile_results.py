@@ -281,12 +281,24 @@ def test_csv_has_no_formula(tmp_path):
     assert "'=1+1" in text and "'@x" in text and not re.search(r"(^|,)[=@]", text, flags=re.MULTILINE)
 
 
-def test_a_page_of_many_rows_takes_no_longer_for_its_pictures():
+def test_a_page_of_many_rows_takes_seconds():
     records = [
-        fake_record("vtab/cifar", "a", 0, 0.5, device_name=str(n), backbone={"name": f"b{n}"}) for n in range(1_500)
+        fake_record("vtab/cifar", "a", 0, 0.5, method={"a": {"_target_": "x.Y", "scale": float(n)}}) for n in range(500)
     ]
+    (found,) = collect(records, read_standard(CONFIGS))
+    assert len(found.rows) == 500
+    assert within_bounds(lambda: report([found], title="t")) == "accepted"
+
+
+def test_of_many_collections_the_first_are_drawn(monkeypatch, capsys):
+    """500 results of backbones of their own are a collection each."""
+    drawn = []
+    monkeypatch.setattr(plots, "pictures_of_collection", lambda collection: drawn.append(collection) or {})
+    records = [fake_record("vtab/cifar", "a", 0, 0.5, backbone={"name": f"b{n}"}) for n in range(500)]
     collections = collect(records, read_standard(CONFIGS))
-    assert within_bounds(lambda: report(collections, title="t")) == "accepted"
+    assert len(collections) == 500 and "<td>" in report(collections, title="t")
+    assert len(drawn) == plots.MOST_PICTURED
+    assert capsys.readouterr().err == "warning: 500 collections; the first 20 are drawn\n"
 
 
 @pytest.mark.parametrize("text", ["/tmp/x", "../../x", "..", ".", "", "a/b", "\x1b[2J", "n" * 300, "con\0x"])
