@@ -157,7 +157,8 @@ def test_checkpoints(content):
         file = Path(folder) / "weights.pth"
         file.write_bytes(content)
         with suppress(UserError):
-            read_state_dict(file)
+            state = read_state_dict(file)
+            assert all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items())
 
 
 @bounded(60)

@@ -158,7 +158,7 @@ def test_cfg_job_shows_the_tree():
     [
         (["trainer.max_epoch=3"], "trainer.max_epoch: Key 'max_epoch' not in 'TrainerConfig'; did you mean max_epochs"),
         (["method=lora_px"], "Could not find 'method/lora_px'; did you mean lora_p_x"),
-        (["dataset=folder"], "dataset.folder: Missing mandatory value"),
+        (["dataset=folder"], "dataset.folder=None, dataset.path=None: expected dataset.path=DIR"),
         (["-m", "sed=0,1"], "sed: Key 'sed' not in 'TrainConfig'; did you mean seed"),
     ],
 )
