@@ -57,5 +57,5 @@ def test_the_dry_run_says_what_was_scaled():
 def test_what_has_no_sizes_to_compare_with_is_refused():
     with pytest.raises(UserError, match="method_sizes='double'; expected one of given, of_vim_s"):
         plan_of("method_sizes=double")
-    with pytest.raises(UserError, match="expected a Vim backbone"):
+    with pytest.raises(UserError, match="expected a state-space backbone"):
         model_of(plan_of("method_sizes=of_vim_s", *runs.SMALL_VIT, "method=lora_qv"))

@@ -41,7 +41,7 @@ def test_classes_without_positives_are_left_out():
 
 
 def test_of_equal_logits_the_first_class_is_the_most_probable():
-    classes, probabilities = most_probable(torch.zeros(2, 9), several=False)
+    classes, probabilities = most_probable(torch.zeros(2, 9), several=False, top=5)
     assert classes.tolist() == [[0, 1, 2, 3, 4]] * 2 and torch.allclose(probabilities, torch.full((2, 5), 1 / 9))
     classes, probabilities = most_probable(torch.zeros(1, 9), several=True)
     assert classes.shape == (1, 9) and torch.allclose(probabilities, torch.full((1, 9), 0.5))

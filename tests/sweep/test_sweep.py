@@ -259,7 +259,7 @@ def test_the_committed_rates_are_those_that_were_measured():
     "wrong, message",
     [
         ("preset,rate\n", "expected backbone,preset"),
-        (RATES.replace(",a,", ",aa,"), "aa is no preset"),
+        (RATES.replace(",a,", ",aa,"), "'aa' is no preset"),
         (RATES.replace("2000", "0"), "two numbers above 0"),
         (RATES.replace("2000,", ""), "two numbers above 0"),
     ],
