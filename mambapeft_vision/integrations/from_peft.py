@@ -66,7 +66,7 @@ def from_peft(folder: str | Path, backbone: TimmModel) -> AdaptedModel:
         raise UserError(f"{folder / CONFIG_FILE}: peft_type {shown(kind)}; expected one of {known}")
     try:
         methods = _lora_methods(config, state) if form is None else _methods_of_form(form, config, state)
-    except (KeyError, TypeError, ZeroDivisionError, AttributeError) as error:
+    except (KeyError, TypeError, ZeroDivisionError, AttributeError, IndexError, OverflowError) as error:
         raise UserError(f"{folder / CONFIG_FILE} does not fit its tensors ({plain(error)}); copy both again") from None
     built = {name: build_method(name, spec, str(folder / CONFIG_FILE)) for name, (spec, _) in methods.items()}
     model = adapt(cast(Backbone, backbone), built, head["weight"].shape[0])
@@ -108,6 +108,12 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise UserError(f"{folder / PEFT_TENSOR_FILE} holds no tensors; expected a folder that peft saved")
+    for key, tensor in tensors.items():
+        if tensor.ndim == 0 or tensor.numel() == 0:  # such a shape takes no bytes and asks for any memory
+            raise UserError(
+                f"{folder / PEFT_TENSOR_FILE}: {shown(key)} has shape {tuple(tensor.shape)}; expected elements and at "
+                "least one axis. Copy it again"
+            )
     return config, {str(key).removeprefix(_PREFIX): tensor.float() for key, tensor in tensors.items()}
 
 

@@ -8,11 +8,12 @@ import timm
 from timm.models import PretrainedCfg
 
 from mambapeft_vision.adapter.files import ADAPTER_FILE, CONFIG_FILE, read_adapter
-from mambapeft_vision.backbones.layers import both_sides
 from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.utils.atomic import write_bytes, write_text
 from mambapeft_vision.utils.errors import UserError
-from mambapeft_vision.utils.text import markdown, plain
+from mambapeft_vision.utils.tensor_files import MAX_BYTES
+from mambapeft_vision.utils.text import markdown, plain, shown
+from mambapeft_vision.utils.untrusted import read_bytes
 
 PLACEHOLDER = "USER/NAME"  # in a card whose repository is not known yet
 
@@ -31,7 +32,7 @@ def to_hub_folder(
         raise UserError(f"--out {out} is the adapter's own folder; expected another one. Choose a new folder")
     make_folder(out)
     for name in (ADAPTER_FILE, CONFIG_FILE):
-        write_bytes(out / name, (adapter.folder / name).read_bytes())
+        write_bytes(out / name, read_bytes(adapter.folder / name, max_bytes=MAX_BYTES))
     write_text(out / "README.md", model_card(adapter.config, result, repository))
     return out
 
@@ -89,7 +90,7 @@ def model_card(config: dict[str, Any], result: RunRecord | None, repository: str
         "licence of the backbone's weights": markdown(licence if weights == "official" else "of your own weights"),
         "licence of the images": "ask where the images come from; it is not recorded",
     }
-    height, width = both_sides(base["architecture"].get("img_size") or record.input_size[1:])
+    height, width = _sides(base["architecture"].get("img_size") or record.input_size[1:])
     arguments = f'"{plain(repository)}", weights="{weights}"' + (f", seed={seed}" if weights == "random" else "")
     lines = [
         "---",
@@ -125,8 +126,20 @@ def model_card(config: dict[str, Any], result: RunRecord | None, repository: str
     return "\n".join(lines) + "\n"
 
 
+def _sides(img_size: Any) -> tuple[int, int]:
+    """Height and width, from what a config says. Raises UserError."""
+    given = list(img_size) if isinstance(img_size, (list, tuple)) else [img_size] * 2
+    if len(given) != 2 or any(type(side) is not int for side in given):
+        raise UserError(f"{CONFIG_FILE}: img_size is {shown(img_size)}; expected one or two whole numbers")
+    height, width = given
+    return height, width
+
+
 def _weights(result: RunRecord | None) -> tuple[str, int]:
     """The backbone's weights as a reader of the card gives them."""
     recorded = {} if result is None else result.config.get("backbone", {})
     weights = recorded.get("weights", "official")
-    return weights if weights in ("official", "random") else "PATH", int(recorded.get("seed") or 0)
+    seed = recorded.get("seed") or 0
+    if type(seed) is not int:
+        raise UserError(f"result.json: backbone.seed is {shown(seed)}; expected a whole number. Copy it again")
+    return weights if weights in ("official", "random") else "PATH", seed

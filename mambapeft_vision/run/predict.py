@@ -2,7 +2,9 @@
 
 import csv
 import glob
+import io
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,17 +20,18 @@ from mambapeft_vision.adapter.predict import Prediction, batched, predictions
 from mambapeft_vision.data.own.files import is_image, visible_files
 from mambapeft_vision.data.preprocessing import decode_image, describe_failure
 from mambapeft_vision.run.trained import TrainedModel
-from mambapeft_vision.utils.atomic import atomic_path
+from mambapeft_vision.utils.atomic import atomic_path, open_log
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.names import user_path
 from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.utils.progress import ConsoleProgress, ProgressMeter
-from mambapeft_vision.utils.text import plain
+from mambapeft_vision.utils.text import csv_cell, plain
+from mambapeft_vision.utils.untrusted import open_plain
 
 CSV, JSON_LINES = FORMATS = ("csv", "jsonl")
 _BATCH = {"cuda": 256}  # images; of a batch that does not fit a GPU's memory the halves are taken
 _BATCH_ELSEWHERE = 32
-_FORMULA = ("=", "+", "-", "@")
+_MAX_OUTPUT_BYTES = 2_000_000_000
 
 
 @dataclass
@@ -133,8 +136,8 @@ def output(out: Path | None, top: int, *, append: bool = False) -> Iterator[Call
     kind = format_of(out)
     if append:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with open(out, "a", encoding="utf-8", newline="") as stream:
-            yield _writer(stream, kind, header=stream.tell() == 0)
+        with os.fdopen(open_log(out), "a", encoding="utf-8", newline="") as stream:
+            yield _writer(stream, kind, header=os.fstat(stream.fileno()).st_size == 0)
         return
     with atomic_path(out) as temporary, open(temporary, "w", encoding="utf-8", newline="") as stream:
         yield _writer(stream, kind, header=True)
@@ -148,13 +151,26 @@ def format_of(out: Path) -> str:
 
 
 def files_in(out: Path) -> set[str]:
-    """The files that an output has predictions of."""
+    """The files that an output has predictions of. Raises UserError for one that is damaged."""
     if not out.is_file():
         return set()
-    with open(out, encoding="utf-8", newline="") as stream:
-        if format_of(out) == CSV:
-            return {row["file"] for row in csv.DictReader(stream) if "file" in row}
-        return {json.loads(line)["file"] for line in stream if line.strip()}
+    kind = format_of(out)
+    try:
+        with io.TextIOWrapper(open_plain(out, max_bytes=_MAX_OUTPUT_BYTES), encoding="utf-8", newline="") as stream:
+            rows = csv.DictReader(stream) if kind == CSV else (json.loads(line) for line in stream if line.strip())
+            names = {row["file"] for row in rows}
+    except (ValueError, TypeError, KeyError, RecursionError, csv.Error) as error:
+        raise _damaged(out, f"{type(error).__name__}: {plain(error)}") from None
+    if not all(isinstance(name, str) for name in names):
+        raise _damaged(out, "a file's name is no text")
+    return names
+
+
+def _damaged(out: Path, problem: str) -> UserError:
+    return UserError(
+        f"{plain(out)} is no output of mambapeft predict ({problem}); expected one to go on with. Move it away, or "
+        "choose another file (--out)"
+    )
 
 
 def _decoded(trained: TrainedModel, files: Sequence[Path], size: int) -> Iterator[list[tuple[Path, np.ndarray | str]]]:
@@ -206,5 +222,5 @@ def _writer(stream: TextIO, kind: str, header: bool) -> Callable[[Prediction], N
 
 
 def _cell(text: str) -> str:
-    """A text that no spreadsheet takes for a formula."""
-    return f"'{text}" if text.startswith(_FORMULA) else text
+    """A text of any length that no spreadsheet takes for a formula and no terminal for a command."""
+    return str(csv_cell(text, longest=len(text)))

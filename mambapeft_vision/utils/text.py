@@ -79,11 +79,11 @@ def html_text(text: object) -> str:
     return html.escape(plain(text), quote=True)
 
 
-def csv_cell(value: object) -> object:
+def csv_cell(value: object, longest: int = LONGEST) -> object:
     """For a cell of CSV: text that a spreadsheet would compute as a formula begins with an apostrophe."""
     if not isinstance(value, str):
         return value
-    cleaned = plain(value)
+    cleaned = plain(value, longest)
     return f"'{cleaned}" if cleaned[:1] in ("=", "+", "-", "@") and not _is_number(cleaned) else cleaned
 
 

@@ -10,11 +10,11 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mambapeft_vision.data.own.source import (
-    MAX_IMAGES,
     Source,
     check_class_names,
     check_paths,
@@ -28,7 +28,11 @@ from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.typed import nearest
 from mambapeft_vision.utils.untrusted import read_bytes
 
-MAX_TABLE_BYTES = 2_000_000_000
+MAX_TABLE_BYTES = 400_000_000
+MAX_ROWS = 2_000_000
+MAX_CELLS = 20_000_000
+MAX_LABELS = 500_000_000  # images x classes, each a float32
+_ROWS_AT_ONCE = 1_000  # of Parquet, where a row of a few bytes can stand for a long text
 MAX_COLUMNS = 10_000
 _NAMES = {
     "path": ("path", "file", "filename", "file_name", "image", "image_path", "filepath", "file_path"),
@@ -70,13 +74,13 @@ def read_table(file: Path, root: Path | None = None, columns: Columns = USUAL, s
     places = _places(header, columns, file, several)
     if not rows:
         raise UserError(f"{file} has no rows; expected one for each image. Fill it.")
-    if len(rows) > MAX_IMAGES:
-        raise UserError(f"{file} has {len(rows):,} rows; expected at most {MAX_IMAGES:,}. Divide it.")
     paths = [_relative(row[places["path"]], root, f"{file}: row {number}") for number, row in enumerate(rows, 1)]
     _refuse_repeated(paths, file)
     check_paths(paths, file)
     texts, names = _labels(header, rows, places, file, several)
     check_class_names(names, file)
+    if several:
+        _refuse_more(len(rows) * len(names), MAX_LABELS, "labels (images x classes)", file)
     number = {name: label for label, name in enumerate(names)}
     return Source(
         root,
@@ -182,12 +186,15 @@ def _read_csv(file: Path) -> tuple[list[str], list[list[str]]]:
     delimiter = _ENDINGS.get(file.suffix.lower()) or max(",;\t", key=first.count)
     if delimiter == "," and "," not in first:
         delimiter = max(",;\t", key=first.count)
+    _refuse_more(text.count(delimiter) + text.count("\n"), MAX_CELLS, "cells", file)
     try:
-        rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True) if row]
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        rows = list(islice((row for row in reader if row), MAX_ROWS + 2))  # the header, and one too many
     except csv.Error as error:
         raise UserError(f"{file} is no CSV ({plain(error)}). Save it again as CSV in UTF-8.") from None
     if not rows:
         raise UserError(f"{file} is empty; expected a header such as path,label and a row for each image. Fill it.")
+    _refuse_more(len(rows) - 1, MAX_ROWS, "rows", file)
     header = rows[0]
     if len(header) > MAX_COLUMNS:
         raise UserError(f"{file} has {len(header):,} columns; expected at most {MAX_COLUMNS:,}. Remove some.")
@@ -224,10 +231,31 @@ def _parquet_columns(file: Path) -> dict[str, list[Any]]:
             f"{file}: reading Parquet needs pyarrow. Install it (pip install pyarrow), or save the table as CSV."
         ) from None
     try:
-        columns: dict[str, list[Any]] = pyarrow.parquet.read_table(io.BytesIO(content)).to_pydict()
+        table = pyarrow.parquet.ParquetFile(io.BytesIO(content))
+        _check_size(table.metadata, file)
+        columns: dict[str, list[Any]] = {name: [] for name in table.schema_arrow.names}
+        read = 0
+        for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE):
+            read += batch.nbytes
+            _refuse_more(read, MAX_TABLE_BYTES, "bytes when unpacked", file)
+            for name, values in batch.to_pydict().items():
+                columns[name] += values
     except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
         raise UserError(f"{file} is no Parquet file that can be read ({plain(error)}). Write it again.") from None
     return columns
+
+
+def _check_size(metadata: Any, file: Path) -> None:
+    """Refuses a Parquet file by what it says of itself, before a value is read."""
+    _refuse_more(metadata.num_rows, MAX_ROWS, "rows", file)
+    _refuse_more(metadata.num_columns, MAX_COLUMNS, "columns", file)
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    _refuse_more(sum(g.column(i).num_values for g in groups for i in range(g.num_columns)), MAX_CELLS, "values", file)
+
+
+def _refuse_more(count: int, most: int, what: str, file: Path) -> None:
+    if count > most:
+        raise UserError(f"{plain(file)} has more than {most:,} {what}; expected at most so many. Divide it.")
 
 
 def _cell(value: Any) -> str:
