@@ -13,19 +13,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import hostile
 from helpers.hostile import Action, World
 from PIL import Image, PngImagePlugin
+from safetensors.torch import save_file
 
 from mambapeft_vision.data import cache
 from mambapeft_vision.data.image_list import parse_list, read_list
 from mambapeft_vision.data.images import decode_list
 from mambapeft_vision.data.manifest import MANIFEST_FILE, read_entry
+from mambapeft_vision.data.own.table import read_table
 from mambapeft_vision.data.prepare.archive import copy_tasks, extract_tasks
 from mambapeft_vision.data.prepare.importer import EncodedImage, EncodedSplits, import_task, lay_out_task, read_labelled
 from mambapeft_vision.data.prepare.verify import verify_task
 from mambapeft_vision.data.preprocessing import Preprocessing, decode_image
 from mambapeft_vision.data.tasks import Task
+from mambapeft_vision.integrations.from_peft import from_peft
+from mambapeft_vision.run.predict import files_in, output
 from mambapeft_vision.utils.atomic import write_json
 from mambapeft_vision.utils.lock import locked, one_at_a_time, sole_writer
 from mambapeft_vision.utils.typed import build
@@ -602,6 +607,53 @@ for name, change in MANIFESTS.items():
         content = {"format": 1, "tasks": {"toy": entry | change}}
         (world.folder / MANIFEST_FILE).write_text(json.dumps(content))
         return lambda: read_entry(world.folder, "toy")
+
+
+# Tables of own images, outputs of predict, folders of peft
+
+
+@attack("a table of too many rows", words=["t.csv", "more than 2,000,000 rows"], seconds=20, mib=1_500)
+def _(world: World) -> Action:
+    (world.folder / "t.csv").write_text("path,label\n" + "a,b\n" * 2_000_002)
+    return lambda: read_table(world.folder / "t.csv")
+
+
+@attack("a table of too many cells", words=["t.csv", "cells"], disk_mib=40)
+def _(world: World) -> Action:
+    (world.folder / "t.csv").write_text("path,label\n" + "," * 20_000_001)
+    return lambda: read_table(world.folder / "t.csv")
+
+
+OUTPUTS = {
+    "is no JSON": ("o.jsonl", b"{"),
+    "holds a list": ("o.jsonl", b"[]\n"),
+    "holds a file without a name": ("o.jsonl", b'{"file": {}}\n'),
+    "is not UTF-8": ("o.csv", b"file\n\xff\n"),
+    "has no column of files": ("o.csv", b"x\n1\n"),
+    "has an endless cell": ("o.csv", b"file\n" + b"x" * 200_000),
+}
+
+for name, (file, content) in OUTPUTS.items():
+
+    @attack(f"an output that {name}", words=[file, "no output of mambapeft predict"])
+    def _(world: World, file: str = file, content: bytes = content) -> Action:
+        (world.folder / file).write_bytes(content)
+        return lambda: files_in(world.folder / file)
+
+
+@attack("an output that is a link", words=["link"])
+def _(world: World) -> Action:
+    out = world.link("o.csv")
+    return lambda: output(out, 1, append=True).__enter__()
+
+
+for name, shape in {"no elements": (10**8, 0), "no axis": ()}.items():
+
+    @attack(f"a tensor of peft with {name}", words=["lora_A", "shape"])
+    def _(world: World, shape: tuple[int, ...] = shape) -> Action:
+        (world.folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+        save_file({"x.lora_A.weight": torch.zeros(shape)}, world.folder / "adapter_model.safetensors")
+        return lambda: from_peft(world.folder, None)  # refused before the backbone is asked
 
 
 @pytest.mark.parametrize("name", TABLE)
