@@ -112,7 +112,7 @@ def watch(
     for _ in iter(int, 1) if rounds is None else rounds:
         ready = []
         for file in visible_files(folder):
-            if str(file) in known:
+            if str(file) in known or _cell(str(file)) in known:  # as it stands in a table
                 continue
             size = file.stat().st_size if file.exists() else -1
             if size > 0 and sizes.get(str(file)) == size and is_image(file):
