@@ -2,11 +2,11 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambapeft_vision.backbones.contract import Backbone, FunctionBranch
-from mambapeft_vision.backbones.drop_path import drop_path
 from mambapeft_vision.methods.checks import require_positive
 from mambapeft_vision.methods.method import Method, site_key
 from mambapeft_vision.methods.targets import like
@@ -73,4 +73,7 @@ class ScaledBottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         low = F.gelu(F.linear(x, self.down, self.down_bias))
         out = self.scale * F.linear(low, self.up, self.up_bias)
-        return drop_path(out, self.drop_path, self.training)
+        if not (self.training and self.drop_path):
+            return out
+        keep = 1.0 - self.drop_path
+        return out * (torch.rand(out.shape[0], 1, 1, device=out.device) < keep).to(out.dtype) / keep
