@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -73,13 +74,17 @@ def metadata_of(file: Path | str) -> dict[str, Any]:
 def _load(opened: BinaryIO, where: str, remedy: str, map_location: Any = "cpu") -> Any:
     """Reads a file of PyTorch's. `argparse.Namespace` is allowed: a leftover of training in official files."""
     try:
-        _check_pickles(opened, where)
+        _check_pickles(opened)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(opened, map_location=map_location, weights_only=True)
     except MemoryError:
         raise
     except UserError as error:
         raise UserError(f"{plain(where)} cannot be read as a checkpoint: {error}. {remedy}") from None
+    except zipfile.BadZipFile as error:
+        raise UserError(
+            f"{plain(where)} cannot be read as a checkpoint: it is damaged or not a zip file ({plain(error)}). {remedy}"
+        ) from None
     except Exception as error:  # the restricted unpickler raises anything on bytes that are no pickle
         # Its text is advice to run what the file holds.
         raise UserError(
@@ -96,8 +101,8 @@ def _load(opened: BinaryIO, where: str, remedy: str, map_location: Any = "cpu") 
     return content
 
 
-def _check_pickles(opened: BinaryIO, where: str) -> None:
-    """Looks through what PyTorch will unpickle. Raises whatever is wrong, UserError or not."""
+def _check_pickles(opened: BinaryIO) -> None:
+    """Looks through what PyTorch will unpickle. Raises whatever is wrong, UserError (of "it") or not."""
     is_zip = opened.read(4) == _ZIP
     size = opened.seek(0, os.SEEK_END)
     opened.seek(0)
@@ -106,7 +111,7 @@ def _check_pickles(opened: BinaryIO, where: str) -> None:
             check_pickle(opened)
         opened.seek(0)
         return
-    with open_zip(opened, where, max_members=_MAX_MEMBERS) as archive:
+    with open_zip(opened, "it", max_members=_MAX_MEMBERS) as archive:
         infos = archive.infolist()
         # Stored without compression, so that what they unpack to is what they take.
         if any(info.compress_type for info in infos) or sum(info.file_size for info in infos) > size:

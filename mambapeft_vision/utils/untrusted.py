@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import yaml
@@ -269,13 +269,8 @@ def array_from(content: bytes, kinds: str = "biuf") -> np.ndarray:
     """The array of a file in NumPy's format (.npy), given its bytes; nothing is unpickled. Raises UserError."""
     try:
         stream = io.BytesIO(content)
-        shape, fortran, dtype, header = _read_header(stream)
-        if dtype.hasobject or dtype.kind not in kinds or dtype.itemsize == 0:
-            raise ValueError(f"it holds {dtype}; plain arrays of kinds {kinds} are read")
-        expected = math.prod(shape) * dtype.itemsize
-        if expected != len(content) - header:
-            raise ValueError(f"it declares {expected:,} bytes and has {len(content) - header:,}")
-        return np.frombuffer(content, dtype, offset=header).reshape(shape, order="F" if fortran else "C")
+        shape, order, dtype, _ = _read_header(stream, "it", len(content), kinds)
+        return np.frombuffer(content, dtype, offset=stream.tell()).reshape(shape, order=order)
     except _UNREADABLE as error:
         raise UserError(f"no array that can be read ({type(error).__name__}: {plain(error)})") from None
 
@@ -309,23 +304,25 @@ def _check_members(file: Path | str, infos: list[zipfile.ZipInfo], max_bytes: in
 
 def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, kinds: str) -> np.ndarray:
     with archive.open(info) as member:
-        shape, fortran, dtype, header = _read_header(member)
-        count = math.prod(shape)
-        if dtype.hasobject or dtype.kind not in kinds or (dtype.itemsize == 0 and count > 0):
-            raise ValueError(f"{info.filename} holds {dtype}; plain arrays of kinds {kinds} are read")
-        expected = count * dtype.itemsize
-        if expected != info.file_size - header:
-            raise ValueError(f"{info.filename} declares {expected:,} bytes and has {info.file_size - header:,}")
+        shape, order, dtype, expected = _read_header(member, info.filename, info.file_size, kinds)
         content = bytearray()
         while block := member.read(_READ_BYTES):  # at the end zipfile compares the checksum
             content += block
         if len(content) != expected:
             raise EOFError(f"{info.filename} ends after {len(content):,} of {expected:,} bytes")
-    return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
+    return np.frombuffer(content, dtype).reshape(shape, order=order)
 
 
-def _read_header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """Shape, order, type, and the bytes of the header of an array in NumPy's format."""
+def _read_header(
+    member: Any, name: str, size: int, kinds: str
+) -> tuple[tuple[int, ...], Literal["C", "F"], np.dtype, int]:
+    """Shape, order and type of an array in NumPy's format, and the bytes of its values, which are all that follows.
+
+    Args:
+        name: names it in messages.
+        size: of the header and the values.
+        kinds: as in `read_arrays`.
+    """
     start = member.read(8)
     if start[:6] != b"\x93NUMPY" or start[6:] not in (b"\1\0", b"\2\0", b"\3\0"):
         raise ValueError("no array of NumPy")
@@ -339,7 +336,13 @@ def _read_header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype, int]:
         raise ValueError(f"a shape of {shown(shape)}")
     if not isinstance(descr, str):
         raise ValueError("an array of records")
-    return shape, bool(header["fortran_order"]), np.dtype(descr), 8 + width + length
+    dtype = np.dtype(descr)
+    if dtype.hasobject or dtype.kind not in kinds or dtype.itemsize == 0:
+        raise ValueError(f"{name} holds {dtype}; plain arrays of kinds {kinds} are read")
+    expected, found = math.prod(shape) * dtype.itemsize, size - (8 + width + length)
+    if expected != found:
+        raise ValueError(f"{name} declares {expected:,} bytes and has {found:,}")
+    return shape, "F" if header["fortran_order"] else "C", dtype, expected
 
 
 def _too_large(file: Path | str, size: int, max_bytes: int) -> UserError:
@@ -402,18 +405,19 @@ def open_zip(opened: BinaryIO, where: str, *, max_members: int) -> Iterator[zipf
         where: names the file in messages.
 
     Raises:
-        UserError: for a directory that is damaged or too large, and for other compressions, whose readers take memory
-            by what a member declares.
+        UserError: for a directory that is too large, and for other compressions, whose readers take memory by what a
+            member declares.
+        zipfile.BadZipFile: for a directory that is damaged; callers know where the file is from, and say what to do.
     """
     try:
         members = _count_members(opened)
         if members > max_members:
-            raise UserError(f"{plain(where)} has {members:,} members; expected at most {max_members:,}. {_AGAIN}")
+            raise UserError(f"{plain(where)} has {members:,} members; expected at most {max_members:,}. Take another")
         archive = zipfile.ZipFile(opened)
     except UserError:
         raise
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, struct.error) as error:
-        raise UserError(f"{plain(where)} is damaged or not a zip file ({plain(error)}). {_AGAIN}") from None
+    except (ValueError, OSError, NotImplementedError, struct.error) as error:
+        raise zipfile.BadZipFile(plain(error)) from None
     with archive:
         for info in archive.infolist():
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):

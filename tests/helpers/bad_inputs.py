@@ -577,7 +577,7 @@ TOOLS: list[Case] = [
     npz("npz with offsets that fall", ["offsets do not rise"], offsets=np.array([5, 1, 9])),
     npz("npz with labels out of range", ["labels run from 0 to 9", "expected 0 to 1"], labels=np.array([0, 9])),
     npz("npz with too few images", ["2 images to train on", "expected 1,000"]),
-    ("npz that is text", import_text, ["images.npz", "is damaged or not a zip file"]),
+    ("npz that is text", import_text, ["images.npz", "cannot be read"]),
     ("tree with one class", class_folders("a"), ["tree has 1 sub-folders", "at least two"]),
     ("tree without images", class_folders("a", "b"), ["has no image in", "expected files ending in"]),
     ("import of nothing", lambda w: import_task(w.folder / "no", "x", w.folder), ["is missing", "Correct"]),

@@ -30,7 +30,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from mambapeft_vision.utils.errors import UserError
-from mambapeft_vision.utils.text import lines
 
 MIB = 1 << 20
 LONGEST_MESSAGE = 3_000
@@ -110,7 +109,7 @@ def check(row: Attack, name: str, folder: Path) -> None:
         assert outcome.refused is not None, "it was accepted"
         assert all(word in outcome.refused for word in row.words), outcome.refused
         assert len(outcome.refused) < LONGEST_MESSAGE
-        assert lines(outcome.refused) == outcome.refused, ascii(outcome.refused)
+        assert outcome.refused.replace("\n", "").isprintable(), ascii(outcome.refused)
     else:
         assert outcome.refused is None, outcome.refused
     assert outcome.cpu_seconds < row.seconds and outcome.mib < row.mib, outcome

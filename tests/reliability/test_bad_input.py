@@ -64,7 +64,7 @@ def test_there_are_as_many_as_promised():
                 "--root",
                 world.folder / "x",
             ],
-            ["vtab.zip is damaged or not a zip file", "opy it again"],
+            ["vtab.zip is damaged or not a zip file", "download it again"],
         ),
     ],
     ids=["train", "evaluate", "prepare"],

@@ -255,7 +255,7 @@ def _(world: World) -> Action:
     return lambda: read_arrays(world.folder / "a.npz")
 
 
-@attack("npz: no zip", words=["a.npz", "not a zip file"])
+@attack("npz: no zip", words=["a.npz", "cannot be read"])
 def _(world: World) -> Action:
     (world.folder / "a.npz").write_bytes(b"PK\3\4" + bytes(100))
     return lambda: read_arrays(world.folder / "a.npz")
