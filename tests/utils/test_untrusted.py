@@ -3,11 +3,13 @@
 import io
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -16,24 +18,31 @@ from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.untrusted import parse_json, parse_yaml, read_arrays, read_bytes, read_json, read_yaml
 
 bounded = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(10**12), 10**12)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(st.characters(exclude_characters="$", exclude_categories=("Cs", "Cc")), max_size=8),
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text("abc_", min_size=1, max_size=5), inner, max_size=4)
-    ),
-    max_leaves=20,
-)
+TEXTS = st.text(st.characters(exclude_characters="$", exclude_categories=("Cs", "Cc")), max_size=8)
+# PyYAML leaves them without quotes, and people mean numbers by them.
+NO_NUMBERS = TEXTS.filter(lambda text: not re.search(r"\d\.?[eE]", text))
+
+
+def values(texts: st.SearchStrategy[str]) -> st.SearchStrategy:
+    return st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers(-(10**12), 10**12)
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | texts,
+        lambda inner: (
+            st.lists(inner, max_size=4) | st.dictionaries(st.text("abc_", min_size=1, max_size=5), inner, max_size=4)
+        ),
+        max_leaves=20,
+    )
 
 
 @bounded
-@given(VALUES)
-def test_what_was_written_is_read(value):
+@given(values(TEXTS), values(NO_NUMBERS))
+def test_what_was_written_is_read(value, without_numbers):
     assert parse_json(json.dumps(value), "x") == value
     assert parse_yaml(OmegaConf.to_yaml(OmegaConf.create({"a": value})), "x") == {"a": value}
+    assert parse_yaml(yaml.safe_dump(without_numbers, allow_unicode=True), "x") == without_numbers
 
 
 @pytest.mark.parametrize(
