@@ -58,11 +58,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     So no worker is left with a long file when the others have nothing more to do.
     """
-    kept = [item for item in items if config.getoption("exhaustive") or "exhaustive" not in item.keywords]
-    if len(kept) < len(items):
-        config.hook.pytest_deselected(items=[item for item in items if "exhaustive" in item.keywords])
-    slow = {item.path for item in kept if "slow" in item.keywords}
-    items[:] = sorted(kept, key=lambda item: item.path not in slow)
+    if not config.getoption("exhaustive"):
+        left_out = [item for item in items if "exhaustive" in item.keywords]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if "exhaustive" not in item.keywords]
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.hookimpl(wrapper=True)

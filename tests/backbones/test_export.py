@@ -30,8 +30,8 @@ def test_a_program_takes_any_batch(model: nn.Module) -> None:
 
 
 def test_onnx_takes_any_batch(model: nn.Module) -> None:
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
+    import onnxruntime as runtime
+
     program = torch.onnx.export(
         model, (images(3),), dynamo=True, dynamic_shapes=({0: Dim("batch", min=1, max=256)},), verbose=False
     )

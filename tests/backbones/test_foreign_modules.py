@@ -283,7 +283,8 @@ def test_a_model_quantised_as_a_whole_runs() -> None:
 
 
 def test_weights_that_are_offloaded_to_a_store() -> None:
-    accelerate = pytest.importorskip("accelerate")
+    import accelerate  # comes with peft
+
     model = vim()
     expected = model(images())
     accelerate.cpu_offload(model, torch.device("cpu"))
@@ -370,7 +371,6 @@ def check_adapter(kind: str, model: Any) -> None:
 @pytest.mark.parametrize("kind", kinds())
 @pytest.mark.filterwarnings("ignore")
 def test_adapters_of_peft_train_and_merge(kind: str) -> None:
-    pytest.importorskip("peft")
     linear = WITH_BIAS if kind in MERGES_INTO_A_BIAS else LINEAR
     for target in linear:
         assert with_adapter(kind, [target]) is not None, f"{kind} is refused on {target}"
@@ -384,7 +384,6 @@ def test_adapters_of_peft_train_and_merge(kind: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith("vim")])
 def test_adapters_of_peft_on_other_backbones(name: str) -> None:
-    pytest.importorskip("peft")
     modules = with_weights(family(name))
     linear = [path for path, m in modules.items() if isinstance(m, nn.Linear)]
     convolutions = [path for path, m in modules.items() if isinstance(m, (nn.Conv1d, nn.Conv2d))]
@@ -402,7 +401,8 @@ def test_adapters_of_peft_on_other_backbones(name: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_tuning_of_norms_by_peft(name: str) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     backbone = family(name)
     norms = [path for path in with_weights(backbone) if "norm" in path or re.search(r"patch_embed\.[27]$", path)]
     before = backbone(images(torch.float64))
@@ -416,7 +416,8 @@ def test_tuning_of_norms_by_peft(name: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_an_adapter_on_a_weight_alone() -> None:
     """peft's `target_parameters` puts the weight in place only while the module runs."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = peft.get_peft_model(vim(), peft.LoraConfig(target_parameters=["x_proj.weight"], r=2))
     model(images()).square().sum().backward()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -468,7 +469,6 @@ def test_a_weight_that_is_replaced_while_casts_are_held_is_seen() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_merge_of_peft_is_seen() -> None:
-    pytest.importorskip("peft")
     model = with_adapter("LORA", ["in_proj", "out_proj", "x_proj"])
     apart = autocast_logits(model)
     model.merge_adapter()

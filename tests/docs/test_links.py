@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -89,7 +88,6 @@ def test_every_page_is_in_the_navigation() -> None:
 
 @pytest.mark.slow
 @pytest.mark.exhaustive  # `make docs` does the same
-@pytest.mark.skipif(find_spec("mkdocs") is None, reason="needs the extra `docs`")
 @pytest.mark.usefixtures("generators")
 def test_the_site_builds_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Strict: a link or anchor that leads nowhere, or a page outside of the navigation, fails the build."""

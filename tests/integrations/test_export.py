@@ -110,8 +110,8 @@ class Shifted:
 @pytest.mark.slow  # the exporters take seconds for each
 @pytest.mark.parametrize("name", BACKBONES)
 def test_onnx_of_every_backbone_takes_any_batch(tmp_path, name):
-    pytest.importorskip("onnxscript", reason="needs the extra export")
-    runtime = pytest.importorskip("onnxruntime", reason="needs the extra export")
+    import onnxruntime as runtime
+
     attached = ("svp",) if name == VIM else ()
     folder = saved(tmp_path / "run", preset_for(name), *attached, name=name)
     run(folder, "onnx", tmp_path / "model.onnx")
@@ -125,8 +125,6 @@ def test_onnx_of_every_backbone_takes_any_batch(tmp_path, name):
 
 @pytest.mark.slow
 def test_int8_is_smaller_and_its_accuracy_is_measured_on_the_runs_own_images(tmp_path, monkeypatch):
-    pytest.importorskip("onnxscript", reason="needs the extra export")
-    pytest.importorskip("onnxruntime", reason="needs the extra export")
     monkeypatch.chdir(tmp_path)
     task = runs.lay_out_task(tmp_path / "task")
     record = runs.run(runs.overrides(task, tmp_path / "outputs", "trainer.max_epochs=2"))
@@ -197,9 +195,10 @@ IN_PEFT = {
 @pytest.fixture
 def peft(monkeypatch) -> Any:
     """Without the CUDA extension that its BOFT would compile first."""
-    library = pytest.importorskip("peft", reason="needs the extra peft")
+    import peft
+
     monkeypatch.setattr(importlib.import_module("peft.tuners.boft.layer"), "get_fbd_cuda", lambda: None)
-    return library
+    return peft
 
 
 def test_every_form_is_tested():

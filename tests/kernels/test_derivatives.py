@@ -1,6 +1,5 @@
 """Derivatives of gradients: every op gives those of its definition in plain PyTorch, or says that it cannot."""
 
-import importlib.util
 from collections.abc import Callable
 
 import pytest
@@ -22,7 +21,6 @@ from mambapeft_kernels.selective_scan import naive as naive_scan
 from torch import Tensor
 
 BATCH, LENGTH, CHANNELS, STATES, RANK = 2, 5, 4, 3, 2
-NUMBA = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="NOT RUN: needs numba")
 # Where the fused kernels run here, in float32.
 FUSED = [
     pytest.param("triton", "cpu", id="triton-interpreter"),
@@ -71,7 +69,7 @@ def mixer(backend: str) -> Callable[..., Tensor]:
 
 
 @pytest.mark.parametrize("related", [False, True])
-@pytest.mark.parametrize("backend", ["torch", pytest.param("numba", marks=NUMBA)])
+@pytest.mark.parametrize("backend", ["torch", "numba"])
 def test_the_mixer_on_a_cpu(backend: str, related: bool) -> None:
     """related: inputs that are computed from each other, whose shared history must not be counted twice."""
     torch.manual_seed(0)
@@ -215,7 +213,7 @@ def test_published_kernels_say_that_they_cannot() -> None:
         torch.autograd.grad(out.sum(), x, create_graph=True)
 
 
-@pytest.mark.parametrize("run", [mixer("torch"), pytest.param(mixer("numba"), marks=NUMBA), scan_of_a_map("torch")])
+@pytest.mark.parametrize("run", [mixer("torch"), mixer("numba"), scan_of_a_map("torch")])
 def test_a_backward_pass_within_autocast(run: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)
     if run.__qualname__.startswith("mixer"):

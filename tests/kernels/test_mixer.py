@@ -1,7 +1,6 @@
 """The mixer core against its definition in float64: forward and every gradient, on every backend that runs here."""
 
 import ctypes
-import importlib.util
 import math
 
 import pytest
@@ -9,10 +8,9 @@ import torch
 from helpers.kernel_cases import FIELDS, cast, errors, make_directions, make_xz, relative_error, results
 from mambapeft_kernels import Direction, ssm_mixer
 
-NUMBA = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="NOT RUN: needs numba")
 CPU = [
     pytest.param("torch", "cpu", id="torch-cpu"),
-    pytest.param("numba", "cpu", id="numba-cpu", marks=NUMBA),
+    pytest.param("numba", "cpu", id="numba-cpu"),
     pytest.param("triton", "cpu", id="triton-interpreter"),
 ]
 GPU = [pytest.param(name, "cuda", id=f"{name}-gpu", marks=pytest.mark.gpu) for name in ("torch", "triton", "cuda")]

@@ -1,13 +1,11 @@
 """The loops that Numba compiles: their elementary functions, and threads that share a batch."""
 
+import numba
 import numpy as np
 import pytest
 import torch
 from helpers.kernel_cases import make_directions, make_xz, results
-
-numba = pytest.importorskip("numba", reason="NOT RUN: the compiled CPU backend needs numba")
-
-from mambapeft_kernels import numba_math, ssm_mixer  # noqa: E402
+from mambapeft_kernels import numba_math, ssm_mixer
 
 # Units in the last place that each function may be off, by dtype.
 ULPS = {np.float32: 4, np.float64: 4}

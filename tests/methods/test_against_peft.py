@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,6 @@ from mambapeft_vision.methods.method import Method
 from mambapeft_vision.methods.miss import MiSS
 from mambapeft_vision.methods.oft import OFT
 from mambapeft_vision.methods.vera import VeRA
-
-peft = pytest.importorskip("peft", reason="compares with Hugging Face peft, which is not installed (extra: dev)")
 
 OUT, IN = 24, 16
 X = torch.randn(7, IN, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

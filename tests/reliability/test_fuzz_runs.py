@@ -25,20 +25,11 @@ from mambapeft_vision.adapter.presets import read_presets
 from mambapeft_vision.data.manifest import MANIFEST_FILE, read_entry
 from mambapeft_vision.engine.checkpoint import AtomicCheckpointIO
 from mambapeft_vision.integrations.convert import read_reference_config
+from mambapeft_vision.results import tables
 from mambapeft_vision.results.bundle import read_bundle, write_bundle
 from mambapeft_vision.results.metrics import read_metrics
 from mambapeft_vision.results.predictions import read_labels
 from mambapeft_vision.results.report import report
-from mambapeft_vision.results.tables import (
-    collect,
-    find_records,
-    read_standard,
-    tables_of,
-    to_csv,
-    to_latex,
-    to_markdown,
-    to_text,
-)
 from mambapeft_vision.run.evaluate import recorded_config
 from mambapeft_vision.run.exit import describe_error, is_mistake
 from mambapeft_vision.run.overrides import prepare_multirun
@@ -74,15 +65,15 @@ def as_json(values: st.SearchStrategy) -> st.SearchStrategy[bytes]:
 # Results
 
 RECORD = asdict(fake_record("vtab/cifar", "a", 0, 0.5))
-STANDARD = read_standard(CONFIGS)
+STANDARD = tables.read_standard(CONFIGS)
 
 
 def shown_everywhere(folder: Path) -> None:
-    found = collect(find_records([folder]), STANDARD)
+    found = tables.collect(tables.find_records([folder]), STANDARD)
     for collection in found:
-        for render in (to_text, to_markdown, to_latex):
-            assert all(render(table) for table in tables_of(collection))
-    assert to_csv(found) or not found
+        for render in (tables.to_text, tables.to_markdown, tables.to_latex):
+            assert all(render(table) for table in tables.tables_of(collection))
+    assert tables.to_csv(found) or not found
 
 
 @bounded(80)
@@ -162,7 +153,7 @@ def test_texts(text):
 @given(name=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
 def test_reports_of_any_name(name):
     record = fake_record("vtab/cifar", "a", 0, 0.5, backbone={"name": name}, device_name=name)
-    page = report(collect([record], STANDARD), title=f"<b>{name}")
+    page = report(tables.collect([record], STANDARD), title=f"<b>{name}")
     assert "<b>" not in page and "&lt;b&gt;" in page
 
 

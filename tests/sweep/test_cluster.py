@@ -5,12 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hydra_plugins.hydra_submitit_launcher  # noqa: F401 (without it every launch here fails, and less plainly)
 import pytest
 from helpers import runs
 
 from mambapeft_vision.results.record import read_record
-
-pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason='needs pip install -e ".[cluster]"')
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:

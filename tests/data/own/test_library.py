@@ -24,7 +24,8 @@ def counts(data: LibraryDataModule) -> dict[str, int]:
 
 
 def test_a_data_set_of_hugging_face_on_this_disk_is_a_task(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     features = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=["rose", "lily"])})
     parts = {}
     for split, each in {"train": 5, "test": 2}.items():
@@ -48,7 +49,6 @@ def test_a_data_set_of_hugging_face_on_this_disk_is_a_task(tmp_path):
 
 
 def test_what_the_hub_library_cannot_load_is_said(tmp_path):
-    pytest.importorskip("datasets")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"dataset\.source=.*save_to_disk"):
         task(tmp_path, "hf", tmp_path / "empty").check()
