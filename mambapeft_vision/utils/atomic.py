@@ -92,20 +92,32 @@ def open_log(file: Path) -> int:
             into another file, or wait for a reader.
         OSError: for what the disk has against it.
     """
-    planted = UserError(f"{plain(file)} is a link or no plain file; expected a log of ours. Delete it, and mistrust it")
+    refused = planted(file, "a log")
     if file.is_symlink():
-        raise planted
+        raise refused
     try:
         descriptor = os.open(file, _APPEND, 0o644)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):  # a link since then, or a pipe without a reader
-            raise planted from None
+            raise refused from None
         raise
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+    if not is_plain(os.fstat(descriptor)):
         os.close(descriptor)
-        raise planted
+        raise refused
     return descriptor
+
+
+def is_plain(status: os.stat_result) -> bool:
+    """Whether that is a file without a second name: no hard link, pipe, device or folder; of `lstat`, no link."""
+    return stat.S_ISREG(status.st_mode) and status.st_nlink <= 1
+
+
+def planted(file: Path, expected: str) -> UserError:
+    """The error for what stands where `expected`, a file of this project, should be."""
+    return UserError(
+        f"{plain(file)} is a link or no plain file; expected {expected} that this project made. Delete it, and ask who "
+        "put it there"
+    )
 
 
 def temporary_path(path: Path) -> Path:

@@ -8,14 +8,13 @@ import fcntl
 import os
 import re
 import socket
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from mambapeft_vision.utils.atomic import atomic_path
+from mambapeft_vision.utils.atomic import atomic_path, is_plain, planted
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain
 
@@ -184,12 +183,8 @@ def _acquired(
 def _refuse_unless_plain(file: Path) -> None:
     """A link planted under a lock's name would have another file emptied."""
     with suppress(FileNotFoundError, NotADirectoryError):
-        found = file.lstat()
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-            raise UserError(
-                f"{file} is a link or no plain file; expected a lock file that this project made. Delete it, and ask "
-                f"who put it there"
-            )
+        if not is_plain(file.lstat()):
+            raise planted(file, "a lock file")
 
 
 def _holder(file: Path) -> str:
