@@ -52,7 +52,7 @@ def read_tensors(file: Path | str, *, max_bytes: int = MAX_BYTES) -> Any:
                 raise UserError(
                     f"{plain(file)} cannot be read as safetensors ({plain(error)}); download it again"
                 ) from None
-        return _load(opened, str(file), f"{_FORMS}; download it again")
+        return _load(opened, str(file), f". {_FORMS}; download it again")
 
 
 def is_safetensors(opened: BinaryIO) -> bool:
@@ -72,7 +72,11 @@ def metadata_of(file: Path | str) -> dict[str, Any]:
 
 
 def _load(opened: BinaryIO, where: str, remedy: str, map_location: Any = "cpu") -> Any:
-    """Reads a file of PyTorch's. `argparse.Namespace` is allowed: a leftover of training in official files."""
+    """Reads a file of PyTorch's. `argparse.Namespace` is allowed: a leftover of training in official files.
+
+    Args:
+        remedy: ends each message, with the sign before it.
+    """
     try:
         _check_pickles(opened)
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -80,23 +84,22 @@ def _load(opened: BinaryIO, where: str, remedy: str, map_location: Any = "cpu") 
     except MemoryError:
         raise
     except UserError as error:
-        raise UserError(f"{plain(where)} cannot be read as a checkpoint: {error}. {remedy}") from None
+        raise UserError(f"{plain(where)} cannot be read as a checkpoint: {error}{remedy}") from None
     except zipfile.BadZipFile as error:
         raise UserError(
-            f"{plain(where)} cannot be read as a checkpoint: it is damaged or not a zip file ({plain(error)}). {remedy}"
+            f"{plain(where)} cannot be read as a checkpoint: it is damaged or not a zip file ({plain(error)}){remedy}"
         ) from None
     except Exception as error:  # the restricted unpickler raises anything on bytes that are no pickle
         # Its text is advice to run what the file holds.
         raise UserError(
             f"{plain(where)} cannot be read as a checkpoint: it is damaged, or holds more than tensors "
-            f"({type(error).__name__}). {remedy}"
+            f"({type(error).__name__}){remedy}"
         ) from None
     for tensor in _tensors(content):
         size = tensor.numel() * tensor.element_size()
         if tensor.layout is not torch.strided or size > tensor.untyped_storage().nbytes():
             raise UserError(
-                f"{plain(where)} holds a tensor of shape {tuple(tensor.shape)} whose values are not in the file. "
-                f"{remedy}"
+                f"{plain(where)} holds a tensor of shape {tuple(tensor.shape)} whose values are not in the file{remedy}"
             )
     return content
 
@@ -150,13 +153,13 @@ def load_checked(file: Path | str, *, max_bytes: int = MAX_BYTES, map_location: 
     """What `with_checksum` was given.
 
     Raises:
-        UserError: for a file that differs from what was written, in any bit.
+        UserError: for a file that differs from what was written, in any bit. The caller knows the remedy.
         OSError: for a file that is missing or not permitted.
     """
     with open_plain(file, max_bytes=max_bytes) as opened:
         if not _is_as_written(opened):
             raise UserError(f"{plain(file)} cannot be read: it is not as it was written (its checksum differs)")
-        return _load(opened, str(file), "Delete it", map_location)
+        return _load(opened, str(file), "", map_location)
 
 
 def _is_as_written(opened: BinaryIO) -> bool:

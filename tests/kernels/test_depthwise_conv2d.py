@@ -12,7 +12,7 @@ BACKENDS = [
     pytest.param("triton", device.values[0], id=f"triton-{device.id}", marks=device.marks) for device in DEVICES
 ]
 BACKENDS += [pytest.param("cuda", "cuda", id="cuda-gpu", marks=pytest.mark.gpu)]
-SHAPES = [(2, 3, 4, 5), (1, 1, 1, 3), (1, 7, 5, 10)]
+SHAPES = [(2, 3, 4, 5), (1, 1, 1, 3), (1, 7, 5, 9), (1, 7, 5, 10)]
 
 
 def run(backend, device, dtype, shape, with_bias=True, weights=None):

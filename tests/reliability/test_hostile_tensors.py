@@ -132,7 +132,7 @@ for name, (make, word) in FILES.items():
         (world.folder / "w.pth").write_bytes(make())
         return lambda: read_state_dict(world.folder / "w.pth")
 
-    @attack(f"a checkpoint is {name}", ["w.ckpt", "elete it"], disk_mib=80)
+    @attack(f"a checkpoint is {name}", ["w.ckpt", "delete it"], disk_mib=80)
     def _(world: World, make: Callable[[], bytes] = make) -> Action:
         content = make()
         (world.folder / "w.ckpt").write_bytes(content + trailer(content))
