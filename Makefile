@@ -46,13 +46,13 @@ test-gpu: $(INSTALLED) ## the tests that need a GPU
 test-oldest: ## all tests with the lowest releases that pyproject.toml allows, in .venv-oldest
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python scripts/constraints.py lowest > $(OLDEST)/constraints.txt
-	$(MAKE) test VENV=$(OLDEST) CONSTRAINTS=$(OLDEST)/constraints.txt
+	$(MAKE) test-all VENV=$(OLDEST) CONSTRAINTS=$(OLDEST)/constraints.txt
 
 test-newest: ## all tests with the newest releases of everything, in .venv-newest
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --progress-bar off --upgrade --upgrade-strategy eager -e ".[dev]"
 	touch $(NEWEST)/.installed
-	$(MAKE) test VENV=$(NEWEST)
+	$(MAKE) test-all VENV=$(NEWEST)
 
 audit: $(INSTALLED) ## known vulnerabilities of the versions in constraints.txt, asked of a public database
 	$(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install --quiet pip-audit
