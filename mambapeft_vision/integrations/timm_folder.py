@@ -11,7 +11,7 @@ from timm.models import save_for_hf
 from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.backbones.contract import Backbone
 from mambapeft_vision.backbones.timm_model import TimmModel
-from mambapeft_vision.integrations.program import images
+from mambapeft_vision.integrations.same_logits import images
 from mambapeft_vision.utils.errors import UserError
 
 
@@ -20,11 +20,16 @@ def plain_backbone(model: AdaptedModel, source: str) -> TimmModel:
 
     Raises: UserError naming the methods that cannot be merged, and why.
     """
+    merge_all(model, f"{source} cannot become a plain checkpoint")
+    return cast(TimmModel, model.backbone)
+
+
+def merge_all(model: AdaptedModel, otherwise: str) -> None:
+    """Merges a model. Raises UserError that says `otherwise`, and which methods cannot be merged, and why."""
     left = model.merge()
     if left:
         reasons = "\n  ".join(f"{name}: {reason}" for name, reason in left.items())
-        raise UserError(f"{source} cannot become a plain checkpoint:\n  {reasons}")
-    return cast(TimmModel, model.backbone)
+        raise UserError(f"{otherwise}:\n  {reasons}")
 
 
 def to_timm(model: AdaptedModel, folder: str | Path, source: str) -> dict[str, Any]:
@@ -38,7 +43,7 @@ def to_timm(model: AdaptedModel, folder: str | Path, source: str) -> dict[str, A
     save_for_hf(backbone, str(folder), model_args=sizes, safe_serialization=True)
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     with torch.no_grad():
-        inputs = images(model, 2)
+        inputs = images(model)
         if not torch.allclose(again(inputs), backbone(inputs), rtol=1e-4, atol=1e-5):
             raise UserError(f"{folder} computes other logits than {source}; please report this with timm's version")
     return sizes

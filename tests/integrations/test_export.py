@@ -89,22 +89,23 @@ def test_programs_hold_methods_that_stay_attached_and_take_any_batch(tmp_path):
         close(program.module()(IMAGES[:batch]), expected[:batch])
 
 
-def test_a_program_that_computes_something_else_is_not_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize("factor", [1.1, float("nan")])
+def test_a_program_that_computes_something_else_is_not_written(tmp_path, monkeypatch, factor):
     folder = saved(tmp_path / "run", "lora_out_proj")
-    monkeypatch.setattr("mambapeft_vision.integrations.program._trace", lambda model: Shifted(model))
+    monkeypatch.setattr("mambapeft_vision.integrations.program._trace", lambda model: Scaled(model, factor))
     with pytest.raises(UserError, match="computes other logits than the model"):
         run(folder, "torch-export", tmp_path / "model.pt2")
     assert not (tmp_path / "model.pt2").exists()
 
 
-class Shifted:
-    """In the place of a program: the model's logits, a tenth larger."""
+class Scaled:
+    """In the place of a program: the model's logits times a factor."""
 
-    def __init__(self, model: AdaptedModel) -> None:
-        self.model = model
+    def __init__(self, model: AdaptedModel, factor: float) -> None:
+        self.model, self.factor = model, factor
 
     def module(self) -> Callable[[Tensor], Tensor]:
-        return lambda images: 1.1 * self.model(images)
+        return lambda images: self.factor * self.model(images)
 
 
 @pytest.mark.slow  # the exporters take seconds for each
@@ -258,6 +259,12 @@ def test_a_lora_that_peft_made_becomes_ours(tmp_path, peft):
         ({"peft_type": "TRAINABLE_TOKENS"}, "peft_type 'TRAINABLE_TOKENS'; expected one of LoRA"),
         ({"alpha_pattern": {"(a+)+$": 2}}, "is a regular expression"),
         ({"lora_alpha": "much"}, "does not fit its tensors"),
+        ({"lora_alpha": float("1e308") * 10}, "no valid JSON"),
+        ({"peft_type": "HRA", "apply_GS": True}, "apply_GS=True, which changes"),
+        ({"peft_type": "OFT", "block_share": True}, "block_share=True, which changes"),
+        ({"peft_type": "LOHA", "alpha_pattern": {"in_proj": 2}}, "alpha_pattern=.*, which changes"),
+        ({"peft_type": "MISS", "init_weights": "bat"}, "init_weights='bat', which changes"),
+        ({"peft_type": "IA3", "feedforward_modules": "in_proj"}, "'in_proj' .* is a regular expression"),
         ({"peft_type": None}, "is no config of peft"),
     ],
 )
@@ -274,6 +281,7 @@ def test_what_peft_means_otherwise_is_refused(peft_folder, change, message):
         ({"base_model.model.layers.0.mixer.in_proj.lora_E": torch.zeros(4)}, "holds 'layers.0.mixer.in_proj.lora_E'"),
         ({"base_model.model.layers.7.mixer.in_proj.lora_A.weight": torch.zeros(4, 32)}, "does not fit its tensors"),
         ({"base_model.model.head.weight": None}, "holds no head"),
+        ({"base_model.model.head.bias": torch.full((CLASSES,), torch.nan)}, "NaN or infinity in base_model.model.head"),
     ],
 )
 def test_tensors_of_nothing_are_refused(peft_folder, tensors, message):
