@@ -15,6 +15,7 @@ from mambapeft_vision.backbones.weights import export_official
 from mambapeft_vision.data import ConsoleProgress, Preprocessing
 from mambapeft_vision.engine.module import Normalise
 from mambapeft_vision.integrations import low_rank, program, timm_folder
+from mambapeft_vision.integrations.hub import make_folder
 from mambapeft_vision.integrations.to_peft import to_peft
 from mambapeft_vision.methods import add_methods_folder
 from mambapeft_vision.results.record import is_finished, read_record
@@ -175,7 +176,7 @@ def _check_out(out: Path, *, is_folder: bool) -> None:
         raise UserError(f"out={out} is no empty folder; expected a new one. Choose another name")
     if not is_folder and out.is_dir():
         raise UserError(f"out={out} is a folder; expected a file to write. Choose another name")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
 
 
 def _attached(left: dict[str, str]) -> str:

@@ -80,12 +80,8 @@ def model_card(config: dict[str, Any], result: RunRecord | None, repository: str
     rows = {
         "task": task,
         "methods": methods,
-        "test accuracy": "not recorded" if result is None else f"{100 * result.accuracy:.2f} %",
-        "test images": "not recorded" if result is None else f"{result.num_test:,}",
-        "trained parameters": "not recorded" if result is None else f"{result.trainable:,}",
-        "head": "not recorded" if result is None else f"{result.head:,}",
         "classes": config["num_classes"],
-        "seed": "not recorded" if result is None else result.seed,
+        **_measured(result),
         "backbone": f"`{markdown(base['name'])}`, weights sha256 `{markdown(base['sha256'])}`",
         "licence of the backbone's weights": markdown(licence if weights == "official" else "of your own weights"),
         "licence of the images": "ask where the images come from; it is not recorded",
@@ -124,6 +120,19 @@ def model_card(config: dict[str, Any], result: RunRecord | None, repository: str
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _measured(result: RunRecord | None) -> dict[str, str]:
+    if result is None:
+        names = ("test accuracy", "test images", "trained parameters", "head", "seed")
+        return dict.fromkeys(names, "not recorded")
+    return {
+        "test accuracy": f"{100 * result.accuracy:.2f} %",
+        "test images": f"{result.num_test:,}",
+        "trained parameters": f"{result.trainable:,}",
+        "head": f"{result.head:,}",
+        "seed": str(result.seed),
+    }
 
 
 def _sides(img_size: Any) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.weights import load_weights
 from mambapeft_vision.commands import convert
 from mambapeft_vision.commands import export as command
+from mambapeft_vision.integrations import timm_folder
 from mambapeft_vision.integrations.convert import convert_from_peft
 from mambapeft_vision.integrations.export import FORMATS, Request, Source, export
 from mambapeft_vision.integrations.from_peft import from_peft
@@ -157,6 +159,16 @@ def test_merged_models_load_in_timm_and_from_official_keys(tmp_path, name):
     load_weights(plain, tmp_path / "model.pth", with_head=True)
     with torch.no_grad():
         close(plain.eval()(IMAGES), expected)
+
+
+def test_a_timm_folder_that_computes_something_else_is_not_left(tmp_path, monkeypatch):
+    folder = saved(tmp_path / "run", "lora_out_proj")
+    other = backbone()
+    other.reset_classifier(CLASSES)
+    monkeypatch.setattr(timm_folder, "timm", SimpleNamespace(create_model=lambda *_, **__: other))
+    with pytest.raises(UserError, match="computes other logits"):
+        run(folder, "timm", tmp_path / "timm")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
 def test_timms_config_has_the_states_that_an_additional_scan_added(tmp_path):
@@ -361,6 +373,11 @@ def test_the_errors_are_those_of_the_weights(name):
     assert any(error > 0.1 for error in found.errors.values())
 
 
+def test_logits_of_an_untrained_head_do_not_differ():
+    model = adapt(backbone(), methods_of(specs(("lora_x_proj",))), CLASSES, 3).eval()
+    assert to_lora(model, backbone()).logits == 0
+
+
 def test_a_lora_holds_no_biases_and_no_tokens(tmp_path):
     for preset, message in (("bias", "also changes layers.0.mixer.*bias"), ("affix", "affix: its tokens join")):
         with pytest.raises(UserError, match=message):
@@ -381,6 +398,7 @@ def test_the_command(tmp_path, capsys):
         (["to=coreml", "out=x"], "invalid choice: 'coreml'"),
         (["to=timm", f"out={folder}"], "is no empty folder"),
         (["to=onnx", f"out={folder}"], "is a folder; expected a file"),
+        (["to=onnx", f"out={folder / 'adapter_config.json' / 'model.onnx'}"], "is a file; expected a folder"),
     ):
         with pytest.raises(UserError, match=message):
             command.main([f"run={folder}", *line])
