@@ -9,12 +9,12 @@ to-hub           makes a folder for the Hugging Face hub of an adapter; uploads 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mambapeft_vision.adapter.model import AdaptedModel
-from mambapeft_vision.integrations.convert import convert_from_peft, from_reference, merge_to_official
-from mambapeft_vision.integrations.hub import PLACEHOLDER, push_to_hub, to_hub_folder
-from mambapeft_vision.results.record import is_finished, read_record
 from mambapeft_vision.run.arguments import ArgumentParser
+
+if TYPE_CHECKING:
+    from mambapeft_vision.adapter.model import AdaptedModel
 
 
 def parser() -> ArgumentParser:
@@ -38,7 +38,7 @@ def parser() -> ArgumentParser:
     merge.add_argument("--weights", default="official", help="official, random or a file with the backbone's weights")
     merge.add_argument("--out", required=True, help=".pth or .safetensors to write")
 
-    hub = commands.add_parser("to-hub", help="ours → Hugging Face hub folder")
+    hub = commands.add_parser("to-hub", help="make a folder for the Hugging Face hub of an adapter")
     hub.add_argument("adapter", help="folder of a run or adapter")
     hub.add_argument("--out", required=True, help="folder to write")
     hub.add_argument("--push", metavar="USER/NAME", help="also upload it to this repository (needs a token)")
@@ -48,6 +48,11 @@ def parser() -> ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
+    # PyTorch's import, for which --help need not wait
+    from mambapeft_vision.integrations.convert import convert_from_peft, from_reference, merge_to_official
+    from mambapeft_vision.integrations.hub import PLACEHOLDER, push_to_hub, to_hub_folder
+    from mambapeft_vision.results.record import is_finished, read_record
+
     if args.command == "from-reference":
         _say_written(args.out, from_reference(args.config, args.checkpoint, args.weights, args.out))
     elif args.command == "from-peft":
@@ -63,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
             print(push_to_hub(folder, args.push, args.private, args.revision))
 
 
-def _say_written(out: str, model: AdaptedModel) -> None:
+def _say_written(out: str, model: "AdaptedModel") -> None:
     print(f"wrote {out}: {', '.join(model.methods) or 'linear probe'}, {model.counts()['trainable']:,} trained")
 
 

@@ -15,7 +15,7 @@ from mambapeft_vision.backbones.weights import export_official
 from mambapeft_vision.data import ConsoleProgress, Preprocessing
 from mambapeft_vision.engine.module import Normalise
 from mambapeft_vision.integrations import low_rank, program, timm_folder
-from mambapeft_vision.integrations.hub import make_folder
+from mambapeft_vision.integrations.hub import make_folder, recorded_weights
 from mambapeft_vision.integrations.to_peft import to_peft
 from mambapeft_vision.methods import add_methods_folder
 from mambapeft_vision.results.record import is_finished, read_record
@@ -73,8 +73,7 @@ class Source:
     def _weights(self) -> tuple[str, int]:
         if self.request.weights is not None or not is_finished(self.folder):
             return self.request.weights or "official", 0
-        recorded = read_record(self.folder).config["backbone"]
-        return str(recorded.get("weights", "official")), int(recorded.get("seed", 0))
+        return recorded_weights(read_record(self.folder))
 
     def backbone(self) -> Any:
         return load_backbone(self.adapter, self.weights, self.seed)

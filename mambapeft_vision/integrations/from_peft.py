@@ -70,12 +70,12 @@ def from_peft(folder: str | Path, backbone: TimmModel) -> AdaptedModel:
             methods = _lora_methods(config, state, backbone)
         else:
             methods = _methods_of_form(form, config, state, backbone)
-        ours = {
-            "methods": {name: spec for name, (spec, _) in methods.items()},
-            "num_classes": head["head.weight"].shape[0],
-        }
     except (KeyError, TypeError, ZeroDivisionError, AttributeError, IndexError, OverflowError) as error:
         raise UserError(f"{folder / CONFIG_FILE} does not fit its tensors ({plain(error)}); copy both again") from None
+    ours = {
+        "methods": {name: spec for name, (spec, _) in methods.items()},
+        "num_classes": head["head.weight"].shape[0],
+    }
     tensors = {f"{name}.{key}": tensor for name, (_, own) in methods.items() for key, tensor in own.items()}
     return attach_adapter(Adapter(folder, ours, {**tensors, **head}, PEFT_TENSOR_FILE), cast(Backbone, backbone))
 
@@ -179,10 +179,12 @@ def _taken_shared(form: Form, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {ours: state.pop(theirs) for ours, theirs in names.items()}
 
 
-def _by_name(patterns: Mapping[str, Any] | list[str] | str) -> dict[str, Any]:
-    """Values by the names of modules that a config of peft has. Raises UserError for other patterns."""
-    is_text = isinstance(patterns, str)  # which peft takes as one regular expression
-    values = patterns if isinstance(patterns, dict) else dict.fromkeys([patterns] if is_text else patterns)
+def _by_name(patterns: Any) -> dict[str, Any]:
+    """Values by the names of modules that a config of peft has, or just the names. Raises UserError for patterns."""
+    is_text = isinstance(patterns, str)  # one regular expression to peft, whatever it is
+    values: dict[str, Any] = (
+        patterns if isinstance(patterns, dict) else dict.fromkeys([patterns] if is_text else patterns)
+    )
     for key in values:
         if is_text or not re.fullmatch(r"[\w.\\]+", key):
             raise UserError(f"{shown(key)} in {CONFIG_FILE} is a regular expression; expected names of modules")

@@ -75,7 +75,9 @@ def model_card(config: dict[str, Any], result: RunRecord | None, repository: str
     task = markdown(config.get("task") or "not recorded" if result is None else result.task)
     base = config["backbone"]
     record: Any = timm.models.get_pretrained_cfg(base["name"]) or PretrainedCfg()
-    weights, seed = _weights(result)
+    weights, seed = recorded_weights(result)
+    if weights not in ("official", "random"):
+        weights = "PATH"  # where a reader of the card has them
     licence = record.license or "none found"
     rows = {
         "task": task,
@@ -144,11 +146,10 @@ def _sides(img_size: Any) -> tuple[int, int]:
     return height, width
 
 
-def _weights(result: RunRecord | None) -> tuple[str, int]:
-    """The backbone's weights as a reader of the card gives them."""
+def recorded_weights(result: RunRecord | None) -> tuple[str, int]:
+    """The weights of a run's backbone, and the seed that random ones are drawn from. Raises UserError."""
     recorded = {} if result is None else result.config.get("backbone", {})
-    weights = recorded.get("weights", "official")
-    seed = recorded.get("seed") or 0
+    weights, seed = recorded.get("weights", "official"), recorded.get("seed") or 0
     if type(seed) is not int:
         raise UserError(f"result.json: backbone.seed is {shown(seed)}; expected a whole number. Copy it again")
-    return weights if weights in ("official", "random") else "PATH", seed
+    return str(weights), seed

@@ -404,6 +404,22 @@ def test_the_command(tmp_path, capsys):
             command.main([f"run={folder}", *line])
 
 
+@pytest.mark.parametrize(
+    ("recorded", "message"),
+    [({"weights": "random", "seed": "x"}, "backbone.seed is 'x'"), ({"weights": "random", "seed": None}, None)],
+)
+def test_the_weights_that_a_result_records(tmp_path, recorded, message):
+    folder = saved(tmp_path / "run", "lora_out_proj")
+    write_record(folder, fake_record("vtab/cifar", "lora_p_x", 0, 0.625, backbone=recorded))
+    request = Request(folder, tmp_path / "model.pth")
+    if message is None:
+        assert (Source(request).weights, Source(request).seed) == ("random", 0)
+        return
+    for act in (lambda: Source(request), lambda: convert.main(["to-hub", str(folder), "--out", str(tmp_path / "hub")])):
+        with pytest.raises(UserError, match=message):
+            act()
+
+
 # -- the hub ------------------------------------------------------------------------------------------------------
 
 
