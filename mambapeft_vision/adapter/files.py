@@ -40,6 +40,7 @@ class Adapter:
     folder: Path
     config: dict[str, Any]
     state: dict[str, Tensor] = field(repr=False)
+    state_file: str = ADAPTER_FILE
 
 
 def write_adapter(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
@@ -78,11 +79,14 @@ def read_adapter(folder: str | Path, *, follow_links: bool = False) -> Adapter:
         )
     _check_adapter_config(config, path)
     refuse_references(config, str(path))
-    return Adapter(folder, config, _read_tensors(tensors))
+    return Adapter(folder, config, read_state(tensors))
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors, which are those that were written if the file says what they were."""
+def read_state(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, which are those that were written if the file says what they were.
+
+    Raises: UserError for a file that is missing, damaged or too large, and for tensors that are no finite numbers.
+    """
     try:
         content = read_bytes(file, max_bytes=_MAX_TENSOR_BYTES)
         if int.from_bytes(content[:8], "little") > MAX_HEADER:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mambapeft_vision.adapter.build import build_method
-from mambapeft_vision.adapter.files import ADAPTER_FILE, CONFIG_FILE, Adapter, read_adapter
+from mambapeft_vision.adapter.files import CONFIG_FILE, Adapter, read_adapter
 from mambapeft_vision.adapter.hub import fetch_adapter, is_repository
 from mambapeft_vision.adapter.model import AdaptedModel, on_meta
 from mambapeft_vision.backbones import create_backbone
@@ -79,6 +79,11 @@ def apply_adapter(adapter: Adapter, backbone: Backbone) -> AdaptedModel:
     Raises: UserError when the backbone's sha256 differs, or the tensors do not fit.
     """
     check_backbone(adapter, backbone)
+    return attach_adapter(adapter, backbone)
+
+
+def attach_adapter(adapter: Adapter, backbone: Backbone) -> AdaptedModel:
+    """As `apply_adapter`, for whoever knows that the backbone is the one that the adapter was trained on."""
     check_fit(adapter, backbone)
     return _loaded(adapter, backbone)
 
@@ -141,7 +146,7 @@ def load_shared(adapter: Adapter, backbone: Backbone) -> AdaptedModel:
 
 def _loaded(adapter: Adapter, backbone: Backbone) -> AdaptedModel:
     model = AdaptedModel(backbone, build_methods(adapter), adapter.config["num_classes"])
-    model.load_adapter_state(adapter.state, str(adapter.folder / ADAPTER_FILE))
+    model.load_adapter_state(adapter.state, str(adapter.folder / adapter.state_file))
     names = adapter.config.get("class_names")
     model.class_names = None if names is None else tuple(names)
     model.multi_label = adapter.config.get("multi_label", False)

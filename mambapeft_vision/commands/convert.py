@@ -1,44 +1,44 @@
 """Convert between formats.
 
-from-peft        an adapter of Hugging Face peft  →  adapter folder of ours
-from-reference   an adapter trained with the published MambaPEFT code  →  adapter folder of ours
-merge            adapter folder + backbone weights  →  official Vim checkpoint (.pth or .safetensors)
-to-hub           adapter folder  →  Hugging Face hub folder; with --push it is uploaded
+from-peft        turns an adapter of Hugging Face peft into an adapter folder of ours
+from-reference   turns an adapter trained with the published MambaPEFT code into an adapter folder of ours
+merge            merges an adapter into the backbone; writes an official checkpoint (.pth or .safetensors)
+to-hub           makes a folder for the Hugging Face hub of an adapter; uploads it with --push
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mambapeft_vision.adapter.model import AdaptedModel
-from mambapeft_vision.integrations.convert import convert_from_peft, from_reference, merge_to_official
-from mambapeft_vision.integrations.hub import PLACEHOLDER, push_to_hub, to_hub_folder
-from mambapeft_vision.results.record import is_finished, read_record
 from mambapeft_vision.run.arguments import ArgumentParser
+
+if TYPE_CHECKING:
+    from mambapeft_vision.adapter.model import AdaptedModel
 
 
 def parser() -> ArgumentParser:
     top = ArgumentParser("mambapeft convert", __doc__)
     commands = top.add_subparsers(dest="command", required=True)
 
-    reference = commands.add_parser("from-reference", help="reference adapter → ours")
+    reference = commands.add_parser("from-reference", help="turn an adapter of the published code into one of ours")
     reference.add_argument("config", help="its config: the .py file (parsed, never run) or JSON")
     reference.add_argument("checkpoint", help="the .pth its trainer saved")
     reference.add_argument("--weights", required=True, help="the backbone's official checkpoint")
     reference.add_argument("--out", required=True, help="folder to write")
 
-    peft = commands.add_parser("from-peft", help="adapter of Hugging Face peft → ours")
-    peft.add_argument("folder", help="that peft saved")
-    peft.add_argument("--backbone", required=True, help="registered name of what it was trained on")
+    peft = commands.add_parser("from-peft", help="turn an adapter of Hugging Face peft into one of ours")
+    peft.add_argument("folder", help="folder that peft saved")
+    peft.add_argument("--backbone", required=True, help="registered name of the backbone that it was trained on")
     peft.add_argument("--weights", default="official", help="official, random or a file with the backbone's weights")
     peft.add_argument("--out", required=True, help="folder to write")
 
-    merge = commands.add_parser("merge", help="ours → merged official checkpoint")
+    merge = commands.add_parser("merge", help="merge an adapter into the backbone, and write an official checkpoint")
     merge.add_argument("adapter", help="folder of a run or adapter")
     merge.add_argument("--weights", default="official", help="official, random or a file with the backbone's weights")
     merge.add_argument("--out", required=True, help=".pth or .safetensors to write")
 
-    hub = commands.add_parser("to-hub", help="ours → Hugging Face hub folder")
+    hub = commands.add_parser("to-hub", help="make a folder for the Hugging Face hub of an adapter")
     hub.add_argument("adapter", help="folder of a run or adapter")
     hub.add_argument("--out", required=True, help="folder to write")
     hub.add_argument("--push", metavar="USER/NAME", help="also upload it to this repository (needs a token)")
@@ -48,6 +48,11 @@ def parser() -> ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
+    # PyTorch's import, for which --help need not wait
+    from mambapeft_vision.integrations.convert import convert_from_peft, from_reference, merge_to_official
+    from mambapeft_vision.integrations.hub import PLACEHOLDER, push_to_hub, to_hub_folder
+    from mambapeft_vision.results.record import is_finished, read_record
+
     if args.command == "from-reference":
         _say_written(args.out, from_reference(args.config, args.checkpoint, args.weights, args.out))
     elif args.command == "from-peft":
@@ -63,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
             print(push_to_hub(folder, args.push, args.private, args.revision))
 
 
-def _say_written(out: str, model: AdaptedModel) -> None:
+def _say_written(out: str, model: "AdaptedModel") -> None:
     print(f"wrote {out}: {', '.join(model.methods) or 'linear probe'}, {model.counts()['trainable']:,} trained")
 
 

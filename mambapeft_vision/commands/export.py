@@ -1,13 +1,14 @@
-"""A trained model for other tools: mambapeft export run=outputs/… to=onnx out=model.onnx
+"""Write a trained model for other tools: mambapeft export run=outputs/… to=onnx out=model.onnx
 
-onnx          an ONNX file for any batch, checked in onnxruntime (pip install 'mambapeft-vision[export]')
-torch-export  a program of torch.export for any batch
-timm          a folder that timm.create_model("local-dir:…", pretrained=True) loads, merged
-official      a checkpoint with the keys of the official code, merged (.pth or .safetensors)
-peft          an adapter for Hugging Face peft (pip install 'mambapeft-vision[peft]')
-lora          the adapter of weights as a LoRA, by truncated singular value decomposition
+onnx          a file that onnxruntime runs, for any batch size (needs pip install 'mambapeft-vision[export]')
+torch-export  a program that torch.export.load reads, for any batch size
+timm          a folder that timm.create_model("local-dir:FOLDER", pretrained=True) loads
+official      a checkpoint (.pth or .safetensors) with the keys of the official code
+peft          an adapter that Hugging Face peft loads (needs pip install 'mambapeft-vision[peft]')
+lora          an adapter of ours: the LoRA that comes nearest to this adapter's changes of weights
 
-Programs, timm folders and adapters for peft are compared with the model: other logits are an error.
+timm and official hold the backbone with all methods merged into its weights.
+onnx, torch-export, timm and peft are compared with the model. If their logits differ, nothing is written.
 """
 
 from collections.abc import Sequence
@@ -24,8 +25,10 @@ def parser() -> ArgumentParser:
     top.add_argument("--out", required=True, help="file or new folder to write")
     top.add_argument("--weights", help="official, random or a file with the backbone's weights; default: the run's")
     top.add_argument("--methods", help="a folder with method files of your own, if the run used one")
-    top.add_argument("--int8", action="store_true", help="onnx: also write int8 weights, and say what they cost")
-    top.add_argument("--energy", type=float, default=0.99, help="lora: part of every change to keep (default 0.99)")
+    top.add_argument("--int8", action="store_true", help="onnx: also write a file with int8 weights, and test both")
+    top.add_argument(
+        "--energy", type=float, default=0.99, help="lora: share of each change's squared norm to keep (default 0.99)"
+    )
     top.add_argument("--rank", type=positive, help="lora: the rank, instead of --energy")
     return top
 

@@ -15,6 +15,7 @@ from mambapeft_vision.backbones.weights import export_official
 from mambapeft_vision.data import ConsoleProgress, Preprocessing
 from mambapeft_vision.engine.module import Normalise
 from mambapeft_vision.integrations import low_rank, program, timm_folder
+from mambapeft_vision.integrations.hub import make_folder, recorded_weights
 from mambapeft_vision.integrations.to_peft import to_peft
 from mambapeft_vision.methods import add_methods_folder
 from mambapeft_vision.results.record import is_finished, read_record
@@ -72,8 +73,7 @@ class Source:
     def _weights(self) -> tuple[str, int]:
         if self.request.weights is not None or not is_finished(self.folder):
             return self.request.weights or "official", 0
-        recorded = read_record(self.folder).config["backbone"]
-        return str(recorded.get("weights", "official")), int(recorded.get("seed", 0))
+        return recorded_weights(read_record(self.folder))
 
     def backbone(self) -> Any:
         return load_backbone(self.adapter, self.weights, self.seed)
@@ -94,8 +94,8 @@ class Source:
 def _onnx(source: Source, out: Path) -> list[str]:
     model = source.model()
     left = program.prepare(model)
-    check = program.to_onnx(model, out, _notes(source, model))
-    lines = [f"wrote {out}: {_attached(left)}{check}"]
+    found = program.to_onnx(model, out, _notes(source, model))
+    lines = [f"wrote {out}: {_attached(left)}{_logits(found)}"]
     if source.request.int8:
         small = program.quantise(out, out.with_suffix(f".int8{out.suffix}"))
         lines.append(f"wrote {small}: {small.stat().st_size:,} bytes instead of {out.stat().st_size:,}")
@@ -120,7 +120,7 @@ def _cost_of_int8(source: Source, whole: Path, small: Path, multi_label: bool) -
 def _torch_program(source: Source, out: Path) -> list[str]:
     model = source.model()
     left = program.prepare(model)
-    return [f"wrote {out}: {_attached(left)}{program.to_torch_program(model, out)}"]
+    return [f"wrote {out}: {_attached(left)}{_logits(program.to_torch_program(model, out))}"]
 
 
 def _timm(source: Source, out: Path) -> list[str]:
@@ -136,9 +136,9 @@ def _official(source: Source, out: Path) -> list[str]:
 
 
 def _peft(source: Source, out: Path) -> list[str]:
-    difference = to_peft(source.model(), source.backbone().float(), out)
+    found = to_peft(source.model(), source.backbone().float(), out)
     return [
-        f"wrote {out}: logits differ from the model's by {difference:.1e} of the largest",
+        f"wrote {out}: {_logits(found)}",
         f'peft.PeftModel.from_pretrained(backbone, "{out}") loads it on a backbone with '
         f"num_classes={source.adapter.config['num_classes']}",
     ]
@@ -153,7 +153,7 @@ def _lora(source: Source, out: Path) -> list[str]:
     of_weights = "" if worst is None else f"; largest error of a weight's change {found.errors[worst]:.2%} ({worst})"
     return [
         f"wrote {out}: LoRA of rank {found.rank} on {len(found.errors)} weights{of_weights}",
-        f"logits differ from the model's by {found.logits:.1e} of the largest",
+        _logits(found.logits),
     ]
 
 
@@ -175,11 +175,15 @@ def _check_out(out: Path, *, is_folder: bool) -> None:
         raise UserError(f"out={out} is no empty folder; expected a new one. Choose another name")
     if not is_folder and out.is_dir():
         raise UserError(f"out={out} is a folder; expected a file to write. Choose another name")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
 
 
 def _attached(left: dict[str, str]) -> str:
     return f"{', '.join(left)} stay operations of their own; " if left else ""
+
+
+def _logits(difference: float) -> str:
+    return f"logits differ from the model's by {difference:.1e} of the largest"
 
 
 def _notes(source: Source, model: AdaptedModel) -> dict[str, str]:

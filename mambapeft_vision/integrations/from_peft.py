@@ -10,14 +10,13 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from mambapeft_vision.adapter.build import build_method
-from mambapeft_vision.adapter.files import CONFIG_FILE
-from mambapeft_vision.adapter.model import AdaptedModel, adapt
+from mambapeft_vision.adapter.files import CONFIG_FILE, Adapter, read_state
+from mambapeft_vision.adapter.load import attach_adapter
+from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.backbones.contract import Backbone
 from mambapeft_vision.backbones.timm_model import TimmModel
-from mambapeft_vision.integrations.peft_forms import FORMS, PEFT_TENSOR_FILE, column
+from mambapeft_vision.integrations.peft_forms import FORMS, PEFT_TENSOR_FILE, Form
 from mambapeft_vision.utils.errors import UserError
-from mambapeft_vision.utils.tensor_files import read_tensors
 from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.untrusted import read_json
 
@@ -30,7 +29,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
-    "oft_block_share": (False, None),
+    "block_share": (False, None),
     "use_cayley_neumann": (True, None),
     "use_effective_conv2d": (False, None),
     "decompose_factor": (-1, None),
@@ -38,10 +37,12 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None,),
     "megatron_config": (None,),
     "coft": (False, None),
-    "r_pattern": ({}, None),
+    "apply_GS": (False, None),
+    "init_weights": (True, False, None, "lycoris", "gaussian"),
     "use_qalora": (False, None),
     "use_bdlora": (None,),
 }
+_ONE_SIZE: dict[str, tuple[Any, ...]] = {"rank_pattern": ({}, None), "alpha_pattern": ({}, None)}  # but for LoRA
 _MOVES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
 
 
@@ -56,8 +57,8 @@ def from_peft(folder: str | Path, backbone: TimmModel) -> AdaptedModel:
     """
     folder = Path(folder)
     config, state = _read(folder)
-    head = {key.removeprefix("head."): state.pop(key) for key in list(state) if key.startswith("head.")}
-    if "weight" not in head:
+    head = {key: state.pop(key) for key in list(state) if key.startswith("head.")}
+    if "head.weight" not in head:
         raise UserError(f"{folder / PEFT_TENSOR_FILE} holds no head; train it with modules_to_save=['head']")
     kind = config["peft_type"]
     form = next((name for name, form in FORMS.items() if form.config.lower() == f"{kind}config".lower()), None)
@@ -65,24 +66,18 @@ def from_peft(folder: str | Path, backbone: TimmModel) -> AdaptedModel:
         known = ", ".join(["LoRA", *FORMS])
         raise UserError(f"{folder / CONFIG_FILE}: peft_type {shown(kind)}; expected one of {known}")
     try:
-        methods = _lora_methods(config, state) if form is None else _methods_of_form(form, config, state)
+        if form is None:
+            methods = _lora_methods(config, state, backbone)
+        else:
+            methods = _methods_of_form(form, config, state, backbone)
     except (KeyError, TypeError, ZeroDivisionError, AttributeError, IndexError, OverflowError) as error:
         raise UserError(f"{folder / CONFIG_FILE} does not fit its tensors ({plain(error)}); copy both again") from None
-    built = {name: build_method(name, spec, str(folder / CONFIG_FILE)) for name, (spec, _) in methods.items()}
-    model = adapt(cast(Backbone, backbone), built, head["weight"].shape[0])
-    tensors = {f"{name}.{key}": tensor for name, (_, own) in methods.items() for key, tensor in own.items()}
-    mine = model.adapter_state()
-    given = {**tensors, **{f"head.{key}": value for key, value in head.items()}}
-    shaped = {
-        key: value.reshape(mine[key].shape) if _fits(mine.get(key), value) else value for key, value in given.items()
+    ours = {
+        "methods": {name: spec for name, (spec, _) in methods.items()},
+        "num_classes": head["head.weight"].shape[0],
     }
-    model.load_adapter_state(shaped, str(folder / PEFT_TENSOR_FILE))
-    return model.eval()
-
-
-def _fits(mine: Tensor | None, value: Tensor) -> bool:
-    """Whether a tensor of theirs is one of ours, up to axes of size 1."""
-    return mine is not None and mine.squeeze().shape == value.squeeze().shape
+    tensors = {f"{name}.{key}": tensor for name, (_, own) in methods.items() for key, tensor in own.items()}
+    return attach_adapter(Adapter(folder, ours, {**tensors, **head}, PEFT_TENSOR_FILE), cast(Backbone, backbone))
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -90,12 +85,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     file = folder / CONFIG_FILE
     try:
         config = read_json(file, max_bytes=_MAX_CONFIG_BYTES)
-        tensors = read_tensors(folder / PEFT_TENSOR_FILE)
     except OSError as error:
         raise UserError(f"{plain(error.filename)}: {error.strerror}; expected a folder that peft saved") from None
     if not (isinstance(config, dict) and isinstance(config.get("peft_type"), str)):
         raise UserError(f"{file} is no config of peft: it has no peft_type; expected a folder that peft saved")
-    for key, allowed in _PLAIN.items():
+    for key, allowed in {**_PLAIN, **({} if config["peft_type"] == "LORA" else _ONE_SIZE)}.items():
         if config.get(key) not in allowed:
             raise UserError(
                 f"{file}: {key}={shown(config[key])}, which changes what its tensors mean here; merge in peft"
@@ -106,27 +100,28 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{file}: init_lora_weights={shown(start)} changes the backbone's weights too; save it in peft with "
             f"path_initial_model_for_weight_conversion, which makes an ordinary LoRA of it"
         )
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise UserError(f"{folder / PEFT_TENSOR_FILE} holds no tensors; expected a folder that peft saved")
+    tensors = read_state(folder / PEFT_TENSOR_FILE)
     for key, tensor in tensors.items():
-        if tensor.ndim == 0 or tensor.numel() == 0:  # such a shape takes no bytes and asks for any memory
+        if tensor.ndim == 0 or tensor.numel() == 0:
             raise UserError(
                 f"{folder / PEFT_TENSOR_FILE}: {shown(key)} has shape {tuple(tensor.shape)}; expected elements and at "
                 "least one axis. Copy it again"
             )
-    return config, {str(key).removeprefix(_PREFIX): tensor.float() for key, tensor in tensors.items()}
+    return config, {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
 
 
 _Methods = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]  # name → spec, tensors by their saved names
 
 
-def _lora_methods(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> _Methods:
+def _lora_methods(config: Mapping[str, Any], state: Mapping[str, Tensor], backbone: TimmModel) -> _Methods:
     """One method of ours for each pair of rank and scale."""
     methods: _Methods = {}
-    for path, own in _by_module(state, ("lora_A.weight", "lora_B.weight")).items():
+    alphas = _by_name(config.get("alpha_pattern") or {})
+    for path, own in _by_module(state, ("lora_A.weight", "lora_B.weight"), backbone).items():
         down, up = own["lora_A.weight"], own["lora_B.weight"]
         rank = down.shape[0]
-        alpha = _of_pattern(config.get("alpha_pattern") or {}, path, config["lora_alpha"])
+        names = _names_of(path)
+        alpha = next((value for name, value in alphas.items() if name in names), config["lora_alpha"])
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         name = f"lora_r{rank}_s{scale:.6g}".replace(".", "_").replace("-", "m").replace("+", "p")
         spec, tensors = methods.setdefault(
@@ -147,54 +142,63 @@ def _lora_methods(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> _Me
     return methods if len(methods) > 1 else dict(zip(["lora"], methods.values()))
 
 
-def _of_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first pattern that means a module."""
-    return next((value for key, value in patterns.items() if _is_meant(path, [key])), default)
-
-
-def _is_meant(path: str, names: Sequence[str]) -> bool:
-    """Whether a module is one of those that peft's config names."""
-    for key in names:
-        if not re.fullmatch(r"[\w.\\]+", key):
-            raise UserError(f"{shown(key)} in {CONFIG_FILE} is a regular expression; expected names of modules")
-        name = key.replace("\\", "")
-        if path == name or path.endswith(f".{name}"):
-            return True
-    return False
-
-
-def _methods_of_form(kind: str, config: Mapping[str, Any], state: dict[str, Tensor]) -> _Methods:
+def _methods_of_form(kind: str, config: Mapping[str, Any], state: dict[str, Tensor], backbone: TimmModel) -> _Methods:
     form = FORMS[kind]
-    saved = {name: theirs.replace(".*", "") for name, (theirs, _) in form.names.items()}
-    shared = _taken_random_matrices(state) if kind == "VeRA" else {}
+    saved = {name: theirs.replace(".*", "") for name, theirs in form.tensors.items()}
+    shared = _taken_shared(form, state)
+    of_inputs = _by_name(config.get("feedforward_modules") or {})  # IA3's
     methods: _Methods = {}
-    for path, own in _by_module(state, tuple(saved.values())).items():
+    for path, own in _by_module(state, tuple(saved.values()), backbone).items():
         side, name = {}, kind.lower()
         if kind == "IA3":
-            inputs = _is_meant(path, config.get("feedforward_modules") or [])
-            side, name = {"side": "inputs" if inputs else "outputs"}, f"ia3_{'inputs' if inputs else 'outputs'}"
+            side = {"side": "outputs" if of_inputs.keys().isdisjoint(_names_of(path)) else "inputs"}
+            name = f"ia3_{side['side']}"
         target = f"mambapeft_vision.methods.{kind.lower()}.{kind}"
         spec, tensors = methods.setdefault(
-            name, ({"_target_": target, "targets": [], **form.ours(config), **side}, dict(shared))
+            name, ({"_target_": target, "targets": [], **form.from_config(config), **side}, dict(shared))
         )
         spec["targets"].append(f"{path}.weight")
         for ours, theirs in saved.items():
             if theirs in own:
-                lie = form.names[ours][1]  # its own inverse, up to axes of size 1
-                tensors[f"{path}.weight.{ours}"] = own[theirs] if lie is column else lie(own[theirs]).contiguous()
+                tensors[f"{path}.weight.{ours}"] = _as_here(form, ours, own[theirs])
     return methods
 
 
-def _taken_random_matrices(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """VeRA's, which are no module's."""
-    names = {"random_down": "base_model.vera_A", "random_up": "base_model.vera_B"}
+def _as_here(form: Form, name: str, value: Tensor) -> Tensor:
+    if name in form.vectors:
+        return value.flatten()
+    return value.mT if name in form.transposed else value
+
+
+def _taken_shared(form: Form, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that are no module's, such as VeRA's random matrices."""
+    names = {ours: f"base_model.{theirs}" for ours, theirs in form.shared.items()}
     if not state.keys() >= set(names.values()):
-        raise UserError("the file holds no vera_A and vera_B; save the adapter in peft with save_projection=True")
+        missing = " and ".join(form.shared.values())
+        raise UserError(f"the file holds no {missing}; save the adapter in peft with save_projection=True")
     return {ours: state.pop(theirs) for ours, theirs in names.items()}
 
 
-def _by_module(state: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-    """The tensors by module and name. Raises UserError for one that is of no such name."""
+def _by_name(patterns: Any) -> dict[str, Any]:
+    """Values by the names of modules that a config of peft has, or just the names. Raises UserError for patterns."""
+    is_text = isinstance(patterns, str)  # one regular expression to peft, whatever it is
+    values: dict[str, Any] = (
+        patterns if isinstance(patterns, dict) else dict.fromkeys([patterns] if is_text else patterns)
+    )
+    for key in values:
+        if is_text or not re.fullmatch(r"[\w.\\]+", key):
+            raise UserError(f"{shown(key)} in {CONFIG_FILE} is a regular expression; expected names of modules")
+    return {key.replace("\\", ""): value for key, value in values.items()}
+
+
+def _names_of(path: str) -> set[str]:
+    """What a module may be called in a config of peft: its path, or the last parts of it."""
+    parts = path.split(".")
+    return {".".join(parts[start:]) for start in range(len(parts))}
+
+
+def _by_module(state: Mapping[str, Tensor], names: Sequence[str], backbone: TimmModel) -> dict[str, dict[str, Tensor]]:
+    """The tensors by module and name. Raises UserError for another name, and AttributeError for another module."""
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         name = next((name for name in names if key.endswith(f".{name}")), None)
@@ -202,5 +206,7 @@ def _by_module(state: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, d
             raise UserError(
                 f"{PEFT_TENSOR_FILE} holds {shown(key)}; expected {', '.join(names)} of modules, and the head"
             )
-        modules.setdefault(key.removesuffix(f".{name}"), {})[name] = tensor
+        path = key.removesuffix(f".{name}")
+        backbone.get_submodule(path)
+        modules.setdefault(path, {})[name] = tensor
     return modules

@@ -75,17 +75,15 @@ def model_card(config: dict[str, Any], result: RunRecord | None, repository: str
     task = markdown(config.get("task") or "not recorded" if result is None else result.task)
     base = config["backbone"]
     record: Any = timm.models.get_pretrained_cfg(base["name"]) or PretrainedCfg()
-    weights, seed = _weights(result)
+    weights, seed = recorded_weights(result)
+    if weights not in ("official", "random"):
+        weights = "PATH"  # where a reader of the card has them
     licence = record.license or "none found"
     rows = {
         "task": task,
         "methods": methods,
-        "test accuracy": "not recorded" if result is None else f"{100 * result.accuracy:.2f} %",
-        "test images": "not recorded" if result is None else f"{result.num_test:,}",
-        "trained parameters": "not recorded" if result is None else f"{result.trainable:,}",
-        "head": "not recorded" if result is None else f"{result.head:,}",
         "classes": config["num_classes"],
-        "seed": "not recorded" if result is None else result.seed,
+        **_measured(result),
         "backbone": f"`{markdown(base['name'])}`, weights sha256 `{markdown(base['sha256'])}`",
         "licence of the backbone's weights": markdown(licence if weights == "official" else "of your own weights"),
         "licence of the images": "ask where the images come from; it is not recorded",
@@ -126,6 +124,19 @@ def model_card(config: dict[str, Any], result: RunRecord | None, repository: str
     return "\n".join(lines) + "\n"
 
 
+def _measured(result: RunRecord | None) -> dict[str, str]:
+    if result is None:
+        names = ("test accuracy", "test images", "trained parameters", "head", "seed")
+        return dict.fromkeys(names, "not recorded")
+    return {
+        "test accuracy": f"{100 * result.accuracy:.2f} %",
+        "test images": f"{result.num_test:,}",
+        "trained parameters": f"{result.trainable:,}",
+        "head": f"{result.head:,}",
+        "seed": str(result.seed),
+    }
+
+
 def _sides(img_size: Any) -> tuple[int, int]:
     """Height and width, from what a config says. Raises UserError."""
     given = list(img_size) if isinstance(img_size, (list, tuple)) else [img_size] * 2
@@ -135,11 +146,10 @@ def _sides(img_size: Any) -> tuple[int, int]:
     return height, width
 
 
-def _weights(result: RunRecord | None) -> tuple[str, int]:
-    """The backbone's weights as a reader of the card gives them."""
+def recorded_weights(result: RunRecord | None) -> tuple[str, int]:
+    """The weights of a run's backbone, and the seed that random ones are drawn from. Raises UserError."""
     recorded = {} if result is None else result.config.get("backbone", {})
-    weights = recorded.get("weights", "official")
-    seed = recorded.get("seed") or 0
+    weights, seed = recorded.get("weights", "official"), recorded.get("seed") or 0
     if type(seed) is not int:
         raise UserError(f"result.json: backbone.seed is {shown(seed)}; expected a whole number. Copy it again")
-    return weights if weights in ("official", "random") else "PATH", seed
+    return str(weights), seed

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mambapeft_vision.adapter.model import AdaptedModel, adapt
 from mambapeft_vision.backbones.timm_model import TimmModel
-from mambapeft_vision.integrations.program import images
+from mambapeft_vision.integrations.same_logits import difference
+from mambapeft_vision.integrations.timm_folder import merge_all
 from mambapeft_vision.methods.lora import LoRA
 from mambapeft_vision.methods.targets import group_count
 from mambapeft_vision.utils.errors import UserError
@@ -46,10 +47,7 @@ def to_lora(model: AdaptedModel, base: TimmModel, *, energy: float = 0.99, rank:
     """
     if not 0 < energy <= 1:
         raise UserError(f"energy={energy}; expected a number above 0, at most 1")
-    left = model.merge()
-    if left:
-        reasons = "\n  ".join(f"{name}: {reason}" for name, reason in left.items())
-        raise UserError(f"a LoRA holds changes of weights alone:\n  {reasons}")
+    merge_all(model, "a LoRA holds changes of weights alone")
     changes = _changes(model, base)
     singular = {name: torch.linalg.svd(change.double(), full_matrices=False) for name, change in changes.items()}
     needed = max((_rank_of(values, energy) for _, values, _ in singular.values()), default=1)
@@ -57,17 +55,16 @@ def to_lora(model: AdaptedModel, base: TimmModel, *, energy: float = 0.99, rank:
     method = LoRA(targets=list(changes), rank=rank, scale=1.0, space="weight")
     lora = adapt(cast(Any, base), {"lora": method} if changes else {}, model.backbone.num_classes)
     errors = {}
-    for name, (left_vectors, values, right) in singular.items():
+    for name, (left, values, right) in singular.items():
         pair, _ = method.pairs()[name]
         roots = values[..., :rank].sqrt()
         kept = roots.shape[-1]  # a small weight has fewer; `up` is zero behind them
-        pair.matrix(pair.up)[..., :kept] = left_vectors[..., :rank] * roots[..., None, :]
+        pair.matrix(pair.up)[..., :kept] = left[..., :rank] * roots[..., None, :]
         pair.matrix(pair.down)[..., :kept, :] = roots[..., :, None] * right[..., :rank, :]
         errors[name] = float(values[..., rank:].square().sum().sqrt() / values.square().sum().sqrt())
     lora.class_names, lora.multi_label = model.class_names, model.multi_label
     lora.backbone.head.load_state_dict(model.backbone.head.state_dict())
-    expected, found = model(images(model, 2)), lora.eval()(images(model, 2))
-    return Approximation(lora, rank, errors, float((found - expected).abs().max() / expected.abs().max()))
+    return Approximation(lora, rank, errors, difference(model, lora.eval()))
 
 
 def _changes(model: AdaptedModel, base: TimmModel) -> dict[str, Tensor]:

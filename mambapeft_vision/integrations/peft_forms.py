@@ -1,10 +1,8 @@
 """How methods of ours are called in Hugging Face peft, and how their tensors lie there."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
-
-from torch import Tensor
 
 PEFT_TENSOR_FILE = "adapter_model.safetensors"
 
@@ -14,85 +12,71 @@ class Form:
     """How a method of ours is called in peft.
 
     config: the class of its config there.
-    arguments: of that config, from our method.
-    ours: the arguments of our method, from that config.
-    names: our tensor → its name in peft, and how it lies there.
+    sizes: our argument → the config's.
+    tensors: our tensor → its name in a module of peft's; "*" stands for the adapter's name there.
+    transposed: tensors of ours whose last two axes are swapped there.
+    vectors: tensors of ours that have further axes of size 1 there.
+    has_alpha: whether our scale is alpha / r there.
+    constants: what else the config needs to mean the same.
+    shared: our buffer → the name in peft of a tensor that all modules share.
     """
 
     config: str
-    arguments: Callable[[Any], dict[str, Any]]
-    ours: Callable[[Mapping[str, Any]], dict[str, Any]]
-    names: Mapping[str, tuple[str, Callable[[Tensor], Tensor]]]
+    sizes: Mapping[str, str]
+    tensors: Mapping[str, str]
+    transposed: Collection[str] = ()
+    vectors: Collection[str] = ()
+    has_alpha: bool = False
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
+
+    def to_config(self, method: Any) -> dict[str, Any]:
+        """The arguments of peft's config, from our method."""
+        alpha = {"alpha": method.scale * method.rank} if self.has_alpha else {}
+        return {**{theirs: getattr(method, ours) for ours, theirs in self.sizes.items()}, **alpha, **self.constants}
+
+    def from_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of our method, from peft's config. Raises KeyError, TypeError, … for one that is not peft's."""
+        scale = {"scale": config["alpha"] / config["r"]} if self.has_alpha else {}
+        return {**{ours: config[theirs] for ours, theirs in self.sizes.items()}, **scale}
 
 
-def same(tensor: Tensor) -> Tensor:
-    return tensor
+_RANK = {"rank": "r"}
 
-
-def transposed(tensor: Tensor) -> Tensor:
-    return tensor.mT
-
-
-def column(tensor: Tensor) -> Tensor:
-    return tensor[:, None]
-
-
-#: Our class → its form. Tensors are named as peft's modules have them; "*" stands for the adapter's name there.
+#: Our class → its form.
 FORMS: dict[str, Form] = {
     "VeRA": Form(
         "VeraConfig",
-        lambda m: {"r": m.rank, "d_initial": m.d_initial},
-        lambda c: {"rank": c["r"], "d_initial": c.get("d_initial", 0.1)},
-        {"d": ("vera_lambda_d.*", same), "b": ("vera_lambda_b.*", same)},
+        {**_RANK, "d_initial": "d_initial"},
+        {"d": "vera_lambda_d.*", "b": "vera_lambda_b.*"},
+        shared={"random_down": "vera_A", "random_up": "vera_B"},
     ),
     "LoHa": Form(
         "LoHaConfig",
-        lambda m: {"r": m.rank, "alpha": m.scale * m.rank},
-        lambda c: {"rank": c["r"], "scale": c["alpha"] / c["r"]},
-        {
-            "up_1": ("hada_w1_a.*", same),
-            "down_1": ("hada_w1_b.*", same),
-            "up_2": ("hada_w2_a.*", same),
-            "down_2": ("hada_w2_b.*", same),
-        },
+        _RANK,
+        {"up_1": "hada_w1_a.*", "down_1": "hada_w1_b.*", "up_2": "hada_w2_a.*", "down_2": "hada_w2_b.*"},
+        has_alpha=True,
     ),
     "LoKr": Form(
         "LoKrConfig",
-        lambda m: {"r": m.rank, "alpha": m.scale * m.rank},
-        lambda c: {"rank": c["r"], "scale": c["alpha"] / c["r"]},
-        {
-            "first": ("lokr_w1.*", same),
-            "second": ("lokr_w2.*", same),
-            "up": ("lokr_w2_a.*", same),
-            "down": ("lokr_w2_b.*", same),
-        },
+        _RANK,
+        {"first": "lokr_w1.*", "second": "lokr_w2.*", "up": "lokr_w2_a.*", "down": "lokr_w2_b.*"},
+        has_alpha=True,
     ),
-    "MiSS": Form(
-        "MissConfig", lambda m: {"r": m.rank}, lambda c: {"rank": c["r"]}, {"block": ("miss_block.*", transposed)}
-    ),
-    "HiRA": Form(
-        "HiraConfig",
-        lambda m: {"r": m.rank},
-        lambda c: {"rank": c["r"]},
-        {"down": ("hira_A.*", same), "up": ("hira_B.*", same)},
-    ),
-    "HRA": Form("HRAConfig", lambda m: {"r": m.rank}, lambda c: {"rank": c["r"]}, {"u": ("hra_u.*", transposed)}),
+    "MiSS": Form("MissConfig", _RANK, {"block": "miss_block.*"}, transposed=("block",)),
+    "HiRA": Form("HiraConfig", _RANK, {"down": "hira_A.*", "up": "hira_B.*"}),
+    "HRA": Form("HRAConfig", _RANK, {"u": "hra_u.*"}, transposed=("u",)),
     "OFT": Form(
         "OFTConfig",
-        lambda m: {
-            "r": 0,
-            "oft_block_size": m.block_size,
-            "use_cayley_neumann": True,
-            "num_cayley_neumann_terms": m.neumann_terms,
-        },
-        lambda c: {"block_size": c["oft_block_size"], "neumann_terms": c.get("num_cayley_neumann_terms", 5)},
-        {"skew": ("oft_R.*.weight", same)},
+        {"block_size": "oft_block_size", "neumann_terms": "num_cayley_neumann_terms"},
+        {"skew": "oft_R.*.weight"},
+        constants={"r": 0, "use_cayley_neumann": True},
     ),
     "BOFT": Form(
         "BOFTConfig",
-        lambda m: {"boft_block_size": m.block_size, "boft_n_butterfly_factor": m.factors},
-        lambda c: {"block_size": c["boft_block_size"], "factors": c["boft_n_butterfly_factor"]},
-        {"blocks": ("boft_R.*", same), "scale": ("boft_s.*", column)},
+        {"block_size": "boft_block_size", "factors": "boft_n_butterfly_factor"},
+        {"blocks": "boft_R.*", "scale": "boft_s.*"},
+        vectors=("scale",),
     ),
-    "IA3": Form("IA3Config", lambda m: {}, lambda c: {}, {"scale": ("ia3_l.*", column)}),
+    "IA3": Form("IA3Config", {}, {"scale": "ia3_l.*"}, vectors=("scale",)),
 }

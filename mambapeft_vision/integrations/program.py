@@ -16,24 +16,13 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from mambapeft_vision.adapter.model import AdaptedModel
-from mambapeft_vision.backbones.timm_model import TimmModel
+from mambapeft_vision.integrations.same_logits import TOLERANCE, difference, images
 from mambapeft_vision.utils.atomic import atomic_path, write_bytes
 from mambapeft_vision.utils.errors import UserError
 
 CHECKED_BATCHES = (1, 2, 5)  # one is the batch that is traced, the others are not
-TOLERANCE = 1e-3  # of the largest logit; other orders of summation stay far below
 _MAX_BATCH = 65_536
 _TRACED = 2
-
-
-@dataclass(frozen=True)
-class Check:
-    """How far a program's logits are from the model's, as a part of the largest one, over `CHECKED_BATCHES`."""
-
-    difference: float
-
-    def __str__(self) -> str:
-        return f"logits differ from the model's by {self.difference:.1e} of the largest"
 
 
 def prepare(model: AdaptedModel) -> dict[str, str]:
@@ -44,26 +33,23 @@ def prepare(model: AdaptedModel) -> dict[str, str]:
     return left
 
 
-def images(model: AdaptedModel, batch: int) -> Tensor:
-    """Normalised images [batch, C, H, W] of the model's size, drawn from the batch."""
-    backbone = cast(TimmModel, model.backbone)
-    size = backbone.in_chans, *backbone.patch_embed.img_size
-    return torch.randn(batch, *size, generator=torch.Generator().manual_seed(batch))
+def to_torch_program(model: AdaptedModel, path: str | Path) -> float:
+    """Writes a model (see `prepare`) as a program of `torch.export`; `torch.export.load(path).module()` runs it.
 
-
-def to_torch_program(model: AdaptedModel, path: str | Path) -> Check:
-    """Writes a model (see `prepare`) as a program of `torch.export`; `torch.export.load(path).module()` runs it."""
+    Returns: the difference of its logits, see `difference`.
+    """
     program = _trace(model)
-    check = _checked(model, program.module(), "the exported program")
+    found = _checked(model, program.module(), "the exported program")
     with atomic_path(Path(path)) as temporary, open(temporary, "wb") as file:
         torch.export.save(program, file)
-    return check
+    return found
 
 
-def to_onnx(model: AdaptedModel, path: str | Path, notes: dict[str, str] | None = None) -> Check:
+def to_onnx(model: AdaptedModel, path: str | Path, notes: dict[str, str] | None = None) -> float:
     """Writes a model (see `prepare`) as ONNX: input `images` [batch, C, H, W], normalised; output `logits`.
 
     notes: texts for the file's metadata.
+    Returns: the difference of its logits, see `difference`.
     """
     runtime = _onnxruntime()
     with warnings.catch_warnings(), torch.no_grad():
@@ -81,9 +67,9 @@ def to_onnx(model: AdaptedModel, path: str | Path, notes: dict[str, str] | None 
     for key, value in (notes or {}).items():
         proto.metadata_props.add(key=key, value=value)
     content = proto.SerializeToString()
-    check = _checked(model, _session(runtime, content), "the ONNX model")
+    found = _checked(model, _session(runtime, content), "the ONNX model")
     write_bytes(Path(path), content)
-    return check
+    return found
 
 
 def quantise(path: str | Path, out: str | Path) -> Path:
@@ -150,17 +136,12 @@ def _session(runtime: Any, content: bytes) -> Callable[[Tensor], Tensor]:
     return lambda inputs: torch.from_numpy(np.asarray(session.run(None, {name: inputs.numpy()})[0]))
 
 
-@torch.no_grad()
-def _checked(model: AdaptedModel, program: Callable[[Tensor], Tensor], what: str) -> Check:
+def _checked(model: AdaptedModel, program: Callable[[Tensor], Tensor], what: str) -> float:
     """Compares logits. Raises UserError where they differ by more than roundings."""
-    worst = 0.0
-    for batch in CHECKED_BATCHES:
-        expected, found = model(images(model, batch)), program(images(model, batch))
-        scale = expected.abs().max().clamp_min(1e-12)
-        worst = max(worst, float((found - expected).abs().max() / scale))
+    worst = difference(model, program, CHECKED_BATCHES)
     if not worst <= TOLERANCE:
         raise UserError(
             f"{what} computes other logits than the model: they differ by {worst:.1e} of the largest, expected at most "
             f"{TOLERANCE}. Nothing was written. Please report this with the versions of torch and onnxscript"
         )
-    return Check(worst)
+    return worst

@@ -11,7 +11,8 @@ from timm.models import save_for_hf
 from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.backbones.contract import Backbone
 from mambapeft_vision.backbones.timm_model import TimmModel
-from mambapeft_vision.integrations.program import images
+from mambapeft_vision.integrations.same_logits import images
+from mambapeft_vision.utils.atomic import atomic_folder
 from mambapeft_vision.utils.errors import UserError
 
 
@@ -20,31 +21,33 @@ def plain_backbone(model: AdaptedModel, source: str) -> TimmModel:
 
     Raises: UserError naming the methods that cannot be merged, and why.
     """
-    left = model.merge()
-    if left:
-        reasons = "\n  ".join(f"{name}: {reason}" for name, reason in left.items())
-        raise UserError(f"{source} cannot become a plain checkpoint:\n  {reasons}")
+    merge_all(model, f"{source} cannot become a plain checkpoint")
     return cast(TimmModel, model.backbone)
 
 
-def to_timm(model: AdaptedModel, folder: str | Path, source: str) -> dict[str, Any]:
+def merge_all(model: AdaptedModel, otherwise: str) -> None:
+    """Merges a model. Raises UserError that says `otherwise`, and which methods cannot be merged, and why."""
+    left = model.merge()
+    if left:
+        reasons = "\n  ".join(f"{name}: {reason}" for name, reason in left.items())
+        raise UserError(f"{otherwise}:\n  {reasons}")
+
+
+def to_timm(model: AdaptedModel, folder: str | Path, source: str) -> None:
     """Writes config.json and model.safetensors, as `timm.models.save_for_hf` does, and loads them again.
 
-    Returns: the sizes in config.json that timm builds the model with.
-    Raises: UserError where methods cannot be merged, or where the folder computes other logits.
+    Raises: UserError where methods cannot be merged, or where the folder computes other logits; nothing is left then.
     """
     backbone = plain_backbone(model, source).cpu()
-    sizes = sizes_of(backbone)
-    save_for_hf(backbone, str(folder), model_args=sizes, safe_serialization=True)
-    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    with torch.no_grad():
-        inputs = images(model, 2)
+    inputs = images(model)
+    with atomic_folder(Path(folder)) as temporary, torch.no_grad():
+        save_for_hf(backbone, str(temporary), model_args=_sizes_of(backbone), safe_serialization=True)
+        again = timm.create_model(f"local-dir:{temporary}", pretrained=True).eval()
         if not torch.allclose(again(inputs), backbone(inputs), rtol=1e-4, atol=1e-5):
             raise UserError(f"{folder} computes other logits than {source}; please report this with timm's version")
-    return sizes
 
 
-def sizes_of(backbone: TimmModel) -> dict[str, Any]:
+def _sizes_of(backbone: TimmModel) -> dict[str, Any]:
     """The sizes that make a backbone as it is now: an additional scan has given its mixers more states."""
     sizes = dict(backbone.architecture)
     if "d_state" in inspect.signature(type(backbone)).parameters:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.backbones.timm_model import TimmModel
-from mambapeft_vision.integrations.peft_forms import FORMS
-from mambapeft_vision.integrations.program import TOLERANCE, images
+from mambapeft_vision.integrations.peft_forms import FORMS, Form
+from mambapeft_vision.integrations.same_logits import TOLERANCE, difference
 from mambapeft_vision.methods.lora import LoRA, LowRank
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain
@@ -49,14 +49,14 @@ def to_peft(model: AdaptedModel, base: TimmModel, out: str | Path) -> float:
             _fill(path, dict(layer.named_parameters()), own)
             for name, value in shared.items():
                 getattr(layer, name)["default"].copy_(value)
-    difference = _difference(model, theirs.eval())
-    if not difference <= TOLERANCE:
+    found = difference(model.eval(), theirs.eval())
+    if not found <= TOLERANCE:
         raise UserError(
-            f"peft computes other logits with this adapter: they differ by {difference:.1e} of the largest; {_AS_LORA}"
+            f"peft computes other logits with this adapter: they differ by {found:.1e} of the largest; {_AS_LORA}"
         )
     theirs.peft_config["default"].base_model_name_or_path = base.pretrained_cfg["architecture"]
     theirs.save_pretrained(str(out), save_embedding_layers=False)  # for them it would ask the hub
-    return difference
+    return found
 
 
 _Config = tuple[str, dict[str, Any]]
@@ -116,29 +116,30 @@ def _by_form(model: AdaptedModel) -> tuple[_Config, _Tensors, dict[str, Tensor]]
             f"weights {_AS_LORA}"
         )
     form = FORMS[kinds[0]]
-    arguments = form.arguments(methods[0])
+    arguments = form.to_config(methods[0])
     tensors: _Tensors = {}
     scaled_inputs = []  # IA3's
     for method in methods:
         _check_form(method)
-        if form.arguments(method) != arguments or (kinds[0] == "VeRA" and len(methods) > 1):
+        if form.to_config(method) != arguments or (form.shared and len(methods) > 1):
             raise UserError(
                 f"{method.name}: peft has one size for all modules, and its own random matrices; {_AS_LORA}"
             )
-        inputs = getattr(method, "side", "outputs") == "inputs"
         for key, own in method.sites.items():
             path = _module_of(model, key.replace("/", "."), method.name)
             if path in tensors:
                 raise UserError(f"{method.name}: peft adapts {path} once, but several methods do; {_AS_LORA}")
-            scaled_inputs += [path] * inputs
-            tensors[path] = {
-                form.names[name][0]: value.detach()[None] if inputs else form.names[name][1](value.detach())
-                for name, value in own.items()
-            }
+            if getattr(method, "side", "outputs") == "inputs":
+                scaled_inputs.append(path)
+            tensors[path] = {form.tensors[name]: _as_there(form, name, value.detach()) for name, value in own.items()}
     if kinds[0] == "IA3":
         arguments["feedforward_modules"] = scaled_inputs
-    shared = {"vera_A": methods[0].random_down, "vera_B": methods[0].random_up} if kinds[0] == "VeRA" else {}
+    shared = {theirs: getattr(methods[0], ours) for ours, theirs in form.shared.items()}
     return (form.config, arguments), tensors, shared
+
+
+def _as_there(form: Form, name: str, value: Tensor) -> Tensor:
+    return value.mT if name in form.transposed else value
 
 
 def _check_form(method: Any) -> None:
@@ -161,16 +162,10 @@ def _module_of(model: AdaptedModel, parameter: str, who: str) -> str:
 def _fill(path: str, theirs: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     for name, value in own.items():
         tensor = theirs.get(name.replace("*", "default"))
-        if tensor is None or tensor.shape != value.shape:
+        if tensor is None or tensor.squeeze().shape != value.squeeze().shape:  # vectors have other axes of size 1 there
             other = "none of the name" if tensor is None else list(tensor.shape)
             raise UserError(f"{path}: {name} is {list(value.shape)}, but peft has {other}; {_AS_LORA}")
-        tensor.copy_(value)
-
-
-@torch.no_grad()
-def _difference(model: AdaptedModel, theirs: nn.Module) -> float:
-    mine = model.eval()(images(model, 2))
-    return float((theirs(images(model, 2)) - mine).abs().max() / mine.abs().max().clamp_min(1e-12))
+        tensor.copy_(value.reshape(tensor.shape))
 
 
 def _peft() -> Any:

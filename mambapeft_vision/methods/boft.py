@@ -49,7 +49,7 @@ class BOFT(WeightDelta):
         }
 
     def _fitting_size(self, in_features: int) -> int:
-        farthest = 2 ** (self.factors - 1)
+        farthest = 2 ** min(self.factors - 1, in_features.bit_length())  # more than all inputs fits none of them
         for size in range(min(self.block_size, in_features), 1, -1):
             if in_features % (size * farthest) == 0 and (self.factors == 1 or size % 2 == 0):
                 return size

@@ -19,6 +19,7 @@ from mambapeft_vision.utils.errors import UserError
 def test_help_does_not_wait_for_pytorch():
     code = (
         "import sys; from mambapeft_vision import cli; cli.main([]); "
+        "from mambapeft_vision.commands import convert, export; convert.parser(), export.parser(); "
         "print([name for name in ('torch', 'timm', 'lightning', 'matplotlib') if name in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT, capture_output=True, text=True, check=True).stdout

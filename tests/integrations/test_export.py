@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.weights import load_weights
 from mambapeft_vision.commands import convert
 from mambapeft_vision.commands import export as command
+from mambapeft_vision.integrations import timm_folder
 from mambapeft_vision.integrations.convert import convert_from_peft
 from mambapeft_vision.integrations.export import FORMATS, Request, Source, export
 from mambapeft_vision.integrations.from_peft import from_peft
@@ -89,22 +91,23 @@ def test_programs_hold_methods_that_stay_attached_and_take_any_batch(tmp_path):
         close(program.module()(IMAGES[:batch]), expected[:batch])
 
 
-def test_a_program_that_computes_something_else_is_not_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize("factor", [1.1, float("nan")])
+def test_a_program_that_computes_something_else_is_not_written(tmp_path, monkeypatch, factor):
     folder = saved(tmp_path / "run", "lora_out_proj")
-    monkeypatch.setattr("mambapeft_vision.integrations.program._trace", lambda model: Shifted(model))
+    monkeypatch.setattr("mambapeft_vision.integrations.program._trace", lambda model: Scaled(model, factor))
     with pytest.raises(UserError, match="computes other logits than the model"):
         run(folder, "torch-export", tmp_path / "model.pt2")
     assert not (tmp_path / "model.pt2").exists()
 
 
-class Shifted:
-    """In the place of a program: the model's logits, a tenth larger."""
+class Scaled:
+    """In the place of a program: the model's logits times a factor."""
 
-    def __init__(self, model: AdaptedModel) -> None:
-        self.model = model
+    def __init__(self, model: AdaptedModel, factor: float) -> None:
+        self.model, self.factor = model, factor
 
     def module(self) -> Callable[[Tensor], Tensor]:
-        return lambda images: 1.1 * self.model(images)
+        return lambda images: self.factor * self.model(images)
 
 
 @pytest.mark.slow  # the exporters take seconds for each
@@ -154,6 +157,16 @@ def test_merged_models_load_in_timm_and_from_official_keys(tmp_path, name):
     load_weights(plain, tmp_path / "model.pth", with_head=True)
     with torch.no_grad():
         close(plain.eval()(IMAGES), expected)
+
+
+def test_a_timm_folder_that_computes_something_else_is_not_left(tmp_path, monkeypatch):
+    folder = saved(tmp_path / "run", "lora_out_proj")
+    other = backbone()
+    other.reset_classifier(CLASSES)
+    monkeypatch.setattr(timm_folder, "timm", SimpleNamespace(create_model=lambda *_, **__: other))
+    with pytest.raises(UserError, match="computes other logits"):
+        run(folder, "timm", tmp_path / "timm")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
 def test_timms_config_has_the_states_that_an_additional_scan_added(tmp_path):
@@ -257,6 +270,12 @@ def test_a_lora_that_peft_made_becomes_ours(tmp_path, peft):
         ({"peft_type": "TRAINABLE_TOKENS"}, "peft_type 'TRAINABLE_TOKENS'; expected one of LoRA"),
         ({"alpha_pattern": {"(a+)+$": 2}}, "is a regular expression"),
         ({"lora_alpha": "much"}, "does not fit its tensors"),
+        ({"lora_alpha": float("1e308") * 10}, "no valid JSON"),
+        ({"peft_type": "HRA", "apply_GS": True}, "apply_GS=True, which changes"),
+        ({"peft_type": "OFT", "block_share": True}, "block_share=True, which changes"),
+        ({"peft_type": "LOHA", "alpha_pattern": {"in_proj": 2}}, "alpha_pattern=.*, which changes"),
+        ({"peft_type": "MISS", "init_weights": "bat"}, "init_weights='bat', which changes"),
+        ({"peft_type": "IA3", "feedforward_modules": "in_proj"}, "'in_proj' .* is a regular expression"),
         ({"peft_type": None}, "is no config of peft"),
     ],
 )
@@ -273,6 +292,7 @@ def test_what_peft_means_otherwise_is_refused(peft_folder, change, message):
         ({"base_model.model.layers.0.mixer.in_proj.lora_E": torch.zeros(4)}, "holds 'layers.0.mixer.in_proj.lora_E'"),
         ({"base_model.model.layers.7.mixer.in_proj.lora_A.weight": torch.zeros(4, 32)}, "does not fit its tensors"),
         ({"base_model.model.head.weight": None}, "holds no head"),
+        ({"base_model.model.head.bias": torch.full((CLASSES,), torch.nan)}, "NaN or infinity in base_model.model.head"),
     ],
 )
 def test_tensors_of_nothing_are_refused(peft_folder, tensors, message):
@@ -352,6 +372,11 @@ def test_the_errors_are_those_of_the_weights(name):
     assert any(error > 0.1 for error in found.errors.values())
 
 
+def test_logits_of_an_untrained_head_do_not_differ():
+    model = adapt(backbone(), methods_of(specs(("lora_x_proj",))), CLASSES, 3).eval()
+    assert to_lora(model, backbone()).logits == 0
+
+
 def test_a_lora_holds_no_biases_and_no_tokens(tmp_path):
     for preset, message in (("bias", "also changes layers.0.mixer.*bias"), ("affix", "affix: its tokens join")):
         with pytest.raises(UserError, match=message):
@@ -372,9 +397,26 @@ def test_the_command(tmp_path, capsys):
         (["to=coreml", "out=x"], "invalid choice: 'coreml'"),
         (["to=timm", f"out={folder}"], "is no empty folder"),
         (["to=onnx", f"out={folder}"], "is a folder; expected a file"),
+        (["to=onnx", f"out={folder / 'adapter_config.json' / 'model.onnx'}"], "is a file; expected a folder"),
     ):
         with pytest.raises(UserError, match=message):
             command.main([f"run={folder}", *line])
+
+
+@pytest.mark.parametrize(
+    ("recorded", "message"),
+    [({"weights": "random", "seed": "x"}, "backbone.seed is 'x'"), ({"weights": "random", "seed": None}, None)],
+)
+def test_the_weights_that_a_result_records(tmp_path, recorded, message):
+    folder = saved(tmp_path / "run", "lora_out_proj")
+    write_record(folder, fake_record("vtab/cifar", "lora_p_x", 0, 0.625, backbone=recorded))
+    request = Request(folder, tmp_path / "model.pth")
+    if message is None:
+        assert (Source(request).weights, Source(request).seed) == ("random", 0)
+        return
+    for act in (lambda: Source(request), lambda: convert.main(["to-hub", str(folder), "--out", str(tmp_path / "hub")])):
+        with pytest.raises(UserError, match=message):
+            act()
 
 
 # -- the hub ------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from helpers.one_linear import OneLinear, attached
 from torch import Tensor, nn
 
+from mambapeft_vision.integrations.peft_forms import FORMS
 from mambapeft_vision.methods.boft import BOFT
 from mambapeft_vision.methods.c3a import C3A
 from mambapeft_vision.methods.fourierft import FourierFT
@@ -69,6 +70,14 @@ class Case:
     names: Mapping[str, tuple[str, Callable[[Tensor], Tensor]]]
 
 
+def tensors_of(kind: str, *chosen: str) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:
+    """Tensors of a method, or the `chosen` ones, as the table for export and import has them."""
+    form = FORMS[kind]
+    lies = {**dict.fromkeys(form.transposed, transposed), **dict.fromkeys(form.vectors, column)}
+    names = {name: form.tensors[name] for name in chosen or form.tensors}
+    return {name: (theirs.replace("*", "default"), lies.get(name, same)) for name, theirs in names.items()}
+
+
 def config(kind: str, **arguments: Any) -> Any:
     return getattr(peft, kind)(target_modules=["proj"], **arguments)
 
@@ -87,56 +96,47 @@ CASES = {
     "vera": Case(
         lambda: VeRA(targets="in_proj", rank=4),
         lambda: config("VeraConfig", r=4),
-        {"d": ("vera_lambda_d.default", same), "b": ("vera_lambda_b.default", same)},
+        tensors_of("VeRA"),
     ),
     "loha": Case(
         lambda: LoHa(targets="in_proj", rank=4, scale=0.5),
         lambda: config("LoHaConfig", r=4, alpha=2),
-        {
-            "up_1": ("hada_w1_a.default", same),
-            "down_1": ("hada_w1_b.default", same),
-            "up_2": ("hada_w2_a.default", same),
-            "down_2": ("hada_w2_b.default", same),
-        },
+        tensors_of("LoHa"),
     ),
     "lokr": Case(
         lambda: LoKr(targets="in_proj", rank=2, scale=0.5),
         lambda: config("LoKrConfig", r=2, alpha=1),
-        {
-            "first": ("lokr_w1.default", same),
-            "up": ("lokr_w2_a.default", same),
-            "down": ("lokr_w2_b.default", same),
-        },
+        tensors_of("LoKr", "first", "up", "down"),
     ),
     "lokr with a whole second factor": Case(
         lambda: LoKr(targets="in_proj", rank=3, scale=0.5),
         lambda: config("LoKrConfig", r=3, alpha=1.5),
-        {"first": ("lokr_w1.default", same), "second": ("lokr_w2.default", same)},
+        tensors_of("LoKr", "first", "second"),
     ),
     "miss": Case(
         lambda: MiSS(targets="in_proj", rank=4),
         lambda: config("MissConfig", r=4),
-        {"block": ("miss_block.default", transposed)},
+        tensors_of("MiSS"),
     ),
     "miss with a shorter last group": Case(
         lambda: MiSS(targets="in_proj", rank=5),
         lambda: config("MissConfig", r=5),
-        {"block": ("miss_block.default", transposed)},
+        tensors_of("MiSS"),
     ),
     "hira": Case(
         lambda: HiRA(targets="in_proj", rank=4),
         lambda: config("HiraConfig", r=4),
-        {"down": ("hira_A.default", same), "up": ("hira_B.default", same)},
+        tensors_of("HiRA"),
     ),
     "hra": Case(
         lambda: HRA(targets="in_proj", rank=6),
         lambda: config("HRAConfig", r=6),
-        {"u": ("hra_u.default", transposed)},
+        tensors_of("HRA"),
     ),
     "oft": Case(
         lambda: OFT(targets="in_proj", block_size=8),
         lambda: config("OFTConfig", r=0, oft_block_size=8),
-        {"skew": ("oft_R.default.weight", same)},
+        tensors_of("OFT"),
     ),
     "oft with the inverse": Case(
         lambda: OFT(targets="in_proj", block_size=8, neumann_terms=None),
@@ -146,12 +146,12 @@ CASES = {
     "boft": Case(
         lambda: BOFT(targets="in_proj", block_size=4),
         lambda: config("BOFTConfig", boft_block_size=4, boft_n_butterfly_factor=1),
-        {"blocks": ("boft_R.default", same), "scale": ("boft_s.default", column)},
+        tensors_of("BOFT"),
     ),
     "ia3": Case(
         lambda: IA3(targets="in_proj"),
         lambda: config("IA3Config", feedforward_modules=[]),
-        {"scale": ("ia3_l.default", column)},
+        tensors_of("IA3"),
     ),
     "ia3 of inputs": Case(
         lambda: IA3(targets="in_proj", side="inputs"),

@@ -11,6 +11,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from helpers.hostile import Action, World
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
+from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.data import cache
 from mambapeft_vision.data.image_list import parse_list, read_list
 from mambapeft_vision.data.images import decode_list
@@ -655,6 +657,56 @@ for name, shape in {"no elements": (10**8, 0), "no axis": ()}.items():
         (world.folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
         save_file({"x.lora_A.weight": torch.zeros(shape)}, world.folder / "adapter_model.safetensors")
         return lambda: from_peft(world.folder, None)  # refused before the backbone is asked
+
+
+PEFT_PATH = "base_model.model.layers.0.mixer.in_proj"
+# Config, shapes of the tensors besides the head, classes, words: what they ask for takes gigabytes or hours.
+PEFT_SIZES: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]], int, list[str]]] = {
+    "a head of ten million classes": ({"peft_type": "LORA"}, {}, 10**7, ["head.weight", "shape"]),
+    "a LoRA of rank ten million": (
+        {"peft_type": "LORA", "lora_alpha": 1},
+        {"lora_A.weight": (10**7, 1), "lora_B.weight": (1, 1)},
+        2,
+        ["down", "shape"],
+    ),
+    "a VeRA of a huge rank": (
+        {"peft_type": "VERA", "r": 10**9, "d_initial": 0.1},
+        {"vera_lambda_d": (4,), "vera_lambda_b": (128,)},
+        2,
+        ["random_down", "shape"],
+    ),
+    "a VeRA of a rank beyond all memory": (
+        {"peft_type": "VERA", "r": 10**17, "d_initial": 0.1},
+        {"vera_lambda_d": (4,), "vera_lambda_b": (128,)},
+        2,
+        ["adapter_config.json", "sizes"],
+    ),
+    "a BOFT of endless factors": (
+        {"peft_type": "BOFT", "boft_block_size": 4, "boft_n_butterfly_factor": 10**12},
+        {"boft_R": (1, 4), "boft_s": (128, 1)},
+        2,
+        ["factors"],
+    ),
+    "very many patterns for modules that do not exist": (
+        {"peft_type": "LORA", "lora_alpha": 1, "alpha_pattern": {f"m{i}": 1 for i in range(40_000)}},
+        {f"x{i}.lora_{key}.weight": (1, 1) for i in range(3_000) for key in "AB"},
+        2,
+        ["does not fit its tensors"],
+    ),
+}
+
+for name, (config, shapes, classes, words) in PEFT_SIZES.items():
+
+    @attack(f"a folder of peft with {name}", words=words, disk_mib=100)
+    def _(world: World, config: Any = config, shapes: Any = shapes, classes: int = classes) -> Action:
+        write_json(world.folder / "adapter_config.json", config)
+        state = {f"{PEFT_PATH}.{key}": torch.ones(shape) for key, shape in shapes.items()}
+        if config["peft_type"] == "VERA":
+            state |= {f"base_model.vera_{key}": torch.ones(4, 4) for key in "AB"}
+        head = {"base_model.model.head.weight": torch.ones(classes, 1), "base_model.model.head.bias": torch.ones(1)}
+        save_file({**state, **head}, world.folder / "adapter_model.safetensors")
+        backbone = create_backbone("vim_pico_patch8_32", "random", depth=1, embed_dim=32)
+        return lambda: from_peft(world.folder, backbone)
 
 
 @pytest.mark.parametrize("name", TABLE)
