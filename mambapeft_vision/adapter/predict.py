@@ -49,7 +49,9 @@ def predict(model: AdaptedModel, images: Images, *, top: int = 5, batch_size: in
     preprocessing = Preprocessing.from_timm(model.backbone.default_cfg)
     found: list[Prediction] = []
     for batch in batched(enumerate(_each(images)), batch_size):
-        pixels = torch.from_numpy(np.stack([_prepared(image, number, preprocessing) for number, image in batch]))
+        pixels = torch.from_numpy(
+            np.stack([prepared(image, f"image {number}", preprocessing) for number, image in batch])
+        )
         names = [str(image) if isinstance(image, (str, os.PathLike)) else str(number) for number, image in batch]
         found += predictions(model, names, probabilities(model, pixels, preprocessing), top)
     return found
@@ -69,7 +71,12 @@ def probabilities(model: AdaptedModel, pixels: Tensor, preprocessing: Preprocess
         logits = model.eval()(images).float()
     finally:
         model.train(was_training)
-    return (logits.sigmoid() if model.multi_label else logits.softmax(dim=1)).cpu()
+    return probabilities_of(logits, model.multi_label).cpu()
+
+
+def probabilities_of(logits: Tensor, several: bool) -> Tensor:
+    """Of each class, [b, classes]; with `several`, where images may have several labels, each by itself."""
+    return logits.sigmoid() if several else logits.softmax(dim=1)
 
 
 def predictions(model: AdaptedModel, names: Sequence[str], shares: Tensor, top: int) -> list[Prediction]:
@@ -115,9 +122,9 @@ def _each(images: Images) -> Iterable[OneImage]:
     return images
 
 
-def _prepared(image: Any, number: int, preprocessing: Preprocessing) -> np.ndarray:
-    """uint8 [C, H, W]. Raises UserError naming the image."""
-    name = plain(image, 1_000) if isinstance(image, (str, os.PathLike)) else f"image {number}"
+def prepared(image: Any, name: str, preprocessing: Preprocessing) -> np.ndarray:
+    """uint8 [C, H, W]. Raises UserError with the file or, for an image that is none, its `name`."""
+    name = plain(image, 1_000) if isinstance(image, (str, os.PathLike)) else name
     try:
         if isinstance(image, (str, os.PathLike)):
             return decode_image(user_path(image), preprocessing)

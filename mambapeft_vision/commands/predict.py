@@ -45,10 +45,10 @@ def main(arguments: Sequence[str]) -> int | None:
     )
     how = {"top": options.top, "batch_size": options.batch_size}
     if options.watch is None:
-        with predict.output(out, options.top) as write:
+        with predict.output(out) as write:
             outcome = predict.predict_files(trained, files, write, **how)
         return SOME_SKIPPED if outcome.skipped else None
-    with predict.output(out, options.top, append=True) as write:
+    with predict.output(out, append=True) as write:
         known = set() if out is None else predict.files_in(out)
         predict.watch(
             Path(images[0]).expanduser(),

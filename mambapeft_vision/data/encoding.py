@@ -7,18 +7,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from mambapeft_vision.data.own.files import known_suffix
+
 SAMPLE = 32  # images that are looked at, evenly spread over the lists
 UNKNOWN = "other"
-_SIGNATURES = {
-    b"\xff\xd8\xff": "jpeg",
-    b"\x89PNG\r\n\x1a\n": "png",
-    b"RIFF": "webp",
-    b"BM": "bmp",
-    b"II*\0": "tiff",
-    b"MM\0*": "tiff",
-    b"GIF8": "gif",
-}
-_LONGEST = max(map(len, _SIGNATURES))
+_NAMES = {".jpg": "jpeg", ".tif": "tiff"}  # of endings that are shorter
+_READ = 10  # bytes that tell a format
 
 
 def encoding_of(files: Sequence[Path]) -> str:
@@ -30,6 +24,6 @@ def encoding_of(files: Sequence[Path]) -> str:
     found = set()
     for place in places:
         with suppress(OSError), open(files[place], "rb") as file:
-            start = file.read(_LONGEST)
-            found.add(next((name for sign, name in _SIGNATURES.items() if start.startswith(sign)), UNKNOWN))
+            suffix = known_suffix(file.read(_READ))
+            found.add(UNKNOWN if suffix is None else _NAMES.get(suffix, suffix[1:]))
     return "+".join(sorted(found)) or UNKNOWN

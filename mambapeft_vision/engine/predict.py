@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mambapeft_vision.adapter.predict import probabilities_of
 from mambapeft_vision.backbones.contract import frozen_casts
 from mambapeft_vision.engine.cuda_graph import CaptureError, Graph, capture
 from mambapeft_vision.engine.objective import mean_average_precision, summed_loss
@@ -129,7 +130,7 @@ def predict(
 
 def most_probable(logits: Tensor, several: bool, top: int = TOP) -> tuple[Tensor, Tensor]:
     """The most probable classes and their probabilities, [b, k] each; all classes where images have several labels."""
-    probabilities = logits.sigmoid() if several else logits.softmax(dim=1)
+    probabilities = probabilities_of(logits, several)
     best = logits.argsort(dim=1, descending=True, stable=True)  # of equal logits the first class
     best = best if several else best[:, :top]
     return best, probabilities.gather(1, best)

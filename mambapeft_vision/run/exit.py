@@ -167,7 +167,6 @@ def _code_of(main: Callable[[], int | None]) -> int | None:
     except Exception as error:
         if interrupted:  # while something was imported, which may turn Ctrl-C into an error of its own
             return _interrupted()
-        # Of a job that raised, Hydra has already said with which overrides.
         say(ending(error), sys.stderr)
         return USER_MISTAKE if is_mistake(error) else CRASH
     finally:

@@ -12,13 +12,12 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mambapeft_vision.adapter.predict import Prediction, batched, predictions
-from mambapeft_vision.data.preprocessing import decode_image, describe_failure
+from mambapeft_vision.adapter.predict import Prediction, batched, predictions, prepared
 from mambapeft_vision.results.plots import figure_text
 from mambapeft_vision.run.trained import TrainedModel
 from mambapeft_vision.utils.atomic import atomic_path
 from mambapeft_vision.utils.errors import UserError
-from mambapeft_vision.utils.text import plain, shown
+from mambapeft_vision.utils.text import shown
 from mambapeft_vision.utils.typed import nearest
 
 _BATCH = 64
@@ -50,27 +49,22 @@ def explain(trained: TrainedModel, image: Path, *, grid: int = 14, class_name: s
 
     Raises: UserError for an image that cannot be read, a class that there is none of, and squares below a pixel.
     """
-    try:
-        pixels = decode_image(image, trained.preprocessing)
-    except FileNotFoundError as error:
-        raise UserError(f"{plain(image)} does not exist; expected an image") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's readers raise far more than OSError on damaged files
-        raise UserError(f"{plain(image)} cannot be used ({describe_failure(error)}); expected an image") from error
+    pixels = prepared(image, str(image), trained.preprocessing)
     if not 1 <= grid <= min(pixels.shape[1:]):
         raise UserError(f"--grid {grid}: expected 1 to {min(pixels.shape[1:])}, the pixels of a side")
     shares = trained.probabilities([pixels])
     (prediction,) = predictions(trained.model, [str(image)], shares, top=5)
     label = prediction.label if class_name is None else _label_of(trained, class_name)
-    importance = occlusion(trained, pixels, label, grid)
+    importance = occlusion(trained, pixels, label, float(shares[0, label]), grid)
     name = prediction.class_name if class_name is None else class_name
     return Explanation(prediction, pixels, importance, name, float(shares[0, label]))
 
 
-def occlusion(trained: TrainedModel, pixels: np.ndarray, label: int, grid: int) -> np.ndarray:
-    """By how much the probability of `label` falls where each of `grid` x `grid` squares is covered, float32."""
-    whole = float(trained.probabilities([pixels])[0, label])
+def occlusion(trained: TrainedModel, pixels: np.ndarray, label: int, whole: float, grid: int) -> np.ndarray:
+    """By how much the probability of `label` falls where each of `grid` x `grid` squares is covered, float32.
+
+    whole: that probability with nothing covered.
+    """
     colour = pixels.mean(axis=(1, 2), keepdims=True).round().astype(np.uint8)
     rows, columns = (np.linspace(0, side, grid + 1).round().astype(int) for side in pixels.shape[1:])
     falls: list[float] = []

@@ -125,7 +125,7 @@ def watch(
 
 
 @contextmanager
-def output(out: Path | None, top: int, *, append: bool = False) -> Iterator[Callable[[Prediction], None]]:
+def output(out: Path | None, *, append: bool = False) -> Iterator[Callable[[Prediction], None]]:
     """A function that writes a prediction: to standard output as CSV, or to a .csv or .jsonl file.
 
     A file appears when it is whole, unless `append` is asked for.

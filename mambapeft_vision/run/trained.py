@@ -12,6 +12,7 @@ from torch import Tensor
 from mambapeft_vision.adapter.files import Adapter, read_adapter
 from mambapeft_vision.adapter.load import apply_adapter, check_sizes, load_adapter
 from mambapeft_vision.adapter.model import AdaptedModel
+from mambapeft_vision.adapter.predict import probabilities_of
 from mambapeft_vision.backbones.contract import frozen_casts
 from mambapeft_vision.data.preprocessing import Preprocessing
 from mambapeft_vision.engine.device import resolve_device
@@ -44,7 +45,7 @@ class TrainedModel:
         images = torch.from_numpy(np.stack(pixels))
         with torch.no_grad(), frozen_casts(self.model, compute_dtype(self.precision)):
             logits = torch.cat(self._logits(images))
-        return (logits.sigmoid() if self.model.multi_label else logits.softmax(dim=1)).cpu()
+        return probabilities_of(logits, self.model.multi_label).cpu()
 
     def _logits(self, images: Tensor) -> list[Tensor]:
         with suppress(torch.OutOfMemoryError):

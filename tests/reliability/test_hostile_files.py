@@ -647,7 +647,7 @@ for name, (file, content) in OUTPUTS.items():
 @attack("an output that is a link", words=["link"])
 def _(world: World) -> Action:
     out = world.link("o.csv")
-    return lambda: output(out, 1, append=True).__enter__()
+    return lambda: output(out, append=True).__enter__()
 
 
 for name, shape in {"no elements": (10**8, 0), "no axis": ()}.items():

@@ -134,7 +134,7 @@ def test_images_that_cannot_be_read_are_said_and_skipped(trained, folder, tmp_pa
 
 def test_json_lines_hold_everything(trained, at, tmp_path):
     file = at / "photos" / "dog" / "00.png"
-    with predict.output(tmp_path / "o.jsonl", top=2) as write:
+    with predict.output(tmp_path / "o.jsonl") as write:
         predict.predict_files(trained, [file], write, top=2, quiet=True)
     (line,) = map(json.loads, (tmp_path / "o.jsonl").read_text().splitlines())
     assert line["file"] == str(file) and line["class"] in CLASSES and len(line["top"]) == 2
@@ -154,7 +154,7 @@ def test_a_watched_folder_is_predicted_as_it_fills_up(trained, at, tmp_path):
             shutil.copy(at / "photos" / arriving[number], inbox / f"{number}.png")
 
     slept: list[int] = []
-    with predict.output(out, 5, append=True) as write:
+    with predict.output(out, append=True) as write:
 
         def handle(files):
             handled.append([file.name for file in files])
@@ -163,7 +163,7 @@ def test_a_watched_folder_is_predicted_as_it_fills_up(trained, at, tmp_path):
         predict.watch(inbox, set(), handle, every_s=1, sleep=sleep, rounds=range(8))
     assert handled == [["1.png"], ["3.png"]]
     assert predict.files_in(out) == {str(inbox / "1.png"), str(inbox / "3.png")}
-    with predict.output(out, 5, append=True) as write:
+    with predict.output(out, append=True) as write:
         predict.predict_files(trained, [inbox / "1.png"], write, quiet=True)
     assert out.read_text().count("file,class") == 1
 

@@ -23,6 +23,6 @@ def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None, b
     chosen = backend_for(backend, x)
     if chosen not in FUSED or not x.numel():
         return naive.depthwise_conv_silu(x, weight, bias)
-    from mambapeft_kernels.depthwise_conv2d import triton_kernels
+    from mambapeft_kernels.depthwise_conv2d import fused
 
-    return triton_kernels.depthwise_conv_silu(x, weight, bias, chosen)
+    return fused.depthwise_conv_silu(x, weight, bias, chosen)

@@ -4,14 +4,16 @@ A program owns a tile of places and channels. The nine reads of a place overlap 
 cache. Places are numbered through all samples, so that small maps leave no tile half empty.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mambapeft_kernels.backends import interpreted
-from mambapeft_kernels.depthwise_conv2d import naive
-from mambapeft_kernels.derivatives import differentiated_again, plain_gradients
+
+_CHUNKS = 16  # tiles of places whose gradients of filters a program adds up
 
 
 @triton.jit
@@ -115,18 +117,38 @@ def _weight_gradient(
     tl.store(part_ptr + (tl.program_id(0) * 10 + tap) * E + chan, tl.sum(sums, axis=0), mask=mask_e)
 
 
-def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    """See `mambapeft_kernels.depthwise_conv_silu`; backend: cuda or triton."""
-    return torch.ops.mambapeft.depthwise_conv_silu(x, weight, bias, backend)
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """silu(conv(x)), [B, H, W, E] contiguous."""
+    return _convolved(_forward, (x,), weight, bias)
 
 
-def _in_cuda(x: Tensor, backend: str) -> bool:
-    """Whether the kernels in CUDA C++ run, which take an even number of channels."""
-    if backend != "cuda":
-        return False
-    from mambapeft_kernels.depthwise_conv2d import cuda_kernels
+def through_silu(du: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The gradient of conv(x) from that of its SiLU; conv(x) is computed again."""
+    return _convolved(_through_silu, (du, x), weight, bias)
 
-    return cuda_kernels.takes(x)
+
+def input_gradient(g: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of x from that of conv(x)."""
+    dx = torch.empty_like(g)
+    grid, sizes, tile = _launch(g)
+    _input_gradient[grid](g, weight, dx, *sizes, **tile)
+    return dx
+
+
+def filter_gradients(g: Tensor, x: Tensor) -> Tensor:
+    """The gradients of the nine taps and of the bias from that of conv(x), float32 [10, E]."""
+    grid, sizes, tile = _launch(x, _CHUNKS)
+    parts = x.new_empty((grid[0], 10, x.shape[-1]), dtype=torch.float32)
+    taps = (*grid, 10)  # nine, and the bias
+    _weight_gradient[taps](g, x, parts, *sizes, CHUNKS=_CHUNKS, **tile)
+    return parts.sum(0)
+
+
+def _convolved(kernel: Any, maps: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = torch.empty_like(maps[-1])
+    grid, sizes, tile = _launch(out)
+    kernel[grid](*maps, weight, weight if bias is None else bias, out, *sizes, HAS_BIAS=bias is not None, **tile)
+    return out
 
 
 def _launch(x: Tensor, chunks: int = 1) -> tuple[tuple[int, int], tuple[int, ...], dict[str, int]]:
@@ -137,95 +159,3 @@ def _launch(x: Tensor, chunks: int = 1) -> tuple[tuple[int, int], tuple[int, ...
     tile = {"BLOCK_T": 32, "BLOCK_E": block_e, "num_warps": 4}
     grid = triton.cdiv(total, tile["BLOCK_T"] * chunks), triton.cdiv(channels, block_e)
     return grid, (total, height, width, channels), tile
-
-
-@torch.library.custom_op(
-    "mambapeft::depthwise_conv_silu",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor",
-)
-def _op(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    x = x.contiguous()
-    with torch.cuda.device_of(x):
-        if _in_cuda(x, backend):
-            from mambapeft_kernels.depthwise_conv2d import cuda_kernels
-
-            return cuda_kernels.forward(x, weight, bias)
-        out = x.new_empty(x.shape)
-        grid, sizes, tile = _launch(x)
-        _forward[grid](
-            x, weight.contiguous(), weight if bias is None else bias, out, *sizes, HAS_BIAS=bias is not None, **tile
-        )
-    return out
-
-
-@_op.register_fake
-def _(x, weight, bias, backend):
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op(
-    "mambapeft::depthwise_conv_silu_backward",
-    mutates_args=(),
-    schema="(Tensor dout, Tensor x, Tensor weight, Tensor? bias, str backend, bool need_x, bool need_weight)"
-    " -> (Tensor, Tensor)",
-)
-def _op_backward(
-    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str, need_x: bool, need_weight: bool
-) -> tuple[Tensor, Tensor]:
-    """dx, and the gradients of filters and bias as [10, E] float32; empty where not asked for."""
-    dout, x, weight = dout.contiguous(), x.contiguous(), weight.contiguous()
-    dx = x.new_empty(x.shape if need_x else (0,))
-    with torch.cuda.device_of(x):
-        if _in_cuda(x, backend):
-            from mambapeft_kernels.depthwise_conv2d import cuda_kernels
-
-            g = cuda_kernels.through_silu(dout, x, weight, bias)
-            dx = cuda_kernels.input_gradient(g, weight) if need_x else dx
-        else:
-            g = torch.empty_like(x)
-            grid, sizes, tile = _launch(x)
-            given = weight if bias is None else bias
-            _through_silu[grid](dout, x, weight, given, g, *sizes, HAS_BIAS=bias is not None, **tile)
-            if need_x:
-                _input_gradient[grid](g, weight, dx, *sizes, **tile)
-        if not need_weight:
-            return dx, x.new_empty(0, dtype=torch.float32)
-        chunks = 16
-        grid, sizes, tile = _launch(x, chunks)
-        parts = x.new_empty((grid[0], 10, x.shape[-1]), dtype=torch.float32)
-        taps = (*grid, 10)  # nine, and the bias
-        _weight_gradient[taps](g, x, parts, *sizes, CHUNKS=chunks, **tile)
-    return dx, parts.sum(0)
-
-
-@_op_backward.register_fake
-def _(dout, x, weight, bias, backend, need_x, need_weight):
-    return (
-        x.new_empty(x.shape if need_x else (0,)),
-        x.new_empty((10, x.shape[-1]) if need_weight else (0,), dtype=torch.float32),
-    )
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx, dout):
-    x, weight, bias = ctx.saved_tensors
-    if differentiated_again(dout):
-        return *plain_gradients(naive.depthwise_conv_silu, (x, weight, bias), ctx.needs_input_grad[:3], dout), None
-    need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-    dx, sums = torch.ops.mambapeft.depthwise_conv_silu_backward(
-        dout, x, weight, bias, ctx.backend, need_x, need_weight or need_bias
-    )
-    return (
-        dx if need_x else None,
-        sums[:9].T.reshape(weight.shape).to(weight.dtype) if need_weight else None,
-        sums[9].to(bias.dtype) if need_bias else None,
-        None,
-    )
-
-
-torch.library.register_autograd("mambapeft::depthwise_conv_silu", _differentiate, setup_context=_setup_context)

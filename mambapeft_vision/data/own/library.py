@@ -19,6 +19,7 @@ from PIL import Image
 from mambapeft_vision.data.module import TaskDataModule
 from mambapeft_vision.data.own.files import known_suffix
 from mambapeft_vision.data.own.source import split_word
+from mambapeft_vision.data.preprocessing import MAX_IMAGE_BYTES
 from mambapeft_vision.utils.atomic import atomic_folder
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.lock import one_at_a_time
@@ -26,6 +27,7 @@ from mambapeft_vision.utils.names import user_path
 from mambapeft_vision.utils.progress import ConsoleProgress, ProgressMeter
 from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.typed import check_arguments, nearest
+from mambapeft_vision.utils.untrusted import read_bytes
 
 HF, TORCHVISION = LIBRARIES = ("hf", "torchvision")
 TABLE = "labels.csv"
@@ -147,7 +149,9 @@ def hub_items(source: str, config: str | None, image_column: str | None, label_c
         for row in part.select_columns([image, label]).cast_column(image, datasets.Image(decode=False)):
             if row[label] is None or row[label] == -1:  # of test images whose labels are kept secret
                 continue
-            content = row[image]["bytes"] or Path(row[image]["path"]).read_bytes()
+            content = row[image]["bytes"] or read_bytes(
+                row[image]["path"], max_bytes=MAX_IMAGE_BYTES, follow_links=True
+            )
             yield Item(content, str(row[label]) if names is None else names[row[label]], split)
 
 
