@@ -1,4 +1,4 @@
-"""The depthwise convolution in fused kernels, as one differentiable op: in CUDA C++ where that takes it, else Triton."""
+"""The depthwise convolution as one differentiable op over fused kernels: CUDA C++ where that takes a map, or Triton."""
 
 from types import ModuleType
 
