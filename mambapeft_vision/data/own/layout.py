@@ -2,25 +2,25 @@
 
 A task's folder holds what every task's does (data/README.md): the four list files and `images`, here a link to where
 the images are. Beside them stand `classes.txt` (the class names, one a line, by label), `files.csv` (a line for
-each image, see `IndexedFile`) and `task.json` (where the images came from, how they were split, notes).
+each image, see index.py) and `task.json` (where the images came from, how they were split, notes).
 
 Images that were added, removed, relabelled or changed are noticed, and the splits are drawn again; the former record is
 kept beside it.
 """
 
-import csv
 import hashlib
-import io
 import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mambapeft_vision.data.manifest import TaskEntry, drop_entry, task_sha256, write_entry
 from mambapeft_vision.data.own.draw import TEST, TRAIN, VAL, draw_splits, strata_of
+from mambapeft_vision.data.own.index import INDEX_FILE, IndexedFile, index_text, per_class, read_index
+from mambapeft_vision.data.own.notes import notes_of
 from mambapeft_vision.data.own.source import Source, named, read_tree
 from mambapeft_vision.data.own.table import USUAL, Columns, is_table, read_table
 from mambapeft_vision.data.prepare.verify import FileFinding, inspect_file
@@ -31,11 +31,9 @@ from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.utils.progress import ConsoleProgress, ProgressMeter
 from mambapeft_vision.utils.untrusted import read_bytes, read_json
 
-CLASSES_FILE, INDEX_FILE, RECORD_FILE, IMAGES = "classes.txt", "files.csv", "task.json", "images"
+CLASSES_FILE, RECORD_FILE, IMAGES = "classes.txt", "task.json", "images"
 # List file → the splits whose images it holds; the names are those of VTAB-1K, whatever the numbers.
 LISTS = {"train800": (TRAIN,), "val200": (VAL,), "train800val200": (TRAIN, VAL), "test": (TEST,)}
-_MAX_INDEX_BYTES = 8_000_000_000
-_UNEVEN = 3  # times as many training images of one class as of another are worth a note
 
 
 @dataclass(frozen=True)
@@ -86,26 +84,6 @@ class OwnImages:
         return place / f"{name}-{digest[:12]}"
 
 
-@dataclass(frozen=True)
-class IndexedFile:
-    """One line of files.csv.
-
-    Args:
-        labels: the class, or several divided by commas, or `-`.
-        split: train, val or test.
-        given: the split that its owner gave it, or nothing.
-        changed_ns: time of the last change, in nanoseconds since 1970.
-    """
-
-    path: str
-    labels: str
-    split: str
-    given: str
-    bytes: int
-    changed_ns: int
-    sha256: str
-
-
 def lay_out(own: OwnImages, folder: Path) -> None:
     """Draws and records the splits in `folder`, unless they are there and the images are as they were.
 
@@ -119,7 +97,7 @@ def lay_out(own: OwnImages, folder: Path) -> None:
             return
         files = _indexed(source, own, known or [])
         if known is not None and _is_same(source, files, known, folder):  # only copied or touched
-            write_text(folder / INDEX_FILE, _index_text(files))
+            write_text(folder / INDEX_FILE, index_text(files))
             return
         if folder.exists():
             drop_entry(folder.parent, folder.name)
@@ -158,24 +136,6 @@ def read_notes(folder: Path) -> list[str]:
     content = read_json(file)
     notes = content.get("notes", []) if isinstance(content, dict) else []
     return [str(note) for note in notes] if isinstance(notes, list) else []
-
-
-def read_index(folder: Path) -> list[IndexedFile] | None:
-    """The lines of files.csv; None where there is no whole record."""
-    try:
-        text = read_bytes(folder / INDEX_FILE, max_bytes=_MAX_INDEX_BYTES).decode()
-        rows = list(csv.reader(io.StringIO(text, newline="")))
-        return [_indexed_file(row) for row in rows[1:]]
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{folder / INDEX_FILE} is damaged ({error}). Delete {folder}; it is made again.") from None
-
-
-def _indexed_file(row: Sequence[str]) -> IndexedFile:
-    """Raises ValueError for a row that is no line of files.csv."""
-    path, labels, split, given, size, changed_ns, sha256 = row
-    return IndexedFile(path, labels, split, given, int(size), int(changed_ns), sha256)
 
 
 def _is_recorded(source: Source, known: Sequence[IndexedFile], folder: Path) -> bool:
@@ -264,7 +224,7 @@ def _write(folder: Path, source: Source, own: OwnImages, files: Sequence[Indexed
         lines = [f"{IMAGES}/{file.path} {file.labels}\n" for file in files if file.split in splits]
         (folder / f"{name}.txt").write_text("".join(lines), encoding="utf-8")
     (folder / CLASSES_FILE).write_text("".join(f"{name}\n" for name in source.class_names), encoding="utf-8")
-    (folder / INDEX_FILE).write_text(_index_text(files), encoding="utf-8")
+    (folder / INDEX_FILE).write_text(index_text(files), encoding="utf-8")
     (folder / IMAGES).symlink_to(source.root.absolute(), target_is_directory=True)
     record = {
         "path": str(own.path.absolute()),
@@ -272,7 +232,7 @@ def _write(folder: Path, source: Source, own: OwnImages, files: Sequence[Indexed
         "splits": "as given" if source.splits else {"seed": own.seed, "test": own.test_share, "val": own.val_share},
         "images": dict(Counter(file.split for file in files)),
         "classes": len(source.class_names),
-        "notes": [*_overview(source, own, files, again), *source.notes, *_notes(source, files)],
+        "notes": [*_overview(source, own, files, again), *source.notes, *notes_of(source, files)],
     }
     write_json(folder / RECORD_FILE, record)
 
@@ -289,53 +249,6 @@ def _overview(source: Source, own: OwnImages, files: Sequence[IndexedFile], agai
     return notes
 
 
-def _notes(source: Source, files: Sequence[IndexedFile]) -> list[str]:
-    return [*_unevenness(source, files), *_absences(source, files), *_duplicates(files)]
-
-
-def _unevenness(source: Source, files: Sequence[IndexedFile]) -> list[str]:
-    counts = _per_class(files, (TRAIN, VAL))
-    seen = {label: count for label, count in counts.items() if count}
-    if not seen:
-        return []
-    most, fewest = max(seen, key=lambda k: seen[k]), min(seen, key=lambda k: seen[k])
-    if seen[most] <= _UNEVEN * seen[fewest]:
-        return []
-    return [
-        f"the classes are uneven: {source.class_names[most]!r} has {seen[most]:,} images to train and validate, "
-        f"{source.class_names[fewest]!r} has {seen[fewest]:,}."
-    ]
-
-
-def _absences(source: Source, files: Sequence[IndexedFile]) -> list[str]:
-    notes = []
-    for words, purpose in (((TRAIN, VAL), "to train"), ((TEST,), "to test")):
-        counts = _per_class(files, words)
-        absent = [name for label, name in enumerate(source.class_names) if not counts[label]]
-        if absent:
-            notes.append(f"no image {purpose} has the class {named(absent)}.")
-    return notes
-
-
-def _duplicates(files: Sequence[IndexedFile]) -> list[str]:
-    """Notes on images of the same bytes: in several splits, or with other labels."""
-    same = defaultdict(list)
-    for file in files:
-        same[file.sha256].append(file)
-    twins = [group for group in same.values() if len(group) > 1]
-    shared = [group for group in twins if {file.split == TEST for file in group} == {True, False}]
-    relabelled = [group for group in twins if len({file.labels for file in group}) > 1]
-    notes = []
-    for groups, what in ((shared, "stand both among training and test images"), (relabelled, "have different labels")):
-        if groups:
-            notes.append(f"{len(groups):,} images {what}: {named([' = '.join(f.path for f in g) for g in groups])}.")
-    return notes
-
-
-def _per_class(files: Sequence[IndexedFile], splits: Sequence[str]) -> Counter[int]:
-    return Counter(int(label) for f in files if f.split in splits and f.labels != "-" for label in f.labels.split(","))
-
-
 def _entry(folder: Path, files: Sequence[IndexedFile]) -> TaskEntry:
     lists = {name: hashlib.sha256((folder / f"{name}.txt").read_bytes()).hexdigest() for name in LISTS}
     hashes = {f"{IMAGES}/{file.path}": file.sha256 for file in files} | {f"{n}.txt": sha for n, sha in lists.items()}
@@ -344,17 +257,9 @@ def _entry(folder: Path, files: Sequence[IndexedFile]) -> TaskEntry:
         lists=lists,
         images=len(files),
         bytes=sum(file.bytes for file in files),
-        classes_seen={name: len(+_per_class(files, splits)) for name, splits in LISTS.items()},
+        classes_seen={name: len(+per_class(files, splits)) for name, splits in LISTS.items()},
         decoded=True,
     )
-
-
-def _index_text(files: Sequence[IndexedFile]) -> str:
-    stream = io.StringIO(newline="")
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(field.name for field in fields(IndexedFile))
-    writer.writerows(tuple(asdict(file).values()) for file in files)
-    return stream.getvalue()
 
 
 def _content(files: Sequence[IndexedFile]) -> list[tuple[str, ...]]:

@@ -16,7 +16,8 @@ from pathlib import Path, PurePosixPath
 
 from mambapeft_vision.data.manifest import read_entry, task_sha256, write_entry
 from mambapeft_vision.data.own.draw import TEST, TRAIN, VAL
-from mambapeft_vision.data.own.layout import IMAGES, OwnImages, lay_out, read_index, read_notes
+from mambapeft_vision.data.own.index import read_index
+from mambapeft_vision.data.own.layout import IMAGES, OwnImages, lay_out, read_notes
 from mambapeft_vision.data.own.source import Source, check_paths, named
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain, shown
