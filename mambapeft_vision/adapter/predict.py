@@ -66,11 +66,12 @@ def probabilities(model: AdaptedModel, pixels: Tensor, preprocessing: Preprocess
     parameter = next(model.parameters())
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     images = ((pixels.float() / 255 - mean) / std).to(parameter.device, parameter.dtype)
-    was_training = model.training
+    in_training = [module for module in model.modules() if module.training]  # a part of a model may be in evaluation
     try:
         logits = model.eval()(images).float()
     finally:
-        model.train(was_training)
+        for module in in_training:
+            module.training = True
     return probabilities_of(logits, model.multi_label).cpu()
 
 

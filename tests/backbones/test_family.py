@@ -126,7 +126,8 @@ def test_unsupported_arguments_are_refused(name, change, message):
 def test_unknown_families_and_peft_arguments_are_refused():
     golden = read("videomamba")
     kwargs, params = golden["config"]["module_kwargs"], golden["param"]
-    with pytest.raises(UserError, match="family='vmambo' is unknown; known: vim, vmamba, svp, mambareg"):
+    known = "vim, vmamba, svp, mambareg, videomamba, arm"
+    with pytest.raises(UserError, match=f"family='vmambo' is unknown; known: {known}"):
         load_reference(None, kwargs, params, 10, family="vmambo")
     with pytest.raises(UserError, match="the published code of videomamba has none"):
         load_reference({"lora_X": True}, kwargs, params, 10, family="videomamba")

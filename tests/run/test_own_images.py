@@ -189,13 +189,14 @@ def test_mistakes_are_said_with_the_remedy(words, said, folder, at):
 def test_a_model_predicts_files_images_and_arrays(folder, at, trained):
     model = load_adapter(folder, "random")
     model.train()
+    model.backbone.norm_f.eval()
     path = at / "photos" / "dog" / "03.png"
     with Image.open(path) as opened:
         image = opened.copy()
     pixels = np.asarray(image)
     same = [path, str(path), image, pixels, torch.from_numpy(pixels.copy()).permute(2, 0, 1)]
     found = model.predict(same, top=2, batch_size=2)
-    assert model.training  # as it was
+    assert model.training and not model.backbone.norm_f.training  # as they were
     assert {p.probability for p in found} == {found[0].probability} and {p.class_name for p in found} <= {*CLASSES}
     assert [p.name for p in found] == [str(path), str(path), "2", "3", "4"]
     (one,) = model.predict(path)
