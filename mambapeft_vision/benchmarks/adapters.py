@@ -73,7 +73,6 @@ def measure(backbone: str, preset: str, adapters: int, batch: int, device: str, 
     of_all = milliseconds(lambda number: pool(images, mixed[number]), device, repeats)
     one = pool.bytes_of("0") / MIB
     facts = {
-        "measured": stamp(device),
         "backbone": f"{backbone}, {pool.backbone_bytes / MIB:.1f} MiB",
         "adapters": f"{adapters} of {preset}, {one:.2f} MiB each, {adapters * one:.1f} MiB together",
         "load an adapter": f"{1000 * load:.0f} ms",
@@ -83,7 +82,7 @@ def measure(backbone: str, preset: str, adapters: int, batch: int, device: str, 
     }
     if device != "cpu":
         facts["peak memory"] = f"{torch.cuda.max_memory_allocated() / MIB:,.0f} MiB"
-    return facts
+    return {**facts, "measured": stamp(device)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
