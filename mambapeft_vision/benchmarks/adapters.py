@@ -22,6 +22,7 @@ from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.adapter.pool import AdapterPool
 from mambapeft_vision.adapter.presets import read_preset
 from mambapeft_vision.backbones import create_backbone
+from mambapeft_vision.benchmarks.measured import stamp
 from mambapeft_vision.utils.paths import configs_folder
 
 MIB = 2**20
@@ -80,8 +81,8 @@ def measure(backbone: str, preset: str, adapters: int, batch: int, device: str, 
         f"a batch of {batch}, every image its own": f"{of_all:.2f} ms ({1000 * batch / of_all:,.0f} images/s)",
     }
     if device != "cpu":
-        facts["peak memory"] = f"{torch.cuda.max_memory_allocated() / MIB:,.0f} MiB on {torch.cuda.get_device_name()}"
-    return facts
+        facts["peak memory"] = f"{torch.cuda.max_memory_allocated() / MIB:,.0f} MiB"
+    return {**facts, "measured": stamp(device)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

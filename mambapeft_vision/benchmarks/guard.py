@@ -6,12 +6,13 @@ images trained in the time in which the same GPU, just before, multiplies two ma
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
 import torch
 
+from mambapeft_vision.benchmarks.measured import csv_text
 from mambapeft_vision.utils.atomic import write_text
 from mambapeft_vision.utils.errors import UserError
 
@@ -27,7 +28,7 @@ class Measurement:
 
     Args:
         reference_ms: of the fixed work, just before the run.
-        images_per_reference: images trained in that time.
+        measured: `measured.stamp` of the run; in every row, as the rows of a file are of several machines and commits.
     """
 
     card: str
@@ -36,12 +37,17 @@ class Measurement:
     batch: int
     images_per_s: float
     reference_ms: float
-    images_per_reference: float
     peak_gib: float
+    measured: str
 
     @property
     def case(self) -> tuple[str, str, str, int]:
         return self.card, self.backbone, self.method, self.batch
+
+    @property
+    def images_per_reference(self) -> float:
+        """Images trained in the time of the fixed work."""
+        return self.images_per_s * self.reference_ms / 1000
 
 
 def reference_ms(repeats: int = 20) -> float:
@@ -61,18 +67,17 @@ def reference_ms(repeats: int = 20) -> float:
     return median(times[repeats // 4 :])
 
 
-def measurement(card: str, row: Mapping[str, object], milliseconds: float) -> Measurement:
+def measurement(card: str, row: Mapping[str, object], milliseconds: float, measured: str) -> Measurement:
     """From a row of `training.measure`."""
-    rate = float(str(row["train_images_per_s"]))
     return Measurement(
         card=card,
         backbone=str(row["backbone"]),
         method=str(row["method"]),
         batch=int(str(row["batch"])),
-        images_per_s=rate,
+        images_per_s=float(str(row["train_images_per_s"])),
         reference_ms=round(milliseconds, 3),
-        images_per_reference=round(rate * milliseconds / 1000, 3),
         peak_gib=float(str(row["peak_gib"])),
+        measured=measured,
     )
 
 
@@ -80,8 +85,7 @@ def read_measurements(path: Path) -> list[Measurement]:
     """The recorded ones; none where there is no file."""
     if not path.is_file():
         return []
-    kinds = {"batch": int, "images_per_s": float, "reference_ms": float, "images_per_reference": float}
-    kinds["peak_gib"] = float
+    kinds = {"batch": int, "images_per_s": float, "reference_ms": float, "peak_gib": float}
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return [Measurement(**{key: kinds.get(key, str)(value) for key, value in row.items()}) for row in rows]
@@ -90,9 +94,7 @@ def read_measurements(path: Path) -> list[Measurement]:
 def write_measurements(path: Path, new: Sequence[Measurement]) -> None:
     """Writes `new` in place of what was recorded of the same cases, and keeps the rest."""
     kept = {old.case: old for old in read_measurements(path)} | {one.case: one for one in new}
-    lines = [",".join(field.name for field in fields(Measurement))]
-    lines += [",".join(str(value) for value in asdict(one).values()) for one in kept.values()]
-    write_text(path, "\n".join(lines) + "\n")
+    write_text(path, csv_text([asdict(one) for one in kept.values()]))
 
 
 def compare(recorded: Sequence[Measurement], found: Sequence[Measurement]) -> tuple[list[str], bool]:

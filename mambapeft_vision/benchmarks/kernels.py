@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from mambapeft_vision.benchmarks.kernel_cases import cast, errors, make_directions, make_xz, plain_mixer, results
-from mambapeft_vision.benchmarks.measured import write_rows
+from mambapeft_vision.benchmarks.measured import stamp, write_rows
 from mambapeft_vision.results.plots import png, save_png
 
 REVERSE = (False, True)
@@ -414,9 +414,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench_kernels.py: got no CUDA GPU, expected one; run it on a machine with an NVIDIA GPU")
     check([b for b in FUSED if b in available_backends("cuda")])
-    import triton
 
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+    print(stamp())
     rows = []
     for case in (c for c in CASES if c.name in args.case):
         for row in measure(case, Chip()):

@@ -14,10 +14,10 @@ from mambapeft_vision.utils.environment import device_name, git_state, library_v
 STAMP = "# measured: "
 
 
-def stamp() -> str:
-    """Card or CPU, versions, commit and day, in one line."""
+def stamp(device: str | None = None) -> str:
+    """Card or CPU, versions, commit and day, in one line. device: default: a GPU where there is one."""
     versions = library_versions()
-    machine = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    machine = device_name(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     commit, dirty = git_state()
     code = f"commit {commit[:10]}{' with changes' if dirty else ''}" if commit else "commit unknown"
     named = [f"{label} {versions[key]}" for key, label in _SHOWN.items() if key in versions]
@@ -29,9 +29,14 @@ _SHOWN = {"python": "Python", "torch": "PyTorch", "cuda": "CUDA", "triton": "Tri
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Writes rows of the same keys as CSV below the stamp."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, f"{STAMP}{stamp()}\n{csv_text(rows)}")
+
+
+def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows of the same keys as CSV."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, f"{STAMP}{stamp()}\n{text.getvalue()}")
+    return text.getvalue()

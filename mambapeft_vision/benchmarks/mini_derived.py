@@ -32,7 +32,7 @@ PROBE = "linear_probe"
 
 def best_methods(choices: Mapping[str, Choice], count: int) -> list[str]:
     """Those with the highest accuracy on val200, the best first."""
-    return sorted(choices, key=lambda name: -choices[name].means[choices[name].setting])[:count]
+    return sorted(choices, key=lambda name: -choices[name].mean)[:count]
 
 
 def ensembles(benchmark: Benchmark, choices: Mapping[str, Choice], count: int) -> Iterator[tuple[str, RunRecord]]:

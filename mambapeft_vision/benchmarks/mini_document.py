@@ -180,7 +180,7 @@ def _refinements_table(found: Mapping[str, Choice]) -> Table:
         more = [setting for setting in choice.means if setting not in {Setting(rate) for rate in choice.rates}]
         if more:
             trials = "; ".join(f"{setting}: {choice.means[setting]:.2f}" for setting in more)
-            rows.append([name, str(choice.setting), f"{choice.means[choice.setting]:.2f}", trials])
+            rows.append([name, str(choice.setting), f"{choice.mean:.2f}", trials])
     notes = ["Around each method's best rate, scored like the rates: two weight decays, and two scales or rates."]
     return Table("chosen settings", ["Method", "chosen", "val200", "tried"], rows, notes, left=(0, 1, 3))
 

@@ -4,6 +4,7 @@ Memba (arXiv 2506.18184) is a membrane on the gate beside LoRA on in_proj and ou
 LoRA alone says what the membrane costs; the identity (no leak, no threshold) has to equal it, up to roundings.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
@@ -13,38 +14,44 @@ from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.results.tables import MISSING, Standard, Table
 from mambapeft_vision.sweep.jobs import Job
 
-#: The published one first; τ = 0.5, V_th = 1, four chunks, reset after the input, u_1 from the block before.
-VARIANTS: Mapping[str, tuple[str, ...]] = {
-    "as published": (),
-    "leak 0": ("method.memba.tau=0.0",),
-    "leak 0.25": ("method.memba.tau=0.25",),
-    "leak 0.75": ("method.memba.tau=0.75",),
-    "leak 1": ("method.memba.tau=1.0",),
-    "threshold 0.5": ("method.memba.threshold=0.5",),
-    "threshold 2": ("method.memba.threshold=2.0",),
-    "threshold 4": ("method.memba.threshold=4.0",),
-    "no threshold": ("method.memba.threshold=null",),
-    "1 chunk": ("method.memba.chunks=1",),
-    "2 chunks": ("method.memba.chunks=2",),
-    "8 chunks": ("method.memba.chunks=8",),
-    "16 chunks": ("method.memba.chunks=16",),
-    "reset before the input": ("+method.memba.reset_first=true",),
-    "nothing from the block before": ("method.memba.transfer=false",),
-    "identity: leak 0, no threshold": ("method.memba.tau=0.0", "method.memba.threshold=null"),
-    "LoRA of in_proj and out_proj alone": ("~method.memba",),
+#: The changed arguments of each; None: no membrane. As published: τ = 0.5, V_th = 1, four chunks, reset after the
+#: input, u_1 from the block before.
+VARIANTS: Mapping[str, Mapping[str, float | None] | None] = {
+    "as published": {},
+    "leak 0": {"tau": 0.0},
+    "leak 0.25": {"tau": 0.25},
+    "leak 0.75": {"tau": 0.75},
+    "leak 1": {"tau": 1.0},
+    "threshold 0.5": {"threshold": 0.5},
+    "threshold 2": {"threshold": 2.0},
+    "threshold 4": {"threshold": 4.0},
+    "no threshold": {"threshold": None},
+    "1 chunk": {"chunks": 1},
+    "2 chunks": {"chunks": 2},
+    "8 chunks": {"chunks": 8},
+    "16 chunks": {"chunks": 16},
+    "reset before the input": {"reset_first": True},
+    "nothing from the block before": {"transfer": False},
+    "identity: leak 0, no threshold": {"tau": 0.0, "threshold": None},
+    "LoRA of in_proj and out_proj alone": None,
 }
-_LORA_ALONE = "LoRA of in_proj and out_proj alone"
 _KEYS = ("tau", "threshold", "chunks", "reset_first", "transfer")
 
 
 def memba_jobs(benchmark: Benchmark) -> list[Job]:
     """Every variant at every rate, on the search tasks with the first seed. Raises UserError."""
     wanted = [
-        Wanted("memba", Setting(rate), benchmark.search_tasks, overrides)
-        for overrides in VARIANTS.values()
+        Wanted("memba", Setting(rate), benchmark.search_tasks, _overrides(changed))
+        for changed in VARIANTS.values()
         for rate in benchmark.rates
     ]
     return plan_runs(benchmark, wanted, benchmark.seeds[:1], SEARCH_SPLITS)
+
+
+def _overrides(changed: Mapping[str, float | None] | None) -> tuple[str, ...]:
+    if changed is None:
+        return ("~method.memba",)
+    return tuple(f"++method.memba.{key}={json.dumps(value)}" for key, value in changed.items())
 
 
 def memba_table(records: Sequence[RunRecord], standard: Standard, tasks: Sequence[str]) -> Table:
@@ -78,23 +85,9 @@ def _variant(record: RunRecord, standard: Standard) -> str | None:
     specs = standard.presets["memba"].methods_on(None)
     names = set(record.config["method"])
     if names == set(specs) - {"memba"}:
-        return _LORA_ALONE
+        return next(name for name, changed in VARIANTS.items() if changed is None)
     if names != set(specs):
         return None
-    published = {key: specs["memba"].get(key, False) for key in _KEYS}
-    given = {key: record.config["method"]["memba"].get(key, False) for key in _KEYS}
-    return next((name for name, values in _variants().items() if {**published, **values} == given), None)
-
-
-def _variants() -> dict[str, dict[str, object]]:
-    """The changed arguments of each variant that has a membrane."""
-    words = {"null": None, "true": True, "false": False}
-    return {
-        name: {
-            override.partition("=")[0].rpartition(".")[2]: words[text] if text in words else float(text)
-            for override in overrides
-            for text in [override.partition("=")[2]]
-        }
-        for name, overrides in VARIANTS.items()
-        if name != _LORA_ALONE
-    }
+    published, given = ({key: of["memba"].get(key, False) for key in _KEYS} for of in (specs, record.config["method"]))
+    membranes = {name: changed for name, changed in VARIANTS.items() if changed is not None}
+    return next((name for name, changed in membranes.items() if {**published, **changed} == given), None)

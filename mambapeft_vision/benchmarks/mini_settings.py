@@ -99,6 +99,11 @@ class Choice:
         return max(self.means, key=lambda one: (self.means[one], -one.rate, one.decay is None, one.scale == 1))
 
     @property
+    def mean(self) -> float:
+        """That of the best setting."""
+        return max(self.means.values())
+
+    @property
     def rate(self) -> float:
         """The best of the rates with everything else as it is in the preset."""
         plain = {rate: self.means[Setting(rate)] for rate in self.rates}

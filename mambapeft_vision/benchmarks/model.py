@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from mambapeft_vision.adapter.model import AdaptedModel, adapt
 from mambapeft_vision.backbones import create_backbone
+from mambapeft_vision.benchmarks.measured import stamp
 from mambapeft_vision.methods.lora import LoRA
 
 NAMES = {"vim_ti": "vim_tiny_patch16_224", "vim_s": "vim_small_patch16_224", "vim_b": "vim_base_patch16_224"}
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.exit(2, "error: this benchmark needs a CUDA GPU, and there is none here\n")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print(stamp())
     print("| backbone | kernel | batch | training img/s | evaluation img/s | as a graph | peak GiB |")
     print("|---|---|---|---|---|---|---|")
     for batch in options.batch:

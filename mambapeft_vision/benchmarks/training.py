@@ -38,7 +38,7 @@ from PIL import Image
 
 from mambapeft_vision.adapter.presets import fitting_presets
 from mambapeft_vision.benchmarks import guard
-from mambapeft_vision.benchmarks.measured import write_rows
+from mambapeft_vision.benchmarks.measured import stamp, write_rows
 from mambapeft_vision.data import Preprocessing
 from mambapeft_vision.engine.loop import step_settings
 from mambapeft_vision.engine.module import Normalise
@@ -410,7 +410,7 @@ def check_guard(card: str, outputs: Path, write: bool) -> bool:
     for backbone, method, batch in guard.CASES:
         milliseconds = guard.reference_ms()
         row = measure(task, outputs / "runs", backbone, method, batch, "bf16", kept, [])
-        found.append(guard.measurement(card, row, milliseconds))
+        found.append(guard.measurement(card, row, milliseconds, stamp()))
         print(found[-1], flush=True)
     if write:
         guard.write_measurements(GUARD_FILE, found)
@@ -445,7 +445,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available():
         parser.exit(2, "error: this benchmark needs a CUDA GPU, and there is none here\n")
     card = torch.cuda.get_device_name()
-    print(f"{card}, torch {torch.__version__}", flush=True)
+    print(stamp(), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         if options.guard:
             parser.exit(0 if check_guard(card, Path(temporary), options.guard == "write") else 1)

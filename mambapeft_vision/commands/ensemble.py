@@ -13,8 +13,9 @@ the setting `ensemble`, which `mambapeft tables` and `report` show in a row of i
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from mambapeft_vision.results.layout import PREDICTIONS_FILE, RESULT_FILE, SET_ASIDE
-from mambapeft_vision.results.record import is_derived, read_record
+from mambapeft_vision.results.layout import PREDICTIONS_FILE, RESULT_FILE
+from mambapeft_vision.results.record import is_derived
+from mambapeft_vision.results.tables import find_results
 from mambapeft_vision.run.arguments import ArgumentParser
 from mambapeft_vision.run.ensemble import Member, ensemble
 from mambapeft_vision.utils.errors import UserError
@@ -44,16 +45,15 @@ def main(arguments: Sequence[str]) -> None:
 
 def find_members(places: Iterable[Path]) -> list[Member]:
     """The finished runs at or below some places, without ensembles and what was set aside. Raises UserError."""
-    folders: dict[Path, None] = {}
+    by_folder: dict[Path, Member] = {}
     for place in places:
         if not place.is_dir():
             raise UserError(f"{place} is no folder; expected that of a finished run, or one with such below")
-        found = [file.parent for file in sorted(place.rglob(RESULT_FILE)) if SET_ASIDE not in file.parent.name]
+        found = [Member(one.folder, one.record) for one in find_results([place]) if one.folder is not None]
         if not found:
             raise UserError(f"no finished run ({RESULT_FILE}) in {place}")
-        folders |= dict.fromkeys(found)
-    members = [Member(folder, read_record(folder)) for folder in folders]
-    members = [member for member in members if not is_derived(member.record)]
+        by_folder |= {member.folder: member for member in found}
+    members = [member for member in by_folder.values() if not is_derived(member.record)]
     lacking = [member.folder for member in members if not (member.folder / PREDICTIONS_FILE).is_file()]
     if lacking:
         raise UserError(f"{lacking[0]} has no {PREDICTIONS_FILE} ({len(lacking)} runs lack it); run again")

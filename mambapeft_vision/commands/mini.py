@@ -20,7 +20,7 @@ overrides (trainer.max_epochs=20, paths.outputs=DIR, ...) go to every run and mu
 import argparse
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def run_stage(options: argparse.Namespace) -> int | None:
     complete = _run(jobs_of_stage(options.command, benchmark, _settings(options.command, benchmark)), options)
     if options.command in ("search", "refine") and complete:
         print_choices(_choices(benchmark))
-    return complete_or_crash(complete)
+    return CRASH if complete is None else None
 
 
 def run_memba(options: argparse.Namespace) -> int | None:
@@ -81,7 +81,7 @@ def run_memba(options: argparse.Namespace) -> int | None:
     complete = _run(jobs, options)
     if complete:
         print(to_markdown(memba_table(records_of(jobs), read_standard(benchmark.configs), benchmark.search_tasks)))
-    return complete_or_crash(complete)
+    return CRASH if complete is None else None
 
 
 def run_ensembles(options: argparse.Namespace) -> None:
@@ -99,10 +99,6 @@ def run_interpolations(options: argparse.Namespace) -> None:
     how = How(options.device, cache=options.cache, sources=Kept(len(benchmark.tasks)).sources)
     for line in interpolations(benchmark, _choices(benchmark), options.best, how):
         print(line, flush=True)
-
-
-def complete_or_crash(complete: bool | None) -> int | None:
-    return CRASH if complete is None else None
 
 
 def _run(jobs: Sequence[Job], options: argparse.Namespace) -> bool | None:
@@ -129,6 +125,10 @@ def _settings(stage: str, benchmark: Benchmark) -> dict[str, list[Setting]]:
         print(f"without a rate, so left out until `search` is done: {', '.join(left_out)}", flush=True)
     if stage == "tuned":
         return {name: [choice.setting] for name, choice in found.items()}
+    return _refinements(found, benchmark)
+
+
+def _refinements(found: Mapping[str, Choice], benchmark: Benchmark) -> dict[str, list[Setting]]:
     return {
         name: refinements(choice.rate, specs_of(benchmark.configs, name), benchmark.rates)
         for name, choice in found.items()
@@ -145,11 +145,7 @@ def _choices(benchmark: Benchmark) -> dict[str, Choice]:
     standard = read_standard(benchmark.configs)
     searched = records_of(jobs_of_stage("search", benchmark))
     found = choices(searched, standard, benchmark.search_tasks, benchmark.rates)
-    more = {
-        name: refinements(choice.rate, specs_of(benchmark.configs, name), benchmark.rates)
-        for name, choice in found.items()
-    }
-    refined = records_of(jobs_of_stage("refine", benchmark, more))
+    refined = records_of(jobs_of_stage("refine", benchmark, _refinements(found, benchmark)))
     return choices([*searched, *refined], standard, benchmark.search_tasks, benchmark.rates)
 
 

@@ -20,20 +20,12 @@ import numpy as np
 from mambapeft_vision.results.layout import PREDICTIONS_FILE
 from mambapeft_vision.results.predictions import read_class_names, read_labels
 from mambapeft_vision.results.record import DERIVED, RunRecord
-from mambapeft_vision.results.tables import Standard
+from mambapeft_vision.results.tables import Found, Standard
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import command, override, plain
 
 MOST_DRAWN = 20  # classes of a confusion matrix; of more classes the most frequent confusions are listed
 MOST_CONFUSIONS = 12
-
-
-@dataclass(frozen=True)
-class Found:
-    """A result and, where it is a run's own file, the run's folder."""
-
-    record: RunRecord
-    folder: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -96,4 +96,5 @@ def test_adapters_come_and_go(folders):
 def test_the_benchmark_says_what_it_measured(capsys):
     bench.main(["--backbone=vim_pico_patch8_32", "--adapters=3", "--batch=2", "--repeats=2"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6 and "3 of lora_p_x" in lines[1] and "switch takes" in lines[4]
+    assert len(lines) == 7 and "3 of lora_p_x" in lines[1] and "switch takes" in lines[4]
+    assert "PyTorch " in lines[6] and "commit " in lines[6]

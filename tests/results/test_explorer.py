@@ -15,9 +15,9 @@ from helpers import runs
 from helpers.fake_records import fake_record
 
 from mambapeft_vision import cli
-from mambapeft_vision.results.explorer import Found, explorer, read_names
+from mambapeft_vision.results.explorer import explorer, read_names
 from mambapeft_vision.results.record import write_record
-from mambapeft_vision.results.tables import read_standard
+from mambapeft_vision.results.tables import Found, read_standard
 from mambapeft_vision.run.run_config import make_plan
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -25,7 +25,7 @@ from mambapeft_vision.results.tables.collect import (
     read_standard,
 )
 from mambapeft_vision.results.tables.csv_lines import to_csv
-from mambapeft_vision.results.tables.find import find_records
+from mambapeft_vision.results.tables.find import Found, find_records, find_results
 from mambapeft_vision.results.tables.render import Table, to_latex, to_markdown, to_text
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "MISSING",
     "Cell",
     "Collection",
+    "Found",
     "Incomplete",
     "Row",
     "Score",
@@ -43,6 +44,7 @@ __all__ = [
     "collect",
     "comparison_table",
     "find_records",
+    "find_results",
     "read_standard",
     "summary_table",
     "tables_of",

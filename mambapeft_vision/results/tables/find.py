@@ -1,6 +1,7 @@
 """Finished runs below folders."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,9 +12,22 @@ from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.untrusted import files_below
 
 
+@dataclass(frozen=True)
+class Found:
+    """A result and, where it is a run's own file, the run's folder."""
+
+    record: RunRecord
+    folder: Path | None = None
+
+
 def find_records(
     places: Iterable[str | Path], unreadable: Callable[[UserError], None] | None = None
 ) -> list[RunRecord]:
+    """The records of `find_results`."""
+    return [found.record for found in find_results(places, unreadable)]
+
+
+def find_results(places: Iterable[str | Path], unreadable: Callable[[UserError], None] | None = None) -> list[Found]:
     """Every finished run below `places`, and all runs of bundles (`*.runs.json`); runs set aside do not count.
 
     Args:
@@ -32,13 +46,13 @@ def find_records(
             found = files_below(place)
             files += [file for file in found if file.name == RESULT_FILE]
             bundles += [file for file in found if file.name.endswith(BUNDLE_SUFFIX)]
-    records: list[RunRecord] = []
+    results: list[Found] = []
     for file in files:
         if SET_ASIDE not in file.parent.name:
-            records += _read(partial(_unless_gone, file), unreadable)
+            results += [Found(record, file.parent) for record in _read(partial(_unless_gone, file), unreadable)]
     for bundle in bundles:
-        records += _read(partial(read_bundle, bundle), unreadable)
-    return records
+        results += map(Found, _read(partial(read_bundle, bundle), unreadable))
+    return results
 
 
 def _read(read: Callable[[], list[RunRecord]], unreadable: Callable[[UserError], None] | None) -> list[RunRecord]:
