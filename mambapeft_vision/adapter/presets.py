@@ -20,6 +20,8 @@ from mambapeft_vision.adapter.specs import for_backbone
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.registry import one_block
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.typed import nearest
+from mambapeft_vision.utils.untrusted import read_yaml
 
 _KEYS = ("backbone", "count", "paper", "run")
 
@@ -81,6 +83,15 @@ def read_preset(path: str | Path) -> Preset:
 def read_presets(folder: str | Path) -> dict[str, Preset]:
     """Every preset of a folder, by name."""
     return {path.stem: read_preset(path) for path in sorted(Path(folder).glob("*.yaml"))}
+
+
+def registered_name(configs: Path, backbone: str) -> str:
+    """What a backbone's config calls it: `vim_nano_patch8_64` of vim_nano. Raises UserError for an unknown config."""
+    known = sorted(file.stem for file in (configs / "backbone").glob("*.yaml"))
+    if backbone not in known:
+        raise UserError(f"backbone={backbone} is unknown; {nearest(backbone, known)}")
+    name: str = read_yaml(configs / "backbone" / f"{backbone}.yaml", references=True)["name"]
+    return name
 
 
 def fitting_presets(

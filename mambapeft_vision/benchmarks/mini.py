@@ -11,7 +11,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from mambapeft_vision.adapter.presets import fitting_presets, read_preset
+from mambapeft_vision.adapter.presets import fitting_presets, read_preset, registered_name
 from mambapeft_vision.benchmarks.mini_settings import RATES, SEARCH_TASKS, Setting
 from mambapeft_vision.data.generated.mini import IMPORTED
 from mambapeft_vision.results.paper import PAPER
@@ -21,7 +21,6 @@ from mambapeft_vision.run.inputs import Inputs
 from mambapeft_vision.run.run_config import Resolved
 from mambapeft_vision.sweep.jobs import Job, state_of
 from mambapeft_vision.utils.errors import UserError
-from mambapeft_vision.utils.untrusted import read_yaml
 
 STAGES = {
     "recipe": "every method at the paper's learning rate, on every task with every seed",
@@ -93,15 +92,6 @@ def benchmark_methods(
     place = {name: number for number, name in reversed(list(enumerate(published)))}
     ordered = sorted(fitting, key=lambda name: (place.get(name, len(published)), name))
     return [name for name in ordered if chosen is None or name in chosen], reasons
-
-
-def registered_name(configs: Path, backbone: str) -> str:
-    """What a backbone's config calls it: `vim_nano_patch8_64` of vim_nano. Raises UserError for an unknown config."""
-    known = sorted(file.stem for file in (configs / "backbone").glob("*.yaml"))
-    if backbone not in known:
-        raise UserError(f"backbone={backbone} is unknown; {nearest(backbone, known)}")
-    name: str = read_yaml(configs / "backbone" / f"{backbone}.yaml", references=True)["name"]
-    return name
 
 
 def specs_of(configs: Path, method: str) -> dict[str, Any]:

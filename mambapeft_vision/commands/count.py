@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import yaml
 
 from mambapeft_vision.adapter.build import build_method
 from mambapeft_vision.adapter.model import adapt
-from mambapeft_vision.adapter.presets import Preset, read_presets
+from mambapeft_vision.adapter.presets import Preset, read_presets, registered_name
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.results.paper import PaperRow, paper_row
 from mambapeft_vision.results.tables.render import Table, to_latex, to_markdown
@@ -49,15 +48,9 @@ class Count:
         )
 
 
-def registered_name(backbone: str) -> str:
-    """The name of the model that a file of configs/backbone builds."""
-    name: str = yaml.safe_load((configs_folder() / "backbone" / f"{backbone}.yaml").read_text())["name"]
-    return name
-
-
 def count(preset: Preset, backbone: str) -> int:
     """Trained parameters of a preset on a backbone (a file of configs/backbone), without the head."""
-    name = registered_name(backbone)
+    name = registered_name(configs_folder(), backbone)
     with torch.device("meta"):
         methods = {key: build_method(key, spec, preset.name) for key, spec in preset.methods_on(name).items()}
         model = adapt(create_backbone(name, "random"), methods, CLASSES)
@@ -93,7 +86,7 @@ def presets_for(backbone: str, presets: dict[str, Preset]) -> list[Preset]:
 def counts(backbone: str) -> tuple[list[Count], list[str]]:
     """All lines for a backbone, and complaints about headers that do not state what was counted."""
     lines, wrong = [], []
-    name = registered_name(backbone)
+    name = registered_name(configs_folder(), backbone)
     with torch.device("meta"):
         head = (create_backbone(name, "random").head_hidden_size + 1) * CLASSES
     for preset in presets_for(backbone, read_presets(configs_folder() / "method")):

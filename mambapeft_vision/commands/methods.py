@@ -7,8 +7,7 @@ mambapeft methods backbone=vit_s
 
 from collections.abc import Iterable, Sequence
 
-from mambapeft_vision.adapter.presets import Preset, fitting_presets, read_presets
-from mambapeft_vision.commands.count import registered_name
+from mambapeft_vision.adapter.presets import Preset, fitting_presets, read_presets, registered_name
 from mambapeft_vision.run.arguments import ArgumentParser
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.paths import configs_folder
@@ -36,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def print_fitting(presets: dict[str, Preset], backbone: str) -> None:
     """One line for each preset that fits a backbone (a file of configs/backbone), then why the others do not."""
-    fitting, reasons = fitting_presets(configs_folder() / "method", registered_name(backbone))
+    fitting, reasons = fitting_presets(configs_folder() / "method", registered_name(configs_folder(), backbone))
     fitting = [name for name in fitting if name in presets]
     misfits = [name for name in reasons if name in presets]
     print(f"{len(fitting)} of {len(presets)} methods fit {backbone}:")

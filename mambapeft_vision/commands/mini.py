@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mambapeft_vision.adapter.presets import registered_name
 from mambapeft_vision.benchmarks.mini import (
     STAGES,
     TASKS,
@@ -31,7 +32,6 @@ from mambapeft_vision.benchmarks.mini import (
     Benchmark,
     benchmark_methods,
     jobs_of_stage,
-    registered_name,
     specs_of,
 )
 from mambapeft_vision.benchmarks.mini_derived import ensembles, interpolations

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from mambapeft_vision.adapter.presets import read_preset
-from mambapeft_vision.commands.count import count
+from mambapeft_vision.adapter.presets import fitting_presets, registered_name
 from mambapeft_vision.integrations.wandb_summary import publish_sweep
 from mambapeft_vision.results.layout import PREDICTIONS_FILE
 from mambapeft_vision.results.paper import PUBLISHED, VIM_S
@@ -79,7 +78,7 @@ def _jobs(overrides: Sequence[str], backbones: Sequence[str], configs: Path) -> 
     others = [override for override in overrides if override.partition("=")[0] != "backbone"]
     jobs = []
     for backbone in backbones:
-        methods = [] if _names_methods(overrides) else [f"method={','.join(_trained(backbone, configs))}"]
+        methods = [] if _names_methods(overrides) else [f"method={','.join(_fitting(backbone, configs))}"]
         jobs += plan_jobs([f"backbone={backbone}", *others, *methods], configs)
     return jobs
 
@@ -89,16 +88,11 @@ def _names_methods(overrides: Sequence[str]) -> bool:
 
 
 @cache
-def _trained(backbone: str, configs: Path) -> dict[str, int]:
-    """Trained parameters of every preset of the published table that fits a backbone, by name."""
-    found = {}
-    for row in PUBLISHED[VIM_S]:
-        preset = read_preset(configs / "method" / f"{row.presets[0]}.yaml")
-        try:
-            found[preset.name] = count(preset, backbone)
-        except UserError:
-            continue  # for a part that this backbone does not have
-    return found
+def _fitting(backbone: str, configs: Path) -> list[str]:
+    """The presets of the published table that fit a backbone, in its order."""
+    published = [row.presets[0] for row in PUBLISHED[VIM_S]]
+    fitting, _ = fitting_presets(configs / "method", registered_name(configs, backbone), names=published)
+    return [name for name in published if name in fitting]
 
 
 # Before it begins
@@ -126,7 +120,7 @@ def _cost(backbone: str, command: Command, configs: Path) -> tuple[Cost, list[Jo
         note = "backbone.weights=FILE"
     jobs = _jobs(overrides, [backbone], configs)
     speeds = Speeds(known_runs(user_path(jobs[0].plan.paths.outputs)), command.rates)
-    left_out = 0 if _names_methods(overrides) else len(PUBLISHED[VIM_S]) - len(_trained(backbone, configs))
+    left_out = 0 if _names_methods(overrides) else len(PUBLISHED[VIM_S]) - len(_fitting(backbone, configs))
     return cost_of(backbone, jobs, speeds, left_out, note), jobs
 
 
