@@ -7,9 +7,8 @@ record.
 
 import io
 import math
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from mambapeft_vision.utils.budget import Budget
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain
 from mambapeft_vision.utils.untrusted import array_from, count_scans, read_bytes
@@ -25,14 +25,14 @@ from mambapeft_vision.utils.untrusted import array_from, count_scans, read_bytes
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # Of one image. A small file can promise far more pixels than there is memory: a decompression bomb.
 MAX_PIXELS = 80_000_000
+# Pixels that all threads together decode at a time, 12 bytes each: two photographs, or one larger image.
+_decoded_at_once = Budget(25_000_000)
 MAX_IMAGE_BYTES = 256_000_000  # of one file
 MAX_CHANNELS = 1_000
 # Each scan of a JPEG is decoded over all of its pixels. Progressive files usually have about ten.
 MAX_SCANS, MAX_SCANNED_PIXELS = 100, 20 * MAX_PIXELS
 # Bytes of a file in a form that Pillow decodes value by value in Python.
 MAX_SLOW_BYTES = 10_000_000
-_PIXELS_AT_ONCE = 10_000_000
-_one_large_image = threading.Lock()  # all threads together have the memory for one
 
 # Good images carry more text (metadata of cameras and editors) than Pillow's 1 MB; all of a file's text stays bounded.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
@@ -148,7 +148,7 @@ def open_image(image: Path | bytes) -> Iterator[Image.Image]:
             raise ValueError(f"{len(content):,} bytes in a form that is slow to decode; convert it to PNG or JPEG")
         if opened.mode == "F" or (opened.mode == "I" and opened.format not in ("PNG", "PPM")):
             raise ValueError(f"32-bit pixels (mode {opened.mode}), whose range is not known; convert it to 8 bits")
-        with _one_large_image if pixels > _PIXELS_AT_ONCE else nullcontext():
+        with _decoded_at_once.of(pixels):
             yield opened
 
 
