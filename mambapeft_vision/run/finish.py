@@ -42,7 +42,7 @@ def finish(plan: RunPlan, setup: Setup, history: History, console: Console, *, s
     wall_seconds = time.monotonic() - started + history.seconds_before
     record = _make_record(plan, setup, counts, unmerged, history, predictions, wall_seconds)
     write_record(plan.folder, record)
-    _remove_leftovers(plan.folder)
+    remove_leftovers(plan.folder)
     return record
 
 
@@ -67,12 +67,13 @@ def save_predictions(setup: Setup, predictions: Predictions, file: Path) -> None
 def finished_before(plan: RunPlan, record: RunRecord) -> RunRecord:
     """Returns the result of a run that is finished; says that it is not repeated."""
     with suppress(OSError):  # the folder may be read-only
-        _remove_leftovers(plan.folder)  # there if the run was killed right after its end
+        remove_leftovers(plan.folder)
     say(f"{summarise(record, plan.folder)}\nThis run was finished before; resume=false runs it again.")
     return record
 
 
-def _remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
+    """Removes what only an unfinished run needs: it is there if a process was killed right after the result."""
     (folder / CHECKPOINT_FILE).unlink(missing_ok=True)  # the adapter holds what it held
     forget_failure(folder)
 

@@ -14,7 +14,9 @@ from typing import Protocol
 
 import torch
 
+from mambapeft_vision.results.record import RunRecord, is_finished, read_record
 from mambapeft_vision.run.failure_record import write_failure
+from mambapeft_vision.run.finish import remove_leftovers
 from mambapeft_vision.sweep.jobs import Job
 from mambapeft_vision.sweep.worker import Assignment, Outcome, work
 from mambapeft_vision.sweep.worker_cache import task_key
@@ -155,8 +157,7 @@ class Pool:
             outcome = worker.connection.recv()
         except (EOFError, OSError):
             worker.process.join(PATIENCE_S)
-            outcome = Outcome(None, _death(worker.process.exitcode), last=True)
-            write_failure(job.folder, outcome.error, "WorkerDied", "", job.overrides)
+            outcome = _outcome_of_dead(job, worker.process.exitcode)
         worker.job = None
         if outcome.last:
             worker.process.join(PATIENCE_S)
@@ -207,6 +208,27 @@ def assignment_of(job: Job) -> Assignment:
     cfg = job.config()
     cfg.resume = True
     return Assignment(cfg, job.overrides, job.folder, job.outdated)
+
+
+def _outcome_of_dead(job: Job, code: int | None) -> Outcome:
+    """What has become of the run of a worker that died: its result, if that was written before, else a failure."""
+    record = _result_of(job)
+    if record is not None:
+        with suppress(OSError):
+            remove_leftovers(job.folder)
+        return Outcome(record, last=True)
+    error = _death(code)
+    write_failure(job.folder, error, "WorkerDied", "", job.overrides)
+    return Outcome(None, error, last=True)
+
+
+def _result_of(job: Job) -> RunRecord | None:
+    """The result that was not there when the sweep was planned."""
+    with suppress(UserError):
+        if is_finished(job.folder):
+            record = read_record(job.folder)
+            return record if record.finished_at != job.outdated else None
+    return None
 
 
 def _death(code: int | None) -> str:

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from mambapeft_vision.results.record import RunRecord, is_finished, read_record
 from mambapeft_vision.results.tables import find_records
 from mambapeft_vision.run.arguments import ArgumentParser, positive
 from mambapeft_vision.run.exit import CRASH
+from mambapeft_vision.run.finish import remove_leftovers
 from mambapeft_vision.sweep.display import Display
 from mambapeft_vision.sweep.estimates import Rate, Speeds, read_rates
 from mambapeft_vision.sweep.jobs import Job, State, plan_jobs
@@ -110,6 +111,8 @@ def sweep(jobs: Sequence[Job], command: Command) -> int:
     """
     todo = [job for job in jobs if job.state is not State.FINISHED]
     finished = [job for job in jobs if job.state is State.FINISHED]
+    if not command.dry_run:
+        _tidy(finished)
     outputs = Path(jobs[0].plan.config["paths"]["outputs"]).expanduser()
     speeds = Speeds(known_runs(outputs), command.rates)
     gpus = gpus_of(jobs)
@@ -126,6 +129,13 @@ def sweep(jobs: Sequence[Job], command: Command) -> int:
     display = _run(todo, len(finished), speeds, workers, Pool(workers, gpus, outputs / LOGS))
     say(_closing(display, outputs))
     return len(display.failures)
+
+
+def _tidy(finished: Sequence[Job]) -> None:
+    for job in finished:
+        with suppress(OSError):  # the folder may be read-only
+            if is_finished(job.folder):  # still
+                remove_leftovers(job.folder)
 
 
 def known_runs(outputs: Path) -> list[RunRecord]:

@@ -23,7 +23,8 @@ MEASURED = {  # the fields of result.json that are measured, and so differ betwe
 
 def check_same(one: Path, other: Path) -> None:
     """Two finished runs are equal but for what was measured; neither folder holds a file that the other lacks."""
-    assert {file.name for file in one.iterdir()} == {file.name for file in other.iterdir()}
+    names = [{file.name for file in folder.iterdir()} for folder in (one, other)]
+    assert names[0] == names[1], names[0] ^ names[1]
     for name in ("adapter.safetensors", "adapter_config.json", "predictions.npz", "config.yaml", "overrides.yaml"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
     records = [json.loads((folder / RESULT_FILE).read_text()) for folder in (one, other)]

@@ -40,8 +40,14 @@ METHODS = "linear_probe,lora_p_x,a,d,bias,conv1d"
 SWEEP = [f"method={METHODS}", "seeds=0,1"]
 CRASHING_METHOD = """
 import os
+import sys
 
 from mambapeft_vision.methods.linear_probe import LinearProbe
+
+
+def die_when_done(event, arguments):
+    if event == "os.remove" and str(arguments[0]).endswith("checkpoint.ckpt"):  # result.json is written
+        os.kill(os.getpid(), 9)
 
 
 class Crashing(LinearProbe):
@@ -52,6 +58,8 @@ class Crashing(LinearProbe):
             raise RuntimeError("this method cannot be built")
         if how == "die":
             os.kill(os.getpid(), 9)
+        if how == "die when done":
+            sys.addaudithook(die_when_done)
 """
 
 
@@ -369,10 +377,10 @@ def test_crashed_runs_are_recorded_and_the_others_done(data, tmp_path):
         "dataset.name=custom/one",
         f"paths.methods={tmp_path / 'methods'}",
         "+method.crashing._target_=mambapeft_vision.methods.crashing.Crashing",
-        "+method.crashing.how=raise,die,not",
+        "+method.crashing.how=raise,die,not,die when done",
     )
     code, out, _ = crashes.command(tmp_path, "scripts/sweep_vtab1k.py", *command)
-    assert code == 1 and "2 of the runs failed" in out and "1 done" in out
+    assert code == 1 and "2 of the runs failed" in out and "2 done" in out
     failures = [json.loads(file.read_text()) for file in (tmp_path / "out").rglob("failure.json")]
     assert sorted(failure["error"] for failure in failures) == [
         "RuntimeError: this method cannot be built",
@@ -380,7 +388,18 @@ def test_crashed_runs_are_recorded_and_the_others_done(data, tmp_path):
     ]
     assert all("+method.crashing.how=" in " ".join(failure["overrides"]) for failure in failures)
     assert any("in __init__" in failure["traceback"] for failure in failures)
-    assert len(results(tmp_path / "out")) == 1
+    assert len(results(tmp_path / "out")) == 2
+    for result in results(tmp_path / "out"):  # also where the worker was killed right after it
+        assert not {"failure.json", "checkpoint.ckpt"} & set(os.listdir(result.parent))
+
+
+def test_a_run_killed_right_after_its_result_is_tidied_by_the_next_sweep(data, tmp_path):
+    job = planned(data, tmp_path, "method=linear_probe", "dataset.name=custom/one")[0]
+    carry_out(job)
+    (job.folder / "checkpoint.ckpt").touch()
+    (again, *_) = planned(data, tmp_path, "method=linear_probe", "dataset.name=custom/one")
+    assert sweep([again], Command([])) == 0
+    assert not (job.folder / "checkpoint.ckpt").exists()
 
 
 def test_a_failed_run_is_tried_again_and_its_note_goes(data, tmp_path):
