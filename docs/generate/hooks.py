@@ -22,6 +22,8 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = re.compile(r"<!-- generated: (.*?) -->", flags=re.DOTALL)
+CELL = re.compile(r"<td.*?</td>", flags=re.DOTALL)
+CODE = re.compile(r"(?<=<code>)[^<]+(?=</code>)")
 
 
 def measured_at(*files: str) -> str:
@@ -112,3 +114,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     return MARK.sub(lambda mark: block(mark[1]), markdown)
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """Marks where a browser may break a long name in a table's cell: after a slash and before an underscore."""
+    return CELL.sub(lambda cell: CODE.sub(_breakable, cell[0]), html)
+
+
+def _breakable(code: re.Match[str]) -> str:
+    return re.sub(r"(?<=\w)(?=_)|(?<=[/,])(?=\w)", "<wbr>", code[0])

@@ -127,9 +127,11 @@ def options(group: str) -> str:
 
 
 def _name_of(kind: Any) -> str:
-    """A type as it is written, with "or" for "|", which would end a table's cell."""
+    """A type as the schema's tables write it: "str or null"; a "|" would end a table's cell."""
     name = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
-    return name.replace("typing.", "").replace(" | ", " or ")
+    for written, shown in (("typing.", ""), ("str | pathlib.Path", "str"), ("None", "null"), (" | ", " or ")):
+        name = name.replace(written, shown)
+    return name
 
 
 # -- methods --------------------------------------------------------------------------------------------------
