@@ -22,7 +22,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = re.compile(r"<!-- generated: (.*?) -->", flags=re.DOTALL)
-CELL = re.compile(r"<td.*?</td>", flags=re.DOTALL)
+ROW = re.compile(r"<tr>.*?</tr>", flags=re.DOTALL)
 CODE = re.compile(r"(?<=<code>)[^<]+(?=</code>)")
 
 
@@ -117,8 +117,16 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
 
 
 def on_page_content(html: str, **_: object) -> str:
-    """Marks where a browser may break a long name in a table's cell: after a slash and before an underscore."""
-    return CELL.sub(lambda cell: CODE.sub(_breakable, cell[0]), html)
+    """Marks where a browser may break a long name in a table: after a slash and before an underscore.
+
+    The first two columns stay as they are: they hold the names that readers look for.
+    """
+    return ROW.sub(_mark_later_cells, html)
+
+
+def _mark_later_cells(row: re.Match[str]) -> str:
+    *first, later = row[0].split("</td>", 2)
+    return "</td>".join([*first, CODE.sub(_breakable, later)])
 
 
 def _breakable(code: re.Match[str]) -> str:
