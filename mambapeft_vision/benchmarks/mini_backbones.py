@@ -22,7 +22,7 @@ FEWEST = 3  # methods that an order needs
 
 @dataclass(frozen=True)
 class Column:
-    """One backbone's averages over all tasks. means: percent by preset; ppt: of those of our own runs."""
+    """One backbone's averages over all tasks. means: percent by preset; ppt: PPT by preset, of this project's runs."""
 
     name: str
     means: Mapping[str, Score]
