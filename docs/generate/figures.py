@@ -22,7 +22,7 @@ COLUMNS = {
     "peak_gib": "peak GiB",
     "trainable": "trained parameters",
 }
-FIGURE = re.compile(r"$|[-–\d]\S*( (±|%|s|M|min).*)?$")  # a cell that is empty or begins as a number does
+FIGURE = re.compile(r"$|(\*\*)?[-–\d]\S*( (±|%|s|M|min).*)?$")  # empty, or begins as a number; ** is bold
 WHOLES = {
     "mixer_forward_backward": "mixer core, forward + backward",
     "block_forward_backward": "block with LoRA_p(X) r 64, forward + backward",
