@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mambapeft_vision.run.api import train
     from mambapeft_vision.utils.errors import UserError
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 __all__ = [
     "Method",
     "UserError",

@@ -1,6 +1,7 @@
 """Tables of the benchmark pages, made from CSV files of docs/ and records of pretraining."""
 
 import json
+import re
 from typing import Any
 
 from pictures import KERNELS, rows
@@ -15,6 +16,13 @@ CASES = {
     "vim_s_b8_l730": "Vim-S stride 8 (730 tokens), batch 8",
     "vim_ti_b32": "Vim-Ti, batch 32",
 }
+COLUMNS = {
+    "train_images_per_s": "training images/s",
+    "test_images_per_s": "test images/s",
+    "peak_gib": "peak GiB",
+    "trainable": "trained parameters",
+}
+FIGURE = re.compile(r"$|(\*\*)?[-–\d]\S*( (±|%|s|M|min).*)?$")  # empty, or begins as a number; ** is bold
 WHOLES = {
     "mixer_forward_backward": "mixer core, forward + backward",
     "block_forward_backward": "block with LoRA_p(X) r 64, forward + backward",
@@ -23,10 +31,15 @@ WHOLES = {
 
 
 def csv_table(name: str) -> str:
-    """A CSV file as it is; columns after the first are set to the right."""
+    """A CSV file with names of columns in words, and thousands marked. Columns of figures are set to the right."""
     found = rows(name)
-    header = list(found[0])
-    return table(header, [list(row.values()) for row in found], "l" + "r" * (len(header) - 1))
+    lines = [[_with_thousands(cell) for cell in row.values()] for row in found]
+    align = "".join("r" if all(FIGURE.match(cell) for cell in column) else "l" for column in zip(*lines, strict=True))
+    return table([COLUMNS.get(column, column) for column in found[0]], lines, f"l{align[1:]}")
+
+
+def _with_thousands(cell: str) -> str:
+    return f"{int(cell):,}" if re.fullmatch(r"\d{4,}", cell) else cell
 
 
 def nano_table() -> str:

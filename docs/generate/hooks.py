@@ -22,6 +22,8 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = re.compile(r"<!-- generated: (.*?) -->", flags=re.DOTALL)
+ROW = re.compile(r"<tr>.*?</tr>", flags=re.DOTALL)
+CODE = re.compile(r"(?<=<code>)[^<]+(?=</code>)")
 
 
 def measured_at(*files: str) -> str:
@@ -112,3 +114,20 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     return MARK.sub(lambda mark: block(mark[1]), markdown)
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """Marks where a browser may break a long name in a table: after a slash and before an underscore.
+
+    The first two columns stay as they are: they hold the names that readers look for.
+    """
+    return ROW.sub(_mark_later_cells, html)
+
+
+def _mark_later_cells(row: re.Match[str]) -> str:
+    *first, later = row[0].split("</td>", 2)
+    return "</td>".join([*first, CODE.sub(_breakable, later)])
+
+
+def _breakable(code: re.Match[str]) -> str:
+    return re.sub(r"(?<=\w)(?=_)|(?<=[/,])(?=\w)", "<wbr>", code[0])

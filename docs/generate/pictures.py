@@ -104,6 +104,7 @@ def training() -> str:
         subtitle="Vim-S, one NVIDIA H200, bf16. Bar: batch 32. Black line: batch 256. Without linear_probe.",
         label_width=160,
         row_height=20,
+        legend=[(name, colour) for name, (colour, _, _) in FAMILIES.items()],
     )
 
 

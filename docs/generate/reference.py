@@ -20,10 +20,9 @@ from pictures import rows
 import mambapeft_vision
 from mambapeft_vision.adapter.build import build_method
 from mambapeft_vision.adapter.model import adapt
-from mambapeft_vision.adapter.presets import Preset, read_presets
+from mambapeft_vision.adapter.presets import Preset, read_presets, registered_name
 from mambapeft_vision.backbones.registry import one_block
 from mambapeft_vision.cli import COMMANDS, main
-from mambapeft_vision.commands.count import registered_name
 from mambapeft_vision.methods.method import Method
 from mambapeft_vision.results import record
 from mambapeft_vision.run import config_reference
@@ -128,9 +127,11 @@ def options(group: str) -> str:
 
 
 def _name_of(kind: Any) -> str:
-    """A type as it is written, with "or" for "|", which would end a table's cell."""
+    """A type as the schema's tables write it: "str or null"; a "|" would end a table's cell."""
     name = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
-    return name.replace("typing.", "").replace(" | ", " or ")
+    for written, shown in (("typing.", ""), ("str | pathlib.Path", "str"), ("None", "null"), (" | ", " or ")):
+        name = name.replace(written, shown)
+    return name
 
 
 # -- methods --------------------------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ def method_table() -> str:
 
 def _attached(preset: Preset) -> list[Method]:
     """The methods of a preset on one block of its backbone, without values."""
-    name = registered_name(preset.backbone)
+    name = registered_name(CONFIGS, preset.backbone)
     with torch.device("meta"):
         methods = {key: build_method(key, spec, preset.name) for key, spec in preset.methods_on(name).items()}
         adapt(timm.create_model(name, num_classes=0, **one_block(name)), methods, 2)

@@ -198,12 +198,21 @@ def bars(
     width: int = 760,
     label_width: int = 250,
     row_height: int = 24,
+    legend: Sequence[tuple[str, str]] = (),
 ) -> str:
-    """Horizontal bars from zero, labelled on the left, with their values on the right."""
-    top = 58 if subtitle else 40
+    """Horizontal bars from zero, labelled on the left, with their values on the right.
+
+    legend: name and colour of each kind of bar, in one line below the subtitle.
+    """
+    top = (58 if subtitle else 40) + (24 if legend else 0)
     drawing = Drawing(width, top + row_height * len(lines) + 14, title)
     drawing.text(14, 24, title, size=15, bold=True)
     drawing.text(14, 44, subtitle, size=12, colour=GREY)
+    x = 14.0
+    for name, colour in legend:
+        drawing.bar(x, 57, 12, 12, colour)
+        drawing.text(x + 17, 68, name, size=12)
+        x += 34 + 6.4 * len(name)
     scale = (width - label_width - 120) / max(max(line.value, line.mark or 0.0) for line in lines)
     for row, line in enumerate(lines):
         y = top + row_height * row

@@ -1,4 +1,4 @@
-"""Kernels of the Vision Mamba block and beside it; installs as `mambapeft_kernels`.
+"""Kernels of vision state-space models; installs as `mambapeft_kernels`.
 
 Imports torch and (where present) triton or cuda-core only, and knows neither the backbone nor PEFT.
 Every op has a `naive.py` that is its definition, and one file for each faster backend; products.py is cuBLAS alone.

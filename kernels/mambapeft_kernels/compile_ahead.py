@@ -48,8 +48,8 @@ def compile_ahead(
     batches that are no multiple of 4, whose drop-path factors are less aligned.
 
     Args:
-        scale: of the block's sum of directions.
-        dtype: of the activations.
+        scale: factor on the block's sum of directions.
+        dtype: dtype of the activations.
         backend: a resolved one; only fused kernels compile.
     Returns: what to wait for with `concurrent.futures.wait`.
     """

@@ -59,7 +59,7 @@ def plain_gradients(
     Args:
         function: the op's definition in plain PyTorch.
         inputs: as the forward pass saved them, with their history.
-        grad: of the output.
+        grad: gradient of the output.
     """
     with torch.enable_grad(), no_autocast(grad.device.type):
         # Views, because an input may be computed from another one: gradients stop here, and none is counted twice.

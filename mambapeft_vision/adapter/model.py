@@ -30,8 +30,8 @@ class AdaptedModel(nn.Module):
     Args:
         backbone: keeps the contract (`backbones/contract.py`); it is changed in place, and adapted once.
         methods: by name; names are the keys of `method:` in the config. Their order does not matter.
-        num_classes: of the task.
-        seed: of the methods' initial tensors; each method's draw depends on the seed and its name alone.
+        num_classes: number of classes of the task.
+        seed: seed of the methods' initial tensors; each method's draw depends on the seed and its name alone.
 
     Whoever trains it sets `class_names` (by label, where there are some) and `multi_label` (an image has any number of
     labels); both are saved with the adapter.
@@ -244,8 +244,8 @@ def adapt(backbone: Backbone, methods: Mapping[str, Method], num_classes: int, s
     Args:
         backbone: from `create_backbone`, or a model of your own that keeps the contract; it is adapted once.
         methods: by name; their order does not matter.
-        num_classes: of the task.
-        seed: of the methods' initial tensors.
+        num_classes: number of classes of the task.
+        seed: seed of the methods' initial tensors.
     Returns: the model: normalised images [B, 3, H, W] → logits [B, num_classes].
     Raises: UserError for a method that does not fit the backbone, and two methods that want the same port or tensor.
 

@@ -68,7 +68,7 @@ class AdapterPool:
 
         Args:
             images: [B, C, H, W], normalised, on the backbone's device.
-            names: of the adapter of each image. Images of one adapter are computed together.
+            names: the adapter's name for each image. The pool computes images of one adapter together.
         """
         if len(names) != len(images):
             raise UserError(f"{len(names)} names for {len(images)} images; expected one for each")

@@ -29,7 +29,7 @@ class Prediction:
         name: the file, or the number of an image that is none.
         label: the most probable class.
         class_name: its name, or its number where the model knows no names.
-        probability: of that class, 0 to 1.
+        probability: probability of that class, 0 to 1.
         top: the most probable classes by name, with their probabilities.
         labels: names of the classes that the image has, where images may have several; else of the one class.
     """

@@ -169,7 +169,7 @@ class Arm(ScanModel):
     Args:
         expand: 1 in all published sizes.
         mlp_hidden: width inside the SwiGLU MLPs; None: floor(8 · embed_dim / 3).
-        drop_path_rate: of both branches of block i: [0, linspace(0, rate, depth)][i].
+        drop_path_rate: drop-path rate of both branches of block i: [0, linspace(0, rate, depth)][i].
         global_pool: "avg" (the published recipe) averages the mean of the patches in front of the class token and that
             of those behind it; "token" reads the class token. Others: see `TimmModel`.
         further_dt_bias: how dt_proj.bias of the directions after the first starts; see `Mixer.init_weights`.

@@ -45,8 +45,8 @@ def build(kind: type[Model], name: str, pretrained: bool, sizes: dict[str, Any],
     Args:
         kind: its class.
         pretrained: load the weights that its record names, or those of `pretrained_cfg_overlay` (file, url, …).
-        sizes: of this variant; `kwargs` may change them.
-        kwargs: of `timm.create_model`: sizes, device and dtype, `features_only`, `pretrained_cfg_overlay`, …;
+        sizes: sizes of this variant; `kwargs` may change them.
+        kwargs: arguments of `timm.create_model`: sizes, device and dtype, `features_only`, `pretrained_cfg_overlay`, …;
             `weights_license="accepted"` lets weights be fetched for which no licence was found.
     """
     accepted = kwargs.pop("weights_license", None)

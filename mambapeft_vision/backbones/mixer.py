@@ -120,7 +120,7 @@ class Mixer(Ported):
     def directions(self, dtype: torch.dtype) -> Directions:
         """The weights of the scan directions, each read once (they may be computed when read); or their modules.
 
-        dtype: of the activations.
+        dtype: dtype of the activations.
         """
         nothing = (None,) * len(self.suffixes)
         offsets = [nothing if p.value is None else p.value() for p in (self.state_offset, self.output_offset)]

@@ -37,8 +37,8 @@ def create_backbone(
     Args:
         name: as registered with timm, e.g. "vim_small_patch16_224".
         weights: "official" (fetched from the hub or its cache), "random" (drawn from `seed`), or a file.
-        seed: of random weights.
-        weights_sha256: of the file with the weights (as `sha256sum` prints it); another file is refused.
+        seed: seed of random weights.
+        weights_sha256: hash of the file with the weights (as `sha256sum` prints it); another file is refused.
         weights_license: "accepted" lets official weights be fetched for which no licence was found.
         architecture: other sizes than the variant's, e.g. img_size, drop_path_rate.
     Returns: the model without a head, in training mode: normalised images [B, 3, H, W] → features.

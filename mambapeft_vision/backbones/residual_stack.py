@@ -27,7 +27,7 @@ class ResidualStack(ScanModel):
         Args:
             drop_path_rate: block i drops its incoming branch with rate linspace(0, rate, depth)[i - 1] (block 0 never),
                 and the last branch, before the final norm, with `drop_path_rate`.
-            norm_eps: of the RMSNorms.
+            norm_eps: epsilon of the RMSNorms.
             mixer: sizes of the mixers.
         """
         self.head = zero_head(self.head_hidden_size, self.num_classes)

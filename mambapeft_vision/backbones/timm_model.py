@@ -205,7 +205,7 @@ class TimmModel(Ported):
 
         Args:
             x: images [B, C, H, W].
-            indices: of blocks; a number takes that many last ones, None all.
+            indices: indices of blocks. A number takes that many last blocks, None all.
             return_prefix_tokens: beside the patches, also the special tokens [B, n, D].
             norm: apply the final norm to each.
             stop_early: leave out blocks behind the last one asked for.

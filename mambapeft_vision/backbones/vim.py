@@ -24,7 +24,7 @@ class Vim(ResidualStack):
         embed_dim, depth, d_state, d_conv, expand, dt_rank: sizes; dt_rank defaults to ceil(embed_dim / 16).
         num_classes: 0 for features only. The head starts at zero.
         drop_path_rate: see `ResidualStack.add_blocks`.
-        norm_eps: of the RMSNorms.
+        norm_eps: epsilon of the RMSNorms.
         halve_sum: average the two directions (the official models do) instead of adding them.
         global_pool, drop_rate: see `TimmModel`.
         further_dt_bias: how the backward direction's dt_proj.bias starts; see `Mixer.init_weights`.

@@ -78,7 +78,7 @@ class Vit(TimmModel):
         img_size: height and width (or one number for both).
         patch_size, embed_dim, depth, num_heads, mlp_ratio: sizes; a head has 64 channels by default.
         num_classes: 0 for features only. The head starts at zero.
-        drop_path_rate: of the last block; linear from 0 in the first.
+        drop_path_rate: drop-path rate of the last block; linear from 0 in the first.
         global_pool, drop_rate: see `TimmModel`.
     """
 

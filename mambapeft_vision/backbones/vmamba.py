@@ -374,7 +374,7 @@ class VMamba(TimmModel):
 
     Args:
         img_size: height and width (or one number for both) that `layout` speaks of; images of any size run.
-        patch_size: of the patch embedding.
+        patch_size: patch size of the patch embedding.
         dims: D of each stage; or of the first, and every stage doubles it.
         depths: blocks of each stage.
         d_state, ssm_ratio: N, and E / D.

@@ -45,7 +45,7 @@ class Checkpoint:
 def load_official(model: TimmModel, sha256: str | None = None, license_accepted: str | None = None) -> None:
     """Loads the published weights of `model`'s variant: from the package, or from the hub (or its cache).
 
-    sha256: of the file. license_accepted: "accepted" where no licence of the weights was found.
+    sha256: sha256 of the file. license_accepted: "accepted" where no licence of the weights was found.
     Raises: UserError when the variant has no published weights, no known licence, or the hub cannot be reached.
     """
     record = model.pretrained_cfg
@@ -129,7 +129,7 @@ def load_weights(model: TimmModel, path: str | Path, sha256: str | None = None, 
     Position embeddings are resized when the grid of patches differs, filters of the patch embedding are summed or
     repeated for another number of channels (as timm does). Nothing is loaded when anything does not fit.
 
-    sha256: of the file, checked before anything is read from it.
+    sha256: sha256 of the file, checked before anything is read from it.
     with_head: load the head too, where the file has one of the same shape.
     Raises: UserError naming the architecture that the file is for, or listing missing, unknown and mis-shaped keys.
     """

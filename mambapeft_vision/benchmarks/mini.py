@@ -43,7 +43,7 @@ class Benchmark:
         configs: the folder with train.yaml.
         methods: names of presets.
         backbone: name of a config (configs/backbone).
-        rates: of the search.
+        rates: learning rates of the search.
         overrides: Hydra's, for every run.
     """
 

@@ -22,7 +22,7 @@ FEWEST = 3  # methods that an order needs
 
 @dataclass(frozen=True)
 class Column:
-    """One backbone's averages over all tasks. means: percent by preset; ppt: of those of our own runs."""
+    """One backbone's averages over all tasks. means: percent by preset; ppt: PPT by preset, of this project's runs."""
 
     name: str
     means: Mapping[str, Score]
@@ -92,7 +92,7 @@ def averages_table(columns: Sequence[Column], stage: str) -> Table:
         f"Average top-1 accuracy in percent with {stage}; ± sample standard deviation over seeds.",
         f"Mean rank: over the backbones, among the {len(common)} methods that all of them have.",
     ]
-    return Table("every method on every backbone", header, rows, notes)
+    return Table("Every method on every backbone", header, rows, notes)
 
 
 def _cells(column: Column, name: str) -> tuple[str, str]:
@@ -110,7 +110,7 @@ def correlations_table(columns: Sequence[Column]) -> Table:
     every = [*columns, published_column(name for column in columns for name in column.means)]
     rows = [[first.name, *(_correlation(first, second) for second in every)] for first in every]
     notes = ["Spearman's rank correlation over the methods that both have; in brackets how many these are."]
-    return Table("do the methods come in the same order?", ["", *(column.name for column in every)], rows, notes)
+    return Table("Do the methods come in the same order?", ["", *(column.name for column in every)], rows, notes)
 
 
 def _correlation(first: Column, second: Column) -> str:

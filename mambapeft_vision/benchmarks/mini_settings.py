@@ -87,7 +87,7 @@ def refinements(rate: float, methods: Mapping[str, Mapping[str, Any]], rates: Se
 class Choice:
     """Mean accuracy in percent on val200 by setting, of the settings with all search tasks done.
 
-    rates: of the stage `search`.
+    rates: learning rates of the stage `search`.
     """
 
     means: Mapping[Setting, float]
@@ -152,7 +152,7 @@ def choices(
     Trials of the stage `refine` count where all of them are done, so that every method is chosen from equally many.
 
     Args:
-        records: of runs; those not scored on val200 do not count.
+        records: records of runs; those not scored on val200 do not count.
     """
     found: dict[str, dict[Setting, dict[str, float]]] = {}
     for record in records:

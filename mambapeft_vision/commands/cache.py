@@ -16,8 +16,8 @@ from mambapeft_vision.utils.progress import format_duration
 
 def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser("mambapeft cache", __doc__)
-    parser.add_argument("folder", type=Path, help="paths.cache of the runs")
-    parser.add_argument("--keep-gib", type=float, help="how much to leave; 0 empties the cache")
+    parser.add_argument("folder", type=Path, help="folder of the cache: paths.cache of the runs")
+    parser.add_argument("--keep-gib", type=float, help="size to keep; 0 empties the cache")
     options = parser.parse_args(arguments)
     if not options.folder.is_dir():
         raise UserError(f"{options.folder} is no folder; expected paths.cache of the runs (data/cache)")

@@ -21,15 +21,15 @@ def parser() -> ArgumentParser:
     top = ArgumentParser("mambapeft convert", __doc__)
     commands = top.add_subparsers(dest="command", required=True)
 
-    reference = commands.add_parser("from-reference", help="turn an adapter of the published code into one of ours")
-    reference.add_argument("config", help="its config: the .py file (parsed, never run) or JSON")
-    reference.add_argument("checkpoint", help="the .pth its trainer saved")
+    reference = commands.add_parser("from-reference", help="convert an adapter of the published code")
+    reference.add_argument("config", help="config of the adapter: a .py file (parsed, never run) or JSON")
+    reference.add_argument("checkpoint", help="the .pth file that the trainer saved")
     reference.add_argument("--weights", required=True, help="the backbone's official checkpoint")
     reference.add_argument("--out", required=True, help="folder to write")
 
-    peft = commands.add_parser("from-peft", help="turn an adapter of Hugging Face peft into one of ours")
+    peft = commands.add_parser("from-peft", help="convert an adapter of Hugging Face peft")
     peft.add_argument("folder", help="folder that peft saved")
-    peft.add_argument("--backbone", required=True, help="registered name of the backbone that it was trained on")
+    peft.add_argument("--backbone", required=True, help="registered name of the adapter's backbone")
     peft.add_argument("--weights", default="official", help="official, random or a file with the backbone's weights")
     peft.add_argument("--out", required=True, help="folder to write")
 
@@ -38,11 +38,11 @@ def parser() -> ArgumentParser:
     merge.add_argument("--weights", default="official", help="official, random or a file with the backbone's weights")
     merge.add_argument("--out", required=True, help=".pth or .safetensors to write")
 
-    hub = commands.add_parser("to-hub", help="make a folder for the Hugging Face hub of an adapter")
+    hub = commands.add_parser("to-hub", help="make a folder for the Hugging Face hub from an adapter")
     hub.add_argument("adapter", help="folder of a run or adapter")
     hub.add_argument("--out", required=True, help="folder to write")
     hub.add_argument("--push", metavar="USER/NAME", help="also upload it to this repository (needs a token)")
-    hub.add_argument("--private", action="store_true", help="a new repository is private")
+    hub.add_argument("--private", action="store_true", help="make a new repository private")
     hub.add_argument("--revision", metavar="BRANCH", help="upload to this branch")
     return top
 

@@ -76,7 +76,7 @@ def why(preset: str, ours: int, row: PaperRow | None, head: int) -> str:
 
 
 def presets_for(backbone: str, presets: dict[str, Preset]) -> list[Preset]:
-    """The presets made for a backbone, and for a Vim those of Vim-S."""
+    """The presets made for a backbone; for a Vim also the presets made for Vim-S."""
     if backbone.startswith("vit"):
         shared = ("full", "scratch", "linear_probe", "bitfit")
         return [p for p in presets.values() if p.backbone == backbone or p.name in shared]

@@ -24,9 +24,11 @@ from mambapeft_vision.utils.text import plain
 
 def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser("mambapeft ensemble", __doc__)
-    parser.add_argument("places", nargs="+", metavar="RUN", help="folders of finished runs, or with such below")
-    parser.add_argument("--by", choices=["task", "seed"], default="task", help="an ensemble a task, or a task and seed")
-    parser.add_argument("--label", help="how tables name it (default: `3 seeds`, `2 methods` or `5 runs`)")
+    parser.add_argument("places", nargs="+", metavar="RUN", help="folders of finished runs, or folders above them")
+    parser.add_argument(
+        "--by", choices=["task", "seed"], default="task", help="one ensemble for each task, or for each task and seed"
+    )
+    parser.add_argument("--label", help="name in tables (default: `3 seeds`, `2 methods` or `5 runs`)")
     parser.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="default: %(default)s")
     options = parser.parse_args(arguments)
     places = [Path(part) for word in options.places for part in word.removeprefix("runs=").split(",")]

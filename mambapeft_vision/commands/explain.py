@@ -48,7 +48,9 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("words", nargs="+", metavar="run=DIR image=FILE", help="the run and the image")
     parser.add_argument("--out", type=Path, help="the picture (default: NAME-explained.png here)")
-    parser.add_argument("--grid", type=int, default=14, help="squares of a side (default: %(default)s)")
-    parser.add_argument("--class", dest="class_name", metavar="NAME", help="which class (default: the most probable)")
+    parser.add_argument("--grid", type=int, default=14, help="number of squares along each side (default: %(default)s)")
+    parser.add_argument(
+        "--class", dest="class_name", metavar="NAME", help="class to explain (default: the most probable)"
+    )
     add_model_options(parser)
     return parser

@@ -19,7 +19,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser("mambapeft explore", __doc__)
     parser.add_argument("places", nargs="*", default=["outputs"], help="folders with runs, result.json or .runs.json")
     parser.add_argument("--out", type=Path, default=Path("explorer.html"), metavar="FILE", help="default: %(default)s")
-    parser.add_argument("--title", default="Results", help="of the page")
+    parser.add_argument("--title", default="Results", help="title of the page")
     options = parser.parse_args(arguments)
     configs = configs_folder()
     found = find_results(options.places)

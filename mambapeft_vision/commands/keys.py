@@ -15,7 +15,9 @@ from mambapeft_vision.utils.typed import nearest
 def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser("mambapeft keys", __doc__)
     parser.add_argument("key", nargs="?", default="", help="a section, or one key (default: all)")
-    parser.add_argument("--root", choices=SCHEMAS, default="train", help="which config (default: %(default)s)")
+    parser.add_argument(
+        "--root", choices=SCHEMAS, default="train", help="config whose keys are listed (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     known = reference(options.root)
     keys = [key for key in known if not options.key or f"{key.name}.".startswith(f"{options.key}.")]

@@ -18,7 +18,12 @@ def main(arguments: Sequence[str]) -> None:
     known = sorted(file.stem for file in (configs_folder() / "backbone").glob("*.yaml"))
     parser = ArgumentParser("mambapeft methods", __doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="presets to describe (default: list all)")
-    parser.add_argument("--backbone", choices=known, metavar="BACKBONE", help="list what fits it: " + ", ".join(known))
+    parser.add_argument(
+        "--backbone",
+        choices=known,
+        metavar="BACKBONE",
+        help="list the presets that fit this backbone: " + ", ".join(known),
+    )
     options = parser.parse_options(arguments)
     presets = read_presets(configs_folder() / "method")
     for name in options.names:

@@ -241,16 +241,22 @@ def _parser() -> ArgumentParser:
     for stage, what in {**STAGES, "memba": "Memba's parts, one changed at a time, on val200 of five tasks"}.items():
         command = commands.add_parser(stage, help=what, parents=[benchmark])
         command.add_argument("--workers", type=int, help="processes that run at a time (default: one a GPU)")
-        command.add_argument("--max-minutes", type=float, default=float("inf"), help="ends in time, keeps what is done")
+        command.add_argument(
+            "--max-minutes", type=float, default=float("inf"), help="stop in time and keep finished runs"
+        )
         command.add_argument("--dry-run", action="store_true", help="only say what would run")
         command.set_defaults(run=run_memba if stage == "memba" else run_stage)
-    averaged = commands.add_parser("ensemble", help="of the tuned runs of the best methods", parents=[benchmark])
+    averaged = commands.add_parser(
+        "ensemble", help="ensembles of the tuned runs of the best methods", parents=[benchmark]
+    )
     averaged.add_argument("--best", type=int, default=5, metavar="N", help="methods (default: %(default)s)")
     averaged.set_defaults(run=run_ensembles)
     between = commands.add_parser("interpolate", help="the tuned runs of the best methods", parents=[benchmark])
     between.add_argument("--best", type=int, default=5, metavar="N", help="methods (default: %(default)s)")
     between.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    between.add_argument("--cache", default="data/cache", metavar="DIR", help="decoded images (default: %(default)s)")
+    between.add_argument(
+        "--cache", default="data/cache", metavar="DIR", help="folder of decoded images (default: %(default)s)"
+    )
     between.set_defaults(run=run_interpolations)
     packed = commands.add_parser("pack", help="the results of a backbone in one file", parents=[backbone, places])
     packed.add_argument("--out", type=Path, help="default: results/mini/BACKBONE.runs.json")
@@ -274,7 +280,7 @@ def _benchmark_parser(backbone: ArgumentParser) -> ArgumentParser:
     parser.add_argument("--methods", type=_names, metavar="A,B", help="presets; default: all that fit")
     parser.add_argument("--tasks", type=_names, metavar="A,B", default=TASKS, help="default: all 13")
     parser.add_argument("--seeds", type=_list_of(int), metavar="0,1", default=(0, 1, 2), help="default: 0,1,2")
-    parser.add_argument("--rates", type=_list_of(float), metavar="X,Y", default=RATES, help="of the search")
-    parser.add_argument("--search-tasks", type=_names, metavar="A,B", default=SEARCH_TASKS, help="of the search")
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="of every run, e.g. trainer.max_epochs=20")
+    parser.add_argument("--rates", type=_list_of(float), metavar="X,Y", default=RATES, help="learning rates tried")
+    parser.add_argument("--search-tasks", type=_names, metavar="A,B", default=SEARCH_TASKS, help="tasks to tune on")
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="for every run, e.g. trainer.max_epochs=20")
     return parser

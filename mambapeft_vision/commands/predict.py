@@ -79,7 +79,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The options of every command that uses the model of a run."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--kernel", help="a kernel backend (default: the one that the run asked for)")
-    parser.add_argument("--backbone-weights", metavar="FILE", help="where the backbone's weights are now")
+    parser.add_argument("--backbone-weights", metavar="FILE", help="place of the backbone's weights now")
     parser.add_argument(
         "--methods", metavar="DIR", help="method files of your own, if the run used some; runs their code"
     )
@@ -95,8 +95,8 @@ def _parser() -> ArgumentParser:
         "words", nargs="+", metavar="run=DIR images=WHAT", help="the run, and folders, files or patterns"
     )
     parser.add_argument("--out", type=Path, help="a .csv or .jsonl file (default: standard output, as CSV)")
-    parser.add_argument("--top", type=int, default=5, help="classes that are named (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, help="images in a pass (default: 256 on a GPU, else 32)")
+    parser.add_argument("--top", type=int, default=5, help="number of classes for each image (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, help="images in a batch (default: 256 on a GPU, else 32)")
     parser.add_argument(
         "--watch",
         type=float,

@@ -101,7 +101,7 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     one = commands.add_parser("import", parents=[common], help="one npz file or class-per-folder tree")
     one.add_argument("path", type=Path)
-    one.add_argument("--name", required=True, help="of the task and its folder")
+    one.add_argument("--name", required=True, help="name of the task and its folder")
     one.add_argument("--group", choices=GROUPS, help="for tables (default: the table's, else custom)")
     one.add_argument("--max-test", type=int, default=2000, help="test images at most, where none are marked")
     one.add_argument("--seed", type=int, default=0, help="of the splits, where none are marked")

@@ -38,7 +38,7 @@ class TaskEntry:
     """What a verified task is.
 
     Args:
-        sha256: of the whole task.
+        sha256: sha256 of the whole task.
         lists: sha256 of each list file by split.
         images, bytes: number and total size of the image files.
         classes_seen: number of different labels by split.

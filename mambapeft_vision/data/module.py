@@ -363,7 +363,7 @@ class TaskDataModule(LightningDataModule):
         return images, labels
 
     def images_in_batch(self, number: int) -> int:
-        """How many images the training batch with that number has; the last one of an epoch has what is left."""
+        """How many images the training batch of that number has; an epoch's last batch may be smaller."""
         return min(self.batch_size, len(self.train_set) - number * self.batch_size)
 
     def train_dataloader(self) -> TrainLoader:

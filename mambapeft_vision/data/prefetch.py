@@ -40,7 +40,7 @@ class Prefetch:
         self._process.start()
 
     def wait(self, progress: ProgressCallback | None = None) -> None:
-        """Returns when the process has ended; `progress` is told how far it is meanwhile."""
+        """Returns when the process has ended; meanwhile it calls `progress`."""
         while self._process.is_alive():
             self._process.join(_LOOK_EVERY_S)
             if progress is not None and 0 < self._done.value < self._total:

@@ -8,7 +8,7 @@ def stratified_splits(labels: np.ndarray, sizes: list[int], seed: int) -> list[n
 
     Args:
         labels: int [n].
-        sizes: of the parts; they add up to n.
+        sizes: sizes of the parts, n in total.
 
     Returns:
         One int64 array of indices for each size.

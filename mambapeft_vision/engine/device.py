@@ -12,7 +12,7 @@ def resolve_device(name: str, rank: int = 0) -> torch.device:
 
     Args:
         name: auto, cpu, cuda or cuda:N.
-        rank: of this process among those of one run; each takes the GPU of its number.
+        rank: rank of this process in its run; rank i takes the i-th GPU.
 
     Raises: UserError when the device is not there.
     """

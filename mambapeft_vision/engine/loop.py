@@ -75,7 +75,7 @@ def step_settings(recipe: TrainerConfig, precision: str, rank: int = 0) -> StepS
 
     Args:
         precision: the resolved one.
-        rank: of this process.
+        rank: rank of this process.
     """
     reduce = sum_over_ranks if recipe.devices > 1 else None
     return StepSettings(precision, recipe.clip_norm, recipe.micro_batch, recipe.cuda_graph, rank, reduce)

@@ -36,7 +36,7 @@ class StepSettings:
         clip_norm: largest global norm of the gradient; None: no clipping.
         micro_batch: images a pass, None for all.
         capture: whether to capture CUDA graphs, on a GPU.
-        rank: of this process among those that share the batches.
+        rank: rank of this process among the processes that share the batches.
         reduce: sums a list of tensors over them, in place.
     """
 
@@ -101,7 +101,7 @@ class TrainStep:
         Args:
             images: uint8 [b, C, H, W].
             labels: int64 [b], or float32 [b, classes] of 0 and 1 where images have several.
-            seed: of this step's dropout and drop path.
+            seed: seed of this step's dropout and drop path.
             whole: images of this step on all ranks; default: b.
         """
         cuda_graph.seed(self._device, seed + (self._settings.rank << 32))

@@ -127,7 +127,7 @@ def convert_from_peft(folder: str | Path, backbone: str, weights: str, out: str 
     Args:
         folder: that peft saved.
         backbone: registered name of what it was trained on, with other `sizes` than the variant's.
-        weights: of the backbone: "official", "random" or a file.
+        weights: weights of the backbone: "official", "random" or a file.
         out: folder for adapter.safetensors and adapter_config.json.
     """
     make_folder(Path(out))

@@ -32,7 +32,7 @@ class Request:
 
     run: folder of a run or adapter.
     out: the file or folder to write.
-    weights: of the backbone; None: those that the run records, or the official ones.
+    weights: weights of the backbone; None: those that the run records, or the official ones.
     methods: a folder with method files of one's own, if the run used one.
     int8: for ONNX, also a file with the weights in int8.
     energy, rank: for LoRA, see `low_rank.to_lora`.

@@ -24,7 +24,7 @@ _UNCHANGED = 1e-7  # of a weight's norm: roundings of a merge
 class Approximation:
     """A LoRA that stands for another adapter.
 
-    errors: of every weight, ‖ΔW - LoRA‖ / ‖ΔW‖ (Frobenius).
+    errors: relative error of every weight, ‖ΔW - LoRA‖ / ‖ΔW‖ (Frobenius).
     logits: largest difference of logits on random images, as a part of the largest logit.
     """
 

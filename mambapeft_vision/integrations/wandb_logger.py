@@ -82,7 +82,7 @@ class WandbLogger:
         self._start(plan.folder, plan.task, plan.methods, plan.seed, plan.config)
 
     def start_recorded(self, folder: Path, record: RunRecord) -> None:
-        """As `start`, for a run that is finished. Of its config only what was computed is told."""
+        """As `start`, for a run that is finished. It uploads only the computed part of the config."""
         self._start(folder, record.task, record.methods, record.seed, computed(record.config))
 
     def _start(self, folder: Path, task: str, methods: Sequence[str], seed: int, config: Mapping[str, Any]) -> None:

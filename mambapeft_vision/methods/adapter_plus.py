@@ -20,7 +20,7 @@ class AdapterPlus(Method):
     start as the base model. Biases and s have no weight decay.
 
     Args:
-        dim: of the bottleneck.
+        dim: width of the bottleneck.
         drop_path: probability that an adapter is left out for a sample in training; the same in every block, and
             beside the backbone's own drop path (both as in the authors' configuration).
     """

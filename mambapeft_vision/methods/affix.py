@@ -41,7 +41,7 @@ class Affix(Method):
         directions: "dual" (own tokens for each direction, two or four) or "single" (shared).
         inner: whether tokens join after in_proj or before it.
         projection: tokens come from embedding → Linear → Tanh → Linear, which folds into a table after training.
-        hidden: of the projection; default: the tokens' width (2E or D).
+        hidden: width of the projection's hidden layer; default: the tokens' width (2E or D).
         lean: inner only: tokens of width E without the dead gate half.
         bias_decay_mult: factor on the weight decay of the projection's biases.
     """

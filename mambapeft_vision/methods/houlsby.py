@@ -20,7 +20,7 @@ class Houlsby(Method):
     Both maps have biases, which start at zero and have no weight decay.
 
     Args:
-        dim: of the bottleneck.
+        dim: width of the bottleneck.
         init: "published", weights truncated normal with deviation 0.01, within two of them; or "zero", up at zero.
     """
 

@@ -25,7 +25,7 @@ class LST(Method):
 
     Args:
         reduction: D over the channels of the side network.
-        mlp_ratio: of the rungs.
+        mlp_ratio: MLP ratio of the rungs.
     """
 
     merge_obstacle = "the side network is no function of the trunk's weights"

@@ -20,7 +20,7 @@ class Pfeiffer(Method):
     biases at zero. Biases have no weight decay.
 
     Args:
-        dim: of the bottleneck.
+        dim: width of the bottleneck.
     """
 
     merge_obstacle = "the ReLU between down and up is no function of a weight"

@@ -28,7 +28,7 @@ class ProDiaL(Method):
 
     Args:
         targets: roles or patterns of names of linear maps with a side port, or of grouped weights.
-        n_blocks: blocks of D_b; each has ceil(in / n_blocks) inputs, the last one what is left.
+        n_blocks: blocks of D_b; each has ceil(in / n_blocks) inputs, the last one the remaining inputs.
         rank: r.
         alpha: α.
         dropout: on the input of the low-rank branch.

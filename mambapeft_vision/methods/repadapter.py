@@ -36,7 +36,7 @@ class RepAdapter(Method):
         targets: roles or patterns of names of linear maps with a side port; None: all of `ROLES` that the backbone has.
         dim: r.
         scale: s; published: chosen for each task, from 0.1 to 10.
-        groups: of up.
+        groups: number of groups of `up`.
         bias: whether down and up have biases, as published.
         dropout: between down and up.
     """

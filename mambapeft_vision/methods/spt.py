@@ -119,8 +119,8 @@ class Sensitive(nn.Module):
 
     Args:
         weight: W, any shape; frozen.
-        rank: of the LoRA; None: only single entries can train.
-        scale: of the LoRA.
+        rank: rank of the LoRA; None: only single entries can train.
+        scale: factor of the LoRA.
     """
 
     first_down: Tensor

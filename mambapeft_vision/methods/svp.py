@@ -28,7 +28,7 @@ class SVP(Method):
 
     Args:
         rank: r.
-        shared_layers: blocks that share one cross prompt; the last group has what is left.
+        shared_layers: blocks that share one cross prompt; the last group has the remaining blocks.
         cross: "own", each token's cross prompt is its own; or "first_half", as published.
         dropout: on either prompt.
         image_attention: images are first weighed by SimAM, an attention without parameters; see `simam`.

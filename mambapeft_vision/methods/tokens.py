@@ -17,9 +17,9 @@ class TokenGenerator(nn.Module):
 
     Args:
         n: tokens.
-        width: of the embedding.
+        width: width of the embedding.
         out: numbers generated for each token.
-        hidden: of the projection; None: a plain table.
+        hidden: width of the projection's hidden layer; None: a plain table.
         table: the name of the plain table among the saved tensors.
         like: gives device and dtype.
     """

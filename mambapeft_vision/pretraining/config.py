@@ -20,7 +20,7 @@ class SourceConfig:
 
     Args:
         path: npz file or class-per-folder tree (mambapeft_vision/data/prepare/importer.py).
-        share: of every batch, in proportion to the other sources'.
+        share: share of every batch, relative to the shares of the other sources.
         holdout: share of the images kept for validation, where the source marks none as `test` or `val`.
         group: as many consecutive images belong together (pictures of one thing) and are held out together.
         flip, grey, invert: probability of mirroring left to right, of losing colour, of inverting brightness.
@@ -59,7 +59,7 @@ class TeacherConfig:
     """EfficientNet-Lite0, whose features are to be predicted too (mambapeft_vision/pretraining/teacher.py).
 
     Args:
-        weight: of this loss beside that of the labels; 0: there is no teacher.
+        weight: factor of this loss; the loss of the labels has 1. 0: no teacher.
         size: pixels to a side of the images that the teacher sees.
     """
 
@@ -76,18 +76,18 @@ class PretrainConfig:
         sources: name → labelled images, at least one.
         out: `<out>.safetensors` and `<out>.json` are written.
         architecture: other sizes than the backbone's own, e.g. embed_dim, drop_path_rate.
-        augment: what is done to training images.
-        seed: of initial weights, of what is held out, and of every step.
+        augment: augmentation of training images.
+        seed: seed of the initial weights, the held-out images and every step.
         batch_size: images a step, of all sources together.
-        steps: of the run.
+        steps: number of steps of the run.
         minutes: instead of steps: their number follows from the measured speed, so that the schedule ends in time.
-        learning_rate: of AdamW, after the warm-up.
+        learning_rate: learning rate of AdamW, after the warm-up.
         min_lr: where the cosine ends.
         warmup_steps: linear; a cosine follows.
-        weight_decay: of matrices and convolutions.
+        weight_decay: weight decay of matrices and convolutions.
         clip_norm: largest global norm of the gradient.
-        label_smoothing: of the cross entropy.
-        ema: decay of the average of the weights, which is what is validated and saved.
+        label_smoothing: label smoothing of the cross entropy.
+        ema: decay of the average of the weights. This average is validated and saved.
         kernel: auto, or the name of a backend.
         device: auto, cpu, cuda or cuda:N.
         precision: fp32 or bf16 (mixed).

@@ -46,7 +46,7 @@ class Pretraining(TrainingModule):
     Args:
         model: on the device.
         sources: on the device.
-        identity: of the run, kept in its checkpoints.
+        identity: identity of the run, kept in its checkpoints.
         facts: more that is to be recorded of the run.
         note: called with one line when steps cannot be captured.
     """

@@ -40,7 +40,7 @@ def run_pretraining(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str,
     """Pretrains as the section `pretrain` of a composed config says, and returns the record.
 
     Args:
-        overrides: of the command line; those that only fine-tuning reads are refused.
+        overrides: overrides of the command line; those that only fine-tuning reads are refused.
 
     Raises: UserError.
     """
@@ -52,7 +52,7 @@ def pretrain(config: PretrainConfig, callbacks: Sequence[Callback] = ()) -> dict
     """Trains as `config` says, writes `<out>.safetensors` and `<out>.json`, and returns the record.
 
     Args:
-        callbacks: of Lightning's, called after the run's own.
+        callbacks: Lightning callbacks, called after the run's own.
 
     Raises: UserError.
     """
@@ -120,7 +120,7 @@ def round_to_half(model: nn.Module) -> None:
 
 
 def save_weights(backbone: nn.Module, out: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Writes the backbone as float16 safetensors, and its record beside it; returns the record with the hash."""
+    """Writes the backbone as float16 safetensors and its record next to it. Returns the record with the hash."""
     out.parent.mkdir(parents=True, exist_ok=True)
     weights = out.with_name(f"{out.name}.safetensors")
     state = {name: tensor.half().cpu().contiguous() for name, tensor in backbone.state_dict().items()}

@@ -30,7 +30,7 @@ class Source:
     """One decoded source.
 
     images: uint8 [n, 3, H, W]; labels: int64 [n]; train, held_out: int64, which images are for what;
-    sha256: of the npz file, or of the names and sizes of a tree's images.
+    sha256: sha256 of the npz file, or of the names and sizes of a tree's images.
     """
 
     name: str

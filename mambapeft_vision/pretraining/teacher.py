@@ -25,7 +25,7 @@ class Teacher(nn.Module):
 
     Args:
         network: has `extract_features`, images [b, 3, size, size] → a map of features [b, FEATURES, ...].
-        preprocessing: of the student's images.
+        preprocessing: preprocessing of the student's images.
     """
 
     mean: Tensor

@@ -132,7 +132,7 @@ def ordering(records: Iterable[RunRecord], expected: Sequence[str]) -> Ordering:
     """The mean over tasks and seeds of each method, and where they are not strictly in the expected order.
 
     Args:
-        records: of other methods too; those are left out.
+        records: records of other methods too; those are left out.
         expected: methods, worst first.
     Raises: UserError where methods were not all run on the same tasks and seeds, once each.
     """

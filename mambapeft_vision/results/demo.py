@@ -22,7 +22,7 @@ def compare(records: Mapping[str, RunRecord]) -> str:
     """LoRA_p(X) beside the two others, as measured, whichever is better.
 
     Args:
-        records: of `linear_probe`, `lora_p_x` and `full`.
+        records: records of `linear_probe`, `lora_p_x` and `full`.
     """
     probe, lora, full = (records[name] for name in ("linear_probe", "lora_p_x", "full"))
     return (

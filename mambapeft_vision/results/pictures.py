@@ -70,7 +70,7 @@ def page_of_predictions(
     Args:
         images: uint8 [n, 3, H, W].
         predicted, labels: n class numbers each.
-        path: of the PNG, written atomically.
+        path: path of the PNG, written atomically.
         class_names: by number; without them the numbers are shown.
     """
     figure = Figure(figsize=(COLUMNS * 1.25, ROWS * 1.55 + 0.5), layout="constrained")

@@ -69,11 +69,11 @@ def assemble(
     """Builds a run's model and loads its data.
 
     Args:
-        sources: of task and backbone.
+        sources: sources of task and backbone.
         attach: from the backbone and the number of classes to the adapted model; it may change the backbone. Default:
             the plan's methods.
         device, kernel: instead of the plan's.
-        rank: of this process among those of the run.
+        rank: rank of this process in its run.
         test_only: load no training images, and lay out no task.
 
     Raises: UserError.

@@ -31,7 +31,7 @@ class Explanation:
         pixels: uint8 [C, H, W], as the model sees the image.
         importance: float32 [grid, grid]: the fall of the probability of the class where a square is covered.
         class_name: which class.
-        probability: of it, with nothing covered.
+        probability: probability of this class for the whole image.
     """
 
     prediction: Prediction
@@ -77,7 +77,7 @@ def occlusion(trained: TrainedModel, pixels: np.ndarray, label: int, whole: floa
 
 
 def draw(found: Explanation, path: Path) -> None:
-    """The image, and beside it what speaks for the class (orange) and against it (purple); a PNG."""
+    """A PNG: the image, and a map of evidence for the class (orange) and against it (purple)."""
     figure = Figure(figsize=(8.4, 4.2), layout="constrained")
     plain_axes, axes = figure.subplots(1, 2)
     grey = len(found.pixels) < 3

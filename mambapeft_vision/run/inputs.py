@@ -105,7 +105,7 @@ def _files_of(specs: Iterable[Any], folder: Path) -> dict[str, bytes]:
 
 
 def _imported(source: bytes) -> list[str]:
-    """Names of the modules in `mambapeft_vision.methods` that a file imports, and those of its relative imports."""
+    """Names of the modules in `mambapeft_vision.methods` that a file imports, absolutely or relatively."""
     try:
         nodes = list(ast.walk(ast.parse(source)))
     except (SyntaxError, ValueError):  # for Python to say when the file is imported

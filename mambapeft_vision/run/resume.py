@@ -16,7 +16,7 @@ def settle_checkpoint(folder: Path, now: Fingerprints, say: Callable[[str], None
     """Leaves a checkpoint in a run's folder only if the run can go on from it; says what is wrong with another one.
 
     Args:
-        now: of what the run is made from.
+        now: hashes of what the run is made from now.
         say: takes a line for people.
     """
     file = folder / CHECKPOINT_FILE

@@ -54,10 +54,10 @@ class RunContext:
     """What a run is done with, beside its plan.
 
     Args:
-        overrides: of the command line, kept in the run's folder.
-        sources: of task and backbone.
+        overrides: overrides of the command line, kept in the run's folder.
+        sources: sources of task and backbone.
         expected: the result of the run that is to be done again: its images and weights are asked for.
-        callbacks: of Lightning's, called after the run's own.
+        callbacks: Lightning callbacks, called after the run's own.
     """
 
     overrides: Sequence[str] = ()

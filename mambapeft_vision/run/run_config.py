@@ -33,7 +33,7 @@ class RunPlan:
         config: what is recorded, in plain containers. Code reads the typed attributes instead.
         recipe: the section `trainer`.
         fingerprint: sha256 of what decides the result.
-        folder: of the run's files.
+        folder: folder of the run's files.
     """
 
     config: dict[str, Any]

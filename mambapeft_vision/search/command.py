@@ -18,7 +18,7 @@ def search_parser(prog: str, description: str | None, defaults: Mapping[str, str
     """The options of a search, for `parse`.
 
     Args:
-        defaults: of the options space, trials and protocol.
+        defaults: defaults of the options `space`, `trials` and `protocol`.
         tuned: whether `--method` names the preset whose settings are searched.
     """
     parser = ArgumentParser(prog, description, usage="%(prog)s [options] [key=value ...]")

@@ -23,8 +23,8 @@ class Cost:
 
     Args:
         backbone: name of a config.
-        methods: of presets that fit; left_out: of those that do not.
-        seconds: of these runs one after another; None where no rate of this backbone is known.
+        methods: number of presets that fit; left_out: number of presets that do not.
+        seconds: duration of these runs one after another; None if no rate of this backbone is known.
         disk: bytes that the finished runs take, without decoded images.
         note: what has to be there before they can run.
     """
@@ -57,7 +57,7 @@ def cost_of(backbone: str, jobs: Sequence[Job], speeds: Speeds, left_out: int = 
 
 
 def _parameters(plan: RunPlan) -> tuple[int, int]:
-    """Trained parameters without the head, and those of the head for one class."""
+    """Trained parameters without the head, and the head's parameters for one class."""
     with torch.device("meta"):
         backbone, classes = build_backbone_without_weights(plan), 2
         counts = adapt(backbone, build_methods(plan, backbone), classes, plan.seed).counts()

@@ -76,11 +76,11 @@ class Follower:
 
 
 def run_in_time(jobs: Sequence[Job], workers: int, *, deadline: float = float("inf"), tasks: int = 1) -> Follower:
-    """Runs those of the jobs that are not finished, `workers` at a time, until the deadline.
+    """Runs all unfinished jobs, `workers` at a time, until the deadline.
 
     Args:
         deadline: on the monotonic clock, seconds. No run begins that would hardly end before it; one that is still
-            under way then is told to save and end.
+            under way then gets the signal to save and end.
         tasks: whose images a worker keeps loaded.
     Raises: KeyboardInterrupt after ending the workers.
     """

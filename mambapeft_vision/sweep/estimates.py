@@ -39,7 +39,7 @@ class Speeds:
 
     Args:
         records: known runs; they count more than rates, as they are of this machine.
-        rates: of `read_rates`.
+        rates: learning rates of `read_rates`.
     """
 
     def __init__(self, records: Iterable[RunRecord] = (), rates: Sequence[Rate] = ()) -> None:

@@ -147,7 +147,7 @@ class Pool:
         wait([w.connection for w in busy] + [w.process.sentinel for w in busy], timeout=REFRESH_S)
 
     def _collect(self, number: int, worker: _Worker, watcher: Watcher) -> None:
-        """Takes the outcome of a run that has ended; that of a worker that died is its death."""
+        """Takes the outcome of a run that has ended. If its worker died, the outcome is a failure."""
         job = worker.job
         assert job is not None  # only workers that are at one are asked
         try:

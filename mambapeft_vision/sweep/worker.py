@@ -31,7 +31,7 @@ from mambapeft_vision.utils.untrusted import refuse_links
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a worker is told to do. cfg: composed, not resolved; folder: of the run.
+    """A job for a worker. cfg: composed, not resolved; folder: of the run.
 
     outdated: `finished_at` of a record there that is to be replaced.
     """
@@ -66,7 +66,7 @@ def work(connection: Connection, environment: Mapping[str, str], threads: int, l
     Args:
         connection: gives an Assignment or None, takes an Outcome for each.
         environment: variables that choose the GPU.
-        threads: of PyTorch on the CPU.
+        threads: number of PyTorch's threads on the CPU.
         log: file for what runs print.
         tasks: whose images are kept loaded.
     """

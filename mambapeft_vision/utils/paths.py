@@ -6,7 +6,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def configs_folder() -> Path:
-    """The folder with train.yaml: inside the package where a wheel is installed, beside it in a checkout."""
+    """The folder with train.yaml: inside an installed package, next to the package in a checkout."""
     installed = _PACKAGE / "configs"
     return installed if installed.is_dir() else _PACKAGE.parent / "configs"
 

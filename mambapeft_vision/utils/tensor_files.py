@@ -1,6 +1,6 @@
 """Files with tensors, read within bounds: safetensors, and PyTorch's through its restricted unpickler.
 
-The format is told by the content, never by the name. Nothing in a file is executed.
+The content decides the format, never the name. Nothing in a file is executed.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def read_tensors(file: Path | str, *, max_bytes: int = MAX_BYTES) -> Any:
     """What a file of weights holds: a dict of tensors, or what `torch.save` was given, if that is plain data.
 
     Args:
-        max_bytes: of the file; no tensor takes more memory than the file has for it.
+        max_bytes: largest size of the file in bytes; no tensor takes more memory than the file has for it.
 
     Raises:
         UserError: for a file that is damaged, holds more than tensors and plain data, or exceeds the limits.

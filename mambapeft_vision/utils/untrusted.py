@@ -241,7 +241,7 @@ def read_arrays(
     Types and shapes are read and checked before any memory is taken; nothing is unpickled.
 
     Args:
-        max_bytes: of all arrays together, unpacked.
+        max_bytes: largest size of all arrays together, unpacked, in bytes.
         kinds: NumPy's letters of the kinds of type that are allowed.
 
     Raises:
@@ -320,7 +320,7 @@ def _read_header(
 
     Args:
         name: names it in messages.
-        size: of the header and the values.
+        size: size of the header and the values.
         kinds: as in `read_arrays`.
     """
     start = member.read(8)
@@ -401,7 +401,7 @@ def open_zip(opened: BinaryIO, where: str, *, max_members: int) -> Iterator[zipf
     """A zip file whose directory is no larger than it may be; members are stored or deflated.
 
     Args:
-        opened: of `open_plain`.
+        opened: result of `open_plain`.
         where: names the file in messages.
 
     Raises:

@@ -119,7 +119,7 @@ def test_backbones_are_compared_by_the_order_of_their_methods(tmp_path):
     correlations = rows_of(text, "same order")
     assert correlations["first"] == ["–", "-1.00 (3)", "1.00 (3)"]
     assert correlations["Vim-S, published"] == ["1.00 (3)", "-1.00 (3)", "–"]
-    averages = rows_of(text, "every method on every backbone")
+    averages = rows_of(text, "Every method on every backbone")
     assert averages["lora_p_x"][:2] == ["2.0", "70.00 ± 1.41"] and averages["lora_p_x"][-1] == "71.52"
     assert 0.57 < float(averages["a"][2]) < 0.6  # PPT of a small method is a little below its accuracy
     assert (tmp_path / "mini-backbones-ranks.png").read_bytes().startswith(b"\x89PNG")

@@ -21,12 +21,12 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def through_silu(du: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The gradient of conv(x) from that of its SiLU; conv(x) is computed again."""
+    """The gradient of conv(x) from the gradient of its SiLU; conv(x) is recomputed."""
     return _run(_THROUGH_SILU, x, du, weight, bias)
 
 
 def input_gradient(g: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of x from that of conv(x)."""
+    """The gradient of x from the gradient of conv(x)."""
     return _run(_INPUT_GRADIENT, g, None, weight, None)
 
 

@@ -123,12 +123,12 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def through_silu(du: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The gradient of conv(x) from that of its SiLU; conv(x) is computed again."""
+    """The gradient of conv(x) from the gradient of its SiLU; conv(x) is recomputed."""
     return _convolved(_through_silu, (du, x), weight, bias)
 
 
 def input_gradient(g: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of x from that of conv(x)."""
+    """The gradient of x from the gradient of conv(x)."""
     dx = torch.empty_like(g)
     grid, sizes, tile = _launch(g)
     _input_gradient[grid](g, weight, dx, *sizes, **tile)

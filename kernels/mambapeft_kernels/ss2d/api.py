@@ -39,7 +39,7 @@ def ss2d(u: Tensor, weights: SS2DWeights, backend: str = "auto") -> Tensor:
 
     Args:
         u: [B, H, W, E], after the convolution and SiLU; any strides.
-        weights: of all four directions; gradients are computed only for those that ask for one.
+        weights: weights of all four directions. Only weights that require a gradient get one.
         backend: one of `mambapeft_kernels.BACKENDS` or "auto"; "mamba_ssm" has no such op.
     Returns: [B, H, W, E] in u's dtype, a plain sum. State, Δ, decay and sums are kept in at least float32.
     Raises: ValueError for shapes that do not fit each other or a backend that cannot run here.

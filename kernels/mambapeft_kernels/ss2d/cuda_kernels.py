@@ -38,7 +38,7 @@ class Scans:
 
     Args:
         u: [B, H, W, E] contiguous. proj: [B, H·W, 4 `pitch`] contiguous, u's dtype.
-        w: of all directions; x_proj_weight is in `proj` already.
+        w: weights of all directions; x_proj_weight is in `proj` already.
     """
 
     adds_skip = True  # Σ D · u is in the planes

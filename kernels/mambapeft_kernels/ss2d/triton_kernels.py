@@ -465,7 +465,7 @@ class Scans:
 
     Args:
         u: [B, H, W, E] contiguous. proj: [B, H·W, 4(R + 2N)] contiguous, u's dtype.
-        w: of all directions; x_proj_weight is in `proj` already.
+        w: weights of all directions; x_proj_weight is in `proj` already.
     """
 
     adds_skip = False  # Σ D · u is missing in the planes

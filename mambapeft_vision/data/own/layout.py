@@ -43,10 +43,10 @@ class OwnImages:
     Args:
         path: a tree of class folders, or a table.
         root: folder that the paths of a table are relative to; None: the table's.
-        columns: of a table.
+        columns: columns of a table.
         several: whether an image may have any number of labels.
         test_share, val_share: of each class's images.
-        seed: of the draw.
+        seed: seed of the draw.
     """
 
     path: Path
@@ -139,7 +139,7 @@ def read_notes(folder: Path) -> list[str]:
 
 
 def _is_recorded(source: Source, known: Sequence[IndexedFile], folder: Path) -> bool:
-    """Whether names, labels, given splits, sizes and times of change are those of the record."""
+    """Whether names, labels, given splits, sizes and times of change equal the record's."""
     given = source.splits or ("",) * len(source.paths)
     now = {
         path: (_label_text(labels), split, *_status(source.root / path))
@@ -150,7 +150,7 @@ def _is_recorded(source: Source, known: Sequence[IndexedFile], folder: Path) -> 
 
 
 def _is_same(source: Source, now: Sequence[IndexedFile], then: Sequence[IndexedFile], folder: Path) -> bool:
-    """Whether names, classes, splits and content are those of the record."""
+    """Whether names, classes, splits and content equal the record's."""
     return _content(now) == _content(then) and read_classes(folder) == source.class_names
 
 

@@ -33,7 +33,7 @@ class Source:
         labels: the classes of each image: one, or with several labels any number, in rising order.
         splits: train, val or test for each image, or None where its owner has not split them.
         class_names: by label.
-        notes: what is odd but allowed, one sentence each.
+        notes: allowed but unusual properties of the images, one sentence each.
     """
 
     root: Path

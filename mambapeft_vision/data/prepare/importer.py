@@ -46,7 +46,7 @@ class LabelledImages:
         class_names: by label.
         read: from an image's number to its file content.
         name: from an image's number to what a message calls it.
-        notes: what was left out, one sentence each.
+        notes: files that were left out and why, one sentence each.
     """
 
     source: Path

@@ -33,7 +33,7 @@ class Published:
     """A data set with published splits.
 
     Args:
-        folder: of the task.
+        folder: folder of the task.
         counts: images by split; of several numbers in circulation any. Empty: not known.
         lists: the folder's name in the publication.
         hint: what people get wrong about the images.

@@ -29,7 +29,7 @@ class Fetched:
     Args:
         dataset: name of the class in torchvision.datasets.
         train, test: arguments for each of their parts; without test, test images are drawn from what training leaves.
-        size: of the download, about.
+        size: approximate size of the download.
     """
 
     task: Task
@@ -66,7 +66,7 @@ def fetch_task(fetched: Fetched, root: Path, downloads: Path, *, seed: int = 0) 
 
     Args:
         downloads: folder for torchvision's archives.
-        seed: of the choice of images.
+        seed: seed of the choice of images.
     Raises: UserError where there is no download or it is damaged, and where the images do not fit the task.
     """
     train = [_open(fetched, part, downloads) for part in fetched.train]
