@@ -268,7 +268,9 @@ class TaskDataModule(LightningDataModule):
         shared = {entry.path for entry in train} & {entry.path for entry in test}
         if shared:
             yield f"{len(shared):,} of the {len(test):,} test images are training images too, such as {min(shared)}."
-        trained, tested = ({label for e in split for label in e.labels or (e.label,) if label >= 0} for split in (train, test))
+        trained, tested = (
+            {label for e in split for label in e.labels or (e.label,) if label >= 0} for split in (train, test)
+        )
         unseen = sorted(tested - trained)
         if unseen:
             names = ", ".join(self.class_name(label) for label in unseen[:5])

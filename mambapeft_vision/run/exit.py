@@ -298,7 +298,8 @@ def _missing_option(error: MissingConfigException) -> str:
 
 
 def _inside_groups(error: MissingConfigException, option: str) -> list[str]:
-    """Options of groups inside the option's group, as one writes them: `vtab/cifar` for `cifar`."""
+    """Options of groups inside the option's group, as one writes them, the nearest first: `vtab/cifar` for `cifar`."""
     group = configs_folder() / (error.missing_cfg_file or "").rpartition("/")[0]
-    inside = {file.relative_to(group).with_suffix("").as_posix() for file in group.glob("*/**/*.yaml")}
-    return sorted(name for name in inside if difflib.get_close_matches(option, [name.rpartition("/")[2]]))[:3]
+    inside = sorted(file.relative_to(group).with_suffix("").as_posix() for file in group.glob("*/**/*.yaml"))
+    near = difflib.get_close_matches(option, {name.rpartition("/")[2] for name in inside})
+    return [name for leaf in near for name in inside if name.rpartition("/")[2] == leaf][:3]
