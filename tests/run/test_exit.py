@@ -180,7 +180,7 @@ run("train")
     assert ended.returncode == INTERRUPTED and "Traceback" not in ended.stderr, ended.stderr
 
 
-@pytest.mark.parametrize("value", ["sp/a=b", "a b", "a,b:c"])
+@pytest.mark.parametrize("value", ["sp/a=b", "a b", "a,b:c", "~/task"])
 def test_hydras_grammar_is_translated(value):
     key = "dataset.folder"
     try:
