@@ -7,11 +7,11 @@ mambapeft explore [outputs ...] [--out explorer.html]
 from collections.abc import Sequence
 from pathlib import Path
 
+from mambapeft_vision.commands.tables import results_below
 from mambapeft_vision.results.explorer import explorer, read_names
-from mambapeft_vision.results.tables import find_results, read_standard
+from mambapeft_vision.results.tables import read_standard
 from mambapeft_vision.run.arguments import ArgumentParser
 from mambapeft_vision.utils.atomic import write_text
-from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.paths import configs_folder
 
 
@@ -22,8 +22,6 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--title", default="Results", help="title of the page")
     options = parser.parse_args(arguments)
     configs = configs_folder()
-    found = find_results(options.places)
-    if not found:
-        raise UserError(f"no finished run (result.json) below {', '.join(options.places)}; train something first")
+    found = results_below(options.places)
     write_text(options.out, explorer(found, read_standard(configs), read_names(configs), title=options.title))
     print(f"{len(found):,} results: {options.out}")

@@ -4,6 +4,7 @@ Format html is one self-contained page with the tables and the plots. --all writ
 report.html, tables.md, tables.csv, tables.tex and the plots as PNG files.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from mambapeft_vision.results.plots import named_apart, pictures_of_collections,
 from mambapeft_vision.results.report import report
 from mambapeft_vision.results.tables import (
     Collection,
+    Found,
     collect,
-    find_records,
+    find_results,
     read_standard,
     tables_of,
     to_csv,
@@ -20,7 +22,9 @@ from mambapeft_vision.results.tables import (
     to_markdown,
 )
 from mambapeft_vision.run.arguments import ArgumentParser
+from mambapeft_vision.run.outdated import outdated_note
 from mambapeft_vision.utils.atomic import write_text
+from mambapeft_vision.utils.console import say
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.paths import configs_folder
 
@@ -44,10 +48,22 @@ def main(arguments: Sequence[str]) -> None:
 
 def collections_below(places: Sequence[str], *, allow_mixed: bool) -> list[Collection]:
     """The finished runs below some folders, sorted for tables. Raises UserError where there are none."""
-    records = find_records(places)
-    if not records:
-        raise UserError(f"no finished run (result.json) below {', '.join(places)}; train something first")
+    records = [found.record for found in results_below(places)]
     return collect(records, read_standard(configs_folder()), allow_mixed=allow_mixed)
+
+
+def results_below(places: Sequence[str]) -> list[Found]:
+    """The finished runs below some folders; says which are not of what there is now.
+
+    Raises UserError where there are none.
+    """
+    found = find_results(places)
+    if not found:
+        raise UserError(f"no finished run (result.json) below {', '.join(places)}; train something first")
+    note = outdated_note(found)
+    if note:
+        say(note, sys.stderr)
+    return found
 
 
 def write_all(collections: list[Collection], folder: Path) -> None:

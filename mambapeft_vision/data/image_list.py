@@ -122,7 +122,7 @@ def parse_list(file: Path, num_classes: int, *, remedy: str = "", several: bool 
         folder=file.parent,
         file=file,
         entries=tuple(entries.values()),
-        sha256=hashlib.sha256(content).hexdigest(),
+        sha256=hashlib.sha256(content.replace(b"\r\n", b"\n")).hexdigest(),  # the same list, whoever copied it
         remedy=remedy,
         several=num_classes if several else None,
     )

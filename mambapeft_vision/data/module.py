@@ -3,7 +3,7 @@
 import functools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -199,6 +199,8 @@ class TaskDataModule(LightningDataModule):
         self._find_classes((self.train_split, self.test_split))
         self.notes = read_notes(self.folder) if self.own is not None else []
         self._listings = {split: self._checked_list(split) for split in splits}
+        if not test_only:
+            self.notes += self._notes_on_splits()
         if self.shots is not None and not test_only:
             self._listings[self.train_split] = self._few(self._listings[self.train_split], self.shots)
 
@@ -259,6 +261,21 @@ class TaskDataModule(LightningDataModule):
         listing = read_list(file, num_classes, remedy=self.remedy(), several=self.multi_label)
         link = self.folder / "images"
         return replace(listing, images=link.readlink()) if self.own is not None and link.is_symlink() else listing
+
+    def _notes_on_splits(self) -> Iterator[str]:
+        """What makes the accuracy mean something else than users expect."""
+        train, test = self._listings[self.train_split].entries, self._listings[self.test_split].entries
+        shared = {entry.path for entry in train} & {entry.path for entry in test}
+        if shared:
+            yield f"{len(shared):,} of the {len(test):,} test images are training images too, such as {min(shared)}."
+        trained, tested = (
+            {label for e in split for label in e.labels or (e.label,) if label >= 0} for split in (train, test)
+        )
+        unseen = sorted(tested - trained)
+        if unseen:
+            names = ", ".join(self.class_name(label) for label in unseen[:5])
+            more = " …" if len(unseen) > 5 else ""
+            yield f"{len(unseen):,} classes of the test images have no training image: {names}{more}."
 
     def _few(self, listing: ImageList, shots: int) -> ImageList:
         """Training images such that each class has `shots` of them; says where a class has fewer."""

@@ -37,6 +37,7 @@ from mambapeft_vision.adapter.specs import RENAMED
 from mambapeft_vision.utils.atomic import write_json
 from mambapeft_vision.utils.console import say
 from mambapeft_vision.utils.errors import DISK_REMEDIES, NotFiniteError, Preempted, SweepEnded, UserError
+from mambapeft_vision.utils.paths import configs_folder
 from mambapeft_vision.utils.progress import CANNOT_WRITE
 from mambapeft_vision.utils.text import command, override, plain
 from mambapeft_vision.utils.typed import nearest
@@ -292,5 +293,13 @@ def _missing_option(error: MissingConfigException) -> str:
     option = (error.missing_cfg_file or "").rpartition("/")[2]
     if option in RENAMED:
         return f"{text}; it has no file of its own any more: write {RENAMED[option]}"
-    near = difflib.get_close_matches(option, error.options or [], n=3)
+    near = difflib.get_close_matches(option, error.options or [], n=3) or _inside_groups(error, option)
     return f"{text}; did you mean {', '.join(near)}?" if near else f"{text}; --help lists what there is"
+
+
+def _inside_groups(error: MissingConfigException, option: str) -> list[str]:
+    """Options of groups inside the option's group, as one writes them, the nearest first: `vtab/cifar` for `cifar`."""
+    group = configs_folder() / (error.missing_cfg_file or "").rpartition("/")[0]
+    inside = sorted(file.relative_to(group).with_suffix("").as_posix() for file in group.glob("*/**/*.yaml"))
+    near = difflib.get_close_matches(option, {name.rpartition("/")[2] for name in inside})
+    return [name for leaf in near for name in inside if name.rpartition("/")[2] == leaf][:3]

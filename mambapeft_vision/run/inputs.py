@@ -60,8 +60,10 @@ class Inputs:
         """Whether `record` was made from what there is now. What is not there to compare with counts as the same."""
         return not changed(Fingerprints.of_record(record), self.of(plan))
 
-    def of(self, plan: RunPlan) -> Fingerprints:
-        return Fingerprints(self.images(plan), self._weights(plan), own_methods_sha256(plan))
+    def of(self, plan: RunPlan, *, with_weights: bool = True) -> Fingerprints:
+        """with_weights: whether to build the backbone and hash its tensors; otherwise they are not known."""
+        weights = self._weights(plan) if with_weights else None
+        return Fingerprints(self.images(plan), weights, own_methods_sha256(plan))
 
     def images(self, plan: RunPlan) -> str | None:
         """The hash of the task; None where its lists are not there."""

@@ -95,7 +95,7 @@ def command(*words: object) -> str:
 def override(key: str, value: object) -> str:
     """`key=value` of Hydra's command line, the value quoted where Hydra's grammar would read it otherwise."""
     text = str(value)
-    if re.fullmatch(r"[A-Za-z0-9_./@~%-]+", text):
+    if re.fullmatch(r"[A-Za-z0-9_./@%-]+", text):
         return f"{key}={text}"
     # Inside of quotes a backslash stands for itself, unless a quote follows.
     escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + (r"\"" if found[2] else ""), text)

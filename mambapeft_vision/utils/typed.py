@@ -112,10 +112,22 @@ def describe(annotation: Any) -> str:
     return " or ".join(sorted({_word(option) for option in _options(annotation)}))
 
 
+# What other programs call our keys, where the letters are too far from ours.
+_OTHER_NAMES = {
+    "bs": "batch_size",
+    "epochs": "max_epochs",
+    "gpus": "devices",
+    "lr": "learning_rate",
+    "r": "rank",
+    "wd": "weight_decay",
+}
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`did you mean a, b?`, or all known names where none is near."""
     known = sorted(str(k) for k in known)
-    near = difflib.get_close_matches(name[:100], known, n=3, cutoff=0.5)
+    also = [_OTHER_NAMES[name]] if _OTHER_NAMES.get(name) in known else []
+    near = also or difflib.get_close_matches(name[:100], known, n=3, cutoff=0.5)
     return f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
 
 

@@ -47,6 +47,16 @@ def test_safetensors_load(tmp_path):
     assert torch.equal(target.pos_embed, source.pos_embed)
 
 
+@pytest.mark.parametrize("name", ["w", "w.pth", "w.bin", "w.safetensors"])
+@pytest.mark.parametrize("save", [save_file, torch.save])
+def test_the_format_is_told_by_the_content(tmp_path, name, save):
+    """Files of the hub's cache have no ending; others were renamed."""
+    source, target = tiny(), tiny()
+    save(dict(source.state_dict()), tmp_path / name)
+    load_weights(target, tmp_path / name)
+    assert torch.equal(target.pos_embed, source.pos_embed)
+
+
 def test_nothing_is_half_loaded(tmp_path):
     source, target = tiny(), tiny()
     state = source.state_dict()

@@ -1,5 +1,7 @@
 """List files: what is read, and every way a line can be wrong."""
 
+import hashlib
+
 import pytest
 
 from mambapeft_vision.data.image_list import missing_images, parse_list, read_list
@@ -110,3 +112,10 @@ def test_missing_images_are_found_in_list_order(tmp_path):
     (tmp_path / "b" / "1.jpg").touch()
     listing = read_list(write(tmp_path, b"c/2.jpg 0\nb/1.jpg 0\nb/3.jpg 0\n"), 3, remedy="")
     assert [entry.path for entry in missing_images(listing)] == ["c/2.jpg", "b/3.jpg"]
+
+
+def test_line_ends_make_no_other_list(tmp_path):
+    """Copied through Windows or checked out there, the list names the same images: a run of it is the same run."""
+    hashes = [read_list(write(tmp_path, c), 3, remedy="").sha256 for c in (GOOD, GOOD.replace(b"\n", b"\r\n"))]
+    assert hashes[0] == hashes[1] == hashlib.sha256(GOOD).hexdigest()
+    assert read_list(write(tmp_path, GOOD.replace(b" 2", b" 1")), 3, remedy="").sha256 != hashes[0]

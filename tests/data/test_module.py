@@ -355,3 +355,21 @@ def test_an_evaluation_needs_the_test_split_alone_and_lays_nothing_out(toy_folde
 
 def test_a_config_starts_no_more_processes_than_there_are_cpus(toy_folder):
     assert make(toy_folder, num_workers=10_000).num_workers <= (os.cpu_count() or 1)
+
+
+def test_what_makes_an_accuracy_mean_something_else_is_told_of(toy_folder):
+    data = make(toy_folder)
+    data.check()
+    assert data.notes == []
+    train, test = toy_folder / "train800val200.txt", toy_folder / "test.txt"
+    lines = train.read_text().splitlines(keepends=True)
+    unseen = lines[0].split()[1]
+    train.write_text("".join(line for line in lines if line.split()[1] != unseen))
+    data.check()
+    assert data.notes == [f"1 classes of the test images have no training image: {unseen}."]
+    train.write_text("".join(lines))
+    test.write_text("".join([*test.read_text().splitlines(keepends=True)[1:], lines[0]]))
+    data.check()
+    assert data.notes == [f"1 of the 4 test images are training images too, such as {lines[0].split()[0]}."]
+    data.check(test_only=True)
+    assert data.notes == []

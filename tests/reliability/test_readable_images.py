@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from mambapeft_vision.data.preprocessing import Preprocessing, decode_image
 
@@ -103,3 +104,12 @@ def test_jpegs_of_grey_and_inks_are_what_pillow_makes_of_them():
         np.testing.assert_array_equal(decoded, np.asarray(Image.open(file).convert("RGB")))
         if image.mode == "L":
             assert np.abs(decoded.astype(int) - expected).mean() < 8
+
+
+def test_a_png_with_much_text_and_a_large_profile():
+    """Microscopes and editors store their settings so: megabytes beside few pixels."""
+    file, text = io.BytesIO(), PngInfo()
+    text.add_text("settings", "zoom " * 600_000, zip=True)
+    text.add_itxt("history", "edited " * 400_000, zip=True)
+    Image.fromarray(COLOUR).save(file, "PNG", pnginfo=text, icc_profile=bytes(3_000_000))
+    np.testing.assert_array_equal(decode_image(file.getvalue(), SAME_SIZE).transpose(1, 2, 0), COLOUR)

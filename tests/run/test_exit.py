@@ -180,7 +180,7 @@ run("train")
     assert ended.returncode == INTERRUPTED and "Traceback" not in ended.stderr, ended.stderr
 
 
-@pytest.mark.parametrize("value", ["sp/a=b", "a b", "a,b:c"])
+@pytest.mark.parametrize("value", ["sp/a=b", "a b", "a,b:c", "~/task"])
 def test_hydras_grammar_is_translated(value):
     key = "dataset.folder"
     try:
@@ -204,6 +204,40 @@ def test_a_backend_of_matplotlib_that_is_not_there_is_forgotten(monkeypatch, val
     monkeypatch.setenv("MPLBACKEND", value)
     drop_unusable_backend()
     assert ("MPLBACKEND" in os.environ) == kept
+
+
+# What notebooks, clusters, containers and cron jobs set, or leave out (None).
+VARIABLES: dict[str, str | None] = {
+    **dict.fromkeys(("TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR"), "/proc/nowhere"),
+    **dict.fromkeys(("COLUMNS", "HYDRA_FULL_ERROR", "SLURM_PROCID", "SLURM_LOCALID", "RANK", "LOCAL_RANK"), "0"),
+    **dict.fromkeys(("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_NNODES", "WORLD_SIZE"), "4"),
+    **dict.fromkeys(("HOME", "USER", "LC_ALL")),
+    "OMP_NUM_THREADS": "abc",
+    "WANDB_MODE": "nonsense",
+    "CUDA_VISIBLE_DEVICES": "",
+    "TERM": "dumb",
+    "LANG": "C",
+    "PYTHONIOENCODING": "ascii",
+    "PYTHONWARNINGS": "error",
+    "SLURM_JOB_NAME": "job",
+    "MPLBACKEND": "module://matplotlib_inline.no_such_backend",
+    "NO_COLOR": "1",
+}
+
+
+@pytest.mark.exhaustive  # a process of its own: most of the variables count while modules are imported
+def test_variables_of_notebooks_and_clusters_end_nothing(task, tmp_path):
+    given = {**os.environ, **{name: value for name, value in VARIABLES.items() if value is not None}}
+    environment = {name: value for name, value in given.items() if VARIABLES.get(name, "") is not None}
+    words = short(task, tmp_path / "out", "trainer.picture=true")
+    command = [sys.executable, str(runs.ROOT / "train.py"), *words]
+    ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    folder = runs.only_run_folder(tmp_path / "out")
+    assert (folder / "predictions.png").is_file()
+    there = read_record(folder)
+    here = runs.run(short(task, tmp_path / "here"))
+    assert there.loss == pytest.approx(here.loss, rel=1e-3)
 
 
 def test_torchrun_is_told_what_to_do(task, tmp_path, monkeypatch):

@@ -65,7 +65,9 @@ def test_a_command_can_be_pasted(words):
     assert shlex.split(command(*words)) == words
 
 
-@pytest.mark.parametrize("value", ["plain/path-1.0", "my birds", "sp/a=b", 'quote"d', "back\\slash", "a,b", "{x}", "é"])
+@pytest.mark.parametrize(
+    "value", ["plain/path-1.0", "my birds", "sp/a=b", 'quote"d', "back\\slash", "a,b", "{x}", "é", "~/x", "a~"]
+)
 def test_an_override_means_its_value_to_hydra(value):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 

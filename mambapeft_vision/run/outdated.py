@@ -1,0 +1,57 @@
+"""Whether results are of what there is now: one line for tables, pages and plots, which show results and make none."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from mambapeft_vision.engine.config import TrainerConfig
+from mambapeft_vision.results.record import RunRecord
+from mambapeft_vision.results.tables import Found
+from mambapeft_vision.run.inputs import Fingerprints, Inputs, changed
+from mambapeft_vision.run.run_config import RunPlan
+from mambapeft_vision.utils.errors import UserError
+
+_OF_THE_PROGRAM = ("official", "random")  # weights that users do not change; they are costly to build and hash
+
+
+def outdated_note(found: Iterable[Found]) -> str:
+    """ "3 of 57 results are of other images than there are now; …", or "" where none is known to be.
+
+    Runs' own folders alone are compared, with the lists of images, the weights and the method files that their configs
+    name; of weights only files of one's own. Results of bundles, and what is not there, are not compared.
+    """
+    results = list(found)
+    inputs, known = Inputs(), dict[str, Fingerprints]()
+    counts: Counter[str] = Counter()
+    for one in results:
+        if one.folder is not None:
+            key = _key(one.record)
+            if key not in known:
+                known[key] = _now(one.record, inputs)
+            counts[changed(Fingerprints.of_record(one.record), known[key])] += 1
+    del counts[""]
+    if not counts:
+        return ""
+    what = ", ".join(f"{count:,} of other {words}" for words, count in sorted(counts.items()))
+    return (
+        f"{counts.total():,} of {len(results):,} results are not of what there is now: {what}; "
+        "the commands that made them make them again"
+    )
+
+
+def _key(record: RunRecord) -> str:
+    """What results that are compared with the same files have in common."""
+    sections = [record.config.get(name) for name in ("dataset", "backbone", "method", "paths")]
+    without_seed = {k: v for k, v in (sections[0] or {}).items() if k != "seed"}
+    return json.dumps([without_seed, *sections[1:]], sort_keys=True, default=str)
+
+
+def _now(record: RunRecord, inputs: Inputs) -> Fingerprints:
+    try:
+        paths = {name: record.config["paths"].get(name) for name in ("data", "outputs", "methods")}
+        config = {**record.config, "paths": {**paths, "cache": None}}
+        plan = RunPlan(config, TrainerConfig(), record.fingerprint, Path(str(paths["outputs"])))
+        return inputs.of(plan, with_weights=plan.backbone.get("weights") not in _OF_THE_PROGRAM)
+    except (UserError, OSError, KeyError, TypeError, AttributeError):  # of an older layout, or cannot be read
+        return Fingerprints(None, None, None)
