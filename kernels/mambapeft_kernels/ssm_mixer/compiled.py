@@ -63,7 +63,7 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)  # one for each process: a forked one has none of its parent's threads
 
 
-def _over_batch(loop: Callable[..., None], batch: int, *arguments: Any) -> None:
+def over_batch(loop: Callable[..., None], batch: int, *arguments: Any) -> None:
     """Runs a loop over all samples, in as many threads as PyTorch uses."""
     parts = min(torch.get_num_threads(), batch)
     if parts <= 1:
@@ -79,7 +79,7 @@ def _scan_inputs(x: np.ndarray, d: Direction, w: _Loops, wide: torch.dtype) -> t
     """u [B, L, E], the projections [B, L, R + 2N], and Δ before bias and softplus [B, L, E]."""
     batch, length = x.shape[:2]
     u = torch.empty(batch, length, d.D.shape[0], dtype=wide)
-    _over_batch(loops.convolve, batch, x, w.taps, w.conv_bias, w.reverse, u.numpy())
+    over_batch(loops.convolve, batch, x, w.taps, w.conv_bias, w.reverse, u.numpy())
     projected = u @ d.x_proj.T
     return u, projected, projected[..., : w.rank] @ d.dt_proj.T
 
@@ -101,13 +101,13 @@ class _Mixer(torch.autograd.Function):
             chunks = -(-length // loops.CHUNK)
             starts.append(torch.empty(batch, chunks, d.A_log.shape[1], channels, dtype=wide))
             arrays = (u.numpy(), raw.numpy(), w.dt_bias, w.A, projected.numpy(), w.rank, w.D, w.reverse)
-            _over_batch(loops.scan, batch, *arrays, total.numpy(), starts[-1].numpy())
+            over_batch(loops.scan, batch, *arrays, total.numpy(), starts[-1].numpy())
             if d.state_offset is not None:
                 total += projected[..., -d.A_log.shape[1] :] @ d.state_offset.T
             if d.output_offset is not None:
                 total += d.output_offset
         out = torch.empty_like(total)
-        _over_batch(loops.gate, batch, total.numpy(), gate, column, _scalar(scale, wide), out.numpy())
+        over_batch(loops.gate, batch, total.numpy(), gate, column, _scalar(scale, wide), out.numpy())
         ctx.save_for_backward(xz, z, total, *starts, *flat)
         ctx.scale, ctx.reverse = scale, reverse
         return out.to(xz.dtype)
@@ -141,7 +141,7 @@ class _Mixer(torch.autograd.Function):
         dxz = torch.zeros(xz.shape, dtype=wide) if need_xz else torch.empty(1, 1, 1, dtype=wide)
         dz = dxz if z is None else torch.empty(z.shape if need_z else (1, 1, 1), dtype=wide)
         dy = torch.empty_like(total)
-        _over_batch(
+        over_batch(
             loops.gate_backward,
             batch,
             *(total.numpy(), gate, column, _scalar(ctx.scale, wide), _array(dout.to(wide))),
@@ -172,7 +172,7 @@ def _backward_of(
     dA = torch.zeros(batch if needs["A_log"] else 0, states, channels, dtype=wide)
     arrays = (u.numpy(), raw.numpy(), w.dt_bias, w.A, projected.numpy(), w.rank, w.D, w.reverse, start.numpy())
     outputs = (dy.numpy(), needs["A_log"], du.numpy(), draw.numpy(), dprojected.numpy(), dA.numpy())
-    _over_batch(loops.scan_backward, batch, *arrays, *outputs)
+    over_batch(loops.scan_backward, batch, *arrays, *outputs)
     found: dict[str, Tensor] = {}
     flat_dy = dy.flatten(0, 1)
     if d.state_offset is not None:
@@ -200,7 +200,7 @@ def _backward_of(
     dweight = torch.zeros(rows, d.conv_weight.shape[1], channels, dtype=wide)
     dbias = torch.zeros(rows, channels, dtype=wide)
     into = torch.empty(1, 1, 1, dtype=wide) if dx is None else dx
-    _over_batch(
+    over_batch(
         loops.convolve_backward,
         batch,
         *(x, w.taps, w.conv_bias, w.reverse, du.numpy(), dx is not None, need_weight),

@@ -13,7 +13,9 @@ Time runs from the last token to the first where `reverse` is set: step s reads 
 # mypy: ignore-errors
 
 import numpy as np
-from numba import njit
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from mambapeft_kernels.numba_math import FAST, exp_not_positive, sigmoid, softplus
 
@@ -24,7 +26,28 @@ CHUNK = 8  # steps between two kept states: 8 steps of 16 states of a tile are 3
 LANES = 16  # partial sums of `_sum`
 
 
-@njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
+@intrinsic
+def _on_stack(typingctx, dtype):
+    """A pointer to `TILE` numbers in the caller's frame."""
+
+    def generate(context, builder, signature, arguments):
+        kind = context.get_data_type(dtype.dtype)
+        return cgutils.alloca_once(builder, kind, size=TILE)
+
+    return types.CPointer(dtype.dtype)(dtype), generate
+
+
+@njit(inline="always")
+def row(dtype):
+    """`TILE` numbers without values, on the stack.
+
+    LLVM then knows that they overlap no other array. It checks for overlap before a loop, and gives up vectorising a
+    loop that would need many such checks.
+    """
+    return carray(_on_stack(dtype), TILE)
+
+
+@njit(forceinline=True, fastmath=FAST, error_model="numpy", nogil=True, cache=True)
 def _sum(values, lanes):
     """The sum of `TILE` values, in lanes and then in halves of them: the same order however it is compiled."""
     for k in range(LANES):
@@ -37,6 +60,16 @@ def _sum(values, lanes):
     for k in range(4):
         lanes[k] += lanes[k + 4]
     return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3])
+
+
+@njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
+def _load(A, left, width, rates):
+    """The tile of A from channel `left` on; zeros beyond the last channel."""
+    for n in range(A.shape[0]):
+        for e in range(width):
+            rates[n, e] = A[n, left + e]
+        for e in range(width, TILE):
+            rates[n, e] = 0
 
 
 @njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
@@ -102,12 +135,16 @@ def scan(u, raw, dt_bias, A, projected, rank, D, reverse, total, starts, first, 
     """
     length, channels = u.shape[1], u.shape[2]
     states = A.shape[0]
-    h = np.empty((states, TILE), u.dtype)
-    delta, scaled, out = np.empty(TILE, u.dtype), np.empty(TILE, u.dtype), np.empty(TILE, u.dtype)
+    h, rates = np.empty((states, TILE), u.dtype), np.zeros((states, TILE), u.dtype)
+    delta, scaled, out = row(u.dtype), row(u.dtype), row(u.dtype)
     for b in range(first, last):
         for left in range(0, channels, TILE):
             width = min(TILE, channels - left)
             h[:] = 0
+            _load(A, left, width, rates)
+            for e in range(TILE):
+                delta[e] = 0
+                scaled[e] = 0
             for s in range(length):
                 t = length - 1 - s if reverse else s
                 if s % CHUNK == 0:
@@ -121,8 +158,8 @@ def scan(u, raw, dt_bias, A, projected, rank, D, reverse, total, starts, first, 
                     out[e] = D[left + e] * u[b, t, left + e]
                 for n in range(states):
                     to_state, from_state = projected[b, t, rank + n], projected[b, t, rank + states + n]
-                    for e in range(width):
-                        state = exp_not_positive(delta[e] * A[n, left + e]) * h[n, e] + scaled[e] * to_state
+                    for e in range(TILE):
+                        state = exp_not_positive(delta[e] * rates[n, e]) * h[n, e] + scaled[e] * to_state
                         h[n, e] = state
                         out[e] += from_state * state
                 for e in range(width):
@@ -141,13 +178,13 @@ def scan_backward(
     """
     length, channels = u.shape[1], u.shape[2]
     states = A.shape[0]
-    h = np.empty((CHUNK + 1, states, TILE), u.dtype)
+    h = np.zeros((CHUNK + 1, states, TILE), u.dtype)
     decay = np.empty((CHUNK, states, TILE), u.dtype)
-    delta, scaled = np.empty((CHUNK, TILE), u.dtype), np.empty((CHUNK, TILE), u.dtype)
-    carry = np.empty((states, TILE), u.dtype)
-    from_states, through_A = np.empty(TILE, u.dtype), np.empty(TILE, u.dtype)
-    to_products, from_products = np.zeros(TILE, u.dtype), np.zeros(TILE, u.dtype)
-    lanes = np.empty(LANES, u.dtype)
+    delta, scaled = np.zeros((CHUNK, TILE), u.dtype), np.zeros((CHUNK, TILE), u.dtype)
+    carry, rates = np.empty((states, TILE), u.dtype), np.zeros((states, TILE), u.dtype)
+    step, step_input, upstream = row(u.dtype), row(u.dtype), row(u.dtype)
+    from_states, through_A = row(u.dtype), row(u.dtype)
+    to_products, from_products, lanes = row(u.dtype), row(u.dtype), row(u.dtype)
     for b in range(first, last):
         for t in range(length):
             for n in range(rank, rank + 2 * states):
@@ -155,8 +192,13 @@ def scan_backward(
         for left in range(0, channels, TILE):
             width = min(TILE, channels - left)
             carry[:] = 0
-            to_products[width:] = 0
-            from_products[width:] = 0
+            # Channels beyond the last one: zeros in, zeros out.
+            h[:] = 0
+            delta[:] = 0
+            scaled[:] = 0
+            _load(A, left, width, rates)
+            for e in range(TILE):
+                upstream[e] = 0
             for chunk in range(starts.shape[1] - 1, -1, -1):
                 begin, end = chunk * CHUNK, min(length, (chunk + 1) * CHUNK)
                 for n in range(states):
@@ -168,28 +210,33 @@ def scan_backward(
                         delta[i, e] = softplus(raw[b, t, left + e] + dt_bias[left + e])
                     for e in range(width):
                         scaled[i, e] = delta[i, e] * u[b, t, left + e]
+                    for e in range(TILE):
+                        step[e] = delta[i, e]
+                        step_input[e] = scaled[i, e]
                     for n in range(states):
                         to_state = projected[b, t, rank + n]
-                        for e in range(width):
-                            a = exp_not_positive(delta[i, e] * A[n, left + e])
+                        for e in range(TILE):
+                            a = exp_not_positive(step[e] * rates[n, e])
                             decay[i, n, e] = a
-                            h[i + 1, n, e] = a * h[i, n, e] + scaled[i, e] * to_state
+                            h[i + 1, n, e] = a * h[i, n, e] + step_input[e] * to_state
                 for s in range(end - 1, begin - 1, -1):
                     t, i = length - 1 - s if reverse else s, s - begin
                     for e in range(width):
+                        upstream[e] = dy[b, t, left + e]
+                    for e in range(TILE):
+                        step_input[e] = scaled[i, e]
                         from_states[e] = 0
                         through_A[e] = 0
                     for n in range(states):
                         to_state, from_state = projected[b, t, rank + n], projected[b, t, rank + states + n]
-                        for e in range(width):
-                            upstream = dy[b, t, left + e]
-                            g = from_state * upstream + carry[n, e]
-                            from_products[e] = upstream * h[i + 1, n, e]
-                            to_products[e] = g * scaled[i, e]
+                        for e in range(TILE):
+                            g = from_state * upstream[e] + carry[n, e]
+                            from_products[e] = upstream[e] * h[i + 1, n, e]
+                            to_products[e] = g * step_input[e]
                             from_states[e] += g * to_state
                             carried = decay[i, n, e] * g
                             carry[n, e] = carried
-                            through_A[e] += carried * h[i, n, e] * A[n, left + e]
+                            through_A[e] += carried * h[i, n, e] * rates[n, e]
                         dprojected[b, t, rank + n] += _sum(to_products, lanes)
                         dprojected[b, t, rank + states + n] += _sum(from_products, lanes)
                         if need_A:
