@@ -213,7 +213,7 @@ def test_published_kernels_say_that_they_cannot() -> None:
         torch.autograd.grad(out.sum(), x, create_graph=True)
 
 
-@pytest.mark.parametrize("run", [mixer("torch"), mixer("numba"), scan_of_a_map("torch")])
+@pytest.mark.parametrize("run", [mixer("torch"), mixer("numba"), scan_of_a_map("torch"), scan_of_a_map("numba")])
 def test_a_backward_pass_within_autocast(run: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)
     if run.__qualname__.startswith("mixer"):

@@ -9,11 +9,15 @@ from mambapeft_kernels import SS2DWeights, prefix_states, ss2d
 
 from mambapeft_vision.benchmarks.ss2d_cases import cast, make_map, make_weights, output_gradient, results
 
-CPU = [pytest.param("torch", "cpu", id="torch-cpu"), pytest.param("triton", "cpu", id="triton-interpreter")]
+CPU = [
+    pytest.param("torch", "cpu", id="torch-cpu"),
+    pytest.param("numba", "cpu", id="numba"),
+    pytest.param("triton", "cpu", id="triton-interpreter"),
+]
 GPU = [pytest.param(name, "cuda", id=f"{name}-gpu", marks=pytest.mark.gpu) for name in ("torch", "triton", "cuda")]
 if torch.cuda.is_available():
-    CPU = CPU[:1]  # with a GPU the Triton kernels are compiled, not interpreted
-FUSED = CPU[1:] + GPU[1:]
+    CPU = CPU[:2]  # with a GPU the Triton kernels are compiled, not interpreted
+FUSED = CPU[2:] + GPU[1:]
 FP32_BAR = 1e-5
 
 # batch, height, width, channels, states, rank. The interpreter is slow: it gets sizes that cross every boundary once.
@@ -58,11 +62,14 @@ def test_float32_small(backend, device, shape):
     check_float32(backend, device, shape)
 
 
-@pytest.mark.parametrize("shape", [(2, 7, 5, 16, 1, 2), (1, 12, 20, 24, 16, 2), (2, 9, 4, 10, 17, 3)], ids=str)
-def test_cpu_form_in_float64(shape):
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize(
+    "shape", [(2, 7, 5, 16, 1, 2), (1, 12, 20, 24, 16, 2), (2, 9, 4, 10, 17, 3), (2, 4, 3, 70, 2, 3)], ids=str
+)
+def test_cpu_forms_in_float64(shape, backend):
     batch, height, width, channels, states, rank = shape
     weights, u = make_weights(channels, states, rank), make_map(batch, height, width, channels)
-    found = errors(results(u, weights, torch.float64, "torch"), results(u, weights, torch.float64, "naive"))
+    found = errors(results(u, weights, torch.float64, backend), results(u, weights, torch.float64, "naive"))
     assert all(v <= 1e-13 for v in found.values()), worst(found)
 
 
@@ -216,11 +223,12 @@ def test_empty(backend, device, shape):
     assert u.grad.shape == u.shape
 
 
-def test_gradcheck_of_the_cpu_path():
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_gradcheck_of_the_cpu_paths(backend):
     weights, u = make_weights(3, 2, 2), make_map(1, 2, 3, 3)
 
     def run(u, *flat):
-        return ss2d(u, SS2DWeights(*flat), backend="torch")
+        return ss2d(u, SS2DWeights(*flat), backend=backend)
 
     assert torch.autograd.gradcheck(run, [t.requires_grad_() for t in (u, *weights)])
 

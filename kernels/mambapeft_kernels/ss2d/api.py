@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mambapeft_kernels.backends import FUSED, backend_for
+from mambapeft_kernels.backends import FUSED, backend_for, computes_now
 
 DIRECTIONS = 4
 
@@ -59,7 +59,13 @@ def ss2d(u: Tensor, weights: SS2DWeights, backend: str = "auto") -> Tensor:
         return fused.ss2d(u, weights, chosen)
     if chosen == "mamba_ssm":
         raise ValueError("ss2d: got kernel=mamba_ssm, which has no two-dimensional scan; choose auto, triton or torch")
-    if chosen in ("torch", "numba"):  # Numba has no such loops yet
+    if chosen == "numba" and not computes_now([u, *weights]):
+        chosen = "torch"  # what is traced (compiled, exported) is made of PyTorch's operations
+    if chosen == "numba":
+        from mambapeft_kernels.ss2d import compiled
+
+        return compiled.ss2d(u, weights)
+    if chosen == "torch":
         from mambapeft_kernels.ss2d import vectorised
 
         return vectorised.ss2d(u, weights)

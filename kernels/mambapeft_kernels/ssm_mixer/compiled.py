@@ -101,7 +101,7 @@ class _Mixer(torch.autograd.Function):
             chunks = -(-length // loops.CHUNK)
             starts.append(torch.empty(batch, chunks, d.A_log.shape[1], channels, dtype=wide))
             arrays = (u.numpy(), raw.numpy(), w.dt_bias, w.A, projected.numpy(), w.rank, w.D, w.reverse)
-            over_batch(loops.scan, batch, *arrays, total.numpy(), starts[-1].numpy())
+            over_batch(loops.scan, batch, *arrays, np.zeros_like(w.A), total.numpy(), starts[-1].numpy())
             if d.state_offset is not None:
                 total += projected[..., -d.A_log.shape[1] :] @ d.state_offset.T
             if d.output_offset is not None:
@@ -171,7 +171,8 @@ def _backward_of(
     du, draw, dprojected = torch.empty_like(u), torch.empty_like(raw), torch.empty_like(projected)
     dA = torch.zeros(batch if needs["A_log"] else 0, states, channels, dtype=wide)
     arrays = (u.numpy(), raw.numpy(), w.dt_bias, w.A, projected.numpy(), w.rank, w.D, w.reverse, start.numpy())
-    outputs = (dy.numpy(), needs["A_log"], du.numpy(), draw.numpy(), dprojected.numpy(), dA.numpy())
+    needed = (needs["A_log"], False)  # the state before the first step is zero
+    outputs = (dy.numpy(), *needed, du.numpy(), draw.numpy(), dprojected.numpy(), dA.numpy(), dA[:0].numpy())
     over_batch(loops.scan_backward, batch, *arrays, *outputs)
     found: dict[str, Tensor] = {}
     flat_dy = dy.flatten(0, 1)

@@ -63,13 +63,13 @@ def _sum(values, lanes):
 
 
 @njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
-def _load(A, left, width, rates):
-    """The tile of A from channel `left` on; zeros beyond the last channel."""
-    for n in range(A.shape[0]):
+def _load(matrix, left, width, tile):
+    """tile [N, TILE] = the columns of matrix [N, E] from `left` on; zeros beyond the last."""
+    for n in range(matrix.shape[0]):
         for e in range(width):
-            rates[n, e] = A[n, left + e]
+            tile[n, e] = matrix[n, left + e]
         for e in range(width, TILE):
-            rates[n, e] = 0
+            tile[n, e] = 0
 
 
 @njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
@@ -128,10 +128,11 @@ def convolve_backward(x, weight, bias, reverse, du, need_dx, need_weight, dx, dw
 
 
 @njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
-def scan(u, raw, dt_bias, A, projected, rank, D, reverse, total, starts, first, last):
+def scan(u, raw, dt_bias, A, projected, rank, D, reverse, initial, total, starts, first, last):
     """total += scan(u) + D u; starts [B, chunks, N, E] gets the state before each chunk.
 
-    raw: [B, L, E], Δ before its bias and softplus; A: [N, E]; projected: [B, L, R + 2N], of which B and C are read.
+    raw: [B, L, E], Δ before its bias and softplus; A: [N, E]; projected: [B, L, R + 2N], of which B and C are read;
+    initial: [N, E], the state before the first step.
     """
     length, channels = u.shape[1], u.shape[2]
     states = A.shape[0]
@@ -140,7 +141,7 @@ def scan(u, raw, dt_bias, A, projected, rank, D, reverse, total, starts, first, 
     for b in range(first, last):
         for left in range(0, channels, TILE):
             width = min(TILE, channels - left)
-            h[:] = 0
+            _load(initial, left, width, h)
             _load(A, left, width, rates)
             for e in range(TILE):
                 delta[e] = 0
@@ -168,11 +169,30 @@ def scan(u, raw, dt_bias, A, projected, rank, D, reverse, total, starts, first, 
 
 @njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
 def scan_backward(
-    u, raw, dt_bias, A, projected, rank, D, reverse, starts, dy, need_A, du, draw, dprojected, dA, first, last
+    u,
+    raw,
+    dt_bias,
+    A,
+    projected,
+    rank,
+    D,
+    reverse,
+    starts,
+    dy,
+    need_A,
+    need_initial,
+    du,
+    draw,
+    dprojected,
+    dA,
+    dinitial,
+    first,
+    last,
 ):
     """Gradients of `scan`'s sum; states are computed again within one chunk at a time.
 
-    du, draw [B, L, E] and B, C's columns of dprojected [B, L, R + 2N] are written; dA [B, N, E] is added to. With
+    du, draw [B, L, E] and B, C's columns of dprojected [B, L, R + 2N] are written; dA [B, N, E] is added to;
+    dinitial [B, N, E] is written. With
     g_t = C_t dy_t + a_{t+1} g_{t+1}: dC = Σ_e dy h, dB = Σ_e g Δ u, du = Δ Σ_n g B + D dy,
     dΔ = u Σ_n g B + Σ_n g a h_{t-1} A, and draw = dΔ sigmoid(raw + bias).
     """
@@ -247,6 +267,10 @@ def scan_backward(
                         ddelta = u[b, t, left + e] * from_states[e] + through_A[e]
                         draw[b, t, left + e] = ddelta * opened
                         du[b, t, left + e] = delta[i, e] * from_states[e] + D[left + e] * dy[b, t, left + e]
+            if need_initial:
+                for n in range(states):
+                    for e in range(width):
+                        dinitial[b, n, left + e] = carry[n, e]
 
 
 @njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
