@@ -159,11 +159,12 @@ def scan_of_a_map(backend: str) -> Callable[..., Tensor]:
     return lambda u, *weights: ss2d(u, SS2DWeights(*weights), backend)
 
 
-def test_the_vectorised_scan_of_a_map() -> None:
+def test_the_scan_of_a_map_on_a_cpu() -> None:
     torch.manual_seed(0)
     inputs = ss2d_inputs()
     expected = second_derivatives(scan_of_a_map("naive"), inputs)
-    assert_same(second_derivatives(scan_of_a_map("torch"), inputs), expected, 1e-9)
+    for backend in ("torch", "numba"):
+        assert_same(second_derivatives(scan_of_a_map(backend), inputs), expected, 1e-9)
 
 
 @pytest.mark.parametrize(("backend", "device"), FUSED[:2])

@@ -21,8 +21,6 @@ from mambapeft_kernels.numba_math import FAST, exp_not_positive, sigmoid, softpl
 
 TILE = 64  # channels at a time: 16 states of them are 4 KiB in float32
 CHUNK = 8  # steps between two kept states: 8 steps of 16 states of a tile are 32 KiB
-
-
 LANES = 16  # partial sums of `_sum`
 
 
@@ -38,7 +36,7 @@ def _on_stack(typingctx, dtype):
 
 
 @njit(inline="always")
-def row(dtype):
+def _row(dtype):
     """`TILE` numbers without values, on the stack.
 
     LLVM then knows that they overlap no other array. It checks for overlap before a loop, and gives up vectorising a
@@ -137,7 +135,7 @@ def scan(u, raw, dt_bias, A, projected, rank, D, reverse, initial, total, starts
     length, channels = u.shape[1], u.shape[2]
     states = A.shape[0]
     h, rates = np.empty((states, TILE), u.dtype), np.zeros((states, TILE), u.dtype)
-    delta, scaled, out = row(u.dtype), row(u.dtype), row(u.dtype)
+    delta, scaled, out = _row(u.dtype), _row(u.dtype), _row(u.dtype)
     for b in range(first, last):
         for left in range(0, channels, TILE):
             width = min(TILE, channels - left)
@@ -202,9 +200,9 @@ def scan_backward(
     decay = np.empty((CHUNK, states, TILE), u.dtype)
     delta, scaled = np.zeros((CHUNK, TILE), u.dtype), np.zeros((CHUNK, TILE), u.dtype)
     carry, rates = np.empty((states, TILE), u.dtype), np.zeros((states, TILE), u.dtype)
-    step, step_input, upstream = row(u.dtype), row(u.dtype), row(u.dtype)
-    from_states, through_A = row(u.dtype), row(u.dtype)
-    to_products, from_products, lanes = row(u.dtype), row(u.dtype), row(u.dtype)
+    step, step_input, upstream = _row(u.dtype), _row(u.dtype), _row(u.dtype)
+    from_states, through_A = _row(u.dtype), _row(u.dtype)
+    to_products, from_products, lanes = _row(u.dtype), _row(u.dtype), _row(u.dtype)
     for b in range(first, last):
         for t in range(length):
             for n in range(rank, rank + 2 * states):
