@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import dense_reference
+from helpers.random_states import error, values
 
 from mambapeft_vision.integrations.reference import _PEFT_DEFAULTS, load_reference
 
@@ -51,20 +52,6 @@ def draw(rng: random.Random) -> tuple[dict, dict]:
         if rng.random() < 0.3:
             peft |= {f"learnable_{name}": True, f"learnable_{name}_v2": rng.random() < 0.7}
     return peft, module
-
-
-def values(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    state = {n: 0.3 * torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
-    for name in state:
-        if name.endswith(".m") or "norm" in name:
-            state[name] = state[name].abs() + 0.5
-    return state
-
-
-def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    scale = theirs.abs().max().item()
-    return (ours - theirs).abs().max().item() / (scale if scale > 1e-14 else 1.0)
 
 
 @pytest.mark.parametrize("seed", range(24))
