@@ -107,12 +107,25 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype | 
     return name
 
 
+@torch.compiler.assume_constant_result
+def resolve_for(name: str, x: Tensor) -> str:
+    """`resolve_backend` for the device and dtype of `x`, which costs each op of a model as little as a look-up.
+
+    What is installed and which devices there are stays as it is while a process runs. Only Triton's interpreter can be
+    switched on and off, so that `triton` is not kept.
+    """
+    return (resolve_backend if name == "triton" else _kept)(name, x.device, x.dtype)
+
+
+_kept = cache(resolve_backend)
+
+
 def backend_for(name: str, x: Tensor) -> str:
-    """The backend that runs for `x` now: as `resolve_backend`, but the definition within transforms of `torch.func`.
+    """The backend that runs for `x` now: as `resolve_for`, but the definition within transforms of `torch.func`.
 
     They and forward-mode differentiation (per-sample gradients, ensembles, Jacobians) go through no other backend.
     """
-    resolved = resolve_backend(name, x.device, x.dtype)
+    resolved = resolve_for(name, x)
     if resolved == "naive" or not transformed():
         return resolved
     _announce_definition()

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mambapeft_vision.benchmarks.kernel_cases import cast, errors, make_directions, make_xz, plain_mixer, results
 from mambapeft_vision.benchmarks.measured import stamp, write_rows
+from mambapeft_vision.engine.cuda_graph import capture
 from mambapeft_vision.results.plots import png, save_png
 
 REVERSE = (False, True)
@@ -129,12 +130,12 @@ def graph_time(calls: list[Callable[[], object]], replays: int = 20) -> float:
     """Median µs of one call, over replays of a CUDA graph that runs all `calls` twice."""
     for call in calls:
         call()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side):
+
+    def twice() -> None:
         for call in calls * 2:
             call()
+
+    graph = capture(twice, device=torch.device("cuda", torch.cuda.current_device()))
     return _median(graph.replay, replays) / (2 * len(calls))
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from mambapeft_vision.adapter.model import AdaptedModel, adapt
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.benchmarks.measured import stamp
+from mambapeft_vision.engine.cuda_graph import capture
 from mambapeft_vision.methods.lora import LoRA
 
 NAMES = {"vim_ti": "vim_tiny_patch16_224", "vim_s": "vim_small_patch16_224", "vim_b": "vim_base_patch16_224"}
@@ -64,9 +65,7 @@ def evaluation(model: AdaptedModel, images: torch.Tensor) -> tuple[float, float]
     model.merge()
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
         launched = seconds_per_call(lambda: model(images), 10)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            model(images)
+        graph = capture(lambda: model(images), device=images.device)
     return launched, seconds_per_call(graph.replay, 20)
 
 

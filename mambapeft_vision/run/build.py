@@ -2,7 +2,7 @@
 
 import importlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,16 +87,29 @@ def _check_sizes(plan: RunPlan, backbone: Backbone, num_classes: int) -> None:
     with torch.device("meta"):
         try:
             model = adapt(on_meta(backbone), build_methods(plan, backbone), num_classes, plan.seed)
-        except RuntimeError as error:
-            if "torage size" not in str(error) and "verflow" not in str(error):  # PyTorch's, for impossible sizes
+        except RuntimeError as error:  # PyTorch's, for sizes beyond all memory
+            largest = max(_whole_numbers(plan.method_specs), default=0)
+            if largest <= MAX_PARAMETERS:
                 raise
-            raise UserError(f"method={plan.method_names}: impossible sizes ({error}); lower them") from error
+            raise UserError(
+                f"method={plan.method_names}: impossible sizes: got {largest}, expected numbers far below "
+                f"{MAX_PARAMETERS:,}; lower them"
+            ) from error
     count = sum(parameter.numel() for parameter in model.trained().values())
     if count > MAX_PARAMETERS:
         raise UserError(
             f"method={plan.method_names} would train {count:,} parameters; expected at most {MAX_PARAMETERS:,}. "
             f"Lower its sizes"
         )
+
+
+def _whole_numbers(value: Any) -> Iterator[int]:
+    """Those in a tree of mappings and sequences."""
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _whole_numbers(item)
 
 
 def build_backbone_without_weights(plan: RunPlan) -> Backbone:

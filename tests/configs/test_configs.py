@@ -95,6 +95,23 @@ def test_method(name):
     assert bool(model.owned()) == (name not in ("linear_probe", *measures_first))
 
 
+@pytest.mark.parametrize("rank, near", [(10**9, "would train"), (10**18, "impossible sizes: got 1000000000000000000")])
+def test_sizes_beyond_all_memory_are_refused(rank, near):
+    plan = plan_of("method=lora_p_x", f"method.lora_p_x.rank={rank}", *runs.SMALL_BACKBONE)
+    with pytest.raises(UserError, match=near):
+        build.build_model(plan, build.build_backbone(plan), num_classes=3)
+
+
+def test_an_error_of_pytorchs_with_possible_sizes_is_not_the_users(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("Storage size calculation overflowed")
+
+    plan = plan_of("method=lora_p_x", *runs.SMALL_BACKBONE)
+    monkeypatch.setattr(build, "adapt", fail)
+    with pytest.raises(RuntimeError, match="overflowed"):
+        build.build_model(plan, build.build_backbone(plan), num_classes=3)
+
+
 @pytest.mark.parametrize("name", [name for name in options("experiment") if name != "pretrain"])
 def test_experiment(name):
     plan = plan_of(f"experiment={name}")

@@ -1,6 +1,8 @@
 """Capturing, on a GPU; and, anywhere, each name that PyTorch does not document and captured steps stand on."""
 
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,3 +152,9 @@ def test_a_step_that_cannot_be_captured_is_launched_and_says_so_once():
     for _ in range(4):
         step(torch.ones(2, device=GPU))
     assert calls == [2.0] * 4 and len(notes) == 1 and "cannot be captured as a CUDA graph" in notes[0]
+
+
+def test_no_other_code_captures():
+    package = Path(cuda_graph.__file__).parents[1]
+    capturing = {file for file in package.rglob("*.py") if re.search(r"cuda\.(CUDAGraph\(|graph\()", file.read_text())}
+    assert capturing == {Path(cuda_graph.__file__)}

@@ -88,10 +88,10 @@ def variants(monkeypatch) -> set:
             monkeypatch.setattr(module, attribute, Noted(kernel, noted))
     monkeypatch.setattr(nvrtc, "run", lambda files, name, macros, *_: noted.add((name, *macros.items())))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    chosen = {"rms_norm": "backend_for", "ssm_mixer": "backend_for"}
+    chosen = {"pixel_lookup": "resolve_backend", "low_rank": "resolve_for"}
     for name in ("rms_norm", "low_rank", "pixel_lookup", "ssm_mixer"):
         api = importlib.import_module(f"mambapeft_kernels.{name}.api")
-        monkeypatch.setattr(api, chosen.get(name, "resolve_backend"), lambda *_: "cuda")
+        monkeypatch.setattr(api, chosen.get(name, "backend_for"), lambda *_: "cuda")
     monkeypatch.setattr(training_module, "resolve_backend", lambda *_: "cuda")
     return noted
 

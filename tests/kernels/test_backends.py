@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.kernel_cases import cast, make_directions
 from mambapeft_kernels import BACKENDS, available_backends, describe, resolve_backend, ssm_mixer
+from mambapeft_kernels.backends import resolve_for
 
 
 @pytest.fixture
@@ -46,6 +47,23 @@ def test_auto_on_a_cpu_is_torch_even_where_the_interpreter_could_run(machine, mo
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert resolve_backend("auto", "cpu") == "torch"
     assert resolve_backend("triton", "cpu") == "triton"
+
+
+def test_the_choice_for_a_tensor_follows_the_interpreter(monkeypatch):
+    x = torch.ones(1)
+    for _ in range(2):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        assert resolve_for("triton", x) == "triton"
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(ValueError, match="kernel=triton cannot run on cpu"):
+            resolve_for("triton", x)
+
+
+def test_the_choice_for_a_tensor_is_looked_up(monkeypatch):
+    x = torch.ones(1)
+    chosen = [resolve_for("auto", x), resolve_for("torch", x.double())]
+    monkeypatch.setattr(backends, "_can_run", None)
+    assert [resolve_for("auto", x), resolve_for("torch", x.double())] == chosen
 
 
 @pytest.mark.parametrize(

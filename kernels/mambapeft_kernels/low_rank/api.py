@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from mambapeft_kernels.backends import FUSED, resolve_backend
+from mambapeft_kernels.backends import FUSED, resolve_for
 from mambapeft_kernels.low_rank import naive
 
 
@@ -20,7 +20,7 @@ def low_rank_add(out: Tensor, low: Tensor, up: Tensor, scale: float = 1.0, backe
     Raises: ValueError for shapes or dtypes that do not fit each other or a backend that cannot run here.
     """
     _check(out, low, up)
-    if resolve_backend(backend, out.device, out.dtype) in FUSED:
+    if resolve_for(backend, out) in FUSED:
         from mambapeft_kernels.low_rank import triton_kernels as triton
 
         return triton.low_rank_add(out, low, up, scale)
