@@ -28,7 +28,7 @@ def _kernel(files: tuple[str, ...], name: str, macros: tuple[tuple[str, int | st
     """The kernel `name` of the `files` for the device, with up to `shared` bytes; loaded once a process."""
     Device(device).set_current()
     major, minor = torch.cuda.get_device_capability(device)
-    kernel = ObjectCode.from_cubin(_compiled(_source(files, macros), f"sm_{major}{minor}")).get_kernel(name)
+    kernel = ObjectCode.from_cubin(machine_code(source_of(files, macros), f"sm_{major}{minor}")).get_kernel(name)
     if shared > 48 << 10:  # more than a block has without asking
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         handle = driver.CUkernel(int(getattr(kernel, "handle", None) or kernel._handle))
@@ -38,12 +38,12 @@ def _kernel(files: tuple[str, ...], name: str, macros: tuple[tuple[str, int | st
     return kernel
 
 
-def _source(files: tuple[str, ...], macros: tuple[tuple[str, int | str], ...]) -> str:
+def source_of(files: tuple[str, ...], macros: tuple[tuple[str, int | str], ...]) -> str:
     defined = "".join(f"#define {k} {v}\n" for k, v in macros)
     return defined + "\n".join((_FOLDER / f).read_text(encoding="utf-8") for f in files)
 
 
-def _compiled(source: str, arch: str) -> bytes:
+def machine_code(source: str, arch: str) -> bytes:
     """The machine code of `source`, from the disk where this NVRTC has compiled it before."""
     decided_by = f"{_STANDARD} {arch} NVRTC {nvrtc.nvrtcVersion()}\n{source}"
     kept = get_cache_manager(hashlib.sha256(decided_by.encode()).hexdigest())

@@ -235,7 +235,7 @@ def profile(plan: RunPlan, batch: int, precision: str) -> Profile:
     times: dict[str, list[float]] = defaultdict(list)
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            times[_short(event.name)].append(event.time_range.end - event.time_range.start)
+            times[short_name(event.name)].append(event.time_range.end - event.time_range.start)
     return Profile(seconds, times)
 
 
@@ -257,7 +257,7 @@ def breakdown(plan: RunPlan, batch: int, precision: str, top: int = 16) -> Itera
         yield f"| {name} | {len(times)} | {each:.1f} | {sum(times) / 1e3:.2f} | {100 * share:.0f} % |"
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     if name.startswith("nvjet") or "gemm" in name:
         return "matrix products (cuBLAS)"
     name = name.removeprefix("void ").replace("at::native::", "").replace("(anonymous namespace)::", "")

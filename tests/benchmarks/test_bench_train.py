@@ -48,4 +48,4 @@ def test_presets_that_do_not_fit_are_left_out(capsys):
     ],
 )
 def test_kernel_names_are_readable(name, short):
-    assert bench_train._short(name) == short
+    assert bench_train.short_name(name) == short

@@ -1,11 +1,8 @@
 """One run on several devices: two processes on the CPU (and two GPUs, where they are)."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from helpers import runs
+from helpers import crashes, runs
 
 from mambapeft_vision.engine.distributed import check_devices
 from mambapeft_vision.utils.errors import UserError
@@ -50,8 +47,8 @@ def test_a_rank_that_fails_ends_the_run(task, tmp_path):
         "    fit.assemble = None\n"
     )
     command = runs.overrides(task, tmp_path / "out", *COMMON, "trainer.devices=2")
-    ended = subprocess.run([sys.executable, str(script), *command], capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 1 and "error: rank 1 ended with 1" in ended.stderr
+    code, _, err = crashes.command(tmp_path, str(script), *command)
+    assert code == 1 and "error: rank 1 ended with 1" in err
 
 
 def test_more_gpus_than_there_are_is_an_error():

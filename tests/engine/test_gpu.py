@@ -169,7 +169,7 @@ def test_what_a_run_launches_is_compiled_ahead_of_its_first_step(task, tmp_path,
 
     triton_name, cuda_name = (lambda kernel, *_: kernel.__name__), (lambda source, *_: source.split("\n")[0])
     monkeypatch.setattr(JITFunction, "_do_compile", noted(JITFunction._do_compile, triton_name))
-    monkeypatch.setattr(nvrtc, "_compiled", noted(nvrtc._compiled, cuda_name))
+    monkeypatch.setattr(nvrtc, "machine_code", noted(nvrtc.machine_code, cuda_name))
     monkeypatch.setattr(assemble, "wait", wait)
     # Sizes that no other test has, so that this process cannot have compiled for them before.
     run_on_gpu(task, tmp_path, "+backbone.d_state=7", "+backbone.dt_rank=5", "++backbone.embed_dim=112")

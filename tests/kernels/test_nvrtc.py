@@ -16,13 +16,13 @@ SOURCE = 'extern "C" __global__ void fill(float* x) {{ x[threadIdx.x] = {}; }}'
 
 def test_what_was_compiled_before_comes_from_the_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    compiled = nvrtc._compiled(SOURCE.format(1), "sm_90")
+    compiled = nvrtc.machine_code(SOURCE.format(1), "sm_90")
     assert compiled.startswith(b"\x7fELF")
     with monkeypatch.context() as patch:
         patch.setattr(nvrtc, "Program", None)
-        assert nvrtc._compiled(SOURCE.format(1), "sm_90") == compiled
+        assert nvrtc.machine_code(SOURCE.format(1), "sm_90") == compiled
     for source, arch in ((SOURCE.format(2), "sm_90"), (SOURCE.format(1), "sm_80")):
-        assert nvrtc._compiled(source, arch) != compiled
+        assert nvrtc.machine_code(source, arch) != compiled
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, tests run these kernels")
@@ -40,7 +40,7 @@ def test_interpreter_every_kernel_compiles(states, dtype, index, tmp_path, monke
         more = {"conv_backward": {"NEED_W": 1}, "scan_backward": {"NEED_DA": 1, "HAS_SO": 1}}.get(name, {})
         for chosen in (macros, macros | more):
             for arch in ("sm_80", "sm_90"):
-                assert name.encode() in nvrtc._compiled(nvrtc._source(files, tuple(chosen.items())), arch)
+                assert name.encode() in nvrtc.machine_code(nvrtc.source_of(files, tuple(chosen.items())), arch)
         compiled.append(name)
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -60,7 +60,7 @@ def test_interpreter_every_kernel_of_vmamba_compiles(tmp_path, monkeypatch):
     def compile_only(files, name, macros, *_, shared=0):
         gradients = {key: 1 for key in macros if key.startswith("NEED_")}
         for chosen in (macros, macros | gradients | {key: 0 for key in ("EXACT",) if key in macros}):
-            assert name.encode() in nvrtc._compiled(nvrtc._source(files, tuple(chosen.items())), "sm_90")
+            assert name.encode() in nvrtc.machine_code(nvrtc.source_of(files, tuple(chosen.items())), "sm_90")
         compiled.append((name, macros.get("MODE")))
         assert shared <= 227 << 10
 

@@ -27,11 +27,6 @@ PREPROCESSING = Preprocessing((6, 5), "bicubic", (0.5,) * 3, (0.5,) * 3)
 PROCESSES = 4
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    return runs.lay_out_task(tmp_path_factory.mktemp("concurrency") / "task")
-
-
 def together(function, *arguments):
     """The exit codes of processes that call `function(start, *arguments)`, where `start()` returns in all at once."""
     events = [multiprocessing.Pipe() for _ in range(PROCESSES)]

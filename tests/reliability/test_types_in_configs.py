@@ -7,11 +7,6 @@ from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.typed import expected_kind
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    return runs.lay_out_task(tmp_path_factory.mktemp("types") / "task")
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -17,11 +17,6 @@ from mambapeft_vision.sweep.pool import assignment_of
 from mambapeft_vision.sweep.worker_cache import Kept
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory) -> Path:
-    return runs.lay_out_task(tmp_path_factory.mktemp("task") / "task")
-
-
 def no_space(*_, **__):
     raise OSError(28, os.strerror(28))
 
