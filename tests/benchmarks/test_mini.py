@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from helpers import runs
+from helpers import crashes, runs
 from helpers.fake_records import fake_record
 
 from mambapeft_vision.benchmarks.mini import TASKS, Benchmark, benchmark_methods, jobs_of_stage, specs_of
@@ -262,21 +262,21 @@ def test_no_run_begins_that_would_not_end_in_time(data, tmp_path):
 # End to end
 
 
-def command(data: Path, outputs: Path, *arguments: str) -> None:
+def stage(data: Path, outputs: Path, name: str, *arguments: str) -> str:
+    """What the command prints, in a process whose workers start quickly."""
     tasks = "mini/usps,mini/fashion"
     common = ["--methods=linear_probe,lora_p_x", f"--tasks={tasks}", f"--search-tasks={tasks}", "--seeds=0,1"]
     options = [*common, "--rates=1e-3,1e-2", *TINY, f"paths.data={data}", f"paths.outputs={outputs}"]
-    mini.main([arguments[0], *options, *arguments[1:]])
+    code, out, err = crashes.command(outputs.parent, "scripts/mini_benchmark.py", name, *options, *arguments)
+    assert code == 0, err
+    return out
 
 
-def test_the_stages_from_start_to_bundle(data, tmp_path, capsys):
+def test_the_stages_from_start_to_bundle(data, tmp_path):
     outputs = tmp_path / "outputs"
-    command(data, outputs, "recipe", "--dry-run")
-    assert "8 runs (8 new)" in capsys.readouterr().out and not outputs.exists()
-    command(data, outputs, "recipe", "--workers=1")
-    assert "recipe is complete" in capsys.readouterr().out
-    command(data, outputs, "search")
-    said = capsys.readouterr().out
+    assert "8 runs (8 new)" in stage(data, outputs, "recipe", "--dry-run") and not outputs.exists()
+    assert "recipe is complete" in stage(data, outputs, "recipe", "--workers=1")
+    said = stage(data, outputs, "search")
     assert "8 runs (8 new)" in said and "search is complete" in said and "lora_p_x " in said
     records = find_records([outputs])
     assert len(records) == 16
@@ -287,16 +287,14 @@ def test_the_stages_from_start_to_bundle(data, tmp_path, capsys):
     at_recipe = sum(choice.rate == 1e-3 for choice in found.values())
     assert sum(job.state is State.FINISHED for job in tuned) == 4 * at_recipe
     only = "--rates=1e-3"  # with one rate the tuned runs are the recipe's
-    command(data, outputs, "ensemble", "--best=2", only)
-    assert "best 2 methods on mini/usps, seed 1: " in capsys.readouterr().out
-    command(data, outputs, "interpolate", "--best=1", "--device=cpu", f"--cache={data}/cache", only)
-    assert "lora_p_x: α " in capsys.readouterr().out
+    assert "best 2 methods on mini/usps, seed 1: " in stage(data, outputs, "ensemble", "--best=2", only)
+    options = ["--best=1", "--device=cpu", f"--cache={data}/cache", only]
+    assert "lora_p_x: α " in stage(data, outputs, "interpolate", *options)
     derived = [record for record in find_records([outputs]) if is_derived(record)]
     labels = Counter((r.config["derived"]["kind"], r.config["derived"]["label"]) for r in derived)
     assert labels["ensemble", "2 seeds"] == 2 * 2 and labels["ensemble", "best 2 methods"] == 2 * 2
     assert sum(number for (kind, _), number in labels.items() if kind == "interpolation") == 4
-    command(data, outputs, "refine", "--dry-run")
-    assert "16 runs (16 new)" in capsys.readouterr().out  # four trials of two methods on two tasks
+    assert "16 runs (16 new)" in stage(data, outputs, "refine", "--dry-run")  # four trials of two methods on two tasks
     records = find_records([outputs])
     bundle = tmp_path / "mini.runs.json"
     mini.main(["pack", str(outputs), f"--out={bundle}", "--backbone=vim_pico"])  # which the tiny runs have
