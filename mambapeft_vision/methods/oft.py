@@ -9,7 +9,6 @@ from mambapeft_vision.methods.checks import require_positive
 from mambapeft_vision.methods.weight_delta import WeightDelta, divisor_up_to
 from mambapeft_vision.utils.errors import UserError
 
-
 _MOST_TERMS = 64
 
 
@@ -22,8 +21,8 @@ class OFT(WeightDelta):
         targets, rows: see `WeightDelta`.
         block_size: side of a block; the largest divisor of the inputs up to it is taken.
         neumann_terms: the inverse as a series, R = 1 + 2 Q + 2 Q² + … + Q^(n - 1) of n terms, which is products only,
-            and orthogonal as long as Q is small; null: the exact inverse. At most 64: no tensor's size depends on it, so
-            nothing else limits how long an adapter that somebody sent computes.
+            and orthogonal as long as Q is small; null: the exact inverse. At most 64: no tensor's size depends on
+            it, so nothing else limits how long an adapter that somebody sent computes.
     """
 
     def __init__(
