@@ -11,6 +11,7 @@ from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.typed import check_arguments
 
 _METHOD_TARGET = re.compile(r"mambapeft_vision\.methods\.[a-z][a-z0-9_]*\.[A-Z][A-Za-z0-9]*")
+_LARGEST = 2**31 - 1  # of a whole number in a spec: products of two still fit the 64 bits of a tensor's size
 
 
 def build_method(name: str, spec: Any, source: str) -> Method:
@@ -24,6 +25,9 @@ def build_method(name: str, spec: Any, source: str) -> Method:
     arguments = {key: value for key, value in spec.items() if key != "_target_"}
     cls = _method_class(spec.get("_target_"), where)
     check_arguments(cls, arguments, where)
+    for key, value in arguments.items():
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            raise UserError(f"{where}.{key}={shown(value)}; expected at most {_LARGEST:,}. Give a smaller one")
     try:
         return cls(**arguments)
     except UserError as error:

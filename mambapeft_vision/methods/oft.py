@@ -9,6 +9,8 @@ from mambapeft_vision.methods.checks import require_positive
 from mambapeft_vision.methods.weight_delta import WeightDelta, divisor_up_to
 from mambapeft_vision.utils.errors import UserError
 
+_MOST_TERMS = 64
+
 
 class OFT(WeightDelta):
     """W' = W R^T, R block-diagonal and orthogonal: its blocks are (1 + Q)(1 - Q)^-1 of skew-symmetric Q.
@@ -19,7 +21,8 @@ class OFT(WeightDelta):
         targets, rows: see `WeightDelta`.
         block_size: side of a block; the largest divisor of the inputs up to it is taken.
         neumann_terms: the inverse as a series, R = 1 + 2 Q + 2 Q² + … + Q^(n - 1) of n terms, which is products only,
-            and orthogonal as long as Q is small; null: the exact inverse.
+            and orthogonal as long as Q is small; null: the exact inverse. At most 64: no tensor's size depends on
+            it, so nothing else limits how long an adapter that somebody sent computes.
     """
 
     def __init__(
@@ -34,9 +37,10 @@ class OFT(WeightDelta):
     ) -> None:
         super().__init__(targets=targets, rows=rows, lr_mult=lr_mult, decay_mult=decay_mult)
         require_positive(self, block_size=block_size)
-        if neumann_terms is not None and neumann_terms < 3:
+        if neumann_terms is not None and not 3 <= neumann_terms <= _MOST_TERMS:
             raise UserError(
-                f"OFT: neumann_terms={neumann_terms}; expected a whole number >= 3, or null for the inverse"
+                f"OFT: neumann_terms={neumann_terms}; expected a whole number from 3 to {_MOST_TERMS}, or null for the "
+                f"inverse"
             )
         self.block_size, self.neumann_terms = block_size, neumann_terms
 

@@ -276,6 +276,17 @@ adapter_row(
     lambda c: c.update(methods={"v": {
         "_target_": "mambapeft_vision.methods.vera.VeRA", "targets": "in_proj", "rank": 10_000_000}}),
 )  # fmt: skip
+adapter_row(
+    "a series of as many terms as it likes",
+    ["neumann_terms=1000000000", "from 3 to 64"],
+    lambda c: c.update(methods={"o": {
+        "_target_": "mambapeft_vision.methods.oft.OFT", "targets": "in_proj", "neumann_terms": 10**9}}),
+)  # fmt: skip
+adapter_row(
+    "a rank beyond 64 bits",
+    ["rank=", "expected at most 2,147,483,647"],
+    lambda c: c["methods"]["lora_p_x"].update(rank=10**30),
+)
 adapter_row("escapes in a method's name", [CONFIG_FILE], lambda c: c["methods"].update({"\x1b[2J": {"_target_": "x"}}))
 
 
