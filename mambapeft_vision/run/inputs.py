@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mambapeft_vision.backbones.weights import backbone_sha256
 from mambapeft_vision.results.record import RunRecord
-from mambapeft_vision.run.build import build_backbone_offline, build_dataset
+from mambapeft_vision.run.build import build_backbone_offline, build_backbone_without_weights, build_dataset
 from mambapeft_vision.run.run_config import RunPlan
 from mambapeft_vision.utils.names import user_path
 
@@ -130,9 +132,17 @@ def _images_hash(plan: RunPlan) -> str | None:
 
 
 def _weights_hash(plan: RunPlan) -> str | None:
-    """None where the file is not there, or official weights have not been downloaded."""
+    """None where the file is not there or cannot hold such a backbone, or official weights have not been downloaded."""
     weights = plan.backbone.get("weights")
-    if weights not in ("official", "random") and not user_path(str(weights)).is_file():
-        return None
+    if weights not in ("official", "random"):
+        file = user_path(str(weights))
+        if not file.is_file() or file.stat().st_size < _parameters(plan):  # sizes of a record may be anybody's
+            return None
     backbone, what = build_backbone_offline(plan)
     return None if weights == "official" and what != "weights: official" else backbone_sha256(backbone)
+
+
+def _parameters(plan: RunPlan) -> int:
+    """Of the backbone, counted without memory for them."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_backbone_without_weights(plan).parameters())

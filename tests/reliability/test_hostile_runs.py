@@ -24,7 +24,10 @@ from mambapeft_vision.adapter.files import ADAPTER_FILE, CONFIG_FILE, read_adapt
 from mambapeft_vision.adapter.load import load_adapter
 from mambapeft_vision.integrations.convert import read_reference_config
 from mambapeft_vision.methods.targets import fits
+from mambapeft_vision.results.record import read_record
+from mambapeft_vision.results.tables import Found
 from mambapeft_vision.run.evaluate import evaluate
+from mambapeft_vision.run.outdated import outdated_note
 from mambapeft_vision.run.rerun import store_root_config
 from mambapeft_vision.run.run import train
 from mambapeft_vision.utils.atomic import write_json
@@ -351,3 +354,14 @@ def test_patterns_mean_what_their_regular_expressions_meant(pattern, name):
 
     expression = re.escape(pattern).replace(r"\*\*", ".+").replace(r"\*", r"[^.]*")
     assert fits(pattern, name) == (re.fullmatch(expression, name) is not None)
+
+
+# Tables
+
+
+@attack("record: tables over a backbone of gigabytes, whose weights are any file", [])
+def _(world: World, run: Path) -> Action:
+    weights = str(run / "result.json")
+    sizes = {"weights": weights, "depth": 24, "embed_dim": 2048}
+    changed_json(run / "result.json", lambda c: c["config"]["backbone"].update(sizes))
+    return lambda: outdated_note([Found(read_record(run), run)])
