@@ -679,7 +679,7 @@ PEFT_SIZES: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]], int, lis
         {"peft_type": "VERA", "r": 10**17, "d_initial": 0.1},
         {"vera_lambda_d": (4,), "vera_lambda_b": (128,)},
         2,
-        ["adapter_config.json", "sizes"],
+        ["adapter_config.json", "rank", "expected at most"],
     ),
     "a BOFT of endless factors": (
         {"peft_type": "BOFT", "boft_block_size": 4, "boft_n_butterfly_factor": 10**12},
