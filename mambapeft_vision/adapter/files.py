@@ -23,8 +23,7 @@ from mambapeft_vision.utils.untrusted import read_bytes, read_json, refuse_refer
 ADAPTER_FILE = "adapter.safetensors"
 CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 1
-_MAX_CONFIG_BYTES = 10_000_000
-_MAX_TENSOR_BYTES = 4_000_000_000
+MAX_BYTES = {CONFIG_FILE: 10_000_000, ADAPTER_FILE: 4_000_000_000}
 _CHECKSUM = "tensors_sha256"  # in the metadata of adapter.safetensors; who changes the tensors leaves it out
 _DTYPES = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -53,16 +52,28 @@ def write_adapter(folder: str | Path, state: Mapping[str, Tensor], config: Mappi
     write_json(folder / CONFIG_FILE, dict(config))
 
 
-def read_adapter(folder: str | Path, *, follow_links: bool = False) -> Adapter:
+def file_of_adapter(folder: Path, name: str) -> Path:
+    """The file under this name, which in the hub's cache is a link to the `blobs` of the same repository.
+
+    Any other link is returned as it is: the readers of files of others refuse links.
+    """
+    file = folder / name
+    if file.is_symlink() and folder.absolute().parent.name == "snapshots":
+        content = file.resolve()
+        if content.parent == folder.resolve().parents[1] / "blobs":
+            return content
+    return file
+
+
+def read_adapter(folder: str | Path) -> Adapter:
     """Reads adapter_config.json and adapter.safetensors; nothing in them is executed.
 
-    follow_links: whether the files may be links, as in the hub's cache.
     Raises: UserError naming the file and what is wrong with it.
     """
     folder = Path(folder)
-    path, tensors = (file.resolve() if follow_links else file for file in (folder / CONFIG_FILE, folder / ADAPTER_FILE))
+    path, tensors = file_of_adapter(folder, CONFIG_FILE), file_of_adapter(folder, ADAPTER_FILE)
     try:
-        config = read_json(path, max_bytes=_MAX_CONFIG_BYTES)
+        config = read_json(path, max_bytes=MAX_BYTES[CONFIG_FILE])
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; expected the folder of a finished run or adapter") from error
     except OSError as error:
@@ -88,7 +99,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
     Raises: UserError for a file that is missing, damaged or too large, and for tensors that are no finite numbers.
     """
     try:
-        content = read_bytes(file, max_bytes=_MAX_TENSOR_BYTES)
+        content = read_bytes(file, max_bytes=MAX_BYTES[ADAPTER_FILE])
         if int.from_bytes(content[:8], "little") > MAX_HEADER:
             raise UserError(f"{file} cannot be read: it is no safetensors, or lists too many tensors; {_AGAIN}")
         state = deserialize(content)

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from mambapeft_vision.adapter.files import ADAPTER_FILE, CONFIG_FILE
+from mambapeft_vision.adapter.files import MAX_BYTES
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain
 
@@ -18,16 +18,33 @@ def is_repository(name: str | Path) -> bool:
 def fetch_adapter(repository: str, revision: str | None = None) -> Path:
     """The folder with an adapter's two files of a repository `user/name`, at a branch, tag or commit.
 
-    Private repositories, the cache and being offline are the hub's client's: HF_TOKEN, HF_HOME, HF_HUB_OFFLINE.
-    Raises: UserError where it cannot be fetched.
+    The hub is asked for their sizes before it is asked for them; where it does not answer, its client's cache is used.
+    Private repositories, the cache and being offline are that client's: HF_TOKEN, HF_HOME, HF_HUB_OFFLINE.
+    Raises: UserError for files that are too large, and where the hub and the cache have none.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
+    info, reason = None, None
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=[ADAPTER_FILE, CONFIG_FILE]))
+        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
     except Exception as error:  # the hub's client raises many kinds
+        reason = error
+    if info is not None:
+        for file in info.siblings or ():
+            if file.rfilename in MAX_BYTES and (file.size is None or file.size > MAX_BYTES[file.rfilename]):
+                size = "an unknown number of" if file.size is None else f"{file.size:,}"
+                raise UserError(
+                    f"{repository}: {file.rfilename} has {size} bytes; expected at most "
+                    f"{MAX_BYTES[file.rfilename]:,}. Nothing was downloaded; check the name"
+                )
+    commit = revision if info is None else info.sha  # what is fetched is what was measured
+    try:
+        return Path(
+            snapshot_download(repository, revision=commit, allow_patterns=[*MAX_BYTES], local_files_only=info is None)
+        )
+    except Exception as error:
         at = "" if revision is None else f" at revision {plain(revision)}"
         raise UserError(
             f"{repository}{at} is no folder here, and could not be fetched from the Hugging Face hub "
-            f"({type(error).__name__}). Check the name; a private one needs HF_TOKEN or `hf auth login`"
+            f"({type(reason or error).__name__}). Check the name; a private one needs HF_TOKEN or `hf auth login`"
         ) from error

@@ -35,7 +35,7 @@ def load_adapter(
         >>> logits = model(images)  # doctest: +SKIP
     """
     if is_repository(folder):
-        adapter = read_adapter(fetch_adapter(str(folder), revision), follow_links=True)
+        adapter = read_adapter(fetch_adapter(str(folder), revision))
     elif revision is not None:
         raise UserError(f"revision={revision}, but {folder} is a folder; expected user/name on the hub, or no revision")
     else:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from mambapeft_vision.adapter.files import CONFIG_FILE, Adapter, read_state
+from mambapeft_vision.adapter.files import CONFIG_FILE, Adapter, file_of_adapter, read_state
 from mambapeft_vision.adapter.load import attach_adapter
 from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.backbones.contract import Backbone
@@ -84,7 +84,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config, and the tensors by names without peft's prefix."""
     file = folder / CONFIG_FILE
     try:
-        config = read_json(file, max_bytes=_MAX_CONFIG_BYTES)
+        config = read_json(file_of_adapter(folder, CONFIG_FILE), max_bytes=_MAX_CONFIG_BYTES)
     except OSError as error:
         raise UserError(f"{plain(error.filename)}: {error.strerror}; expected a folder that peft saved") from None
     if not (isinstance(config, dict) and isinstance(config.get("peft_type"), str)):
@@ -100,7 +100,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{file}: init_lora_weights={shown(start)} changes the backbone's weights too; save it in peft with "
             f"path_initial_model_for_weight_conversion, which makes an ordinary LoRA of it"
         )
-    tensors = read_state(folder / PEFT_TENSOR_FILE)
+    tensors = read_state(file_of_adapter(folder, PEFT_TENSOR_FILE))
     for key, tensor in tensors.items():
         if tensor.ndim == 0 or tensor.numel() == 0:
             raise UserError(

@@ -19,6 +19,7 @@ from helpers.method_cases import CLASSES, methods_of, move, specs
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mambapeft_vision.adapter.files import read_adapter
 from mambapeft_vision.adapter.load import load_adapter
 from mambapeft_vision.adapter.model import AdaptedModel, adapt
 from mambapeft_vision.backbones import create_backbone
@@ -422,26 +423,68 @@ def test_the_weights_that_a_result_records(tmp_path, recorded, message):
 # -- the hub ------------------------------------------------------------------------------------------------------
 
 
+def in_the_hubs_cache(folder: Path, cache: Path) -> Path:
+    """The files of a folder as the hub's client keeps them: links to the blobs of their repository."""
+    snapshot = cache / "models--USER--NAME" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(folder, snapshot.parents[1] / "blobs")
+    for file in folder.iterdir():
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    return snapshot
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> list[tuple[str, str | None]]:
-    """The hub's cache: links to files elsewhere, as its client makes them. What was asked for is noted."""
+    """The hub and its client's cache. What was downloaded is noted."""
     asked = []
+    files = [SimpleNamespace(rfilename="adapter.safetensors", size=1_000), SimpleNamespace(rfilename="x", size=10**12)]
     folder = saved(tmp_path / "run", "lora_p_x")
     write_record(folder, fake_record("vtab/cifar", "lora_p_x", 0, 0.625, backbone={"weights": "random"}))
     convert.main(["to-hub", str(folder), "--out", str(tmp_path / "hub")])
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    for file in (tmp_path / "hub").iterdir():
-        (cache / file.name).symlink_to(file)
+    cache = in_the_hubs_cache(tmp_path / "hub", tmp_path / "cache")
 
-    def snapshot(repository: str, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((repository, revision))
-        if repository != "USER/NAME":
+    def model_info(self: Any, repository: str, revision: str | None, files_metadata: bool) -> SimpleNamespace:
+        assert files_metadata
+        if repository not in ("USER/NAME", "USER/LARGE"):
             raise OSError("offline")
+        large = SimpleNamespace(rfilename="adapter.safetensors", size=10**11 if revision is None else None)
+        return SimpleNamespace(sha=f"commit of {revision}", siblings=[large] if repository == "USER/LARGE" else files)
+
+    def snapshot(repository: str, revision: str | None, allow_patterns: list[str], local_files_only: bool) -> str:
+        asked.append((repository, revision))
+        assert local_files_only == (repository not in ("USER/NAME", "USER/LARGE"))
+        if repository == "someone/else":
+            raise ValueError("not in the cache")
         return str(cache)
 
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     return asked
+
+
+def test_links_of_the_hubs_cache_stay_in_their_repository(tmp_path):
+    """peft's adapters and ours; a link elsewhere, planted in a shared cache, is refused."""
+    folder = saved(tmp_path / "run", "lora_p_x")
+    snapshot = in_the_hubs_cache(folder, tmp_path / "cache")
+    assert read_adapter(snapshot).config["methods"]
+    (snapshot / "adapter.safetensors").unlink()
+    (snapshot / "adapter.safetensors").symlink_to(folder / "adapter.safetensors")
+    with pytest.raises(UserError, match="adapter.safetensors is a link"):
+        read_adapter(snapshot)
+    blobs = snapshot.parents[1] / "blobs"
+    shutil.rmtree(blobs)
+    blobs.symlink_to(folder)
+    with pytest.raises(UserError, match="adapter_config.json is a link"):
+        read_adapter(snapshot)
+    with pytest.raises(UserError, match="adapter_config.json is a link"):
+        from_peft(snapshot, create_backbone("vim_pico_patch8_32", "random", **SMALL))
+
+
+def test_an_adapter_that_is_too_large_is_not_downloaded(hub):
+    for revision, size in (None, "100,000,000,000"), ("v1", "an unknown number of"):
+        with pytest.raises(UserError, match=f"has {size} bytes; expected at most 4,000,000,000. Nothing was"):
+            load_adapter("USER/LARGE", "random", revision=revision)
+    assert hub == []
 
 
 def test_the_cards_snippet_works_and_revisions_reach_the_hub(tmp_path, hub):
@@ -452,7 +495,9 @@ def test_the_cards_snippet_works_and_revisions_reach_the_hub(tmp_path, hub):
     exec(snippet, names)
     assert names["logits"].shape == (1, CLASSES)
     load_adapter("USER/NAME", "random", revision="v2")
-    assert hub == [("USER/NAME", None), ("USER/NAME", "v2")]
+    assert hub == [("USER/NAME", "commit of None"), ("USER/NAME", "commit of v2")]
+    load_adapter("USER/CACHED", "random", revision="v2")  # the hub does not answer
+    assert hub.pop() == ("USER/CACHED", "v2")
     with pytest.raises(UserError, match="someone/else at revision v1 is no folder here, and could not be fetched"):
         load_adapter("someone/else", "random", revision="v1")
     with pytest.raises(UserError, match="is a folder; expected user/name on the hub"):
