@@ -240,7 +240,7 @@ def _parquet_columns(file: Path) -> dict[str, list[Any]]:
             _refuse_more(read, MAX_TABLE_BYTES, "bytes when unpacked", file)
             for name, values in batch.to_pydict().items():
                 columns[name] += values
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, OverflowError) as error:  # no date that Python knows
         raise UserError(f"{file} is no Parquet file that can be read ({plain(error)}). Write it again.") from None
     return columns
 
