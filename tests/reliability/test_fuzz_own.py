@@ -187,7 +187,7 @@ LINES = st.tuples(PATHS, st.sampled_from(["0", "1", "2", "-1", "²", "٣", "9" *
 @bounded(80)
 @given(data=st.data())
 def test_lists_of_few_shots(data):
-    good = "images/a.jpg 0\nimages/b.jpg 1\n".encode()
+    good = b"images/a.jpg 0\nimages/b.jpg 1\n"
     some = st.lists(LINES, max_size=4).map("\n".join).map(str.encode) | mutated(good) | st.just(good)
     names = ["val_meta.list", "test_meta.list"]
     names += [f"train_meta.list.num_shot_{shots}.seed_{seed}" for shots in (1, 2, 4, 8, 16) for seed in range(3)]
