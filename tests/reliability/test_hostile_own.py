@@ -60,6 +60,11 @@ def long_lists(rows: int, size: int) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(range(rows + 1), pa.int32()), long_text(rows, size))
 
 
+def long_maps(rows: int, size: int) -> pa.Array:
+    offsets = pa.array(range(rows + 1), pa.int32())
+    return pa.MapArray.from_arrays(offsets, pa.array(range(rows)), long_text(rows, size))
+
+
 def many_groups(file: Path) -> None:
     pa.parquet.write_table(pa.table({"path": ["a"] * 20_000, "label": ["b"] * 20_000}), file, row_group_size=1)
 
@@ -69,6 +74,7 @@ PARQUET: dict[str, tuple[Callable[[Path], None], list[str], float]] = {
     "a text of 8 MB for each of 2,000 rows": (of_rows(long_text(2_000, 8_000_000)), ["unpacked"], 5),
     "the same from another writer": (of_rows(long_text(2_000, 8_000_000), arrow=False), ["unpacked"], 5),
     "the same in lists": (of_rows(["a.png"] * 2_000, long_lists(2_000, 8_000_000)), ["unpacked"], 5),
+    "the same in maps": (of_rows(["a.png"] * 2_000, long_maps(2_000, 8_000_000)), ["unpacked"], 5),
     "texts of 1 MB for each of 100,000 rows": (of_rows(long_text(100_000, 1_000_000)), ["unpacked"], 5),
     "20,000 columns": (lambda file: pa.parquet.write_table(columns(20_000), file), ["columns"], 5),
     "20,000 groups of one row": (many_groups, ["stands before"], 10),
@@ -85,6 +91,14 @@ for name, (write, words, seconds) in PARQUET.items():
     def _(world: World, write: Callable[[Path], None] = write) -> Action:
         write(world.folder / "t.parquet")
         return lambda: read_table(world.folder / "t.parquet")
+
+
+@attack("Parquet: columns that no label is in, and lists of labels")
+def _(world: World) -> Action:
+    pairs = pa.array([[("a", 1), ("b", 2)], []], pa.map_(pa.string(), pa.int32()))
+    table = {"path": ["a.png", "b.png"], "label": [["cat"], ["cat", "dog"]], "pairs": pairs, "x": [{"y": b"1"}] * 2}
+    pa.parquet.write_table(pa.table(table), world.folder / "t.parquet")
+    return lambda: _equals(read_table(world.folder / "t.parquet", several=True).labels, ((0,), (0, 1)))
 
 
 @attack("Parquet: a footer that is longer than the file", words=["t.parquet", "no Parquet file"])

@@ -261,7 +261,9 @@ def _unpacked_bytes(values: Any) -> int:
         return pyarrow.compute.sum(pyarrow.compute.binary_length(texts).take(values.indices)).as_py() or 0
     if pyarrow.types.is_struct(kind):
         return sum(map(_unpacked_bytes, values.flatten()))
-    if pyarrow.types.is_nested(kind):  # lists of all kinds, and maps, which are lists of pairs
+    if pyarrow.types.is_map(kind):
+        return _unpacked_bytes(values.keys) + _unpacked_bytes(values.items)
+    if pyarrow.types.is_nested(kind):  # lists of all kinds
         return _unpacked_bytes(values.flatten())
     return int(values.nbytes)
 
