@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
 from helpers import hostile
+from helpers.fake_records import fake_record
 from helpers.hostile import Action, World
 from PIL import Image
 from safetensors.torch import save_file
@@ -22,6 +24,9 @@ from mambapeft_vision.data.own.layout import OwnImages, lay_out
 from mambapeft_vision.data.own.table import Columns, read_table
 from mambapeft_vision.data.prepare.published import FGVC, prepare_fgvc
 from mambapeft_vision.integrations.from_peft import from_peft
+from mambapeft_vision.results.layout import PREDICTIONS_FILE
+from mambapeft_vision.run.ensemble import Member, ensemble
+from mambapeft_vision.run.run_config import make_run_folder
 
 TABLE, attack = hostile.table()
 
@@ -221,6 +226,49 @@ for name, (config, words) in PEFT.items():
 @attack("peft: names, addresses and patterns that nothing follows")
 def _(world: World) -> Action:
     return peft_folder(world, IGNORED)
+
+
+# Where ensembles, interpolations and unpacked bundles write
+
+
+def ensemble_in(out: Path, task: str = "vtab/cifar") -> Action:
+    members = []
+    for seed in range(2):
+        record = fake_record(task, "a", seed, 0.5)
+        folder = out.parent / f"run{seed}"
+        folder.mkdir()
+        np.savez(
+            folder / PREDICTIONS_FILE,
+            predicted=np.array([0, 1]),
+            labels=np.array([0, 1]),
+            top_classes=np.array([[0, 1], [1, 0]]),
+            top_probabilities=np.full((2, 2), 0.5, np.float32),
+        )
+        members.append(Member(folder, record))
+    return lambda: ensemble(members, out)
+
+
+@attack("an ensemble below a folder that is a link", words=["vtab", "is a link"])
+def _(world: World) -> Action:
+    (world.folder / "out").mkdir()
+    (world.folder / "elsewhere").mkdir()
+    (world.folder / "out" / "vtab").symlink_to(world.folder / "elsewhere")
+    return ensemble_in(world.folder / "out")
+
+
+for task in ("../../x", "/tmp/x", "..", "a/../../../x"):
+
+    @attack(f"an ensemble of the task {task}", words=["task", "below"])
+    def _(world: World, task: str = task) -> Action:
+        return ensemble_in(world.folder / "out", task)
+
+
+for fingerprint in ("/../../x", "../../.."):
+
+    @attack(f"a record with the fingerprint {fingerprint}", words=["fingerprint", "below"])
+    def _(world: World, fingerprint: str = fingerprint) -> Action:
+        record = replace(fake_record("vtab/cifar", "a", 0, 0.5), fingerprint=fingerprint)
+        return lambda: make_run_folder(world.folder, record)
 
 
 @pytest.mark.parametrize("name", TABLE)
