@@ -44,7 +44,7 @@ from mambapeft_vision.results.tables import find_records, read_standard, to_mark
 from mambapeft_vision.run.arguments import ArgumentParser
 from mambapeft_vision.run.exit import CRASH
 from mambapeft_vision.run.interpolate import How
-from mambapeft_vision.run.run_config import run_folder
+from mambapeft_vision.run.run_config import make_run_folder, run_folder
 from mambapeft_vision.sweep.deadline import run_in_time
 from mambapeft_vision.sweep.jobs import Job, State
 from mambapeft_vision.sweep.pool import visible_gpus
@@ -190,8 +190,7 @@ def unpack(options: argparse.Namespace) -> None:
     for record in records:
         folder = run_folder(options.out, record.task, record.methods, record.seed, record.fingerprint)
         if not is_finished(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_record(folder, record)
+            write_record(make_run_folder(options.out, record), record)
     print(f"{len(records)} finished runs in {options.out}")
 
 

@@ -53,19 +53,21 @@ def read_probabilities(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray
     _, labels = read_labels(folder)
     file = folder / PREDICTIONS_FILE
     arrays = _read(file)
-    classes, shares = arrays.get("top_classes"), arrays.get("top_probabilities")
+    classes, shares, names = (arrays.get(name) for name in ("top_classes", "top_probabilities", "names"))
     if classes is None or shares is None:
         raise UserError(f"{file} holds no probabilities, as those of earlier releases; run again with resume=false")
-    fits = classes.shape == shares.shape and classes.ndim == 2 and len(classes) == len(labels)
+    fits = classes.shape == shares.shape and classes.ndim == 2 and len(classes) == len(labels) and classes.size > 0
     if not fits or classes.dtype.kind not in "iu" or shares.dtype.kind != "f" or not np.isfinite(shares).all():
         raise UserError(f"{file}: top_classes and top_probabilities do not fit each other; run again with resume=false")
+    if names is not None and names.shape != labels.shape:
+        raise UserError(f"{file}: names has shape {names.shape}; expected one for each image. Run again")
     count = int(max(classes.max(), labels.max())) + 1
     if classes.min() < 0 or count * len(labels) > MOST_PROBABILITIES:
         raise UserError(f"{file}: {count:,} classes of {len(labels):,} images; expected fewer. Run again")
     rest = np.clip(1 - shares.sum(axis=1, keepdims=True), 0, 1) / max(1, count - classes.shape[1])
     full = np.repeat(rest.astype(np.float32), count, axis=1)
     np.put_along_axis(full, classes.astype(np.int64), shares.astype(np.float32), axis=1)
-    return full, labels, arrays.get("names")
+    return full, labels, names
 
 
 def _read(file: Path) -> dict[str, np.ndarray]:

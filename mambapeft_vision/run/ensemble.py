@@ -16,7 +16,7 @@ from mambapeft_vision.engine.predict import TOP, Predictions
 from mambapeft_vision.results.layout import PREDICTIONS_FILE
 from mambapeft_vision.results.predictions import read_class_names, read_probabilities
 from mambapeft_vision.results.record import DERIVED, RunRecord, write_record
-from mambapeft_vision.run.run_config import run_folder
+from mambapeft_vision.run.run_config import make_run_folder
 from mambapeft_vision.utils.environment import git_state
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain
@@ -60,8 +60,7 @@ def ensemble(members: Sequence[Member], out: Path, label: str | None = None) -> 
     assert total is not None and labels is not None  # there are two members at least
     mean = total / len(chosen)
     record = _record(chosen, label or _label(chosen), mean, labels)
-    folder = run_folder(out, record.task, record.methods, record.seed, record.fingerprint)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_run_folder(out, record)
     image_names = [str(number) for number in range(len(labels))] if names is None else [str(name) for name in names]
     _predictions(mean, labels, record.loss).save(
         folder / PREDICTIONS_FILE, image_names, read_class_names(chosen[0].folder)

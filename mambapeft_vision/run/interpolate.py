@@ -29,7 +29,7 @@ from mambapeft_vision.run.assemble import FRESH, Setup, Sources, assemble
 from mambapeft_vision.run.ensemble import derived_record
 from mambapeft_vision.run.evaluate import check_same_backbone, recorded_config
 from mambapeft_vision.run.finish import save_predictions, test
-from mambapeft_vision.run.run_config import make_plan, run_folder
+from mambapeft_vision.run.run_config import make_plan, make_run_folder
 from mambapeft_vision.utils.atomic import write_text
 from mambapeft_vision.utils.console import Console
 from mambapeft_vision.utils.errors import UserError
@@ -195,8 +195,7 @@ def interpolate(
         more={"alpha": alpha, "probe": None if probe is None else read_record(user_path(probe)).fingerprint},
     )
     record = dataclasses.replace(record, data_manifest=between.setup.task.manifest_hash)
-    folder = run_folder(out, record.task, record.methods, record.seed, record.fingerprint)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_run_folder(out, record)
     save_predictions(between.setup, predictions, folder / PREDICTIONS_FILE)
     if curve is not None:
         lines = [f"{one},{accuracy}" for one, accuracy in curve.items()]

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 from mambapeft_vision.adapter.specs import for_backbone, in_old_words
 from mambapeft_vision.engine.config import TrainerConfig
 from mambapeft_vision.results.layout import SET_ASIDE
+from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.run.config import GIVEN, METHOD_SIZES, PathsConfig, TrainConfig, to_dict
 from mambapeft_vision.run.exit import nearest
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.identity import fingerprint, identity
 from mambapeft_vision.utils.names import check_method_names, check_name, user_path
-from mambapeft_vision.utils.text import shown
+from mambapeft_vision.utils.text import plain, shown
+from mambapeft_vision.utils.untrusted import refuse_links
 
 # Of a folder with methods' names; file systems allow 255 bytes.
 LONGEST_NAME = 120
@@ -179,6 +182,23 @@ def _plan(config: dict[str, Any], deciding: Mapping[str, Any]) -> RunPlan:
 def run_folder(outputs: Path, task: str, methods: Sequence[str], seed: int, fingerprint: str) -> Path:
     """Where a run has its files."""
     return outputs / task / _folder_name(sorted(methods)) / f"seed{seed}-{fingerprint[:8]}"
+
+
+def make_run_folder(outputs: Path, record: RunRecord) -> Path:
+    """Makes the folder of a run of which there is a record, which may be another's.
+
+    Raises: UserError where its names lead out of `outputs`, or a folder on the way is a link.
+    """
+    folder = run_folder(outputs, record.task, record.methods, record.seed, record.fingerprint)
+    inside = os.path.relpath(os.path.abspath(folder), os.path.abspath(outputs)).split(os.sep)
+    if inside[0] == os.pardir or len(inside) != len(folder.parts) - len(outputs.parts):
+        raise UserError(
+            f"the record of a run has the task {shown(record.task)} and the fingerprint {shown(record.fingerprint)}, "
+            f"which are no names of folders below {plain(outputs)}. Get the record again"
+        )
+    refuse_links(folder, outputs)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

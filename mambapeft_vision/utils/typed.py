@@ -23,6 +23,7 @@ from mambapeft_vision.utils.text import plain, shown
 T = TypeVar("T")
 
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
+_LONGEST_NAME, _LONGEST_LIST = 100, 2_500  # characters of a name, and of many, in a hint
 _SHOWN = 6  # problems named in one message
 _WORDS: dict[Any, str] = {
     int: "a whole number",
@@ -124,11 +125,11 @@ _OTHER_NAMES = {
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`did you mean a, b?`, or all known names where none is near."""
-    known = sorted(str(k) for k in known)
+    """`did you mean a, b?`, or all known names where none is near. The names may be those of a file of others."""
+    known = sorted(plain(k, _LONGEST_NAME) for k in known)
     also = [_OTHER_NAMES[name]] if _OTHER_NAMES.get(name) in known else []
-    near = also or difflib.get_close_matches(name[:100], known, n=3, cutoff=0.5)
-    return f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
+    near = also or difflib.get_close_matches(name[:_LONGEST_NAME], known, n=3, cutoff=0.5)
+    return f"did you mean {', '.join(near)}?" if near else f"known: {plain(', '.join(known), _LONGEST_LIST)}"
 
 
 @functools.cache

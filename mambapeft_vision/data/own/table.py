@@ -233,16 +233,39 @@ def _parquet_columns(file: Path) -> dict[str, list[Any]]:
     try:
         table = pyarrow.parquet.ParquetFile(io.BytesIO(content))
         _check_size(table.metadata, file)
+        # Texts stay in dictionaries: a long one, stored once for many rows, is not copied before it is counted.
+        texts = [c.path for c in map(table.schema.column, range(len(table.schema))) if c.physical_type == "BYTE_ARRAY"]
+        table = pyarrow.parquet.ParquetFile(io.BytesIO(content), read_dictionary=texts)
         columns: dict[str, list[Any]] = {name: [] for name in table.schema_arrow.names}
         read = 0
         for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE):
-            read += batch.nbytes
+            read += sum(map(_unpacked_bytes, batch.columns))
             _refuse_more(read, MAX_TABLE_BYTES, "bytes when unpacked", file)
             for name, values in batch.to_pydict().items():
                 columns[name] += values
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, OverflowError) as error:  # no date that Python knows
         raise UserError(f"{file} is no Parquet file that can be read ({plain(error)}). Write it again.") from None
     return columns
+
+
+def _unpacked_bytes(values: Any) -> int:
+    """Bytes of an Arrow array once each value has a copy of its own."""
+    import pyarrow.compute
+    import pyarrow.types
+
+    kind = values.type
+    if pyarrow.types.is_dictionary(kind):
+        texts = values.dictionary
+        if not (pyarrow.types.is_string(texts.type) or pyarrow.types.is_binary(texts.type)):
+            return int(values.nbytes)
+        return pyarrow.compute.sum(pyarrow.compute.binary_length(texts).take(values.indices)).as_py() or 0
+    if pyarrow.types.is_struct(kind):
+        return sum(map(_unpacked_bytes, values.flatten()))
+    if pyarrow.types.is_map(kind):
+        return _unpacked_bytes(values.keys) + _unpacked_bytes(values.items)
+    if pyarrow.types.is_nested(kind):  # lists of all kinds
+        return _unpacked_bytes(values.flatten())
+    return int(values.nbytes)
 
 
 def _check_size(metadata: Any, file: Path) -> None:

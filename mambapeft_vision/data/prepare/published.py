@@ -9,6 +9,7 @@ and decoded once. Missing images and wrong numbers are refused; what stands in t
 """
 
 import hashlib
+import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -184,7 +185,7 @@ def _class_names(label_of: Labels, numbers: Sequence[int]) -> tuple[str, ...]:
 
 
 def _refuse_missing(task: Published, paths: Sequence[str], images: Path) -> None:
-    missing = [path for path in paths if not (images / path).is_file()]
+    missing = [path for path in paths if not os.path.isfile(images / path)]  # False for a path that is too long
     if missing:
         raise UserError(
             f"{images} lacks {len(missing):,} of {len(paths):,} images: {named(missing)}. Correct --images, or "
