@@ -2,7 +2,7 @@
 
 from-peft        turns an adapter of Hugging Face peft into an adapter folder of ours
 from-reference   turns an adapter trained with the published MambaPEFT code into an adapter folder of ours
-merge            merges an adapter into the backbone; writes an official checkpoint (.pth or .safetensors)
+merge            the same as `mambapeft export --to official`
 to-hub           makes a folder for the Hugging Face hub of an adapter; uploads it with --push
 """
 
@@ -35,7 +35,7 @@ def parser() -> ArgumentParser:
 
     merge = commands.add_parser("merge", help="merge an adapter into the backbone, and write an official checkpoint")
     merge.add_argument("adapter", help="folder of a run or adapter")
-    merge.add_argument("--weights", default="official", help="official, random or a file with the backbone's weights")
+    merge.add_argument("--weights", help="official, random or a file with the backbone's weights; default: the run's")
     merge.add_argument("--out", required=True, help=".pth or .safetensors to write")
 
     hub = commands.add_parser("to-hub", help="make a folder for the Hugging Face hub from an adapter")
@@ -49,7 +49,8 @@ def parser() -> ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     # PyTorch's import, for which --help need not wait
-    from mambapeft_vision.integrations.convert import convert_from_peft, from_reference, merge_to_official
+    from mambapeft_vision.integrations.convert import convert_from_peft, from_reference
+    from mambapeft_vision.integrations.export import Request, export
     from mambapeft_vision.integrations.hub import PLACEHOLDER, push_to_hub, to_hub_folder
     from mambapeft_vision.results.record import is_finished, read_record
 
@@ -58,8 +59,7 @@ def run(args: argparse.Namespace) -> None:
     elif args.command == "from-peft":
         _say_written(args.out, convert_from_peft(args.folder, args.backbone, args.weights, args.out))
     elif args.command == "merge":
-        merge_to_official(args.adapter, args.weights, args.out)
-        print(f"wrote {args.out}")
+        print(*export(Request(args.adapter, args.out, args.weights), "official"), sep="\n")
     else:
         record = read_record(args.adapter) if is_finished(Path(args.adapter)) else None
         folder = to_hub_folder(args.adapter, args.out, record, args.push or PLACEHOLDER)

@@ -1,19 +1,16 @@
-"""Conversions between formats: the reference's adapters and those of peft in, official checkpoints out."""
+"""Conversions into our formats: adapters of the reference and of peft."""
 
 import ast
 from pathlib import Path
 from types import NoneType
-from typing import Any, cast
+from typing import Any
 
-from mambapeft_vision.adapter.load import load_adapter
 from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.backbones import create_backbone
-from mambapeft_vision.backbones.contract import Backbone
-from mambapeft_vision.backbones.weights import export_official, read_state_dict
+from mambapeft_vision.backbones.weights import read_state_dict
 from mambapeft_vision.integrations.from_peft import from_peft
 from mambapeft_vision.integrations.hub import make_folder
 from mambapeft_vision.integrations.reference import load_reference
-from mambapeft_vision.integrations.timm_folder import plain_backbone
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.untrusted import parse_json, read_text
@@ -105,17 +102,6 @@ def _literal(node: ast.expr, path: Path) -> Any:
 
 
 # -- merged checkpoints ---------------------------------------------------------------------------------------
-
-
-def merge_to_official(folder: str | Path, weights: str, out: str | Path) -> Backbone:
-    """Writes an adapter merged into its backbone in the official key layout (.pth or .safetensors).
-
-    Raises: UserError naming the methods that cannot be merged, and why.
-    """
-    make_folder(Path(out).parent)
-    backbone = plain_backbone(load_adapter(folder, weights), str(folder))
-    export_official(backbone, out)
-    return cast(Backbone, backbone)
 
 
 # -- peft's adapters --------------------------------------------------------------------------------------------

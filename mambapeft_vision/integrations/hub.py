@@ -16,6 +16,7 @@ from mambapeft_vision.utils.text import markdown, plain, shown
 from mambapeft_vision.utils.untrusted import read_bytes
 
 PLACEHOLDER = "USER/NAME"  # in a card whose repository is not known yet
+_NAMED_CLASSES = 20  # a card names at most so many
 
 
 def to_hub_folder(
@@ -82,8 +83,9 @@ def model_card(config: dict[str, Any], result: RunRecord | None, repository: str
     rows = {
         "task": task,
         "methods": methods,
-        "classes": config["num_classes"],
-        **_measured(result),
+        "classes": _classes(config),
+        "labels": "an image may have several labels" if config.get("multi_label") else "one for each image",
+        **_measured(result, "mean average precision" if config.get("multi_label") else "accuracy"),
         "backbone": f"`{markdown(base['name'])}`, weights sha256 `{markdown(base['sha256'])}`",
         "licence of the backbone's weights": markdown(licence if weights == "official" else "of your own weights"),
         "licence of the images": "ask where the images come from; it is not recorded",
@@ -124,12 +126,21 @@ def model_card(config: dict[str, Any], result: RunRecord | None, repository: str
     return "\n".join(lines) + "\n"
 
 
-def _measured(result: RunRecord | None) -> dict[str, str]:
+def _classes(config: dict[str, Any]) -> str:
+    """How many, and the first ones by name."""
+    names = config.get("class_names")
+    if not names:
+        return str(config["num_classes"])
+    listed = ", ".join(markdown(name) for name in names[:_NAMED_CLASSES])
+    return f"{config['num_classes']}: {listed}" + (", …" if len(names) > _NAMED_CLASSES else "")
+
+
+def _measured(result: RunRecord | None, measure: str) -> dict[str, str]:
     if result is None:
-        names = ("test accuracy", "test images", "trained parameters", "head", "seed")
+        names = (f"test {measure}", "test images", "trained parameters", "head", "seed")
         return dict.fromkeys(names, "not recorded")
     return {
-        "test accuracy": f"{100 * result.accuracy:.2f} %",
+        f"test {measure}": f"{100 * result.accuracy:.2f} %",
         "test images": f"{result.num_test:,}",
         "trained parameters": f"{result.trainable:,}",
         "head": f"{result.head:,}",

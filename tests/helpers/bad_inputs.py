@@ -22,10 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from mambapeft_vision.adapter.load import load_adapter
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.weights import export_official
 from mambapeft_vision.data.prepare.importer import import_task
-from mambapeft_vision.integrations.convert import from_reference, load_adapter, merge_to_official
+from mambapeft_vision.integrations.convert import from_reference
+from mambapeft_vision.integrations.export import Request, export
 from mambapeft_vision.run.evaluate import evaluate
 from mambapeft_vision.run.run import train
 
@@ -596,7 +598,7 @@ TOOLS: list[Case] = [
     ("reference config of something else", reference_config("x = 1"), ["config.py", "expected `model ="]),
     (
         "merge of what is no adapter",
-        lambda w: merge_to_official(w.folder, "random", "x.pth"),
+        lambda w: export(Request(w.folder, "x.pth", "random"), "official"),
         ["does not exist", "expected"],
     ),
     ("merge with other weights", lambda w: load_adapter(w.run, "random", seed=5), ["sha256", "backbone.weights"]),

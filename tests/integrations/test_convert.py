@@ -9,11 +9,12 @@ from helpers.fake_records import fake_record
 from helpers.golden_values import load_golden
 from helpers.method_cases import pooled
 
+from mambapeft_vision.adapter.load import load_adapter
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.weights import load_weights
 from mambapeft_vision.commands import convert
-from mambapeft_vision.integrations.convert import load_adapter, merge_to_official, read_reference_config
-from mambapeft_vision.integrations.hub import push_to_hub
+from mambapeft_vision.integrations.convert import read_reference_config
+from mambapeft_vision.integrations.hub import model_card, push_to_hub
 from mambapeft_vision.results.record import write_record
 from mambapeft_vision.run.exit import run_cli
 from mambapeft_vision.utils.errors import UserError
@@ -84,6 +85,23 @@ def test_hub_folder_has_a_card_with_the_results(tmp_path):
     assert load_adapter(tmp_path / "hub", weights).counts()["trainable"] == 2304
 
 
+def test_a_card_names_the_classes_and_the_measure_of_several_labels():
+    record = fake_record("custom/pets", "lora_p_x", 0, 0.625)
+    config = {
+        "format_version": 1,
+        "methods": {},
+        "num_classes": 2,
+        "backbone": {"name": "vim_tiny_patch16_224", "sha256": "0", "architecture": {}},
+    }
+    card = model_card({**config, "class_names": ["red | fox", "<b>"], "multi_label": True}, record)
+    assert "| classes | 2: red \\| fox, &lt;b&gt; |" in card
+    assert "| test mean average precision | 62.50 % |" in card and "several labels" in card
+    assert "test accuracy" not in card
+    many = model_card({**config, "num_classes": 50, "class_names": [f"c{k}" for k in range(50)]}, record)
+    assert "| classes | 50: c0, c1, " in many and "c19, … |" in many and "c20" not in many
+    assert "| classes | 2 |" in model_card(config, record) and "test accuracy" in model_card(config, record)
+
+
 def test_a_hub_folder_is_another_one_than_the_adapters(tmp_path):
     _, (config, adapter, weights) = reference_files(tmp_path, "lora_X")
     command("from-reference", config, adapter, "--weights", weights, "--out", tmp_path / "ours")
@@ -138,7 +156,7 @@ def test_methods_that_cannot_merge_are_named(tmp_path):
         tmp_path / "vim.pth",
     )  # fmt: skip
     with pytest.raises(UserError, match="cannot become a plain checkpoint"):
-        merge_to_official(tmp_path / "ours", tmp_path / "vim.pth", tmp_path / "merged.pth")
+        command("merge", tmp_path / "ours", "--weights", tmp_path / "vim.pth", "--out", tmp_path / "merged.pth")
     assert not (tmp_path / "merged.pth").exists()
 
 

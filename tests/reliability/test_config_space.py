@@ -9,13 +9,13 @@ from helpers.drawn_compositions import Composition, draw
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from mambapeft_vision.adapter.load import load_adapter
 from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.data import Preprocessing
 from mambapeft_vision.engine.loop import step_settings
 from mambapeft_vision.engine.module import Normalise
 from mambapeft_vision.engine.schedule import make_optimizer, set_learning_rates
 from mambapeft_vision.engine.step import TrainStep
-from mambapeft_vision.integrations.convert import load_adapter
 from mambapeft_vision.run.build import build_backbone, build_model, set_kernel
 from mambapeft_vision.run.config import TrainConfig
 from mambapeft_vision.run.run_config import RunPlan, make_plan
