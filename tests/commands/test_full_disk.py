@@ -52,7 +52,6 @@ COMMANDS: dict[str, Callable[[Path, Path, Path], list[str]]] = {
     ],
     "to peft": lambda run, out, tree: ["export", f"run={run}", "to=peft", *RANDOM, "--out", str(out / "peft")],
     "to lora": lambda run, out, tree: ["export", f"run={run}", "to=lora", *RANDOM, "--out", str(out / "lora")],
-    "sweep": lambda run, out, tree: ["sweep", *tiny(run, out), "seed=0,1", "workers=1"],
     "tune": lambda run, out, tree: ["tune", *tiny(run, out), "method=lora_p_x", "trials=2"],
     "pretrain": lambda run, out, tree: [
         *["pretrain", "folder", f"sources.mine.path={tree}", "sources.mine.holdout=0.01", f"out={out / 'weights'}"],
