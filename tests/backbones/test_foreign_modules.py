@@ -2,13 +2,14 @@
 
 import copy
 import inspect
+import pickle
 import re
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import timm
+import timm.utils
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
@@ -455,6 +456,69 @@ def test_averages_of_weights_are_seen() -> None:
     assert torch.equal(autocast_logits(model), autocast_logits(other))
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_way_to_change_weights_is_seen(name: str) -> None:
+    """A model that has computed is given the weights of one that has not; both compute the same then."""
+    fresh = changed(family(name).float().requires_grad_(False))
+    expected = autocast_logits(copy.deepcopy(fresh))
+    ways: dict[str, Callable[[Any], Any]] = {
+        "data": changed,
+        "load_state_dict": lambda m: loaded(m, fresh),
+        "assign": lambda m: loaded(m, copy.deepcopy(fresh), assign=True),
+        "deepcopy": lambda m: changed(copy.deepcopy(m)),
+        "pickle": lambda m: changed(pickle.loads(pickle.dumps(m))),
+        "average": averaged_with(fresh),
+    }
+    for way, change in ways.items():
+        model = family(name).float().requires_grad_(False)
+        assert not torch.equal(autocast_logits(model), expected)
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            model(images())
+        model = change(model)
+        assert torch.equal(autocast_logits(model), expected), way
+
+
+def changed(model: Any) -> Any:
+    for p in model.parameters():
+        p.data.mul_(1.1)
+    return model
+
+
+def loaded(model: nn.Module, other: nn.Module, **options: bool) -> nn.Module:
+    model.load_state_dict(other.state_dict(), **options)
+    return model
+
+
+def averaged_with(other: nn.Module) -> Callable[[nn.Module], nn.Module]:
+    """timm's average of weights with a decay of zero, which has computed before it is brought up to date."""
+
+    def averaged(model: nn.Module) -> nn.Module:
+        average = timm.utils.ModelEmaV3(model, decay=0.0)
+        autocast_logits(average.module)
+        average.update(other)
+        return average.module
+
+    return averaged
+
+
+@pytest.mark.parametrize("implementation", ["foreach", "fused"])
+def test_steps_of_an_optimizer_are_seen(implementation: str) -> None:
+    watched, plain = vim(), vim()
+    for model in (watched, plain):
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3, **{implementation: True})
+        for _ in range(2):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(images()).float().logsumexp(1).sum()
+            loss.backward()
+            optimizer.step()
+            if model is watched:
+                autocast_logits(model)
+    fresh = vim()
+    fresh.load_state_dict(plain.state_dict())
+    assert torch.equal(autocast_logits(watched), autocast_logits(fresh))
+
+
 def test_a_weight_that_is_replaced_while_casts_are_held_is_seen() -> None:
     """Offloading puts another tensor in a parameter's place for each pass."""
     model, expected = vim().requires_grad_(False), vim().requires_grad_(False)
@@ -521,6 +585,22 @@ def test_second_derivatives_of_a_model(methods: str) -> None:
             torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_second_derivatives_of_every_backbone(name: str) -> None:
+    """Of every parameter and the images, against finite differences."""
+    found = []
+    for kernel in ("naive", "auto"):
+        model = family(name)
+        if kernel != "auto" and "vit" not in name:  # which has no scans, so no kernels
+            model.set_kernel(kernel, "cpu")
+        parameters = list(model.parameters())
+        first = torch.autograd.grad(model(images(torch.float64)).logsumexp(1).sum(), parameters, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), parameters))
+    check_along_a_line(model, parameters, found[-1])
+    for expected, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-8, atol=1e-9)
+
+
 def check_along_a_line(model: nn.Module, parameters: list[Tensor], gradient: list[Tensor]) -> None:
     generator = torch.Generator().manual_seed(4)
     line = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
@@ -534,6 +614,14 @@ def check_along_a_line(model: nn.Module, parameters: list[Tensor], gradient: lis
     slope = (values[0] - values[1]) / 2e-5
     expected = sum((g * direction).sum() for g, direction in zip(gradient, line, strict=True))
     torch.testing.assert_close(slope, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_backward_pass_of_every_backbone_within_autocast(name: str) -> None:
+    model = family(name).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images()).sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("kernel", ["auto", "torch", "naive"])
