@@ -156,8 +156,11 @@ def test_no_file_of_this_size(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="NOT RUN: needs Linux's tmpfs")
-def test_no_space_left(finished: Path, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_space_left(
+    finished: Path, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with full_disk(tmp_path):
+        monkeypatch.chdir(tmp_path)  # the mounted one
         for name in COMMANDS:
             if name != "evaluate":  # which writes into the run's folder
                 check(COMMANDS[name](finished, tmp_path, tree), os.strerror(28), tmp_path, capsys)
