@@ -4,6 +4,7 @@ Merged methods are a part of the weights; those that stay attached become operat
 operator (`mambapeft_kernels/selective_scan/exported.py`). A program is compared with the model before it is kept.
 """
 
+import io
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -40,8 +41,9 @@ def to_torch_program(model: AdaptedModel, path: str | Path) -> float:
     """
     program = _trace(model)
     found = _checked(model, program.module(), "the exported program")
-    with atomic_path(Path(path)) as temporary, open(temporary, "wb") as file:
-        torch.export.save(program, file)
+    file = io.BytesIO()  # PyTorch's writer ends the process where a disk takes no more
+    torch.export.save(program, file)
+    write_bytes(Path(path), file.getvalue())
     return found
 
 

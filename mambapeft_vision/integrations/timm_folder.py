@@ -14,6 +14,7 @@ from mambapeft_vision.backbones.timm_model import TimmModel
 from mambapeft_vision.integrations.same_logits import images
 from mambapeft_vision.utils.atomic import atomic_folder
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.tensor_files import system_errors
 
 
 def plain_backbone(model: AdaptedModel, source: str) -> TimmModel:
@@ -40,7 +41,7 @@ def to_timm(model: AdaptedModel, folder: str | Path, source: str) -> None:
     """
     backbone = plain_backbone(model, source).cpu()
     inputs = images(model)
-    with atomic_folder(Path(folder)) as temporary, torch.no_grad():
+    with atomic_folder(Path(folder)) as temporary, system_errors(folder), torch.no_grad():
         save_for_hf(backbone, str(temporary), model_args=_sizes_of(backbone), safe_serialization=True)
         again = timm.create_model(f"local-dir:{temporary}", pretrained=True).eval()
         if not torch.allclose(again(inputs), backbone(inputs), rtol=1e-4, atol=1e-5):

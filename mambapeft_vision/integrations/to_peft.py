@@ -16,7 +16,9 @@ from mambapeft_vision.backbones.timm_model import TimmModel
 from mambapeft_vision.integrations.peft_forms import FORMS, Form
 from mambapeft_vision.integrations.same_logits import TOLERANCE, difference
 from mambapeft_vision.methods.lora import LoRA, LowRank
+from mambapeft_vision.utils.atomic import atomic_folder
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.tensor_files import system_errors
 from mambapeft_vision.utils.text import plain
 
 _AS_LORA = "`mambapeft export … --to lora` first makes a LoRA of it, and says how exact that is"
@@ -55,7 +57,8 @@ def to_peft(model: AdaptedModel, base: TimmModel, out: str | Path) -> float:
             f"peft computes other logits with this adapter: they differ by {found:.1e} of the largest; {_AS_LORA}"
         )
     theirs.peft_config["default"].base_model_name_or_path = base.pretrained_cfg["architecture"]
-    theirs.save_pretrained(str(out), save_embedding_layers=False)  # for them it would ask the hub
+    with atomic_folder(Path(out)) as temporary, system_errors(out):
+        theirs.save_pretrained(str(temporary), save_embedding_layers=False)  # for them it would ask the hub
     return found
 
 

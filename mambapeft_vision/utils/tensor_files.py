@@ -8,8 +8,10 @@ import hashlib
 import io
 import json
 import os
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -136,6 +138,18 @@ def _tensors(content: Any) -> Iterator[Tensor]:
         elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
             seen.add(id(value))
             stack.extend(value.values() if isinstance(value, Mapping) else value)
+
+
+@contextmanager
+def system_errors(path: str | Path) -> Iterator[None]:
+    """What a disk has against a file that safetensors writes becomes the OSError that it was, and names `path`."""
+    try:
+        yield
+    except SafetensorError as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
 
 
 # Our own files

@@ -2,15 +2,17 @@
 
 import copy
 import inspect
+import pickle
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-import timm
+import timm.utils
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, prune
 
 import mambapeft_vision.backbones.vim  # noqa: F401 (registers its models with timm)
@@ -424,6 +426,27 @@ def test_an_adapter_on_a_weight_alone() -> None:
     assert trained and all(p.grad is not None for p in trained.values())
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name.startswith("vmamba")])
+def test_adapters_on_weights_that_all_directions_share(name: str) -> None:
+    """VMamba keeps the maps of its four directions in parameters, not in modules; peft adapts those by their names."""
+    import peft
+
+    for parameter in ("op.x_proj_weight", "op.dt_projs_weight", "op.dt_projs_bias", "op.A_logs"):
+        backbone = family(name)
+        before = backbone(images(torch.float64))
+        model = peft.get_peft_model(backbone, peft.LoraConfig(target_parameters=[parameter], r=2)).double().eval()
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        with torch.no_grad():
+            for p in trained.values():
+                p.add_(0.05)
+        out = model(images(torch.float64))
+        out.square().sum().backward()
+        assert trained and all(p.grad is not None and p.grad.any() for p in trained.values()), parameter
+        assert not torch.equal(out, before), parameter
+        torch.testing.assert_close(model.merge_and_unload()(images(torch.float64)), out, rtol=1e-9, atol=1e-11)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Weights that change between passes: no old cast is ever used
 
@@ -453,6 +476,69 @@ def test_averages_of_weights_are_seen() -> None:
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         mine.data.lerp_(theirs.data, 1.0)
     assert torch.equal(autocast_logits(model), autocast_logits(other))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_way_to_change_weights_is_seen(name: str) -> None:
+    """A model that has computed is given the weights of one that has not; both compute the same then."""
+    fresh = changed(family(name).float().requires_grad_(False))
+    expected = autocast_logits(copy.deepcopy(fresh))
+    ways: dict[str, Callable[[Any], Any]] = {
+        "data": changed,
+        "load_state_dict": lambda m: loaded(m, fresh),
+        "assign": lambda m: loaded(m, copy.deepcopy(fresh), assign=True),
+        "deepcopy": lambda m: changed(copy.deepcopy(m)),
+        "pickle": lambda m: changed(pickle.loads(pickle.dumps(m))),
+        "average": averaged_with(fresh),
+    }
+    for way, change in ways.items():
+        model = family(name).float().requires_grad_(False)
+        assert not torch.equal(autocast_logits(model), expected)
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            model(images())
+        model = change(model)
+        assert torch.equal(autocast_logits(model), expected), way
+
+
+def changed(model: Any) -> Any:
+    for p in model.parameters():
+        p.data.mul_(1.1)
+    return model
+
+
+def loaded(model: nn.Module, other: nn.Module, **options: bool) -> nn.Module:
+    model.load_state_dict(other.state_dict(), **options)
+    return model
+
+
+def averaged_with(other: nn.Module) -> Callable[[nn.Module], nn.Module]:
+    """timm's average of weights with a decay of zero, which has computed before it is brought up to date."""
+
+    def averaged(model: nn.Module) -> nn.Module:
+        average = timm.utils.ModelEmaV3(model, decay=0.0)
+        autocast_logits(average.module)
+        average.update(other)
+        return average.module
+
+    return averaged
+
+
+@pytest.mark.parametrize("implementation", ["foreach", "fused"])
+def test_steps_of_an_optimizer_are_seen(implementation: str) -> None:
+    watched, plain = vim(), vim()
+    for model in (watched, plain):
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3, **{implementation: True})
+        for _ in range(2):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(images()).float().logsumexp(1).sum()
+            loss.backward()
+            optimizer.step()
+            if model is watched:
+                autocast_logits(model)
+    fresh = vim()
+    fresh.load_state_dict(plain.state_dict())
+    assert torch.equal(autocast_logits(watched), autocast_logits(fresh))
 
 
 def test_a_weight_that_is_replaced_while_casts_are_held_is_seen() -> None:
@@ -521,19 +607,58 @@ def test_second_derivatives_of_a_model(methods: str) -> None:
             torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-10)
 
 
-def check_along_a_line(model: nn.Module, parameters: list[Tensor], gradient: list[Tensor]) -> None:
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "vit" not in name])
+def test_second_derivatives_of_every_backbone(name: str) -> None:
+    """Of every parameter, by two kernels and against finite differences."""
+    found = []
+    for kernel in ("naive", "auto"):
+        model = family(name)
+        if kernel != "auto":
+            model.set_kernel(kernel, "cpu")
+        found.append(second_derivatives(model))
+    check_along_a_line(model, list(model.parameters()), found[-1])
+    for expected, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-8, atol=1e-9)
+
+
+def test_second_derivatives_of_a_vision_transformer() -> None:
+    """PyTorch's fast attention on the CPU has none and says so; its plain one has them."""
+    model = family("ported_vit_pico_patch8_32")
+    with pytest.raises(RuntimeError, match="derivative for .*attention.* is not implemented"):
+        second_derivatives(model)
+    with sdpa_kernel(SDPBackend.MATH):
+        check_along_a_line(model, list(model.parameters()), second_derivatives(model), step=1e-6)
+
+
+def second_derivatives(model: nn.Module) -> tuple[Tensor, ...]:
+    parameters = list(model.parameters())
+    first = torch.autograd.grad(model(images(torch.float64)).logsumexp(1).sum(), parameters, create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in first), parameters)
+
+
+def check_along_a_line(
+    model: nn.Module, parameters: list[Tensor], gradient: Sequence[Tensor], step: float = 1e-5
+) -> None:
     generator = torch.Generator().manual_seed(4)
     line = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
     values = []
-    for step in (1e-5, -2e-5):
+    for change in (step, -2 * step):
         with torch.no_grad():
             for p, direction in zip(parameters, line, strict=True):
-                p.add_(step * direction)
+                p.add_(change * direction)
         first = torch.autograd.grad(model(images(torch.float64)).logsumexp(1).sum(), parameters)
         values.append(sum(g.square().sum() for g in first))
-    slope = (values[0] - values[1]) / 2e-5
+    slope = (values[0] - values[1]) / (2 * step)
     expected = sum((g * direction).sum() for g, direction in zip(gradient, line, strict=True))
     torch.testing.assert_close(slope, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_backward_pass_of_every_backbone_within_autocast(name: str) -> None:
+    model = family(name).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images()).sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("kernel", ["auto", "torch", "naive"])

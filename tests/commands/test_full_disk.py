@@ -1,7 +1,9 @@
 """A disk that takes no more: every command says so in one line, with code 2, and leaves no half file under its name."""
 
+import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -30,14 +32,49 @@ COMMANDS: dict[str, Callable[[Path, Path, Path], list[str]]] = {
     "merge": lambda run, out, tree: ["convert", "merge", str(run), *RANDOM, "--out", str(out / "m.safetensors")],
     "to-hub": lambda run, out, tree: ["convert", "to-hub", str(run), "--out", str(out / "hub")],
     "import": lambda run, out, tree: [*["prepare", "mini", "import"], str(tree), "--name", "t", "--out", str(out)],
+    "predict": lambda run, out, tree: [
+        "predict",
+        f"run={run}",
+        f"images={tree / 'a' / '1*.png'}",
+        "--out",
+        str(out / "p.csv"),
+    ],
+    "explore": lambda run, out, tree: ["explore", str(run), "--out", str(out / "e.html")],
+    "ensemble": lambda run, out, tree: ["ensemble", f"runs={run},{run.with_name(SECOND)}", "--out", str(out)],
+    "interpolate": lambda run, out, tree: [
+        *["interpolate", str(run), "--alpha", "0.5", "--alphas", "0,1", "--split", "test"],
+        *["--device", "cpu", "--out", str(out)],
+    ],
+    "to timm": lambda run, out, tree: ["export", f"run={run}", "to=timm", *RANDOM, "--out", str(out / "timm")],
+    "to official": lambda run, out, tree: ["export", f"run={run}", "to=official", *RANDOM, "--out", str(out / "o.pth")],
+    "to torch-export": lambda run, out, tree: [
+        *["export", f"run={run}", "to=torch-export", *RANDOM, "--out", str(out / "o.pt2")]
+    ],
+    "to peft": lambda run, out, tree: ["export", f"run={run}", "to=peft", *RANDOM, "--out", str(out / "peft")],
+    "to lora": lambda run, out, tree: ["export", f"run={run}", "to=lora", *RANDOM, "--out", str(out / "lora")],
+    "tune": lambda run, out, tree: ["tune", *tiny(run, out), "method=lora_p_x", "trials=2"],
+    "pretrain": lambda run, out, tree: [
+        *["pretrain", "folder", f"sources.mine.path={tree}", "sources.mine.holdout=0.01", f"out={out / 'weights'}"],
+        *["steps=1", "batch_size=2", "precision=fp32", "device=cpu", "workers=1"],
+        *["+architecture.embed_dim=16", "+architecture.depth=1", "+architecture.img_size=16"],
+    ],
     "rerun": lambda run, out, tree: ["rerun", str(run / "result.json"), f"paths.outputs={out / 'again'}"],
 }
+
+
+def tiny(run: Path, out: Path) -> list[str]:
+    """Overrides of runs on the task of a finished run."""
+    return runs.overrides(run.parents[4] / "task", out, "trainer.max_epochs=1", "paths.cache=null")
+
+
+SECOND = "seed1-copy"
 RANDOM = "--weights", "random"
 
 
 @pytest.fixture(autouse=True)
-def as_run_cli_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_run_cli_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.chdir(tmp_path)  # where a search keeps what it finds
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +82,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     task = runs.lay_out_task(folder / "task")
     runs.run(runs.overrides(task, folder / "out", "trainer.max_epochs=1", "paths.cache=null"))
-    return runs.only_run_folder(folder / "out")
+    lines = (task / "train800val200.txt").read_text().splitlines(keepends=True)
+    (task / "train800.txt").write_text("".join(lines[:30]))
+    (task / "val200.txt").write_text("".join(lines[30:]))
+    run = runs.only_run_folder(folder / "out")
+    shutil.copytree(run, run.with_name(SECOND))
+    result = run.with_name(SECOND) / "result.json"
+    record = json.loads(result.read_text())
+    result.write_text(json.dumps(record | {"seed": 1, "fingerprint": "0" * len(record["fingerprint"])}))
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +156,11 @@ def test_no_file_of_this_size(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="NOT RUN: needs Linux's tmpfs")
-def test_no_space_left(finished: Path, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_space_left(
+    finished: Path, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with full_disk(tmp_path):
+        monkeypatch.chdir(tmp_path)  # the mounted one
         for name in COMMANDS:
             if name != "evaluate":  # which writes into the run's folder
                 check(COMMANDS[name](finished, tmp_path, tree), os.strerror(28), tmp_path, capsys)

@@ -10,7 +10,9 @@ from helpers import runs
 from helpers.fake_records import CONFIGS, fake_record
 
 from mambapeft_vision.results import plots
+from mambapeft_vision.results.explorer import explorer, read_names
 from mambapeft_vision.results.tables import collect, read_standard, tables_of, to_csv, to_markdown
+from mambapeft_vision.results.tables.find import Found
 from mambapeft_vision.run.run_config import make_plan
 from mambapeft_vision.sweep.display import Display
 from mambapeft_vision.sweep.estimates import Speeds
@@ -108,8 +110,28 @@ def tables_of_many_tasks(job: Job, count: int) -> None:
     to_csv(collections)
 
 
+def plan_many(job: Job, count: int) -> None:
+    seeds = ",".join(map(str, range(count)))
+    jobs = plan_jobs(["method=a", "dataset=vtab/cifar", f"seed={seeds}", "paths.outputs=/nowhere"], CONFIGS)
+    assert len(jobs) == count
+
+
+def explorer_of_many(job: Job, count: int) -> None:
+    record = fake_record("vtab/cifar", "a", 0, 0.5)
+    found = [Found(replace(record, seed=seed), Path("/nowhere") / str(seed)) for seed in range(count)]
+    page = explorer(found, read_standard(CONFIGS), read_names(CONFIGS), title="many")
+    assert len(page) > 100 * count
+
+
 @pytest.mark.parametrize(
-    ("work", "count"), [(follow_a_sweep, 1500), (tables_of_many, 1000), (tables_of_many_tasks, 4000)]
+    ("work", "count"),
+    [
+        (plan_many, 1500),
+        (explorer_of_many, 1500),
+        (follow_a_sweep, 1500),
+        (tables_of_many, 1000),
+        (tables_of_many_tasks, 4000),
+    ],
 )
 def test_twice_the_runs_take_twice_the_time(work, count, job, capsys):
     """CPU time; what is quadratic takes four times as long."""
