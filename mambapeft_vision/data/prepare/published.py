@@ -20,6 +20,7 @@ from mambapeft_vision.data.own.draw import TEST, TRAIN, VAL
 from mambapeft_vision.data.own.index import read_index
 from mambapeft_vision.data.own.layout import IMAGES, OwnImages, lay_out, read_notes
 from mambapeft_vision.data.own.source import Source, check_paths, named
+from mambapeft_vision.utils.atomic import write_bytes
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.untrusted import read_bytes, read_json
@@ -218,7 +219,7 @@ def _add_lists(folder: Path, few: Mapping[str, Labels]) -> None:
     lists = dict(entry.lists)
     for name, labels in few.items():
         content = "".join(f"{IMAGES}/{path} {label}\n" for path, label in labels.items()).encode()
-        (folder / f"{name}.txt").write_bytes(content)
+        write_bytes(folder / f"{name}.txt", content)
         lists[name] = hashlib.sha256(content).hexdigest()
     hashes = {f"{IMAGES}/{file.path}": file.sha256 for file in index} | {f"{n}.txt": sha for n, sha in lists.items()}
     seen = entry.classes_seen | {name: len(set(labels.values())) for name, labels in few.items()}
