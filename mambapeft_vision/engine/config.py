@@ -63,7 +63,8 @@ class TrainerConfig:
     def check(self) -> None:
         """Raises UserError for values that cannot be meant."""
         _require(self.max_epochs >= 1, "max_epochs", self.max_epochs, "at least 1")
-        _require(0 <= self.warmup_epochs <= self.max_epochs, "warmup_epochs", self.warmup_epochs, "0 to max_epochs")
+        warm_up = f"0 to max_epochs={self.max_epochs}; set warmup_epochs too"
+        _require(0 <= self.warmup_epochs <= self.max_epochs, "warmup_epochs", self.warmup_epochs, warm_up)
         for key in ("learning_rate", "min_lr", "weight_decay", "head_lr_mult", "head_decay_mult", "checkpoint_every_s"):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
         _require(self.eps > 0, "eps", self.eps, "above 0")

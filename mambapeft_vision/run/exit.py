@@ -293,7 +293,9 @@ def _missing_option(error: MissingConfigException) -> str:
     option = (error.missing_cfg_file or "").rpartition("/")[2]
     if option in RENAMED:
         return f"{text}; it has no file of its own any more: write {RENAMED[option]}"
-    near = difflib.get_close_matches(option, error.options or [], n=3) or _inside_groups(error, option)
+    options = error.options or []
+    longer = [name for name in options if name.startswith(f"{option}_")]  # lora: lora_in_proj and its like
+    near = longer or difflib.get_close_matches(option, options, n=3) or _inside_groups(error, option)
     return f"{text}; did you mean {', '.join(near)}?" if near else f"{text}; --help lists what there is"
 
 
