@@ -95,9 +95,16 @@ def test_method(name):
     assert bool(model.owned()) == (name not in ("linear_probe", *measures_first))
 
 
-@pytest.mark.parametrize("rank, near", [(10**9, "would train"), (10**18, "impossible sizes: got 1000000000000000000")])
-def test_sizes_beyond_all_memory_are_refused(rank, near):
-    plan = plan_of("method=lora_p_x", f"method.lora_p_x.rank={rank}", *runs.SMALL_BACKBONE)
+@pytest.mark.parametrize(
+    "override, near",
+    [
+        ("lora_p_x.rank=1000000000", "would train"),
+        ("lora_p_x.rank=1000000000000000000", "expected at most 2,147,483,647"),
+        ("convpass.dim=2000000000", "impossible sizes: got 2000000000"),  # of a product with itself
+    ],
+)
+def test_sizes_beyond_all_memory_are_refused(override, near):
+    plan = plan_of(f"method={override.partition('.')[0]}", f"method.{override}", *runs.SMALL_BACKBONE)
     with pytest.raises(UserError, match=near):
         build.build_model(plan, build.build_backbone(plan), num_classes=3)
 

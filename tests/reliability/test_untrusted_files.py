@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import mambapeft_vision.integrations.convert as convert
 from mambapeft_vision.adapter.build import build_method
 from mambapeft_vision.adapter.files import read_adapter
-from mambapeft_vision.adapter.load import build_methods
+from mambapeft_vision.adapter.load import build_methods, load_adapter
 from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.adapter.presets import read_preset
 from mambapeft_vision.backbones import create_backbone
@@ -218,7 +218,7 @@ def test_an_adapters_architecture_is_sizes_alone(tmp_path, key, value):
     config["backbone"]["architecture"][key] = value
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=rf"backbone\.{key} is no key of Vim"):
-        convert.load_adapter(folder, "random")
+        load_adapter(folder, "random")
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_an_adapters_sizes_cost_nothing_before_they_are_known_to_fit(tmp_path, p
     place[path[-1]] = value
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError):
-        convert.load_adapter(folder, "random")
+        load_adapter(folder, "random")
 
 
 # YAML
