@@ -1,6 +1,7 @@
 """Adapters on the Hugging Face hub, from its cache or downloaded."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from mambapeft_vision.adapter.files import MAX_BYTES
@@ -30,13 +31,7 @@ def fetch_adapter(repository: str, revision: str | None = None) -> Path:
     except Exception as error:  # the hub's client raises many kinds
         reason = error
     if info is not None:
-        for file in info.siblings or ():
-            if file.rfilename in MAX_BYTES and (file.size is None or file.size > MAX_BYTES[file.rfilename]):
-                size = "an unknown number of" if file.size is None else f"{file.size:,}"
-                raise UserError(
-                    f"{repository}: {file.rfilename} has {size} bytes; expected at most "
-                    f"{MAX_BYTES[file.rfilename]:,}. Nothing was downloaded; check the name"
-                )
+        _check_sizes(repository, {file.rfilename: file.size for file in info.siblings or ()})
     commit = revision if info is None else info.sha  # what is fetched is what was measured
     try:
         return Path(
@@ -48,3 +43,14 @@ def fetch_adapter(repository: str, revision: str | None = None) -> Path:
             f"{repository}{at} is no folder here, and could not be fetched from the Hugging Face hub "
             f"({type(reason or error).__name__}). Check the name; a private one needs HF_TOKEN or `hf auth login`"
         ) from error
+
+
+def _check_sizes(repository: str, sizes: Mapping[str, int | None]) -> None:
+    for name, limit in MAX_BYTES.items():
+        size = sizes.get(name, 0)
+        if size is None or size > limit:
+            bytes_there = "an unknown number of" if size is None else f"{size:,}"
+            raise UserError(
+                f"{repository}: {name} has {bytes_there} bytes; expected at most {limit:,}. Nothing was downloaded; "
+                f"check the name"
+            )

@@ -199,7 +199,7 @@ class TaskDataModule(LightningDataModule):
         self._find_classes((self.train_split, self.test_split))
         self.notes = read_notes(self.folder) if self.own is not None else []
         self._listings = {split: self._checked_list(split) for split in splits}
-        if not test_only:
+        if not test_only and self.own is None:  # own images have their notes from when they were split
             self.notes += self._notes_on_splits()
         if self.shots is not None and not test_only:
             self._listings[self.train_split] = self._few(self._listings[self.train_split], self.shots)

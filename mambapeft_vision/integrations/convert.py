@@ -101,9 +101,6 @@ def _literal(node: ast.expr, path: Path) -> Any:
         raise UserError(f"{path}:{node.lineno}: only literals and dict(...) are understood here") from error
 
 
-# -- merged checkpoints ---------------------------------------------------------------------------------------
-
-
 # -- peft's adapters --------------------------------------------------------------------------------------------
 
 

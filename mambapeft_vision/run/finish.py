@@ -66,16 +66,16 @@ def save_predictions(setup: Setup, predictions: Predictions, file: Path) -> None
 
 def finished_before(plan: RunPlan, record: RunRecord) -> RunRecord:
     """Returns the result of a run that is finished; says that it is not repeated."""
-    with suppress(OSError):  # the folder may be read-only
-        remove_leftovers(plan.folder)
+    remove_leftovers(plan.folder)
     say(f"{summarise(record, plan.folder)}\nThis run was finished before; resume=false runs it again.")
     return record
 
 
 def remove_leftovers(folder: Path) -> None:
     """Removes what only an unfinished run needs: it is there if a process was killed right after the result."""
-    (folder / CHECKPOINT_FILE).unlink(missing_ok=True)  # the adapter holds what it held
-    forget_failure(folder)
+    with suppress(OSError):  # the folder may be read-only
+        (folder / CHECKPOINT_FILE).unlink(missing_ok=True)  # the adapter holds what it held
+        forget_failure(folder)
 
 
 def _adapter_metadata(plan: RunPlan) -> dict[str, Any]:

@@ -214,8 +214,7 @@ def _outcome_of_dead(job: Job, code: int | None) -> Outcome:
     """What has become of the run of a worker that died: its result, if that was written before, else a failure."""
     record = _result_of(job)
     if record is not None:
-        with suppress(OSError):
-            remove_leftovers(job.folder)
+        remove_leftovers(job.folder)
         return Outcome(record, last=True)
     error = _death(code)
     write_failure(job.folder, error, "WorkerDied", "", job.overrides)

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,8 +111,6 @@ def sweep(jobs: Sequence[Job], command: Command) -> int:
     """
     todo = [job for job in jobs if job.state is not State.FINISHED]
     finished = [job for job in jobs if job.state is State.FINISHED]
-    if not command.dry_run:
-        _tidy(finished)
     outputs = Path(jobs[0].plan.config["paths"]["outputs"]).expanduser()
     speeds = Speeds(known_runs(outputs), command.rates)
     gpus = gpus_of(jobs)
@@ -120,6 +118,9 @@ def sweep(jobs: Sequence[Job], command: Command) -> int:
     if command.dry_run:
         print(describe(jobs, speeds, workers))
         return 0
+    for job in finished:
+        if is_finished(job.folder):  # still
+            remove_leftovers(job.folder)
     say(f"{len(jobs)} runs, {len(finished)} of them finished before; {workers} at a time")
     if not todo:
         return 0
@@ -129,13 +130,6 @@ def sweep(jobs: Sequence[Job], command: Command) -> int:
     display = _run(todo, len(finished), speeds, workers, Pool(workers, gpus, outputs / LOGS))
     say(_closing(display, outputs))
     return len(display.failures)
-
-
-def _tidy(finished: Sequence[Job]) -> None:
-    for job in finished:
-        with suppress(OSError):  # the folder may be read-only
-            if is_finished(job.folder):  # still
-                remove_leftovers(job.folder)
 
 
 def known_runs(outputs: Path) -> list[RunRecord]:

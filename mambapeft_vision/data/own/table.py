@@ -235,7 +235,7 @@ def _parquet_columns(file: Path) -> dict[str, list[Any]]:
         _check_size(table.metadata, file)
         # Texts stay in dictionaries: a long one, stored once for many rows, is not copied before it is counted.
         texts = [c.path for c in map(table.schema.column, range(len(table.schema))) if c.physical_type == "BYTE_ARRAY"]
-        table = pyarrow.parquet.ParquetFile(io.BytesIO(content), read_dictionary=texts)
+        table = pyarrow.parquet.ParquetFile(io.BytesIO(content), metadata=table.metadata, read_dictionary=texts)
         columns: dict[str, list[Any]] = {name: [] for name in table.schema_arrow.names}
         read = 0
         for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE):
