@@ -16,7 +16,7 @@ from mambapeft_vision.benchmarks.measured import csv_text
 from mambapeft_vision.utils.atomic import write_text
 from mambapeft_vision.utils.errors import UserError
 
-CASES = (("vim_s", "lora_p_x", 32), ("vim_s", "lora_p_x", 256))
+CASES = (("vim_s", "lora_p_x", 32), ("vim_s", "lora_p_x", 256), ("vmamba_s", "lora_in_proj", 256))
 LOSS = 0.03  # of the images per reference, from which a run counts as slower; two runs differ by less than 0.01
 MORE_MEMORY = 0.02
 _SIDE, _COPIED = 8192, 2**30  # of the matrices; bytes of the tensor
