@@ -105,7 +105,8 @@ class History(Callback):
             "seconds": seconds,
         }
         self.rows.append(row)
-        write_text(self._file, _csv(self.rows))
+        # The GPU idles here, so only the last epoch waits for the disk. A resumed run writes the rows again.
+        write_text(self._file, _csv(self.rows), flush=is_last_epoch(trainer))
         self._log(row)
 
     def state_dict(self) -> dict[str, Any]:
@@ -284,8 +285,7 @@ class Checkpoints(Callback):
         self._saved_epoch: int | None = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
-        due = last or time.monotonic() - self._saved >= self._every_s
+        due = is_last_epoch(trainer) or time.monotonic() - self._saved >= self._every_s
         if due and _training(pl_module).can_be_saved:
             self.save(trainer)
 
@@ -322,6 +322,11 @@ class StopAtSigterm(Callback):
         if self._asked and module.can_be_saved:
             self._checkpoints.save(trainer)
             raise Preempted(f"terminated after {module.position}, which is saved")
+
+
+def is_last_epoch(trainer: Trainer) -> bool:
+    """Whether no epoch follows the one under way."""
+    return trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
 
 
 def _training(module: LightningModule) -> TrainingModule:

@@ -25,10 +25,13 @@ _DAY_S = 86_400.0
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, *, flush: bool = True) -> Iterator[Path]:
     """Gives the path of an empty temporary file beside `path`; on success it is flushed and renamed over `path`.
 
     A link at `path` is replaced, not followed.
+
+    Args:
+        flush: waits for the disk, so that the file also outlives a loss of power. Without, it outlives the process.
     """
     path = Path(path)
     temporary = temporary_path(path)
@@ -36,10 +39,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.close(os.open(temporary, _CREATE, 0o666))
         try:
             yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
+            if flush:
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
-            _sync_folder(path.parent)
+            if flush:
+                _sync_folder(path.parent)
         finally:
             with suppress(OSError):  # what happened before counts
                 temporary.unlink(missing_ok=True)
@@ -143,13 +148,13 @@ def _remove_old_folders(folder: Path) -> None:
                 shutil.rmtree(found)
 
 
-def write_bytes(path: str | Path, content: bytes) -> None:
-    with atomic_path(path) as temporary:
+def write_bytes(path: str | Path, content: bytes, *, flush: bool = True) -> None:
+    with atomic_path(path, flush=flush) as temporary:
         temporary.write_bytes(content)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    write_bytes(path, text.encode("utf-8"))
+def write_text(path: str | Path, text: str, *, flush: bool = True) -> None:
+    write_bytes(path, text.encode("utf-8"), flush=flush)
 
 
 def write_json(path: str | Path, value: Any) -> None:
