@@ -54,7 +54,7 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help says more")
 
     def parse_with_overrides(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-        """The options, and the overrides in their order. Raises UserError for a word that is neither."""
+        """Returns the options, and the overrides in their order. Raises UserError for a word that is neither."""
         options, overrides = self.parse_known_args(self._in_one_dialect(arguments))
         for word in overrides:
             if word.startswith("-"):

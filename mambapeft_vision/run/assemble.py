@@ -27,7 +27,7 @@ LONGEST_NOTE = 2_000  # characters
 
 @dataclass(frozen=True)
 class Setup:
-    """What training and testing work on.
+    """What training and testing need: the task, the model, and where and how they are computed.
 
     Args:
         kernel: name of the backend that runs.

@@ -25,7 +25,7 @@ from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.typed import check_arguments
 
 _TARGET = re.compile(r"mambapeft_vision(\.[a-z]\w*)*\.[A-Za-z]\w*")
-# What a section can name: a run's config is data, and there are functions that write files.
+# What each section may name. A config can come from anybody, so it must not be able to call any function.
 _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "backbone": (
         "mambapeft_vision.backbones.create_backbone",
@@ -43,8 +43,11 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def build(group: str, section: Mapping[str, Any]) -> Any:
-    """Calls a section's `_target_`, which must be what such a section is for, with its other keys.
+    """Calls a section's `_target_` with the section's other keys.
 
+    Args:
+        group: the config group, such as "dataset"; `_EXPECTED` says which targets it may name.
+        section: the composed section.
     Raises: UserError naming the group and the unknown or missing key.
     """
     arguments = dict(section)
@@ -60,14 +63,17 @@ def build(group: str, section: Mapping[str, Any]) -> Any:
 
 
 def build_dataset(plan: RunPlan) -> TaskDataModule:
+    """The task of the section `dataset`; its splits of own images are recorded below paths.data."""
     return build("dataset", {**plan.dataset, "cache": plan.paths.cache, "records": str(Path(plan.paths.data) / "own")})
 
 
 def build_backbone(plan: RunPlan) -> Backbone:
+    """The backbone of the section `backbone`, with its weights."""
     return build("backbone", plan.backbone)
 
 
 def build_logger(plan: RunPlan) -> RunLogger:
+    """The logger of the section `logger`."""
     return build("logger", plan.logger)
 
 
@@ -78,6 +84,7 @@ def build_methods(plan: RunPlan, backbone: Backbone) -> dict[str, Method]:
 
 
 def build_model(plan: RunPlan, backbone: Backbone, num_classes: int) -> AdaptedModel:
+    """`backbone` with the plan's methods and a new head. Raises UserError for methods beyond all memory."""
     _check_sizes(plan, backbone, num_classes)
     return adapt(backbone, build_methods(plan, backbone), num_classes, plan.seed)
 

@@ -75,7 +75,7 @@ class EvaluatePathsConfig:
     """Where files are, for an evaluation.
 
     Args:
-        cache: folder of decoded images; null decodes them. The one that the run had is not asked.
+        cache: folder of decoded images; null decodes them. The run's own setting is ignored.
         methods: folder with method files of your own, whose code is run.
     """
 

@@ -49,7 +49,7 @@ INTERRUPTED = 130  # as shells report Ctrl-C
 PREEMPTED = 143  # as shells report SIGTERM: the state is saved, start the same command again
 NO_READER = 141  # as shells report SIGPIPE: who read the output (`| head`) has gone
 
-# What can be wrong with an output or a disk where the system names no file.
+# Errors of an output or a disk for which the system names no file.
 _OF_A_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
@@ -73,16 +73,16 @@ class RememberLaunch(Callback):
         folder = Path(config.hydra.sweep.dir)
         try:
             _keep_to_ourselves(folder, "submitit" in str(config.hydra.launcher._target_))
-        except UserError as error:  # Hydra would go on after an Exception of a callback
+        except UserError as error:  # Hydra ignores an Exception that a callback raises
             say(f"error: {error}", sys.stderr)
             raise SystemExit(USER_MISTAKE) from None
         _launches.append(folder / config.hydra.sweep.subdir)
 
 
 def _keep_to_ourselves(folder: Path, submitit: bool) -> None:
-    """Looks for links that others planted where Hydra and Submitit will write. Raises UserError.
+    """Raises UserError for links that others planted where Hydra and Submitit will write.
 
-    Submitit's jobs unpickle what they find in `.submitit`, so that nobody else may write there.
+    Submitit's jobs unpickle the files in `.submitit`, so nobody else may write there.
     """
     refuse_links(folder, folder.parent)
     refuse_links(folder / _HYDRAS_NOTE, folder)
@@ -110,7 +110,7 @@ def _take_failures() -> list[Failure]:
 def job(function: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], float | None]:
     """Wraps what Hydra calls for each job: in a sweep, a job that fails is noted and the next one runs.
 
-    What the function returns is what a sweeper that searches makes of the job.
+    A sweeper that searches takes the function's result as the job's score.
     """
 
     @functools.wraps(function)
@@ -136,7 +136,7 @@ def job(function: Callable[[DictConfig], float | None]) -> Callable[[DictConfig]
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Calls a command and leaves with its exit code, or with one of those above."""
+    """Calls a command and exits with its code, or with one of the codes above."""
     # Where other programs want the cores too, PyTorch's spinning threads would make a step 30 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises what happened; it is described here
@@ -147,7 +147,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
 
 
 def _code_of(main: Callable[[], int | None]) -> int | None:
-    """Calls a command → its exit code; says what went wrong."""
+    """Calls a command and returns its exit code; an error is described on stderr."""
     interrupted = _remember_ctrl_c()
     failures: list[Failure] = []
     code = None
@@ -200,7 +200,7 @@ def _remember_ctrl_c() -> list[int]:
 
 
 def _give_up_streams() -> None:
-    """Sends what Python still holds of an output that cannot be written to nowhere: it would end with code 120."""
+    """Discards buffered output that cannot be written. Python would end with code 120 because of it."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -210,7 +210,7 @@ def _give_up_streams() -> None:
 
 
 def is_mistake(error: Exception) -> bool:
-    """Whether the user can repair it; then a traceback would only hide the message."""
+    """Whether the user can repair the error. A traceback would then only hide the message."""
     if isinstance(error, (UserError, HydraException, OmegaConfBaseException)):  # some of Hydra's are OSErrors too
         return True
     if not isinstance(error, OSError) or error.errno not in DISK_REMEDIES:
@@ -225,7 +225,7 @@ def summary(error: Exception) -> str:
 
 
 def ending(error: Exception) -> str:
-    """What a command says of the error that ends it: `describe_error`, but the traceback of a crash is in a file."""
+    """The message of the error that ends a command: `describe_error`, with a crash's traceback left in a file."""
     text = describe_error(error)
     if error.__traceback__ is None or not text.startswith("Traceback"):
         return text
@@ -267,7 +267,7 @@ def _message(error: Exception) -> str:
 
 
 def _override_error(error: OverrideParseException) -> str:
-    """Instead of the words of Hydra's grammar: how to quote a value that it reads otherwise."""
+    """Replaces Hydra's grammar error by advice on how to quote the value."""
     key, equals, value = str(error.override).partition("=")
     if not equals or not re.fullmatch(r"[+~]{0,2}[\w./@-]+", key):
         return f"{plain(error.override)} is no override; expected key=value"
@@ -288,7 +288,7 @@ def _config_error(error: OmegaConfBaseException) -> str:
 
 
 def _missing_option(error: MissingConfigException) -> str:
-    """Hydra's first line, with the options that were near. Of a group inside a group Hydra does not know them."""
+    """Hydra's first line with the nearest options, which Hydra does not list for a group inside a group."""
     text = str(error).splitlines()[0]
     option = (error.missing_cfg_file or "").rpartition("/")[2]
     if option in RENAMED:

@@ -1,8 +1,7 @@
 """`mambapeft explain`: which parts of an image a prediction rests on, found by covering them one by one.
 
-Occlusion sensitivity (Zeiler and Fergus 2014, arXiv 1311.2901, section 4.2): the importance of a square is by how much
-the probability of the class falls where the square has the image's mean colour. It asks nothing of the model but
-predictions.
+Occlusion sensitivity (Zeiler and Fergus 2014, arXiv 1311.2901, section 4.2): a square is filled with the image's mean
+colour, and the fall of the class's probability says how important it was. Predictions are all that this needs.
 """
 
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ def explain(trained: TrainedModel, image: Path, *, grid: int = 14, class_name: s
     Args:
         class_name: whose probability is looked at; None: the most probable class's.
 
-    Raises: UserError for an image that cannot be read, a class that there is none of, and squares below a pixel.
+    Raises: UserError for an image that cannot be read, an unknown class, and squares smaller than a pixel.
     """
     pixels = prepared(image, str(image), trained.preprocessing)
     if not 1 <= grid <= min(pixels.shape[1:]):
@@ -61,7 +60,7 @@ def explain(trained: TrainedModel, image: Path, *, grid: int = 14, class_name: s
 
 
 def occlusion(trained: TrainedModel, pixels: np.ndarray, label: int, whole: float, grid: int) -> np.ndarray:
-    """By how much the probability of `label` falls where each of `grid` x `grid` squares is covered, float32.
+    """The fall of the probability of `label` when a square is covered, for each square: float32 [grid, grid].
 
     whole: that probability with nothing covered.
     """

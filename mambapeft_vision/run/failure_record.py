@@ -26,7 +26,7 @@ def failures_noted(folder: Path, overrides: Sequence[str]) -> Iterator[None]:
 
 
 def note_failure(folder: Path, error: Exception, overrides: Sequence[str]) -> None:
-    """Writes what ended the run. Where the disk is what failed, the error itself has to do."""
+    """Writes the error that ended the run. If the disk itself failed, nothing is written."""
     write_failure(folder, summary(error), type(error).__name__, "".join(traceback.format_exception(error)), overrides)
 
 

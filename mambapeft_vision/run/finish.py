@@ -31,7 +31,7 @@ def finish(plan: RunPlan, setup: Setup, history: History, console: Console, *, s
     Args:
         started: `time.monotonic()` at the beginning of this attempt.
 
-    Raises: NotFiniteError for a test loss that is no result.
+    Raises: NotFiniteError for a test loss that is NaN or infinite.
     """
     setup.model.save(plan.folder, _adapter_metadata(plan))
     counts = setup.model.counts()
@@ -72,7 +72,7 @@ def finished_before(plan: RunPlan, record: RunRecord) -> RunRecord:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what only an unfinished run needs: it is there if a process was killed right after the result."""
+    """Removes files that only an unfinished run needs; a process killed right after the result leaves them behind."""
     with suppress(OSError):  # the folder may be read-only
         (folder / CHECKPOINT_FILE).unlink(missing_ok=True)  # the adapter holds what it held
         forget_failure(folder)
@@ -91,13 +91,13 @@ def _adapter_metadata(plan: RunPlan) -> dict[str, Any]:
 
 
 def versions_of(plan: RunPlan) -> dict[str, str]:
-    """Of what a run's result is made with: libraries, and method files of one's own by their hash."""
+    """Versions of the libraries behind a run's result, and the hash of the user's own method files."""
     own = own_methods_sha256(plan)
     return library_versions() | ({} if own is None else {OWN_METHODS: own})
 
 
 def draw(plan: RunPlan, setup: Setup) -> None:
-    """Draws the pictures of a finished run. What cannot be drawn is left out, which a line on stderr says."""
+    """Draws the pictures of a finished run. A picture that cannot be drawn is left out and named on stderr."""
     title = f"{plan.method_names} on {plan.task}, seed {plan.seed}"
     if setup.task.multi_label:  # neither a page nor a confusion matrix shows several labels
         draw_from_files(plan.folder, title=title)

@@ -62,12 +62,12 @@ def fit(
 
 
 def inputs_of(plan: RunPlan, setup: Setup) -> Fingerprints:
-    """Of what an assembled run is made from."""
+    """Fingerprints of what an assembled run is made from."""
     return Fingerprints(setup.task.manifest_hash, setup.model.backbone_sha256, own_methods_sha256(plan))
 
 
 def fit_rank(plan: RunPlan, rank: int) -> None:
-    """The part of a rank above 0, in a process of its own. It writes nothing but a log."""
+    """The work of a rank above 0, in a process of its own. It writes nothing but a log."""
     if plan.paths.methods is not None:
         add_methods_folder(plan.paths.methods)
     with (

@@ -1,7 +1,7 @@
-"""What a result is made from, told by fingerprints: images, weights, method files of one's own.
+"""Fingerprints of what a result is made from: images, weights and the user's own method files.
 
-Whoever goes on from something older (a finished run, a checkpoint, a search, an evaluation) asks `changed` whether it
-was made from what there is now.
+Code that continues from something older (a finished run, a checkpoint, a search, an evaluation) asks `changed` whether
+its inputs are still the same.
 """
 
 import ast
@@ -26,12 +26,12 @@ _PACKAGE = "mambapeft_vision.methods."
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """What something was made from; None for what is not known, or not there.
+    """What something was made from. A field is None if its input is unknown or not there.
 
     Args:
         images: the hash of the task (`TaskDataModule.manifest_hash`).
         weights: sha256 of the backbone's tensors.
-        methods: sha256 of the method files of one's own; None where the run takes the package's methods alone.
+        methods: sha256 of the user's own method files; None if the run uses the package's methods only.
     """
 
     images: str | None
@@ -44,7 +44,7 @@ class Fingerprints:
 
 
 def changed(then: Fingerprints, now: Fingerprints) -> str:
-    """What is not as it was, in words ("images and weights"), or "". What either does not know is not compared."""
+    """The inputs that differ, in words ("images and weights"), or "". Unknown inputs are not compared."""
     words = {"images": "images", "weights": "weights of the backbone", "methods": "method files"}
     before, present = asdict(then), asdict(now)
     return " and ".join(
@@ -53,17 +53,20 @@ def changed(then: Fingerprints, now: Fingerprints) -> str:
 
 
 class Inputs:
-    """Fingerprints of what there is now; each is taken once."""
+    """Fingerprints of the present inputs; each is computed once."""
 
     def __init__(self) -> None:
         self._known: dict[str, str | None] = {}
 
     def made(self, record: RunRecord, plan: RunPlan) -> bool:
-        """Whether `record` was made from what there is now. What is not there to compare with counts as the same."""
+        """Whether `record` was made from the present inputs. An input that is not there counts as the same."""
         return not changed(Fingerprints.of_record(record), self.of(plan))
 
     def of(self, plan: RunPlan, *, with_weights: bool = True) -> Fingerprints:
-        """with_weights: whether to build the backbone and hash its tensors; otherwise they are not known."""
+        """The fingerprints of a plan's inputs.
+
+        with_weights: whether to build the backbone and hash its tensors; otherwise they stay unknown.
+        """
         weights = self._weights(plan) if with_weights else None
         return Fingerprints(self.images(plan), weights, own_methods_sha256(plan))
 
@@ -82,7 +85,7 @@ class Inputs:
 
 
 def own_methods_sha256(plan: RunPlan) -> str | None:
-    """sha256 of the files of `paths.methods` that define the plan's methods, and of those that these import there."""
+    """sha256 of the files in `paths.methods` that define the plan's methods, and of files there that they import."""
     if plan.paths.methods is None:
         return None
     files = _files_of(plan.method_specs.values(), user_path(plan.paths.methods))
@@ -132,7 +135,7 @@ def _images_hash(plan: RunPlan) -> str | None:
 
 
 def _weights_hash(plan: RunPlan) -> str | None:
-    """None where the file is not there or cannot hold such a backbone, or official weights have not been downloaded."""
+    """sha256 of the backbone's tensors; None if the file is missing, does not fit, or has not been downloaded."""
     weights = plan.backbone.get("weights")
     if weights not in ("official", "random"):
         file = user_path(str(weights))
@@ -143,6 +146,6 @@ def _weights_hash(plan: RunPlan) -> str | None:
 
 
 def _parameters(plan: RunPlan) -> int:
-    """Of the backbone, counted without memory for them."""
+    """How many parameters the backbone has, counted on shapes alone."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in build_backbone_without_weights(plan).parameters())

@@ -46,7 +46,7 @@ class NotInterpolableError(UserError):
 
 @dataclass(frozen=True)
 class How:
-    """What a command decides about the runs that it opens."""
+    """How a command opens a run: where it computes, and where files are. Fields are as in `open_trained`."""
 
     device: str = "auto"
     kernel: str | None = None
@@ -66,7 +66,7 @@ class Interpolation:
 
     @torch.no_grad()
     def test(self, alpha: float) -> Predictions:
-        """What the weights at α say of the split's images."""
+        """Tests the weights at α on the split's images."""
         weights = dict(self.setup.model.backbone.named_parameters())
         for name, (pretrained, adapted) in self.ends.items():
             weights[name].copy_(torch.lerp(pretrained, adapted, alpha) if alpha != 1 else adapted)

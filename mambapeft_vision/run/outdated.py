@@ -1,4 +1,4 @@
-"""Whether results are of what there is now: one line for tables, pages and plots, which show results and make none."""
+"""One line for tables, pages and plots that show results whose inputs have changed since."""
 
 import json
 from collections import Counter
@@ -16,10 +16,10 @@ _OF_THE_PROGRAM = ("official", "random")  # weights that users do not change; th
 
 
 def outdated_note(found: Iterable[Found]) -> str:
-    """ "3 of 57 results are of other images than there are now; …", or "" where none is known to be.
+    """How many results were made from other inputs than those present now; "" if none is known to be.
 
-    Runs' own folders alone are compared, with the lists of images, the weights and the method files that their configs
-    name; of weights only files of one's own. Results of bundles, and what is not there, are not compared.
+    Only results in run folders are compared: with the lists of images, the weights and the method files that their
+    configs name. Of weights, only the user's own files are compared. Bundled results and missing inputs are not.
     """
     results = list(found)
     inputs, known = Inputs(), dict[str, Fingerprints]()
@@ -41,7 +41,7 @@ def outdated_note(found: Iterable[Found]) -> str:
 
 
 def _key(record: RunRecord) -> str:
-    """What results that are compared with the same files have in common."""
+    """A key that results share if they are compared with the same files."""
     sections = [record.config.get(name) for name in ("dataset", "backbone", "method", "paths")]
     without_seed = {k: v for k, v in (sections[0] or {}).items() if k != "seed"}
     return json.dumps([without_seed, *sections[1:]], sort_keys=True, default=str)

@@ -21,10 +21,11 @@ NO_PART_OF_A_SWEEP = ("paths.", "logger", "hydra", "sweep")  # where and how it 
 
 
 def prepare_multirun(arguments: Sequence[str], configs: Path) -> list[str]:
-    """A command line of `mambapeft train` with what Hydra does not do itself: glob() expanded, the sweep and the
-    folder of this start of it named.
+    """Completes a command line of `mambapeft train`: expands glob(), names the sweep and the folder of this start.
 
-    Of command lines without --multirun only `~` is expanded. Raises: UserError for a glob that matches nothing.
+    Without --multirun, only `~` is expanded.
+
+    Raises: UserError for a glob that matches nothing.
     """
     arguments = [_at_home(argument) for argument in arguments]
     if not MULTIRUN & set(arguments):
@@ -61,7 +62,7 @@ def glob_options(override: Override, folders: Sequence[Path]) -> tuple[str, ...]
 
 
 def sweep_name(overrides: Sequence[str]) -> str:
-    """The same for the same choices, in whatever order and wherever they run."""
+    """Names a sweep by a hash of its choices: the same for the same choices, in any order and on any machine."""
     deciding = sorted(text for text in overrides if not text.lstrip("+~").startswith(NO_PART_OF_A_SWEEP))
     return f"sweep-{hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:8]}"
 
@@ -83,7 +84,7 @@ def _at_home(argument: str) -> str:
 
 
 def _config_folders(arguments: Sequence[str]) -> Iterator[Path]:
-    """Of `--config-dir DIR`, in the forms that argparse takes."""
+    """Yields the folders of `--config-dir DIR`, in the forms that argparse takes."""
     for number, argument in enumerate(arguments):
         flag, _, value = argument.partition("=")
         if flag in ("--config-dir", "-cd"):

@@ -36,16 +36,16 @@ _MAX_OUTPUT_BYTES = 2_000_000_000
 
 @dataclass
 class Outcome:
-    """What became of the images. skipped: those that could not be read, with the reason."""
+    """What became of the images. skipped: unreadable files, each with the reason."""
 
     predicted: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
 
 
 def find_images(given: Sequence[str]) -> list[Path]:
-    """The images that are meant by files, folders (searched to any depth) and patterns such as `photos/*.jpg`.
+    """Returns the images that files, folders (searched to any depth) and patterns such as `photos/*.jpg` name.
 
-    Raises: UserError for what means nothing.
+    Raises: UserError for an argument that names nothing.
     """
     found: dict[Path, None] = {}
     for text in given:
@@ -73,7 +73,7 @@ def predict_files(
 ) -> Outcome:
     """Predicts the classes of image files and hands each prediction to `write`, in the order of the files.
 
-    Images that cannot be read are said on stderr and skipped. While a batch is computed, the next one is decoded.
+    Images that cannot be read are skipped and named on stderr. While a batch is computed, the next one is decoded.
     """
     outcome = Outcome()
     meter = ProgressMeter(len(files), None if quiet else ConsoleProgress("predict", "images"))
@@ -102,7 +102,7 @@ def watch(
     sleep: Callable[[float], None] = time.sleep,
     rounds: Iterable[int] | None = None,
 ) -> None:
-    """Hands the images that appear in a folder to `handle`, until Ctrl-C. What is still being written is waited for.
+    """Hands images that appear in a folder to `handle`, until Ctrl-C. Files still being written are waited for.
 
     Args:
         known: files that have been handled; more are added.
@@ -151,7 +151,7 @@ def format_of(out: Path) -> str:
 
 
 def files_in(out: Path) -> set[str]:
-    """The files that an output has predictions of. Raises UserError for one that is damaged."""
+    """Names of the files that an output holds predictions for. Raises UserError for a damaged output."""
     if not out.is_file():
         return set()
     kind = format_of(out)
@@ -174,7 +174,7 @@ def _damaged(out: Path, problem: str) -> UserError:
 
 
 def _decoded(trained: TrainedModel, files: Sequence[Path], size: int) -> Iterator[list[tuple[Path, np.ndarray | str]]]:
-    """Batches of files, each with its pixels or with the reason why it has none."""
+    """Yields batches of files, each file with its pixels or with the reason why it has none."""
 
     def decode(file: Path) -> tuple[Path, np.ndarray | str]:
         try:

@@ -1,4 +1,4 @@
-"""What a run is, in lines: for the start of a run, and all of it for `dry_run=true`, which trains nothing."""
+"""Describes a run in lines: briefly at its start, in full for `dry_run=true`, which trains nothing."""
 
 import math
 import re
@@ -108,7 +108,7 @@ def _parts(by_method: dict[str, int]) -> str:
 
 
 def _sites_table(model: AdaptedModel, recipe: TrainerConfig) -> str:
-    """One line for all trained tensors of one method whose sites differ in the layer's number alone."""
+    """A table of the trained tensors; tensors of one method that differ only in their layer share a line."""
     groups: dict[tuple[Any, ...], int] = {}
     for row in model.sites():
         lr_mult, decay_mult = row["lr_mult"], row["decay_mult"]

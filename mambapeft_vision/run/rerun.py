@@ -1,7 +1,7 @@
 """`mambapeft train --from-result PATH`: a recorded run again, from what its result.json says.
 
-The result becomes a root config of Hydra's, so that further overrides work as ever: keys are changed, and a group that
-is chosen anew (logger=wandb, method=[a,d]) takes the place of what was recorded. Light to import, as config.py is.
+The result becomes a root config of Hydra's, so further overrides work as usual: they change keys, and a group chosen
+anew (logger=wandb, method=[a,d]) replaces the recorded section. Light to import, as config.py is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _GROUPS = ("backbone", "dataset", "trainer", "logger", "method", "experiment")
 EXPORTS = "mambapeft_vision.data.own.library.LibraryDataModule"
 READS_ONLY = "mambapeft_vision.data.TaskDataModule"  # any other data module makes its task's folder
 _NOT_BESIDE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp")
-# What may differ between the sections of a run and of the record that it is compared with.
+# Keys that may differ between a run and the record that it is compared with.
 _WHERE = {"folder", "seed", "batch_size", *undeciding("dataset")}
 
 
@@ -73,7 +73,12 @@ def store_root_config(path: str | Path, arguments: Sequence[str], configs: Path)
 
 
 def differences(record: RunRecord, versions: Mapping[str, str], commit: str | None, device: str) -> list[str]:
-    """What is not as it was: `torch 2.6.0 → 2.9.1`. Arguments: as they are now."""
+    """Lists what has changed since the record, such as `torch 2.6.0 → 2.9.1`.
+
+    Args:
+        record: the result that is repeated.
+        versions, commit, device: those of this run.
+    """
     then = {**record.versions, "git commit": record.git_commit, "device": record.device_name}
     now = {**versions, "git commit": commit, "device": device}
     return [
@@ -84,7 +89,7 @@ def differences(record: RunRecord, versions: Mapping[str, str], commit: str | No
 
 
 def check_inputs(record: RunRecord, config: Mapping[str, Any], data_manifest: str, backbone_sha256: str) -> None:
-    """Raises UserError where a run on the record's task or backbone finds other images or weights than it had."""
+    """Raises UserError if a run on the record's task or backbone finds other images or weights than the record's."""
     dataset, backbone = ({**record.config[group]} for group in ("dataset", "backbone"))
     if _same(dataset, config["dataset"]) and data_manifest != record.data_manifest:
         raise UserError(
@@ -132,7 +137,7 @@ def _fresh() -> dict[str, Any]:
 
 
 def _paths(record: RunRecord, overrides: set[str], current: Mapping[str, Any]) -> dict[str, Any]:
-    """Where files are. Nothing is written where a record says: it names the folder from which the data are read."""
+    """The section `paths`. A record only says where data are read; nothing is written to a place that it names."""
     then = record.config.get("paths")
     then = then if isinstance(then, Mapping) else {}
     if then.get("methods") is not None and "paths.methods" not in overrides:
@@ -168,7 +173,7 @@ def _data_of(record: RunRecord) -> str:
 
 
 def _movable(value: Any, record: RunRecord, key: str = "") -> Any:
-    """A resolved section with its ties to `paths.data` and `seed` again, so that they can be overridden."""
+    """A resolved section that refers to `paths.data` and `seed` again, so that both can be overridden."""
     if isinstance(value, Mapping):
         return {_plain(name): _movable(item, record, f"{key}.{name}") for name, item in value.items()}
     if isinstance(value, list):
@@ -188,7 +193,7 @@ def _plain(text: Any) -> str:
 
 
 def _same_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether all that was recorded and can change a result is as it was; newer keys have their defaults."""
+    """Whether every recorded key that can change a result has its old value, and newer keys have their defaults."""
     for group in ("backbone", "dataset", "trainer", "method"):
         ignored = {*undeciding(group), "folder", "weights"}  # the content of those two has been compared
         if any(now[group].get(key) != value for key, value in then[group].items() if key not in ignored):

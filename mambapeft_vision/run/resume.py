@@ -1,4 +1,4 @@
-"""What an unfinished run left: gone on from where it is whole and was made from what there is now, else set aside."""
+"""The checkpoint of an unfinished run: continued if it is whole and its inputs are unchanged, otherwise set aside."""
 
 import os
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from mambapeft_vision.utils.typed import build
 
 
 def settle_checkpoint(folder: Path, now: Fingerprints, say: Callable[[str], None]) -> None:
-    """Leaves a checkpoint in a run's folder only if the run can go on from it; says what is wrong with another one.
+    """Keeps a checkpoint in a run's folder if the run can continue from it; otherwise sets it aside and says why.
 
     Args:
         now: hashes of what the run is made from now.
-        say: takes a line for people.
+        say: called with a line for the user.
     """
     file = folder / CHECKPOINT_FILE
     if not os.path.lexists(file):
@@ -34,7 +34,7 @@ def settle_checkpoint(folder: Path, now: Fingerprints, say: Callable[[str], None
 
 
 def _reason_against(file: Path, now: Fingerprints) -> str:
-    """Why the run cannot go on from a checkpoint, or ""."""
+    """Why the run cannot continue from a checkpoint, or ""."""
     try:
         content = AtomicCheckpointIO().load_checkpoint(file, map_location="cpu")
         then = build(Fingerprints, content.get(INPUTS), str(file))

@@ -51,12 +51,12 @@ _FILES = (
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a run is done with, beside its plan.
+    """What a run needs besides its plan.
 
     Args:
         overrides: overrides of the command line, kept in the run's folder.
         sources: sources of task and backbone.
-        expected: the result of the run that is to be done again: its images and weights are asked for.
+        expected: the result of the run that is repeated: images and weights must be those of this result.
         callbacks: Lightning callbacks, called after the run's own.
     """
 
@@ -100,7 +100,8 @@ def run_training(plan: RunPlan, context: RunContext, outdated: str = "") -> RunR
     """The (rest of the) run, alone in its folder; result.json is written last.
 
     Args:
-        outdated: in what the finished run that is there differs from what there is now; it is set aside.
+        outdated: the inputs in which the finished run in this folder differs from the present ones; "" if there are
+            none. That run is set aside.
 
     Raises: UserError.
     """
@@ -171,14 +172,14 @@ def _readable_errors_of(plan: RunPlan) -> AbstractContextManager[None]:
 
 
 def _refuse_folders(folder: Path) -> None:
-    """Raises UserError for folders where the run's files belong: found now, and not after the training."""
+    """Raises UserError for folders in the places of the run's files: before the training, not after it."""
     for name in _FILES:
         if (folder / name).is_dir():
             raise UserError(f"{folder / name} is a folder; expected a file, or nothing. Move it")
 
 
 def _make_room(folder: Path) -> Path | None:
-    """Sets what is in `folder` aside and returns where it is now; raises InUseError where another process works."""
+    """Sets the run in `folder` aside and returns its new place. Raises InUseError while another process uses it."""
     if not folder.exists():
         return None
     with locked(folder):
@@ -191,7 +192,7 @@ def _write_config(plan: RunPlan, overrides: Sequence[str]) -> None:
 
 
 def _compare_inputs(plan: RunPlan, setup: Setup, expected: RunRecord, console: Console) -> None:
-    """Raises UserError for other images or weights than `expected` had; says what else is not as it was."""
+    """Raises UserError for other images or weights than those of `expected`; reports all other differences."""
     images = setup.task.fingerprint(check_images=True)  # a manifest that came with the images proves nothing
     check_inputs(expected, plan.config, images, setup.model.backbone_sha256)
     versions = versions_of(plan)

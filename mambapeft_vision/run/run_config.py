@@ -1,4 +1,4 @@
-"""From a composed config to what is to be done: the resolved settings, the run's identity and its folder."""
+"""From a composed config to a plan: the resolved settings, the run's identity and its folder."""
 
 import dataclasses
 import hashlib
@@ -23,7 +23,7 @@ from mambapeft_vision.utils.names import check_method_names, check_name, user_pa
 from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.untrusted import refuse_links
 
-# Of a folder with methods' names; file systems allow 255 bytes.
+# Characters in a folder's name that is made of methods' names; file systems allow 255 bytes.
 LONGEST_NAME = 120
 MOST_PARTS = 8  # of a task's name, which are folders below paths.outputs
 
@@ -169,7 +169,7 @@ def _sized_methods(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _identity_of(config: dict[str, Any]) -> Mapping[str, Any]:
-    """What decides the result. Roles are spelled as the patterns before them, so that a run keeps its identity."""
+    """The keys that decide the result. Roles are spelled as the patterns of earlier releases: identities stay equal."""
     return identity({**config, "method": in_old_words(config["method"])})
 
 
@@ -185,7 +185,7 @@ def run_folder(outputs: Path, task: str, methods: Sequence[str], seed: int, fing
 
 
 def make_run_folder(outputs: Path, record: RunRecord) -> Path:
-    """Makes the folder of a run of which there is a record, which may be another's.
+    """Makes the folder of a recorded run. The record may come from anybody.
 
     Raises: UserError where its names lead out of `outputs`, or a folder on the way is a link.
     """
@@ -210,7 +210,7 @@ def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 
 
 def _with(tree: dict[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
-    """`tree` with another value at a place; what is not on the way there is shared."""
+    """A copy of `tree` with another value at `path`; unchanged branches are shared."""
     key, *rest = path
     return {**tree, key: _with(tree[key], rest, value) if rest else value}
 
@@ -229,7 +229,7 @@ def set_aside(folder: Path) -> Path | None:
 
 
 def free_name(folder: Path) -> Path:
-    """The first of `<name>.replaced-<n>` that is not there yet: for what is set aside of a run's folder."""
+    """The first unused name `<name>.replaced-<n>`, for what is set aside of a run's folder."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}{SET_ASIDE}{number}")).exists():
         number += 1
@@ -237,9 +237,9 @@ def free_name(folder: Path) -> Path:
 
 
 def _check_values(section: Any, name: str) -> None:
-    """Raises UserError for what no key means and the record, JSON in UTF-8, cannot hold: infinity, NaN, other bytes.
+    """Raises UserError for values that result.json cannot store: NaN, infinity, and strings that are not valid UTF-8.
 
-    Nor may a value hold `${`, as a folder's real name could: who reads the record refuses references.
+    A value must not contain `${` either, as the real name of a folder could: readers of records refuse references.
     """
     if isinstance(section, str) and "${" in section:
         raise UserError(f"{name}={shown(section)}; expected no '${{' in a value. Rename the file or folder")
@@ -261,7 +261,7 @@ def _is_utf8(text: str) -> bool:
 
 
 def _check_keys(cfg: DictConfig, schema: type, prefix: str) -> None:
-    """`+key=value` gets past Hydra's own check."""
+    """Raises UserError for unknown keys: `+key=value` gets past Hydra's own check."""
     known = [field.name for field in dataclasses.fields(schema)]
     for key in cfg:
         if key not in known:

@@ -70,7 +70,7 @@ def open_trained(
         weights: where the backbone's weights are now; None: where the run's config says, else the official ones.
         device: auto, cpu, cuda or cuda:N.
         kernel: a backend; None: the one that the run asked for.
-        methods: a folder with method files of one's own, if the run used one.
+        methods: a folder with method files of your own, if the run used one.
 
     Raises: UserError.
     """
