@@ -174,7 +174,7 @@ class StopAtNonFinite(Callback):
     Args:
         task, methods: for the message.
         checkpoint: the run's checkpoint file, for the message.
-        ends_sweep: of the error.
+        ends_sweep: whether the error also ends the sweep that the run is part of.
     """
 
     def __init__(self, task: str, methods: str, checkpoint: Path, ends_sweep: bool) -> None:
@@ -300,9 +300,9 @@ class Checkpoints(Callback):
 
 
 class StopAtSigterm(Callback):
-    """On SIGTERM (Slurm's preemption) the epoch under way is the last one: its end is saved and the process leaves.
+    """On SIGTERM (Slurm's preemption) the current epoch becomes the last one: its end is saved and the process exits.
 
-    While training only: at other times SIGTERM ends the process as usual, and nothing is lost but what it was at.
+    This holds during training only. At other times SIGTERM ends the process as usual, and finished work is kept.
     """
 
     def __init__(self, checkpoints: Checkpoints) -> None:

@@ -16,7 +16,7 @@ _REMEDY = "delete it to train this run from its start"
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Writes atomically, with a checksum; compares that, and reads with PyTorch's restricted unpickler."""
+    """Writes atomically, with a checksum; reads with PyTorch's restricted unpickler, after checking the checksum."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         write_bytes(path, with_checksum(checkpoint))

@@ -61,7 +61,7 @@ class TrainerConfig:
     on_nonfinite: str = STOP  # runs recorded before there was this key lack it
 
     def check(self) -> None:
-        """Raises UserError for values that cannot be meant."""
+        """Raises UserError for values outside their range."""
         _require(self.max_epochs >= 1, "max_epochs", self.max_epochs, "at least 1")
         warm_up = f"0 to max_epochs={self.max_epochs}; set warmup_epochs too"
         _require(0 <= self.warmup_epochs <= self.max_epochs, "warmup_epochs", self.warmup_epochs, warm_up)

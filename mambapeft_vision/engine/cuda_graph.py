@@ -22,7 +22,7 @@ class CaptureError(RuntimeError):
 
 @dataclass(frozen=True)
 class Graph:
-    """Captured work, the tensors that it reads its inputs from, and what it returned: it writes its results there."""
+    """Captured work with its static inputs and outputs: a replay reads the inputs and overwrites the outputs."""
 
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
@@ -39,14 +39,14 @@ class Graph:
 def capture(function: Callable[..., Any], *inputs: Tensor, device: torch.device, pool: Any = None) -> Graph:
     """Captures `function(*inputs)`; nothing is computed before the first replay.
 
-    It must have been launched before: a capture cannot wait for kernels to compile or libraries to load.
+    The function must have run before: a capture cannot wait for kernels to compile or libraries to load.
 
     Args:
         pool: memory that several graphs share (`torch.cuda.graph_pool_handle()`); None: memory of its own.
 
     Raises:
-        CaptureError: for a function that waits for the device, among others. The device is fit for launches again.
-        torch.OutOfMemoryError: as it is.
+        CaptureError: for a function that waits for the device, among others. Kernels can be launched again afterwards.
+        torch.OutOfMemoryError: passed on unchanged.
     """
     places = tuple(tensor.clone() for tensor in inputs)
     graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
@@ -136,7 +136,7 @@ class GraphedStep:
 
 
 def first_cause(error: BaseException) -> str:
-    """The first line of what went wrong first: the error of a capture hides what broke it off."""
+    """The first line of the first error in a chain: a capture's own error hides the one that interrupted it."""
     while error.__context__ is not None:
         error = error.__context__
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
@@ -177,7 +177,7 @@ def fit_to_device(optimizer: Optimizer, device: torch.device) -> None:
 
 
 def skip_where(optimizer: Optimizer, flag: Tensor) -> None:
-    """Has a fused optimiser skip every step at whose time `flag`, a scalar on its device, is 1."""
+    """Makes a fused optimiser skip every step during which `flag`, a scalar on its device, is 1."""
     # PyTorch's gradient scaler sets it in the same way.
     optimizer.found_inf = flag  # type: ignore[attr-defined]
 

@@ -62,11 +62,11 @@ def check_devices(count: int, device: torch.device) -> None:
 def other_ranks(count: int, work: Callable[[int], None]) -> Iterator[None]:
     """Makes this process rank 0, and runs `work(rank)` in a process for each other rank meanwhile.
 
-    Should one of them die, this process ends too: it would wait for it for ever.
+    If one of them dies, this process ends too, because it would wait for ever.
 
     Args:
-        count: of all ranks; 1: nothing happens.
-        work: can be pickled.
+        count: number of all ranks; with 1 nothing happens.
+        work: must be picklable.
     """
     if count == 1:
         yield
@@ -87,7 +87,7 @@ def other_ranks(count: int, work: Callable[[int], None]) -> Iterator[None]:
             process.kill()
         _leave(broken=True)
         raise
-    _leave()  # before the others are waited for: NCCL's goodbye is a meeting of all
+    _leave()  # before joining the others: NCCL shuts down together with all ranks
     done.set()
     for process in others:
         process.join(PATIENCE_S)
@@ -95,7 +95,7 @@ def other_ranks(count: int, work: Callable[[int], None]) -> Iterator[None]:
 
 
 def _leave(broken: bool = False) -> None:
-    """Ends the process group; one that is broken is not waited for."""
+    """Ends the process group; a broken one is not waited for."""
     if not dist.is_initialized():
         return
     if broken and dist.get_backend() == "nccl" and hasattr(distributed_c10d, "_abort_process_group"):

@@ -1,4 +1,4 @@
-"""From what ends training to what its user can act on: the one translator of errors that the machine raises."""
+"""The one translator of errors that end training: from what the machine raises to messages that users can act on."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +15,8 @@ def readable_errors(work: str, *, place: str, other_place: str, memory_remedy: s
     """Translates disk errors, a GPU out of memory, and Lightning's answer to Ctrl-C.
 
     Args:
-        work: what is done, for messages.
-        place: what is written, where the system does not name a file.
+        work: names the work in messages.
+        place: names the output in messages where the system names no file.
         other_place: how to choose another place, such as paths.outputs=DIR.
         memory_remedy: a sentence with what to lower.
 

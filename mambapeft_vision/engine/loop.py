@@ -35,7 +35,7 @@ def train(
             else:
                 trainer.fit(module, data, ckpt_path=found)
     except BaseException:
-        with suppress(Exception):  # of a device that is broken: what broke it counts
+        with suppress(Exception):  # a broken device raises again here; only the first error is of use
             module.release()
         raise
     module.release()

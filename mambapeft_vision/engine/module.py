@@ -54,7 +54,7 @@ class TrainingModule(LightningModule):
     """A LightningModule that takes its own steps, so that they can be captured.
 
     Automatic optimisation is off, because a step is captured from zeroed gradients to the update. Fine-tuning Vim-S on
-    a GPU went from 395 to 2,570 images/s by it (docs/benchmarks/).
+    a GPU rose from 395 to 2,570 images/s by it (docs/benchmarks/).
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class TrainingModule(LightningModule):
 
 
 class TrainBatches(Protocol):
-    """Where a module finds more of its batches than the loader gives it (`TaskDataModule` has these)."""
+    """Training batches by number, besides those that the loader gives (`TaskDataModule` has them)."""
 
     def train_batch(self, epoch: int, number: int) -> tuple[Tensor, Tensor]:
         """The batch with that number (from 0) in an epoch, whole, whatever the number of ranks."""
@@ -93,7 +93,7 @@ class FineTuning(TrainingModule):
 
     Its saved state is the adapter (methods' tensors and the head), never the frozen backbone.
 
-    In a Trainer of one's own: `max_epochs` says how long it trains. Lightning does not see the steps, so `max_steps` is
+    In a Trainer of your own, `max_epochs` says how long it trains. Lightning does not see the steps, so `max_steps` is
     refused, `trainer.global_step` stays 0 (`steps_done` counts) and callbacks that count steps do not act. There is no
     validation step.
 
@@ -203,7 +203,7 @@ class FineTuning(TrainingModule):
             callback.on_after_backward(self.trainer, self)
 
     def _images_in_step(self, number: int, here: int) -> int:
-        """On all ranks."""
+        """The number of images in a step, on all ranks."""
         if self.trainer.world_size == 1:
             return here
         assert self._batches is not None, "several ranks need `batches`"

@@ -16,7 +16,7 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def right_answers(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many images have the class of the largest logit (among their labels)."""
+    """The number of images whose largest logit belongs to their label, or to one of their labels."""
     best = logits.argmax(dim=1)
     if labels.ndim == 1:
         return (best == labels).sum()

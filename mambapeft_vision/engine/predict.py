@@ -27,7 +27,7 @@ TOP = 128
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of test images, in the order of the list file.
+    """A model's predictions for test images, in the order of the list file.
 
     Args:
         predicted: int64 [n], the class of the largest logit.
