@@ -1,4 +1,4 @@
-"""Methods from configs and adapters: untrusted data that can name nothing but methods."""
+"""Methods from configs and adapters, which are untrusted data and can name nothing but methods."""
 
 import importlib
 import re
@@ -15,7 +15,7 @@ _LARGEST = 2**31 - 1  # of a whole number in a spec: products of two still fit t
 
 
 def build_method(name: str, spec: Any, source: str) -> Method:
-    """A method from `_target_` and its arguments, as untrusted data: nothing else can be named or called.
+    """Builds a method from `_target_` and its arguments. The spec is untrusted: it can name no other class.
 
     source: where the spec stands, for messages: `<source>.<name>`. Raises: UserError.
     """

@@ -53,9 +53,9 @@ def write_adapter(folder: str | Path, state: Mapping[str, Tensor], config: Mappi
 
 
 def file_of_adapter(folder: Path, name: str) -> Path:
-    """The file under this name, which in the hub's cache is a link to the `blobs` of the same repository.
+    """Returns the file of this name; follows the links that the hub's cache makes to `blobs` of the same repository.
 
-    Any other link is returned as it is: the readers of files of others refuse links.
+    Any other link is returned as it is, because the readers of foreign files refuse links.
     """
     file = folder / name
     if file.is_symlink() and folder.absolute().parent.name == "snapshots":
@@ -94,9 +94,9 @@ def read_adapter(folder: str | Path) -> Adapter:
 
 
 def read_state(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, which are those that were written if the file says what they were.
+    """Reads the tensors of a safetensors file, and compares them with the checksum where the file has one.
 
-    Raises: UserError for a file that is missing, damaged or too large, and for tensors that are no finite numbers.
+    Raises: UserError for a file that is missing, damaged or too large, and for tensors with NaN or infinity.
     """
     try:
         content = read_bytes(file, max_bytes=MAX_BYTES[ADAPTER_FILE])
@@ -116,7 +116,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
 
 
 def _metadata(content: bytes) -> dict[str, Any]:
-    """The texts beside the tensors of a safetensors file, whose library has read it."""
+    """The metadata of a safetensors file that the library has read without an error."""
     length = int.from_bytes(content[:8], "little")
     metadata = json.loads(content[8 : 8 + length]).get("__metadata__")
     return metadata if isinstance(metadata, dict) else {}

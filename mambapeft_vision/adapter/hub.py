@@ -17,11 +17,15 @@ def is_repository(name: str | Path) -> bool:
 
 
 def fetch_adapter(repository: str, revision: str | None = None) -> Path:
-    """The folder with an adapter's two files of a repository `user/name`, at a branch, tag or commit.
+    """Fetches an adapter's two files from a repository of the hub and returns their folder.
 
-    The hub is asked for their sizes before it is asked for them; where it does not answer, its client's cache is used.
-    Private repositories, the cache and being offline are that client's: HF_TOKEN, HF_HOME, HF_HUB_OFFLINE.
-    Raises: UserError for files that are too large, and where the hub and the cache have none.
+    The sizes of the files are checked before the download. If the hub does not answer, the client's cache is used. The
+    client reads its usual variables: HF_TOKEN for private repositories, HF_HOME for the cache, HF_HUB_OFFLINE.
+
+    Args:
+        repository: `user/name`.
+        revision: a branch, tag or commit; None: the main branch.
+    Raises: UserError for files that are too large, and if neither the hub nor the cache has them.
     """
     from huggingface_hub import HfApi, snapshot_download
 

@@ -21,12 +21,13 @@ from mambapeft_vision.utils.errors import UserError
 def load_adapter(
     folder: str | Path, weights: str = "official", seed: int = 0, revision: str | None = None
 ) -> AdaptedModel:
-    """The model of an adapter's folder in evaluation mode, on a backbone built as the adapter says, in its dtype.
+    """Builds the backbone that an adapter names, attaches the adapter, and returns the model in evaluation mode.
 
     Args:
         folder: holds adapter.safetensors and adapter_config.json; or "user/name" of a repository on the Hugging Face
             hub, where there is no such folder.
-        weights: of the backbone: "official", "random" (drawn from `seed`) or a file; its hash must fit the adapter.
+        weights: the backbone's weights: "official", "random" (drawn from `seed`) or a file. Their hash must be the
+            adapter's.
         revision: a branch, tag or commit of the repository; None: its main branch.
     Raises: UserError for files that are missing, damaged or do not fit, and for other weights than those trained on.
 
@@ -44,7 +45,7 @@ def load_adapter(
 
 
 def load_backbone(adapter: Adapter, weights: str = "official", seed: int = 0) -> Any:
-    """The backbone that an adapter describes, with nothing attached. weights, seed: see `load_adapter`."""
+    """Builds the backbone that an adapter describes, with nothing attached. weights, seed: see `load_adapter`."""
     check_sizes(adapter)
     backbone = create_backbone(adapter.config["backbone"]["name"], weights, seed, **_architecture(adapter))
     if not _is_trained_on(adapter, backbone):
@@ -57,7 +58,7 @@ def _dtype(adapter: Adapter) -> torch.dtype | None:
 
 
 def check_sizes(adapter: Adapter) -> None:
-    """Fits an adapter to the backbone that it describes, on shapes alone: its sizes are untrusted, and cost nothing.
+    """Checks an adapter against the backbone that it describes, on shapes alone, because its sizes are untrusted.
 
     Raises: UserError for a backbone that is too large, or tensors that do not fit it.
     """
@@ -83,13 +84,13 @@ def apply_adapter(adapter: Adapter, backbone: Backbone) -> AdaptedModel:
 
 
 def attach_adapter(adapter: Adapter, backbone: Backbone) -> AdaptedModel:
-    """As `apply_adapter`, for whoever knows that the backbone is the one that the adapter was trained on."""
+    """As `apply_adapter`, without the check that the backbone is the one that the adapter was trained on."""
     check_fit(adapter, backbone)
     return _loaded(adapter, backbone)
 
 
 def check_backbone(adapter: Adapter, backbone: Backbone) -> None:
-    """Raises UserError where a backbone is not the one, with the weights, that an adapter was trained on."""
+    """Raises UserError unless the backbone has the architecture and weights that the adapter was trained on."""
     name, mine = adapter.config["backbone"]["name"], backbone.pretrained_cfg["architecture"]
     if name != mine:
         raise UserError(
@@ -110,13 +111,13 @@ def _is_trained_on(adapter: Adapter, backbone: Backbone) -> bool:
 
 
 def build_methods(adapter: Adapter) -> dict[str, Method]:
-    """The methods of adapter_config.json; only classes inside `mambapeft_vision.methods` are ever imported."""
+    """Builds the methods of adapter_config.json; only classes inside `mambapeft_vision.methods` are ever imported."""
     source = f"{adapter.folder / CONFIG_FILE}: methods"
     return {name: build_method(name, spec, source) for name, spec in adapter.config["methods"].items()}
 
 
 def check_fit(adapter: Adapter, backbone: Backbone) -> AdaptedModel:
-    """The model on tensors without values, whatever their size. Raises UserError where an adapter's do not fit."""
+    """Attaches an adapter on shapes alone. Raises UserError where its tensors do not fit the backbone."""
     with torch.device("meta"):
         try:
             return _loaded(adapter, on_meta(backbone))
@@ -129,9 +130,9 @@ def check_fit(adapter: Adapter, backbone: Backbone) -> AdaptedModel:
 
 
 def load_shared(adapter: Adapter, backbone: Backbone) -> AdaptedModel:
-    """Attaches an adapter to a copy of a backbone that has the same tensors in memory, but for those the adapter owns.
+    """Attaches an adapter to a copy of a backbone that shares the backbone's tensors, except those the adapter owns.
 
-    The backbone itself stays as it is. The model is in evaluation mode.
+    The backbone itself is not changed. The model is in evaluation mode.
     Raises: UserError as `apply_adapter`.
     """
     check_backbone(adapter, backbone)

@@ -33,8 +33,8 @@ class AdaptedModel(nn.Module):
         num_classes: number of classes of the task.
         seed: seed of the methods' initial tensors; each method's draw depends on the seed and its name alone.
 
-    Whoever trains it sets `class_names` (by label, where there are some) and `multi_label` (an image has any number of
-    labels); both are saved with the adapter.
+    Training code sets `class_names` (by label, if there are any) and `multi_label` (an image has any number of labels).
+    Both are saved with the adapter.
     """
 
     class_names: tuple[str, ...] | None = None
@@ -79,17 +79,18 @@ class AdaptedModel(nn.Module):
                     )
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] normalised images → [B, num_classes] logits. For files and plain images see `predict`."""
+        """Normalised images [B, C, H, W] → logits [B, num_classes]. For files and plain images see `predict`."""
         return self.backbone(images)
 
     def predict(self, images: "Images", *, top: int = 5, batch_size: int = 64) -> "list[Prediction]":
-        """The classes of images, which are read and prepared as in training.
+        """Predicts the classes of images, which are read and prepared as in training.
 
         Args:
             images: one or many: files, Pillow's images, or uint8 arrays [H, W], [H, W, C] (see adapter/predict.py).
             top: how many classes each prediction names.
             batch_size: images in a pass.
-        Raises: UserError for an image that cannot be read, or is no image.
+        Returns: one `Prediction` an image, in their order.
+        Raises: UserError for a file that cannot be read or is no image.
 
         Example:
             >>> model = load_adapter("outputs/…")  # doctest: +SKIP
@@ -114,7 +115,7 @@ class AdaptedModel(nn.Module):
         return {**self.owned(), **self.head_parameters()}
 
     def counts(self) -> dict[str, Any]:
-        """Trained parameters: in total without the head, by method, those of the head, and the frozen rest."""
+        """Numbers of parameters: `trainable` (without the head), by method, of the head, and frozen."""
         by_method = {name: sum(p.numel() for p in m.owned().values()) for name, m in self.methods.items()}
         owned = {id(p) for p in self.owned().values()}
         frozen = [p for n, p in self.backbone.named_parameters() if not n.startswith("head.")]
@@ -170,7 +171,7 @@ class AdaptedModel(nn.Module):
         return {**state, **drawn, **self.head_parameters()}
 
     def load_adapter_state(self, state: Mapping[str, Tensor], source: str = "the adapter") -> None:
-        """Copies `state` in, strictly both ways; no value is changed when anything does not fit."""
+        """Copies `state` into the model. Raises UserError for missing, unknown or misshapen tensors, changing none."""
         for name, method in self.methods.items():
             prefix = f"{name}."
             method.enter_phase_of({k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)})
@@ -187,7 +188,7 @@ class AdaptedModel(nn.Module):
 
         Args:
             metadata: recorded as it is: task, git commit, versions, … (JSON-safe).
-        Raises: UserError after a merge that folded a method: it is no longer an adapter's.
+        Raises: UserError after a merge that folded a method into the weights: the tensors are no adapter any more.
         """
         if self._folded:
             raise UserError(
@@ -197,7 +198,7 @@ class AdaptedModel(nn.Module):
         write_adapter(folder, self.adapter_state(), {**self.config(), **metadata})
 
     def config(self) -> dict[str, Any]:
-        """What is needed to build this model again: backbone, methods, classes."""
+        """The contents of adapter_config.json: what builds this model again (backbone, methods, classes)."""
         names = {} if self.class_names is None else {"class_names": list(self.class_names)}
         return {
             "format_version": FORMAT_VERSION,
@@ -218,7 +219,7 @@ class AdaptedModel(nn.Module):
     def merge(self) -> dict[str, str]:
         """Folds everything that is a function of weights into the backbone's weights, in place, for inference.
 
-        The model is in evaluation mode then, and is saved as a merged model, no longer as an adapter.
+        Afterwards the model is in evaluation mode and can no longer be saved as an adapter.
         Returns: the methods that stay attached, each with its reason ({}: the backbone is a plain one now).
         """
         left: dict[str, str] = {}
@@ -267,9 +268,9 @@ _ADAPTED = "_is_adapted"  # set on a backbone, so that its copies have it too
 
 
 def _claim(backbone: Backbone) -> None:
-    """Marks a backbone as adapted. Raises UserError where it is already: methods would add up, and heads be replaced.
+    """Marks a backbone as adapted. Raises UserError if it is already: methods would add up, and the head be replaced.
 
-    It stays marked where attaching fails, because some of its ports are taken then.
+    It stays marked if attaching fails, because some of its ports are then taken.
     """
     if getattr(backbone, _ADAPTED, False):
         raise UserError(
@@ -280,7 +281,7 @@ def _claim(backbone: Backbone) -> None:
 
 
 def _release(backbone: Backbone) -> None:
-    """A backbone that everything was folded into is a plain one again."""
+    """Removes the mark: a backbone is a plain one again after everything was folded into it."""
     setattr(backbone, _ADAPTED, False)
 
 
@@ -296,7 +297,7 @@ def _stable_seed(seed: int, name: str) -> int:
 
 
 def _check_indices(name: str, limits: Mapping[str, int], state: Mapping[str, Tensor], source: str) -> None:
-    """Raises UserError for saved places outside of what they index."""
+    """Raises UserError for saved indices outside the tensors that they index."""
     for key, limit in limits.items():
         places = state[f"{name}.{key}"]
         if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < limit:

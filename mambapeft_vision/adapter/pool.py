@@ -19,12 +19,12 @@ from mambapeft_vision.utils.typed import nearest
 class AdapterPool:
     """Adapters by name on one backbone, whose tensors all of them share.
 
-    An adapter adds its own tensors and nothing else: a switch copies nothing. Adapters can be of any methods, also of
-    those that do not merge, and of any number of classes. One that trains tensors of the backbone (bias, full) has
-    copies of these.
+    An adapter adds its own tensors and nothing else, so a switch copies nothing. Adapters can have any methods, also
+    methods that do not merge, and any number of classes. An adapter that trains tensors of the backbone (bias, full)
+    has copies of them.
 
     Args:
-        backbone: the one that the adapters were trained on, where requests are to be computed; it is not changed.
+        backbone: the one that the adapters were trained on, on the device that computes; it is not changed.
 
     Example:
         >>> pool = AdapterPool(create_backbone("vim_nano_patch8_64"))   # doctest: +SKIP
@@ -42,7 +42,7 @@ class AdapterPool:
         return list(self._models)
 
     def add(self, name: str, folder: str | Path) -> None:
-        """Loads the adapter of a finished run; requests can name it from now on.
+        """Loads the adapter of a finished run under a name that requests can use.
 
         Raises: UserError for a name that is taken, or an adapter that was trained on another backbone.
         """
@@ -52,7 +52,7 @@ class AdapterPool:
         self._models[name] = load_shared(read_adapter(folder), self.backbone).to(device)
 
     def remove(self, name: str) -> None:
-        """Forgets an adapter, whose memory is free again. Raises UserError for an unknown name."""
+        """Removes an adapter and frees its memory. Raises UserError for an unknown name."""
         self.model(name)
         del self._models[name]
 
@@ -64,7 +64,7 @@ class AdapterPool:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, names: Sequence[str]) -> list[Tensor]:
-        """Logits of each image, [classes of its adapter], in the order of the requests.
+        """Computes each image with its adapter: logits [classes of the adapter], in the order of the requests.
 
         Args:
             images: [B, C, H, W], normalised, on the backbone's device.
@@ -83,14 +83,14 @@ class AdapterPool:
         return [results[place] for place in range(len(images))]
 
     def bytes_of(self, name: str) -> int:
-        """Memory that one adapter takes beside the backbone."""
+        """Bytes that one adapter takes beside the backbone. Raises UserError for an unknown name."""
         own = {tensor.data_ptr(): tensor for tensor in _tensors(self.model(name))}
         sizes: list[int] = [tensor.nbytes for place, tensor in own.items() if place not in self._shared]
         return sum(sizes)
 
     @property
     def backbone_bytes(self) -> int:
-        """Memory of the backbone, which all adapters share."""
+        """Bytes of the backbone, which all adapters share."""
         return sum(tensor.nbytes for tensor in _tensors(self.backbone))
 
 

@@ -23,10 +23,10 @@ THRESHOLD = 0.5  # of the probability from which an image has a label, where it 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one image.
+    """A model's prediction for one image.
 
     Args:
-        name: the file, or the number of an image that is none.
+        name: the file, or the position of an image that is not a file.
         label: the most probable class.
         class_name: its name, or its number where the model knows no names.
         probability: probability of that class, 0 to 1.
@@ -76,7 +76,7 @@ def probabilities(model: AdaptedModel, pixels: Tensor, preprocessing: Preprocess
 
 
 def probabilities_of(logits: Tensor, several: bool) -> Tensor:
-    """Of each class, [b, classes]; with `several`, where images may have several labels, each by itself."""
+    """Logits [b, classes] → probabilities: softmax, or with `several` (labels an image) the sigmoid of each class."""
     return logits.sigmoid() if several else logits.softmax(dim=1)
 
 
@@ -124,7 +124,7 @@ def _each(images: Images) -> Iterable[OneImage]:
 
 
 def prepared(image: Any, name: str, preprocessing: Preprocessing) -> np.ndarray:
-    """uint8 [C, H, W]. Raises UserError with the file or, for an image that is none, its `name`."""
+    """An image as uint8 [C, H, W], as in training. Raises UserError naming the file or, for other images, `name`."""
     name = plain(image, 1_000) if isinstance(image, (str, os.PathLike)) else name
     try:
         if isinstance(image, (str, os.PathLike)):
@@ -139,7 +139,7 @@ def prepared(image: Any, name: str, preprocessing: Preprocessing) -> np.ndarray:
 
 
 def _opened(image: Any, channels: int) -> Image.Image:
-    """An image of Pillow's. Raises ValueError for values that are no pixels."""
+    """An image as Pillow's. Raises ValueError for values that are no pixels."""
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, Tensor):

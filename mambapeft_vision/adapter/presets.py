@@ -1,7 +1,7 @@
 """Reads the presets, configs/method/*.yaml: their methods, and what their headers say.
 
-The header is the file's leading comment: lines of text (what it is; the last one is the formula), then `key: value`
-lines: backbone (default vim_s), count (trained numbers without the head), paper, run.
+The header is the file's leading comment: lines of text (a description, then the formula as the last line), then
+`key: value` lines: backbone (default vim_s), count (trained parameters without the head), paper, run.
 """
 
 import re
@@ -51,7 +51,7 @@ class Preset:
 
 
 def read_preset(path: str | Path) -> Preset:
-    """Raises: UserError naming the file and the header line that is missing or wrong."""
+    """Reads a preset. Raises UserError naming the file and the header line that is missing or wrong."""
     path = Path(path)
     text = path.read_text(encoding="utf-8")
     lines = [line.removeprefix("#").strip() for line in _leading_comment(text)]
@@ -86,7 +86,7 @@ def read_presets(folder: str | Path) -> dict[str, Preset]:
 
 
 def registered_name(configs: Path, backbone: str) -> str:
-    """What a backbone's config calls it: `vim_nano_patch8_64` of vim_nano. Raises UserError for an unknown config."""
+    """The registered name in a backbone's config: `vim_nano_patch8_64` for vim_nano. Raises UserError if unknown."""
     known = sorted(file.stem for file in (configs / "backbone").glob("*.yaml"))
     if backbone not in known:
         raise UserError(f"backbone={backbone} is unknown; {nearest(backbone, known)}")
@@ -102,8 +102,8 @@ def fitting_presets(
     Args:
         backbone: name of the architecture, such as vim_nano_patch8_64.
         of_vim_s: with sizes scaled from Vim-S, instead of those that the presets state for this backbone.
-        names: those that are asked about; None: all.
-    Returns: names of those that do, and why the others do not, by name.
+        names: the presets to try; None: all.
+    Returns: the names of the presets that attach, and for each other preset the reason why it does not.
     """
     fitting, reasons = [], {}
     for name, preset in read_presets(folder).items():

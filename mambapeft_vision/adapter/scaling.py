@@ -2,8 +2,8 @@
 
 With `method_sizes=of_vim_s` a size is a share of Vim-S and stays that share: ranks, adapter widths and numbers of
 blocks in proportion to the channels of the scan (d_inner, 768 in Vim-S; the mean over the blocks of a backbone with
-stages), extra states in proportion to the states (d_state, 16 in Vim-S); rounded, at least 1. Numbers of tokens stay:
-they are no width. An alpha goes with its rank, as alpha / rank is the scale of a branch.
+stages), extra states in proportion to the states (d_state, 16 in Vim-S); rounded, at least 1. Numbers of tokens stay,
+because they are no width. An alpha is scaled with its rank, because alpha / rank is the scale of a branch.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def scaled(methods: Mapping[str, Mapping[str, Any]], backbone: Backbone) -> dict
 
 
 def _share(size: Any, share: float) -> Any:
-    """Only whole numbers are sizes; what else stands there is for the method to refuse."""
+    """A size times `share`. Anything but a whole number is returned unchanged; the method refuses it."""
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         return size
     return max(1, round(size * share))

@@ -65,7 +65,7 @@ def under_new_names(methods: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def in_old_words(methods: Mapping[str, Any]) -> dict[str, Any]:
-    """The specs with roles spelled as the patterns that presets had before: a run keeps its identity and its label."""
+    """The specs with roles spelled as the patterns of earlier releases: a run keeps its identity and its label."""
     return {
         name: {key: _patterns(value) if key in ("targets", "no_decay") else value for key, value in spec.items()}
         if isinstance(spec, Mapping)
