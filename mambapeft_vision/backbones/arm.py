@@ -100,7 +100,7 @@ class _Permute(torch.autograd.Function):
 
 
 class LayerNorm(PortedLayerNorm):
-    """Takes the residual stream in at least float32 and returns its own weight's dtype."""
+    """LayerNorm that reads the residual stream in at least float32 and returns its weight's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.read("weight"), self.read("bias")
@@ -170,8 +170,8 @@ class Arm(ScanModel):
         expand: 1 in all published sizes.
         mlp_hidden: width inside the SwiGLU MLPs; None: floor(8 · embed_dim / 3).
         drop_path_rate: drop-path rate of both branches of block i: [0, linspace(0, rate, depth)][i].
-        global_pool: "avg" (the published recipe) averages the mean of the patches in front of the class token and that
-            of those behind it; "token" reads the class token. Others: see `TimmModel`.
+        global_pool: "avg" (the published recipe) averages two means, of the patches before the class token and of the
+            patches behind it; "token" reads the class token. Others: see `TimmModel`.
         further_dt_bias: how dt_proj.bias of the directions after the first starts; see `Mixer.init_weights`.
         others: see `Vim`.
     """

@@ -1,4 +1,4 @@
-"""From a registered name to a model: what every entry point hands to timm's builder."""
+"""From a registered name to a model, through timm's builder; every registered backbone calls `build`."""
 
 import inspect
 from contextlib import nullcontext

@@ -48,7 +48,7 @@ class PortedLinear(Ported, nn.Linear):
 
 
 class LinearWeights(Ported, nn.Linear):
-    """Holds the weights of a linear map that a kernel computes; `forward` runs where `computes_as` says no."""
+    """Holds the weights of a linear map that a kernel computes; `forward` runs if `computes_as` is false."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.read("bias")
@@ -56,7 +56,7 @@ class LinearWeights(Ported, nn.Linear):
 
 
 class ConvWeights(Ported, nn.Conv1d):
-    """Holds the weights of a convolution that a kernel computes; `forward` runs where `computes_as` says no."""
+    """Holds the weights of a convolution that a kernel computes; `forward` runs if `computes_as` is false."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.read("bias")
@@ -74,9 +74,9 @@ class PortedConv2d(Ported, nn.Conv2d):
 def computes_as(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether `module` computes what a `kind` does, so that a kernel may read its weights instead of calling it.
 
-    Not where somebody else takes part in its computation: another module in its place or around it (adapters of other
-    libraries, quantisation), a `forward` of its own (offloading), hooks (pruning, weight norm, activations), of this
-    module or of all modules. What only computes its weights (weight ports, `torch.nn.utils.parametrize`) takes no part.
+    It is false if other code takes part in the computation: another module in its place or around it (adapters of other
+    libraries, quantisation), a replaced `forward` (offloading), or hooks (pruning, weight norm, activations), of this
+    module or global ones. Code that only computes its weights (weight ports, `torch.nn.utils.parametrize`) is allowed.
     """
     return (
         getattr(type(module), "forward", None) is kind.forward

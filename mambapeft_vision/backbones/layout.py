@@ -1,4 +1,4 @@
-"""What stands where in a backbone's sequence of tokens, and where it goes when prompts join."""
+"""The layout of a backbone's sequence of tokens, and how it changes when prompts join."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace

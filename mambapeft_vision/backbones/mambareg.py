@@ -87,7 +87,7 @@ class MambaReg(ResidualStack):
 
     @property
     def roles(self) -> dict[str, tuple[str, ...]]:
-        """As Vim's, and the neck. Of its two position embeddings the patches' has the role."""
+        """As Vim's, and the neck. The role `pos_embed` is that of the patches, not that of the registers."""
         return {**super().roles, **({} if self.neck is None else {"neck": ("neck.weight",)})}
 
     def embed(self, images: Tensor) -> tuple[Tensor, TokenLayout]:

@@ -38,8 +38,8 @@ class Mixer(Ported):
     """The bidirectional selective-scan mixer of one block: [B, L, D] → [B, L, D].
 
     D embed_dim, E = expand·D channels, N states (read from A_log), R dt_rank, K conv taps. `*_b` is the direction
-    that reads the tokens from last to first. conv1d, x_proj and dt_proj hold weights that the kernel reads; they are
-    called only where somebody else takes part in them (see `unfused.py`).
+    that reads the tokens from last to first. conv1d, x_proj and dt_proj hold weights that the kernel reads; the modules
+    are called only if other code takes part in their computation (see `unfused.py`).
 
     Args:
         halve_sum: average the two directions (Vim and Mamba-Reg do) instead of adding them (VideoMamba).
@@ -268,7 +268,7 @@ class Mixer(Ported):
 
 
 def _keeps_zeros(in_proj: nn.Module) -> bool:
-    """Not where another module stands in its place."""
+    """Whether in_proj maps zeros to zeros; False for any other module in its place."""
     return isinstance(in_proj, PortedLinear) and in_proj.keeps_zeros
 
 

@@ -20,7 +20,7 @@ from mambapeft_vision.utils.errors import UserError
 
 
 class Port:
-    """A place for one owner. `value` is what the owner put there, or None."""
+    """A place for one owner. `value` is the owner's function, or None."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -55,9 +55,9 @@ class FunctionPort(Port):
 
 
 class ReplacePort(Port):
-    """Takes `value(tokens, layout) → (positions [n], new [B, n, D])`: tokens that take the place of some in a block.
+    """Takes `value(tokens, layout) → (positions [n], new [B, n, D])`: new tokens for some positions of a block's input.
 
-    Whatever the blocks before made of the tokens at these positions is dropped.
+    The outputs of earlier blocks at these positions are dropped.
     """
 
     def __call__(self, hidden: Tensor, residual: Tensor | None, layout: TokenLayout) -> tuple[Tensor, Tensor | None]:
@@ -73,7 +73,7 @@ class ReplacePort(Port):
 class BranchPort:
     """On a residual branch of a block: any number of functions add to what leaves it, before the residual sum.
 
-    A function gets what entered the branch (the output of the norm), what leaves it (without other functions) and the
+    A function gets the branch's input (the output of the norm), the branch's output (without other functions) and the
     layout of both: (x [B, L, D], out [B, L, D], layout) → [B, L, D].
     """
 
@@ -114,7 +114,7 @@ class TapPort:
 
 
 class LowRankPair(Protocol):
-    """Who owns the factors down [r, in] and up [features, r]."""
+    """The owner of the factors down [r, in] and up [features, r]."""
 
     down: Any
     up: Any
@@ -295,7 +295,7 @@ class PrefixPort(Port):
 
 
 class WeightPort:
-    """What becomes of a weight where the backbone reads it: W → reshape(W + Σ delta(W)).
+    """The port of one weight, applied where the backbone reads it: W → reshape(W + Σ delta(W)).
 
     Deltas are functions of the frozen weight (or of some of its rows, axis -2) and add up, so their order does not
     matter. A reshape (extra states) comes last and has one owner.
@@ -345,7 +345,7 @@ class Ported(nn.Module):
         self._casts: dict[str, tuple[Tensor, Tensor]] = {}  # name → the weight that was cast, and its cast
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The present value of a parameter: what its port makes of it, or the parameter itself.
+        """The present value of a parameter: the output of its port, or the parameter itself if it has no port.
 
         dtype: in which it will be used; a cast is returned where `frozen_casts` holds one.
         """
@@ -402,8 +402,8 @@ def taken_ports(model: nn.Module) -> list[str]:
 def frozen_casts(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     """Within this context frozen weights of linear maps are cast to `dtype` once, instead of in every pass.
 
-    The context belongs to who owns the model for its time: a training step or an evaluation. Frozen weights must not be
-    written to within it, and nothing is kept beyond it. dtype: of autocast; None: there is nothing to cast.
+    A training step or an evaluation enters it while it owns the model. Frozen weights must not be written to within it,
+    and nothing is kept beyond it. dtype: autocast's; None: there is nothing to cast.
     """
     held = [
         (module, name, weight)

@@ -87,7 +87,7 @@ def _check_parameters(name: str, architecture: Mapping[str, Any]) -> None:
 
 @lru_cache(256)  # models of one process are often of one size
 def _count_parameters(name: str, architecture: str) -> int:
-    """Of the backbone with these sizes, a JSON object."""
+    """The number of parameters of a backbone with these sizes (`architecture`: a JSON object, for the cache)."""
     with torch.device("meta"):
         return sum(p.numel() for p in timm.create_model(name, num_classes=0, **json.loads(architecture)).parameters())
 

@@ -1,4 +1,4 @@
-"""What Vim, Mamba-Reg and VideoMamba share: their blocks on a residual sum, drop path and the final norm."""
+"""The shared part of Vim, Mamba-Reg and VideoMamba: blocks on a residual sum, drop path and the final norm."""
 
 from collections.abc import Collection, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What backbones with mixers of selective scans share: choice and compilation of kernels, roles of their parameters."""
+"""The base of backbones with mixers of selective scans: choice and compilation of kernels, roles of parameters."""
 
 from concurrent.futures import Future
 from typing import Any

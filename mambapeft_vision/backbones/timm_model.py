@@ -38,7 +38,7 @@ class State(NamedTuple):
 
 
 class TimmModel(Ported):
-    """Base of backbones: what timm and its users expect of a model.
+    """Base of backbones: timm's interface of a model.
 
     A subclass makes its blocks, final norm and `head`, calls `init_new`, and implements `layout_of`, `embed` and
     `init_weights`. Where tokens pass its blocks in another way than one after another, it overrides `run_blocks` and
@@ -354,7 +354,7 @@ class TimmModel(Ported):
     def convert_checkpoint(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """A published file's tensors as this model has them (positions may still have another grid).
 
-        Returns: the tensors, and the names of those that such a file does not hold and that were added.
+        Returns: the tensors, and the names of the tensors that were added because such a file lacks them.
         """
         return state, ()
 

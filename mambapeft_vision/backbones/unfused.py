@@ -1,7 +1,7 @@
-"""A mixer's core computed through its modules, where somebody else takes part in them.
+"""A mixer's core computed through its modules, for mixers in whose modules other code takes part.
 
-A kernel reads the weights of conv1d, x_proj and dt_proj and calls none of these modules. An adapter of another library
-around one of them, a hook, a mask or an offloaded weight would be passed over; so such a mixer calls them.
+A kernel reads the weights of conv1d, x_proj and dt_proj and calls none of these modules. It would ignore an adapter of
+another library around one of them, a hook, a mask or an offloaded weight; such a mixer therefore calls its modules.
 """
 
 import warnings
@@ -31,7 +31,7 @@ class ModuleDirection:
 
 
 def mixer_through_modules(xz: Tensor, z: Tensor | None, directions: Sequence[ModuleDirection], scale: float) -> Tensor:
-    """What `mambapeft_kernels.ssm_mixer` computes, in plain PyTorch; derivatives of all orders exist.
+    """Computes the same as `mambapeft_kernels.ssm_mixer`, in plain PyTorch; derivatives of all orders exist.
 
     Args: see there. The modules get activations in their own dtype; scans are kept in at least float32.
     """
@@ -57,7 +57,7 @@ def _scan(x: Tensor, d: ModuleDirection, wide: torch.dtype) -> Tensor:
 
 
 def announce(part: str, module: nn.Module) -> None:
-    """Says once for each kind of change that mixers compute through their modules, which is slower."""
+    """Prints once for each kind of change that mixers compute through their modules, which is slower."""
     if not torch.compiler.is_compiling():
         kind = type(module)
         _announce(part, f"{kind.__module__}.{kind.__qualname__}")

@@ -44,7 +44,7 @@ from mambapeft_vision.utils.errors import UserError
 
 
 class RefusedPort(InputPort):
-    """A port of other backbones that this one has no place for."""
+    """A port of other backbones for which this one has no place; setting it raises UserError."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name)
@@ -160,7 +160,7 @@ class SS2D(Ported):
         return {"x_proj_weight": x_proj, "in_proj.weight": in_proj}
 
     def weights(self, dtype: torch.dtype) -> SS2DWeights:
-        """What the scans read, each weight once (it may be computed when read); dtype: of the activations."""
+        """The weights of the scans, each read once (a read may compute it); dtype: that of the activations."""
         weights = SS2DWeights(
             x_proj_weight=self.read("x_proj_weight", dtype if self.kernel in FUSED else None),
             dt_projs_weight=self.read("dt_projs_weight"),
@@ -290,7 +290,7 @@ class Block(nn.Module):
 
 
 def through_branch(port: BranchPort, x: Tensor, out: Tensor) -> Tensor:
-    """What the port makes of a branch whose input and output are maps [B, H, W, D]."""
+    """Applies a branch port to a branch whose input and output are maps [B, H, W, D]."""
     if not port.functions:
         return out
     return port(x.flatten(1, 2), out.flatten(1, 2), map_layout(x)).view_as(out)

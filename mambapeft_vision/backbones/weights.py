@@ -1,4 +1,4 @@
-"""Weights of backbones: published checkpoints in, their layout out. Never unpickles code."""
+"""Weights of backbones: reads published checkpoints, and writes their layout. Never unpickles code."""
 
 import io
 import math
@@ -32,7 +32,7 @@ LICENSE_ACCEPTED = "accepted"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file with weights holds.
+    """The contents of a file with weights.
 
     state: tensors under their names there.
     made_for: an architecture that the file names itself, e.g. "videomamba_small"; None: it names none.
@@ -65,8 +65,8 @@ def load_official(model: TimmModel, sha256: str | None = None, license_accepted:
 def load_pretrained(model: TimmModel, license_accepted: str | None = None) -> None:
     """Loads the weights that a model's timm record names, and the head among them where it has as many classes.
 
-    The record may have been changed by `pretrained_cfg_overlay`: state_dict, file, url or hf_hub_id count, in this
-    order, as timm has it.
+    The record may have been changed by `pretrained_cfg_overlay`. As in timm, the first of state_dict, file, url and
+    hf_hub_id that is set decides.
     """
     record = model.pretrained_cfg
     source: Any
@@ -99,7 +99,7 @@ def _download(record: Mapping[str, Any]) -> Path:
 
 
 def _fetch(record: Mapping[str, Any], license_accepted: str | None) -> Path:
-    """The file on the hub that a record names, from the hub's cache or downloaded. Its licence is shown before."""
+    """The file on the hub that a record names, from the hub's cache or downloaded. Its licence is printed first."""
     name, repository = record["architecture"], record["hf_hub_id"]
     file = record.get("hf_hub_filename") or "model.safetensors"
     licence = record.get("license")
@@ -126,11 +126,13 @@ def _fetch(record: Mapping[str, Any], license_accepted: str | None) -> Path:
 def load_weights(model: TimmModel, path: str | Path, sha256: str | None = None, with_head: bool = False) -> None:
     """Loads a checkpoint (official .pth, or safetensors) into `model`, strictly, except for the head.
 
-    Position embeddings are resized when the grid of patches differs, filters of the patch embedding are summed or
-    repeated for another number of channels (as timm does). Nothing is loaded when anything does not fit.
+    Position embeddings are resized if the grid of patches differs. Filters of the patch embedding are summed or
+    repeated for another number of channels, as timm does. If any tensor does not fit, nothing is loaded.
 
-    sha256: sha256 of the file, checked before anything is read from it.
-    with_head: load the head too, where the file has one of the same shape.
+    Args:
+        path: the file.
+        sha256: sha256 of the file, checked before anything is read from it.
+        with_head: load the head too, if the file has one of the same shape.
     Raises: UserError naming the architecture that the file is for, or listing missing, unknown and mis-shaped keys.
     """
     if sha256 is not None:
