@@ -98,7 +98,7 @@ class Affix(Method):
                 mixer.affix.set(self.name, LayerAffix(self, i, directions // 2), inner=self.inner, ends=ends)
 
     def _width(self, model: Backbone, mixer: Mixer) -> int:
-        """Of one token. Raises UserError where the mixer has no place for such tokens."""
+        """The width of one token. Raises UserError if the mixer has no place for such tokens."""
         if isinstance(mixer.affix, PrefixPort):
             if not self.inner or self.position != "prefix":
                 raise UserError(
@@ -136,7 +136,7 @@ class Affix(Method):
 
 
 class LayerAffix:
-    """What one mixer's affix port holds: [B, L, C] → the buffers that one pair of directions reads.
+    """The value of one mixer's affix port: [B, L, C] → the buffers that one pair of directions reads.
 
     pair: 0, the tokens as they stand; 1 (a mixer with four directions), the same in another order of the patches.
     """

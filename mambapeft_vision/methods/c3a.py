@@ -15,8 +15,8 @@ class C3A(WeightDelta):
     """W' = W + C / in, C block-circulant: block (m, n) has the entries C[k, j] = w_mn[(j - k) mod b].
 
     The published form multiplies by C with FFTs on the activations. Here C is written out, which takes one copy of the
-    weight's size, and is added to the weight: at these sizes (b ≤ 384, and 12,608 tokens in a batch of 64) a product
-    with a whole matrix that is taken anyway is cheaper than transforms of every token, which have no bfloat16 form.
+    weight's size, and is added to the weight. At these sizes (b ≤ 384, and 12,608 tokens in a batch of 64) the product
+    with the whole matrix, which is taken anyway, is cheaper than transforms of every token. FFTs have no bfloat16 form.
 
     Args:
         targets, rows: see `WeightDelta`.

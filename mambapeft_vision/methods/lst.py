@@ -69,7 +69,7 @@ class LST(Method):
         self._state = rung(tokens, z), layout
 
     def add(self, feature: Tensor) -> Tensor:
-        """[B, head_hidden_size] → the same with what the side network found."""
+        """The feature [B, head_hidden_size] plus up(norm(z))."""
         if self._state is None:
             raise UserError(
                 f"{self.name}: forward_head needs the side network's state, which forward_features leaves for one "

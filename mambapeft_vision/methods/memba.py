@@ -108,7 +108,7 @@ class Memba(Method):
 
 
 class LayerMembrane:
-    """What one mixer's gate port holds."""
+    """The value of one mixer's gate port."""
 
     def __init__(self, method: Memba, layer: int) -> None:
         self.method, self.layer = method, layer

@@ -1,4 +1,4 @@
-"""What a PEFT method is.
+"""The base class of PEFT methods.
 
 A method is one file with a subclass of `Method` and one yaml. It owns its tensors: what is trained, saved, loaded,
 decayed and merged follows from ownership, never from the names of parameters. It takes part in a backbone through
@@ -109,7 +109,7 @@ class Method(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no warm-up phase (warmup_steps is 0)")
 
     def index_limits(self) -> dict[str, int]:
-        """Of saved tensors that hold places in others: by saved name, the number of places there are."""
+        """For saved tensors that hold indices: saved name → the number of entries that they index."""
         return {}
 
     def enter_phase_of(self, saved: Mapping[str, Tensor]) -> None:

@@ -123,7 +123,7 @@ class InputAdapter(nn.Module):
         return torch.block_diag(*self.up.chunk(self.groups))
 
     def beside(self, module: nn.Linear, x: Tensor) -> Tensor:
-        """What it adds to the output of the map, W s · up(dropout(down(x)))."""
+        """The addition to the map's output, W s · up(dropout(down(x)))."""
         low = F.dropout(F.linear(x, self.down, self.down_bias), self.dropout, self.training)
         if self.product is not None:
             return F.linear(low, self.product, self.offset)
@@ -135,7 +135,7 @@ class InputAdapter(nn.Module):
         return self.scale * (weight @ self.dense_up), bias
 
     def keep_product(self, weight: Tensor) -> None:
-        """Goes on with this W, whatever the map's becomes."""
+        """Keeps the product with this W, so that later changes of the map's weight do not matter."""
         self.product, self.offset = self._through(weight.detach())
 
     def weight_delta(self, weight: Tensor) -> Tensor:

@@ -26,15 +26,15 @@ class SPT(Method):
     as `budget`. (2) A matrix of which at least as many entries are selected as its LoRA would train gets
     ΔW = s · up · down; of the others, and of all vectors, just the selected entries train.
 
-    Entries beyond the number that a matrix' LoRA trains cost nothing, so they are not counted, and exactly `budget`
-    numbers train (fewer only if the targets have no more to offer). A weight whose rows the backbone names in blocks
-    (q, k, v; x, z; d, b, c) is one matrix for each block, and a grouped weight one for each group too.
+    Selected entries beyond the number that a matrix's LoRA trains are not counted, so exactly `budget` parameters train
+    (fewer only if the targets have no more). A weight whose rows the backbone names in blocks (q, k, v; x, z; d, b, c)
+    is one matrix for each block, and a grouped weight is one matrix for each group.
 
     The head starts at zero, where no gradient reaches the backbone: it has to train while sensitivities are measured.
 
     Args:
         targets: roles or patterns of parameter names.
-        budget: how many numbers train in phase 2, without the head.
+        budget: the number of parameters that train in phase 2, without the head.
         warmup_steps: optimiser steps of phase 1. Gradients are those of single backward passes.
         rank, scale: r and s of the LoRA.
     """
@@ -183,12 +183,12 @@ class Sensitive(nn.Module):
             self.places.copy_(places.sort().values)
 
     def enter_lora(self) -> None:
-        """Goes on with a LoRA, which starts at zero."""
+        """Continues with a LoRA, which starts at zero."""
         self.down, self.up = nn.Parameter(self.first_down.clone()), nn.Parameter(self.first_up.clone())
         self.sensitivity = None
 
     def enter_entries(self, count: int) -> None:
-        """Goes on with single entries, at places that are still to be filled in; 0: frozen."""
+        """Continues with `count` single entries, whose places are still to be filled in; 0: frozen."""
         assert self.sensitivity is not None
         if count:
             self.places = torch.zeros(count, dtype=torch.int64, device=self.sensitivity.device)

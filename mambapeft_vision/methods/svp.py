@@ -104,7 +104,7 @@ class SVP(Method):
 
 
 class BlockPrompts:
-    """What the input port of one block holds."""
+    """The value of one block's input port."""
 
     def __init__(self, method: SVP, block: int) -> None:
         self.method, self.block = method, block

@@ -1,4 +1,4 @@
-"""Which parameters of a backbone a method works on: roles, patterns of names, rows, groups."""
+"""The parameters of a backbone that a method works on: roles, patterns of names, rows, groups."""
 
 import difflib
 import functools
@@ -17,12 +17,12 @@ MOST_TARGETS = 50
 
 
 def match_parameters(model: Backbone, targets: str | Iterable[str], who: str, each: bool = True) -> list[str]:
-    """Names of the parameters that any target means, in the backbone's order; those of the head never.
+    """Names of the parameters that the targets match, in the backbone's order; parameters of the head never match.
 
     Args:
         targets: each a role of the backbone (in_proj, x_proj, qkv, …; see `contract.ROLES`), or a pattern of whole
             names, where `*` stands for anything within one part of a name and `**` for any number of parts.
-        each: whether every target must mean something; without, one may name what only other backbones have.
+        each: whether every target must match; if false, a target may name parts that only other backbones have.
     Raises: UserError naming the role that the backbone lacks and those it has, or the pattern that matches nothing and
         the nearest names.
     """
@@ -68,10 +68,10 @@ def _matching(pattern: str, names: list[str]) -> list[str]:
 
 
 def fits(pattern: str, name: str) -> bool:
-    """Whether a pattern means a name, in time linear in both.
+    """Whether a pattern matches a name, in time linear in both.
 
     `*` stands for any characters but dots, also none; `**` for one character or more of any kind. All places of the
-    pattern that the name can have come to are followed at once, as bits of a number; nothing is ever tried again.
+    pattern that a prefix of the name can reach are followed at once, as bits of a number, so nothing is tried twice.
     """
     length, letters_at, within, across = _places_of(pattern)
     places = 1
@@ -97,7 +97,7 @@ def _places_of(pattern: str) -> tuple[int, dict[str, int], int, int]:
 
 
 def _reason(model: Backbone, target: str, names: list[str]) -> str:
-    """Why `target` means no parameter."""
+    """Why `target` matches no parameter."""
     kind, roles = type(model).__name__, ", ".join(model.roles)
     if target in ROLES:
         return f"{kind} has no {target!r} ({ROLES[target]}); its roles: {roles}"

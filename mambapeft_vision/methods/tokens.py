@@ -1,4 +1,4 @@
-"""What affix- and prompt-tuning share: where learned tokens come from, and where they stand in a sequence."""
+"""The shared parts of affix- and prompt-tuning: the generation of learned tokens, and their places in a sequence."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ class TokenGenerator(nn.Module):
     Args:
         n: tokens.
         width: width of the embedding.
-        out: numbers generated for each token.
+        out: width of the generated tokens.
         hidden: width of the projection's hidden layer; None: a plain table.
         table: the name of the plain table among the saved tensors.
         like: gives device and dtype.
@@ -104,8 +104,8 @@ class _BothEnds(torch.autograd.Function):
 def fill_ends(tokens: Tensor, new: Tensor, front: int) -> Tensor:
     """Puts new[:front] over the first tokens of [B, L, C] and new[front:] over the last, in place.
 
-    What was there must be zeros that depend on nothing trained (of a linear map without bias): the gradient passes
-    over them as it comes.
+    These tokens must be zeros that depend on nothing trained (outputs of a linear map without bias), because the
+    gradient passes through them unchanged.
     """
     new = new.to(tokens.dtype)
     if transformed():

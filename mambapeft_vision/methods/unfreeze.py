@@ -61,7 +61,7 @@ class Unfreeze(Method):
             self._undecayed = set(match_parameters(model, self.no_decay, self.name, each=False))
 
     def _require_everything(self, names: list[str], parameters: dict[str, nn.Parameter]) -> None:
-        """What is drawn anew and not owned would not be saved: the adapter could not be loaded again."""
+        """Raises UserError if tensors would be drawn anew but not saved: the adapter could not be loaded again."""
         others = [name for name in parameters if name not in names and not name.startswith("head.")]
         if others:
             raise UserError(

@@ -17,8 +17,8 @@ from mambapeft_vision.utils.errors import UserError
 class VPTDeep(Method):
     """n tokens [n, D] join in front of the first block; before every later block others take their place.
 
-    What a block makes of them is dropped, so they act through the other tokens of that block alone. Tokens start
-    uniform in ± sqrt(6 / (C · p² + D)), for patches of p × p pixels with C channels.
+    The block's outputs at their positions are dropped, so they act only through the other tokens of that block. Tokens
+    start uniform in ± sqrt(6 / (C · p² + D)), for patches of p × p pixels with C channels.
 
     Args:
         tokens: n.
@@ -62,7 +62,7 @@ class VPTDeep(Method):
 
 
 class BlockTokens:
-    """What the port `replace` of one block holds."""
+    """The value of one block's port `replace`."""
 
     def __init__(self, method: VPTDeep, key: str) -> None:
         self.method, self.key = method, key
