@@ -1,6 +1,6 @@
-"""Random changes of training images where they lie, one draw for each image; off unless a config asks for them.
+"""Random changes of training images on their device, one draw for each image; off unless a config asks for them.
 
-What an image gets depends on seed, epoch and its place in the epoch alone: the draws are made on the CPU, so that a
+The changes of an image depend only on seed, epoch and its place in the epoch. The draws are made on the CPU, so that a
 resumed run, another device or another number of ranks sees the same.
 """
 
@@ -20,7 +20,7 @@ _LUMINANCE = (0.299, 0.587, 0.114)
 
 @dataclass(frozen=True)
 class Augment:
-    """Which changes.
+    """The random changes of training images.
 
     Args:
         flip: probability of mirroring left and right.

@@ -1,11 +1,12 @@
 """Decoded images on disk: a task's images are decoded and resized once for each preprocessing, by the first run.
 
 A cached split is one file, uint8 [n, C, H, W] in NumPy's format, that runs map into memory. Its name is a hash over the
-content of the images, in list order, and all that decides what becomes of them; so a changed image is another file, and
-a file never changes. It is written under another name and renamed when whole; a second process that wants it waits.
+content of the images, in list order, and of everything that decides how they are decoded; so a changed image gives
+another file, and a file never changes. It is written under another name and renamed when complete; a second process
+that needs it waits.
 
-Behind the pixels stands their checksum. A process compares it before it first uses the file; a damaged file is named,
-deleted and decoded again. The checksum finds damage, not intent: who can write to the folder can change the images.
+The checksum follows the pixels. A process compares it before it first uses the file; a damaged file is named, deleted
+and decoded again. The checksum finds damage, not intent: anybody who can write to the folder can change the images.
 """
 
 import errno
@@ -93,7 +94,7 @@ def _fill(
     preprocessing: Preprocessing,
     progress: ProgressCallback | None,
 ) -> str | None:
-    """Decodes into the cache, or waits for the process that does; returns what the disk said against it."""
+    """Decodes into the cache, or waits for the process that does. Returns the disk's error, None if there is none."""
     try:
         with sole_writer(file) as temporary:
             if temporary is not None:
@@ -134,7 +135,7 @@ def _allocate(descriptor: int, size: int) -> None:
 
 
 def _header(shape: tuple[int, ...]) -> bytes:
-    """What NumPy's format begins with; equal for equal shapes, so that it can be compared instead of parsed."""
+    """The header of NumPy's format; equal for equal shapes, so that it can be compared instead of parsed."""
     content = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode()
     length = 128 - 10
     return b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + content.ljust(length - 1) + b"\n"
@@ -153,9 +154,9 @@ def _checksum(descriptor: int, start: int, size: int) -> bytes:
 
 
 def clean(folder: Path, keep_bytes: int) -> list[tuple[Path, int]]:
-    """Deletes what was not used for longest until `keep_bytes` are left; returns the deleted files and their sizes.
+    """Deletes the least recently used files until `keep_bytes` are left; returns the deleted files and their sizes.
 
-    A run that has a deleted file mapped goes on with it.
+    A run that has mapped a deleted file can still use it.
     """
     remove_abandoned(folder, _OUR_NAME)
     files = entries(folder)
@@ -170,7 +171,7 @@ def clean(folder: Path, keep_bytes: int) -> list[tuple[Path, int]]:
 
 
 def entries(folder: Path) -> list[tuple[Path, int, float]]:
-    """The cache's files, their bytes and when they were last used (seconds since 1970); the longest unused first."""
+    """The cache's files, their bytes and times of last use (seconds since 1970), the least recently used first."""
     found = [(file, file.stat()) for file in folder.glob(f"*{SUFFIX}")] if folder.is_dir() else []
     return sorted(((file, stat.st_size, stat.st_mtime) for file, stat in found), key=lambda entry: entry[2])
 
@@ -220,7 +221,7 @@ def _is_whole(descriptor: int, header: bytes, pixels: int) -> bool:
 
 
 def _note_use(file: Path, descriptor: int) -> None:
-    """Notes that the file is whole, and that it was used: what was not used for longest is cleaned first."""
+    """Notes that the file is whole and has just been used, for `clean`."""
     with suppress(OSError):  # a cache that others made may be read-only
         if time.time() - os.fstat(descriptor).st_mtime > _TOUCH_AFTER_S:
             os.utime(file)
@@ -233,7 +234,7 @@ def _identity(descriptor: int) -> tuple[int, int, int, int]:
 
 
 def _obstacle(folder: Path, size: int) -> str | None:
-    """Why nothing of `size` bytes can be written to `folder`; None: it can."""
+    """Why a file of `size` bytes cannot be written to `folder`; None if it can."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):

@@ -1,4 +1,4 @@
-"""How a task's images are encoded, by what their files begin with: names say what they like.
+"""How a task's images are encoded, read from the first bytes of their files, because file names can be wrong.
 
 The releases of VTAB-1K differ in it (JPEG or PNG), and with it accuracy on some tasks.
 """
@@ -18,7 +18,7 @@ _READ = 10  # bytes that tell a format
 def encoding_of(files: Sequence[Path]) -> str:
     """The encodings of images, joined by `+` where there are several, such as `jpeg` or `jpeg+png`.
 
-    Of many files `SAMPLE` are looked at. One that cannot be read is left to who decodes it.
+    Of many files only `SAMPLE` are read. A file that cannot be read is skipped; decoding reports it later.
     """
     places = {len(files) * number // SAMPLE for number in range(SAMPLE)} if files else set()
     found = set()

@@ -92,7 +92,8 @@ def parse_list(file: Path, num_classes: int, *, remedy: str = "", several: bool 
     Args:
         several: whether an image may have any number of labels.
 
-    Of more than `MAX_PROBLEMS` bad lines the last text gives the number. Raises UserError for what is no plain file.
+    After `MAX_PROBLEMS` bad lines the last text gives the number of the others. Raises UserError unless `file` is a
+    plain file.
     """
     content = read_bytes(file, max_bytes=MAX_LIST_BYTES, follow_links=True)
     lines = content.count(b"\n")
@@ -159,7 +160,7 @@ def missing_images(listing: ImageList) -> list[Entry]:
 
 
 class _LineError(Exception):
-    """What is wrong with one line."""
+    """A bad line; the message says what is wrong with it."""
 
 
 def _parse_line(raw: bytes, number: int, num_classes: int, several: bool) -> Entry | None:

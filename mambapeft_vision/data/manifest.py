@@ -3,7 +3,7 @@
 A task's sha256 is taken over lines `<sha256 of the file>  <path>\\n`, sorted by path, for its list files and
 every image they name. It is written by `mambapeft prepare vtab1k` next to the task folders.
 
-A manifest can come with data of others, so it is no evidence where somebody's result is computed again:
+A manifest can come with foreign data, so it proves nothing when somebody's result is computed again:
 `manifest_hash(..., check_images=True)` reads all images instead.
 """
 
@@ -35,7 +35,7 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class TaskEntry:
-    """What a verified task is.
+    """The manifest's entry of a verified task.
 
     Args:
         sha256: sha256 of the whole task.
@@ -99,7 +99,7 @@ def write_source(root: Path, source: Mapping[str, Any]) -> None:
 
 
 def manifest_hash(task_folder: Path, listings: Iterable[ImageList], *, check_images: bool = False) -> str:
-    """Fingerprint of a task for result files; the one function that says whether data are the same.
+    """Fingerprint of a task for result files; this function alone decides whether data are the same.
 
     The verified sha256 where the manifest has an entry for exactly these list files; else `unverified:` and a
     sha256 over the list files and the sizes of their images, which is quick but blind to changed pixels.
@@ -179,7 +179,7 @@ def _read(root: Path) -> _Manifest:
 
 @contextmanager
 def _changed(root: Path) -> Iterator[_Manifest]:
-    """The manifest, to be changed; whatever other processes change comes before or after it."""
+    """The manifest, open for changes and locked: other processes change it before or after."""
     with one_at_a_time(root / MANIFEST_FILE):
         manifest = _read(root)
         yield manifest

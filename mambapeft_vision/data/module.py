@@ -1,4 +1,4 @@
-"""One task for the trainer: splits, batches, and what is known about the data."""
+"""One task for the trainer: its splits, its batches and its fingerprint."""
 
 import functools
 import re
@@ -166,7 +166,7 @@ class TaskDataModule(LightningDataModule):
 
     @property
     def num_classes(self) -> int:
-        """Where it was not given, known once the lists are read (`check`)."""
+        """The number of classes. If it was not given, it is known once the lists are read (`check`)."""
         if self._num_classes is None:
             raise UserError(f"The classes of {self.name} are not counted: call check() first.")
         return self._num_classes
@@ -228,7 +228,7 @@ class TaskDataModule(LightningDataModule):
         self.preprocessing = preprocessing
 
     def remedy(self) -> str:
-        """What to do about missing or damaged files; ends every error about them."""
+        """Advice on missing or damaged files, with which every error about them ends."""
         if self.name.startswith("vtab/"):
             command = f"`{prepare_command(self.folder.parent)}` (data/README.md has the download by hand)"
             return f"Delete {self.folder} and run {command}." if self.folder.exists() else f"Run {command}."
@@ -263,7 +263,7 @@ class TaskDataModule(LightningDataModule):
         return replace(listing, images=link.readlink()) if self.own is not None and link.is_symlink() else listing
 
     def _notes_on_splits(self) -> Iterator[str]:
-        """What makes the accuracy mean something else than users expect."""
+        """Yields notes on splits that give the accuracy another meaning than users expect."""
         train, test = self._listings[self.train_split].entries, self._listings[self.test_split].entries
         shared = {entry.path for entry in train} & {entry.path for entry in test}
         if shared:
@@ -345,11 +345,11 @@ class TaskDataModule(LightningDataModule):
         return self.fingerprint()
 
     def fingerprint(self, *, check_images: bool = False) -> str:
-        """As `manifest_hash`, asked anew; `check_images` reads the images instead of trusting the manifest."""
+        """As `manifest_hash`, computed anew; `check_images` reads the images instead of trusting the manifest."""
         return manifest_hash(self.folder, self._listings.values(), check_images=check_images)
 
     def current_fingerprint(self) -> str | None:
-        """The fingerprint of the files that there are now; None where they are not there. Nothing is written."""
+        """The fingerprint of the present files; None if they are missing. Nothing is written."""
         try:
             if self.own is not None and not is_recorded(self.own, self.folder):
                 return "changed: not recorded" if self.folder.is_dir() else None
@@ -389,7 +389,7 @@ class TaskDataModule(LightningDataModule):
         return TrainLoader(self.train_set, self.batch_size, self.seed, self._current_epoch, rank, ranks, self.augment)
 
     def prefetch_test(self) -> None:
-        """Has the test split decoded into the cache by another process meanwhile, where there is a cache."""
+        """Starts a process that decodes the test split into the cache, if there is a cache."""
         if self.preprocessing is None or self.cache is None or self._test_set is not None:
             return
         listing = self._listings[self.test_split]

@@ -21,7 +21,7 @@ from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain
 from mambapeft_vision.utils.untrusted import array_from, count_scans, read_bytes
 
-# Of Pillow's readers only these, which decode and nothing else: that of EPS, for one, would start Ghostscript.
+# The allowed readers of Pillow, which decode and do nothing else. The reader of EPS, for one, would start Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # Of one image. A small file can promise far more pixels than there is memory: a decompression bomb.
 MAX_PIXELS = 80_000_000
@@ -93,9 +93,9 @@ class Preprocessing:
     def from_timm(cls, default_cfg: Mapping[str, Any]) -> "Preprocessing":
         """From a timm record (`model.default_cfg`): `input_size` (C, H, W), `interpolation`, `mean`, `std`.
 
-        The record's crop is not used: images are squashed. Where the backbone takes other channels than RGB, of which
-        the record tells mean and std, grey has their means, and more channels have them in turn, as timm repeats the
-        weights of the patches.
+        The record's crop is not used: images are squashed. The record has mean and std of RGB. For a backbone with
+        other channels, grey gets their averages, and more channels get them in turn, as timm repeats the weights of
+        the patch embedding.
         """
         missing = [key for key in ("input_size", "interpolation", "mean", "std") if key not in default_cfg]
         if missing:
@@ -129,7 +129,7 @@ def open_image(image: Path | bytes) -> Iterator[Image.Image]:
         image: a file, or its content. Of several frames the first one is decoded.
 
     Raises:
-        ValueError: for one that is too large, has pixels of unknown range, or is no plain file.
+        ValueError: for an image that is too large or has pixels of unknown range, and for anything but a plain file.
         FileNotFoundError: for a missing file.
         Exception: for a damaged file, whatever Pillow's reader of that format raises.
     """
@@ -165,7 +165,7 @@ def describe_failure(error: Exception) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The (first) image as RGB. Of 16-bit grey values the high byte counts, as Pillow takes it of 16-bit colours."""
+    """The (first) image as RGB. 16-bit grey values keep their high byte, as 16-bit colours do in Pillow."""
     return _eight_bits(image).convert("RGB")
 
 
@@ -193,7 +193,7 @@ def decode_image(image: Path | bytes, preprocessing: Preprocessing) -> np.ndarra
 
 
 def planes_of(image: Image.Image, channels: int) -> Image.Image | list[Image.Image]:
-    """An image of so many channels. Raises ValueError for one that has others."""
+    """Splits an image into its channels. Raises ValueError if it does not have that many."""
     if channels == 3:
         return to_rgb(image)
     if channels == 1:

@@ -75,7 +75,7 @@ TASKS: dict[str, Task] = {
     )
 }
 
-# scikit-learn's digits in the same layout; laid out by data/demo.py.
+# scikit-learn's digits in the same layout; laid out by data/generated/digits.py.
 DIGITS = Task("digits", "demo", 10, 797, family="demo")
 
 

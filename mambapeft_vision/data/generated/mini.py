@@ -1,8 +1,8 @@
 """The mini tasks: small, in the layout of VTAB-1K, for runs of seconds to minutes.
 
-Those of `GENERATED` need no download: they are drawn, or come with a dependency, and are laid out at first use.
-Those of `IMPORTED` have sources with licences of their own; `mambapeft prepare mini` makes them tasks, and those of
-`torchvision_tasks.FETCHED`, which torchvision downloads.
+The tasks of `GENERATED` need no download: they are drawn, or come with a dependency, and are laid out at first use.
+The tasks of `IMPORTED` have sources with licences of their own. `mambapeft prepare mini` lays them out, and also those
+of `torchvision_tasks.FETCHED`, which torchvision downloads.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,7 +1,7 @@
 """Rendered scenes of solids on a plane, after CLEVR: how many are there, and how far is the nearest?
 
-A small ray caster of our own: spheres, cubes and cylinders in eight colours and two sizes, one light, shadows on the
-ground. What is drawn depends on the seed alone.
+A small ray caster: spheres, cubes and cylinders in eight colours and two sizes, one light, shadows on the ground. The
+images depend on the seed alone.
 """
 
 from dataclasses import dataclass

@@ -11,11 +11,11 @@ TRAIN, VAL, TEST = "train", "val", "test"
 def draw_splits(
     strata: Sequence[int], contents: Sequence[str], *, test_share: float, val_share: float, seed: int
 ) -> list[str]:
-    """train, val or test for each image.
+    """Draws train, val or test for each image.
 
-    Of a class with n different images, `test_share` of them (rounded, at least one) are for testing and `val_share` for
-    validation, as long as one is left to train. Images of the same content are in the same split. A class of one image
-    is trained with.
+    Of a class's different images, the share `test_share` (rounded, at least one) is for testing and `val_share` for
+    validation, as long as one is left for training. Images of the same content are in the same split. The only image of
+    a class is for training.
 
     Args:
         strata: the class of each image.
@@ -46,7 +46,7 @@ def split_sizes(images: int, test_share: float, val_share: float) -> dict[str, i
 
 
 def draw_shots(labels: Sequence[Sequence[int]], shots: int, seed: int) -> list[int]:
-    """Images such that every class has `shots` of them, or all it has; in rising order.
+    """Draws images such that every class has `shots` of them, or all it has. Returns their indices in rising order.
 
     Args:
         labels: the classes of each image. With several, an image counts for each of them that still lacks some.

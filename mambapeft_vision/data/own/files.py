@@ -47,7 +47,7 @@ def is_image(file: Path) -> bool:
 
 
 def suffix_of(file: Path) -> str | None:
-    """The usual ending of an image of this content; None for what is no image, or no plain file."""
+    """The usual ending of an image with the file's content; None if it is no image or no plain file."""
     try:
         with open_plain(file, max_bytes=MAX_IMAGE_BYTES, follow_links=True) as opened:
             start = opened.read(10)

@@ -38,7 +38,7 @@ LISTS = {"train800": (TRAIN,), "val200": (VAL,), "train800val200": (TRAIN, VAL),
 
 @dataclass(frozen=True)
 class OwnImages:
-    """Where somebody's images are, and how they are to be split where they are not yet.
+    """The user's own images: where they are, and how they are split if they are not split yet.
 
     Args:
         path: a tree of class folders, or a table.
@@ -58,7 +58,7 @@ class OwnImages:
     seed: int = 0
 
     def read(self) -> Source:
-        """The images and labels that there are now. Raises UserError."""
+        """Reads the present images and labels. Raises UserError."""
         try:
             if self.path.is_dir():
                 if self.several:
@@ -85,7 +85,7 @@ class OwnImages:
 
 
 def lay_out(own: OwnImages, folder: Path) -> None:
-    """Draws and records the splits in `folder`, unless they are there and the images are as they were.
+    """Draws and records the splits in `folder`, unless they are recorded there and the images have not changed.
 
     Raises: UserError for images that cannot be read, named all together.
     """
@@ -108,7 +108,7 @@ def lay_out(own: OwnImages, folder: Path) -> None:
 
 
 def is_recorded(own: OwnImages, folder: Path) -> bool:
-    """Whether the record in `folder` is of the images that there are now; nothing is written."""
+    """Whether the record in `folder` describes the present images; nothing is written."""
     known = read_index(folder)
     if known is None:
         return False
@@ -129,7 +129,7 @@ def read_classes(folder: Path) -> tuple[str, ...] | None:
 
 
 def read_notes(folder: Path) -> list[str]:
-    """What is to be known about the images of a task's folder."""
+    """The notes on the images of a task's folder, one sentence each."""
     file = folder / RECORD_FILE
     if not file.is_file():
         return []

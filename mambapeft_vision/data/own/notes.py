@@ -1,4 +1,4 @@
-"""What is odd about own images once they are split: uneven classes, absences, duplicates."""
+"""Notes on own images once they are split: uneven classes, classes missing from a split, duplicates."""
 
 from collections import defaultdict
 from collections.abc import Sequence

@@ -114,7 +114,7 @@ def natural_order(names: Iterable[str]) -> list[str]:
 
 
 def split_word(text: str, where: str) -> str:
-    """train, val or test for what people call them. Raises UserError for any other word."""
+    """Maps a usual word for a split to train, val or test. Raises UserError for any other word."""
     word = SPLIT_FOLDERS.get(text.strip().lower())
     if word is None:
         raise UserError(f"{where}: {shown(text)} is no split; expected one of {', '.join(sorted(SPLIT_FOLDERS))}.")
@@ -157,7 +157,7 @@ def look_alikes(names: Sequence[str]) -> list[str]:
 
 
 def named(things: Sequence[object]) -> str:
-    """The first of them, and how many more there are."""
+    """Names the first things in a text, and says how many more there are."""
     more = f" and {len(things) - NAMED:,} more" if len(things) > NAMED else ""
     return f"{', '.join(shown(str(thing)) for thing in things[:NAMED])}{more}"
 
@@ -176,5 +176,5 @@ def _fits_in_a_line(path: str) -> bool:
 
 
 def _one_line(text: str) -> str:
-    """The text without what would end a line or is no text: equal to the text where that holds nothing such."""
+    """The text without line breaks and control characters; equal to the text if it has none."""
     return "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp"))

@@ -269,7 +269,7 @@ def _unpacked_bytes(values: Any) -> int:
 
 
 def _check_size(metadata: Any, file: Path) -> None:
-    """Refuses a Parquet file by what it says of itself, before a value is read."""
+    """Raises UserError for a Parquet file whose metadata announce too much, before a value is read."""
     _refuse_more(metadata.num_rows, MAX_ROWS, "rows", file)
     _refuse_more(metadata.num_columns, MAX_COLUMNS, "columns", file)
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]

@@ -1,7 +1,7 @@
 """Brings task folders into place from a zip or from a folder; nothing is ever written outside the target.
 
 Each task is put together in a hidden folder beside its place and renamed when complete, so a task folder is there
-completely or not at all. An interrupted run goes on with the tasks that are not there yet.
+completely or not at all. After an interruption the same command continues with the missing tasks.
 """
 
 import errno
@@ -102,14 +102,14 @@ def copy_tasks(
 ) -> None:
     """Copies the folders of `tasks` from `source`, or from a folder right inside it, into `root`.
 
-    Copied are the list files and the images they name; what is missing there is left to the verification.
+    It copies the list files and the images that they name. Missing images are left to the verification.
 
     Args:
         max_bytes: cap on the copied size.
         progress: called with the files copied.
 
     Raises:
-        UserError: when a task is not there, is too large, or names what is no plain file.
+        UserError: when a task is missing or too large, or names anything but plain files.
     """
     folders = {task: _find_task_folder(source, task) for task in tasks}
     for task, folder in folders.items():
@@ -150,7 +150,7 @@ def _copy(source: Path, target: Path, size: int) -> None:
 
 @contextmanager
 def _in_place(folder: Path) -> Iterator[Path]:
-    """A new folder that is renamed to `folder` on success; one that is there already is refused."""
+    """Yields a new folder that is renamed to `folder` on success. Raises UserError if `folder` exists."""
     if folder.exists():
         raise UserError(f"{folder} exists: expected a new folder. Delete it, or leave {folder.name} out with --tasks.")
     with atomic_folder(folder) as temporary:

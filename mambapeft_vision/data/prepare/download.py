@@ -14,8 +14,7 @@ DRIVE_PAGE = "https://drive.google.com/file/d/1yZKwiKdsBzTfBgnStRveYMokc7GMMd5p"
 def fetch_archive(folder: Path) -> Path:
     """Downloads the archive (4.66 GB) into `folder`; returns its path.
 
-    An archive that is complete already is taken as it is. huggingface_hub continues a partial one, and shows its own
-    progress.
+    A complete archive is not downloaded again. huggingface_hub continues a partial one and shows its own progress.
 
     Raises:
         UserError: with the reason and the ways to download by hand.

@@ -100,7 +100,7 @@ def read_tree(folder: Path) -> LabelledImages:
     """Reads `folder/<class>/**/<image>`: classes in the order of their names, images in the order of their paths.
 
     A tree that is split already, `folder/{train,val,test}/<class>/**/<image>`, keeps its splits. Hidden files and
-    folders are skipped at any depth. What is an image is known by content, and what is none is noted.
+    folders are skipped at any depth. Images are recognised by their content; other files are noted.
     """
     parts = split_folders(folder) or {folder: None}
     classes = sorted({child.name for part in parts for child in visible_folders(part)})
@@ -258,7 +258,7 @@ def import_task(
 
 
 def _with_own_names(problem: str, temporary: Path, folder: Path, names: dict[str, str]) -> str:
-    """A problem of the temporary folder, in the names that the user knows."""
+    """A problem found in the temporary folder, with the names that the user knows."""
     for path, name in names.items():
         if str(temporary / path) in problem:
             return f"{plain(name)}: {problem.partition(f'{temporary / path}: ')[2]}"

@@ -4,8 +4,8 @@ FGVC: the splits of VPT (Jia et al. 2022, arXiv 2203.12119), one JSON a split, p
 gaps, and are numbered anew. Few-shot: the lists of NOAH (Zhang et al. 2022, arXiv 2206.04673), `path label` a line, for
 1, 2, 4, 8 and 16 shots and three seeds.
 
-A task comes out as own images do (data/own/layout.py): list files over a link to the images, every image read, hashed
-and decoded once. Missing images and wrong numbers are refused; what stands in two splits is said.
+A task is laid out as own images are (data/own/layout.py): list files and a link to the images, every image read, hashed
+and decoded once. Missing images and wrong numbers of images are errors; images in two splits are noted.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ class Published:
 
     Args:
         folder: folder of the task.
-        counts: images by split; of several numbers in circulation any. Empty: not known.
+        counts: images by split; any of several numbers in circulation is valid. Empty: not known.
         lists: the folder's name in the publication.
         hint: what people get wrong about the images.
     """
@@ -87,7 +87,7 @@ class _Listed(OwnImages):
 
 
 def prepare_fgvc(task: Published, lists: Path, images: Path, folder: Path) -> list[str]:
-    """Makes a task of the FGVC five in `folder`; returns what is to be known about it.
+    """Makes a task of the FGVC five in `folder`; returns notes on it.
 
     Args:
         lists: folder with train.json, val.json and test.json.
@@ -107,7 +107,7 @@ def prepare_few_shot(task: Published, lists: Path, images: Path, folder: Path) -
         lists: folder with train_meta.list.num_shot_1.seed_0 and so on, val_meta.list and test_meta.list.
         images: the folder that their paths are relative to.
 
-    Returns: what is to be known about it. Raises: UserError as `prepare_fgvc`.
+    Returns: notes on the task. Raises: UserError as `prepare_fgvc`.
     """
     notes: list[str] = []
     few = {
@@ -205,7 +205,7 @@ def _check_counts(task: Published, found: Mapping[str, int], lists: Path) -> Non
 
 
 def _wrong_shots(name: str, labels: Labels, task: Published) -> list[str]:
-    """A note where a list has not its number of shots of every class."""
+    """A note if a list does not hold its number of shots of every class."""
     shots = int(name.removeprefix("shots").partition("_")[0])
     counts = Counter(labels.values())
     other = [label for label in range(task.num_classes) if counts[label] != shots]

@@ -67,7 +67,7 @@ def fetch_task(fetched: Fetched, root: Path, downloads: Path, *, seed: int = 0) 
     Args:
         downloads: folder for torchvision's archives.
         seed: seed of the choice of images.
-    Raises: UserError where there is no download or it is damaged, and where the images do not fit the task.
+    Raises: UserError for a download that is missing or damaged, and for images that do not fit the task.
     """
     train = [_open(fetched, part, downloads) for part in fetched.train]
     test = [_open(fetched, part, downloads) for part in fetched.test]

@@ -38,7 +38,7 @@ class TaskReport:
 
 @dataclass(frozen=True)
 class FileFinding:
-    """What reading one image file gave: sha256 and size in bytes, or the error."""
+    """The outcome of reading one image file: sha256 and size in bytes, or the error."""
 
     sha256: str = ""
     size: int = 0
@@ -153,7 +153,7 @@ def _count_problems(task: Task, split: str, listing: ImageList) -> list[str]:
 
 
 def _shared_images(listings: dict[str, ImageList], findings: dict[str, FileFinding]) -> list[str]:
-    """Says where test images equal training images, byte for byte."""
+    """Notes on test images that equal training images, byte for byte."""
     if not {"train800val200", "test"} <= listings.keys():
         return []
     trained = {findings[entry.path].sha256 for entry in listings["train800val200"].entries} - {""}
@@ -166,7 +166,7 @@ def _shared_images(listings: dict[str, ImageList], findings: dict[str, FileFindi
 
 
 def _label_notes(task: Task, listings: dict[str, ImageList]) -> list[str]:
-    """Things that a sound release does not show, but that need not make a task useless."""
+    """Notes on labels that a sound release does not have, but that need not make a task useless."""
     notes = []
     labels = {split: Counter(listing.labels().tolist()) for split, listing in listings.items()}
     if "test" in labels and len(labels["test"]) < task.num_classes:

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None, table: dict[str, Task] = TASKS) -> i
 
 
 def lay_out(options: argparse.Namespace, tasks: Sequence[Task]) -> None:
-    """Brings the folders of `tasks` that are not there yet into `options.root`; touches no other."""
+    """Brings the missing folders of `tasks` into `options.root`; touches no other folder."""
     root: Path = options.root
     missing = [task for task in tasks if not (root / task.folder).exists()]
     if not missing:
