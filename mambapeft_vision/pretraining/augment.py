@@ -1,4 +1,4 @@
-"""Augmentation of a batch where it lies, one draw for each image; nothing waits for the device.
+"""Augmentation of a batch on its device, one draw for each image; nothing waits for the device.
 
 Every function takes and returns float images [b, 3, H, W] in 0 to 1.
 """

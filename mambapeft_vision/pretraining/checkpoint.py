@@ -1,4 +1,4 @@
-"""The state of an unfinished pretraining run: written now and then, read by the same command, gone at the end."""
+"""The state of an unfinished pretraining run: saved now and then, read by the same command, deleted at the end."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ def identity(config: PretrainConfig, sources: Iterable[Source], device: torch.de
 
 
 def steps_done_in(file: Path, identity: str) -> int:
-    """How far a checkpoint is. Raises UserError for one that is damaged or of another run."""
+    """The number of steps that a checkpoint contains. Raises UserError if it is damaged or of another run."""
     state = AtomicCheckpointIO().load_checkpoint(file, map_location="cpu").get(STATE)
     if not isinstance(state, dict) or state.get("identity") != identity:
         raise UserError(

@@ -22,7 +22,7 @@ class SourceConfig:
         path: npz file or class-per-folder tree (mambapeft_vision/data/prepare/importer.py).
         share: share of every batch, relative to the shares of the other sources.
         holdout: share of the images kept for validation, where the source marks none as `test` or `val`.
-        group: as many consecutive images belong together (pictures of one thing) and are held out together.
+        group: number of consecutive images that belong together (pictures of one thing) and are held out together.
         flip, grey, invert: probability of mirroring left to right, of losing colour, of inverting brightness.
     """
 
@@ -37,7 +37,7 @@ class SourceConfig:
 
 @dataclass
 class AugmentConfig:
-    """What is done to training images, besides each source's own.
+    """Augmentation of all training images, besides each source's own.
 
     Args:
         min_area: smallest share of the image in a random crop.
@@ -56,7 +56,7 @@ class AugmentConfig:
 
 @dataclass
 class TeacherConfig:
-    """EfficientNet-Lite0, whose features are to be predicted too (mambapeft_vision/pretraining/teacher.py).
+    """EfficientNet-Lite0, whose features the backbone learns to predict too (mambapeft_vision/pretraining/teacher.py).
 
     Args:
         weight: factor of this loss; the loss of the labels has 1. 0: no teacher.
@@ -95,7 +95,7 @@ class PretrainConfig:
         workers: processes that decode; null: one a CPU.
         evaluations: validations on the way.
         checkpoint_every_s: seconds between checkpoints, from which the same command continues an interrupted run.
-        teacher: whose features the backbone learns to predict besides.
+        teacher: the teacher whose features the backbone learns to predict too.
     """
 
     backbone: str = MISSING
@@ -124,7 +124,7 @@ class PretrainConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
 
     def check(self) -> None:
-        """Raises UserError for values that cannot be meant."""
+        """Raises UserError for values outside their range."""
         if (self.steps is None) == (self.minutes is None):
             raise UserError(
                 f"pretrain.steps={self.steps}, pretrain.minutes={self.minutes}; expected exactly one of them: set the "
@@ -142,7 +142,7 @@ class PretrainConfig:
 
 
 def config_of(cfg: DictConfig) -> PretrainConfig:
-    """The checked section `pretrain` of a composed config. Raises UserError, OmegaConf's error for what is missing."""
+    """The checked section `pretrain` of a composed config. Raises UserError, or OmegaConf's error for missing keys."""
     content = OmegaConf.to_container(cfg.pretrain, resolve=True, throw_on_missing=True)
     config = build(PretrainConfig, content, "pretrain")
     config.check()
@@ -150,7 +150,7 @@ def config_of(cfg: DictConfig) -> PretrainConfig:
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-    """Raises UserError for overrides that pretraining would not heed."""
+    """Raises UserError for overrides that pretraining would ignore."""
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
         if key.partition(".")[0].partition("@")[0] not in ("pretrain", "experiment", "hydra"):

@@ -1,4 +1,4 @@
-"""What is pretrained: one backbone with a linear head for each source; its running average; the kernel in use."""
+"""The pretrained model: one backbone with a linear head for each source; its running average; its kernel."""
 
 from __future__ import annotations
 

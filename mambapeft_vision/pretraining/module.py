@@ -47,7 +47,7 @@ class Pretraining(TrainingModule):
         model: on the device.
         sources: on the device.
         identity: identity of the run, kept in its checkpoints.
-        facts: more that is to be recorded of the run.
+        facts: further entries for the run's record.
         note: called with one line when steps cannot be captured.
     """
 
@@ -102,7 +102,7 @@ class Pretraining(TrainingModule):
 
     @property
     def seconds(self) -> float:
-        """Of training, with that before interruptions."""
+        """Seconds of training, including those before interruptions."""
         return time.monotonic() - self._started
 
     def mean_loss(self, steps: int) -> float:

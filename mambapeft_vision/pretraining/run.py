@@ -84,7 +84,7 @@ def pretrain(config: PretrainConfig, callbacks: Sequence[Callback] = ()) -> dict
 
 
 def assemble(config: PretrainConfig) -> Pretraining:
-    """What is pretrained, with its images, on its device."""
+    """Builds the module with its images, on its device."""
     torch.manual_seed(config.seed)
     backbone = create_backbone(config.backbone, "random", config.seed, **config.architecture)
     preprocessing = Preprocessing.from_timm(backbone.default_cfg)
@@ -133,7 +133,7 @@ def save_weights(backbone: nn.Module, out: Path, record: dict[str, Any]) -> dict
 
 
 def make_record(module: Pretraining, accuracies: dict[str, float]) -> dict[str, Any]:
-    """All that says what the weights are: input, data, accuracies, how they came about."""
+    """The record of the weights: input, data, accuracies, and how they were made."""
     config, preprocessing, device = module.config, module.preprocessing, module.place
     data = {
         source.name: {

@@ -29,8 +29,11 @@ _HELD_OUT_SPLITS = ("test", "val")
 class Source:
     """One decoded source.
 
-    images: uint8 [n, 3, H, W]; labels: int64 [n]; train, held_out: int64, which images are for what;
-    sha256: sha256 of the npz file, or of the names and sizes of a tree's images.
+    Args:
+        images: uint8 [n, 3, H, W].
+        labels: int64 [n].
+        train, held_out: int64, indices of the images for training and for validation.
+        sha256: see `fingerprint`.
     """
 
     name: str

