@@ -1,4 +1,4 @@
-"""Many results in one small JSON file, `<name>.runs.json`: what all runs have in common once, then a line a run.
+"""Many results in one small JSON file, `<name>.runs.json`: common values once, then a line a run.
 
 `columns` names what a line has: fields of `RunRecord`, and sections of its config as `config.<section>`. A column in
 `values` lists its distinct values there, and lines have their places in that list.

@@ -1,8 +1,8 @@
-"""What a result may say, and what only a command may say.
+"""The part of a recorded config that others may follow.
 
-A result may come from anybody. It tells what was computed: backbone, data, recipe and methods. Where files are written,
-who is told about a run, and whether it goes on or is only described are decisions of the person who gives a command.
-Whoever makes something of a recorded config (a run, an upload) takes it through here.
+A result may come from anybody. Its config says what was computed: backbone, data, recipe and methods. The person who
+gives a command decides where files are written, where a run is reported to, and whether it is resumed or only
+described. Code that uses a recorded config (for a run or an upload) passes it through `computed`.
 """
 
 from collections.abc import Mapping

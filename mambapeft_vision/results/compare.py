@@ -2,13 +2,13 @@
 
 Paired comparison, on the same tasks and seeds: for two methods, d[t, s] is the difference of their accuracies on task t
 with seed s (both draw the same order of images). The difference is the mean over tasks of the mean over seeds of d. The
-tasks are taken as given, so what is uncertain is the seeds': the squared standard error is Σ_t s_t² / n_t / T², where
+tasks are taken as given, so only the seeds add uncertainty: the squared standard error is Σ_t s_t² / n_t / T², where
 s_t² is the sample variance of d[t, ·] over the n_t seeds, with Welch and Satterthwaite's degrees of freedom (26 for 13
 tasks of equal variance with 3 seeds each), and the interval is Student's t. A bootstrap over three seeds within a task
 would be too narrow (its variance is 2/3 of s_t²), and the deviation of three per-seed averages, given beside it, has
 only two degrees of freedom.
 
-How a difference would carry over to other tasks is another question: the number of tasks won speaks to it.
+How a difference would carry over to other tasks is another question; the number of tasks won gives an indication.
 """
 
 import itertools
@@ -48,7 +48,12 @@ class Paired:
 
 
 def paired(a: Row, b: Row, tasks: Sequence[str]) -> Paired | None:
-    """Compares two rows on the (task, seed) that both have; None where they have none of some task."""
+    """Compares two rows on the pairs (task, seed) that both have; None if some task has no common seed.
+
+    Args:
+        a, b: the rows; the result is a minus b.
+        tasks: names of the tasks that count.
+    """
     differences = {
         task: {s: 100 * (a.records[task, s].accuracy - b.records[task, s].accuracy) for s in _common(a, b, task)}
         for task in tasks
@@ -70,7 +75,12 @@ def paired(a: Row, b: Row, tasks: Sequence[str]) -> Paired | None:
 
 
 def holm(p_values: Sequence[float | None], level: float = LEVEL) -> list[bool]:
-    """Which of several comparisons hold together with probability `level` (Holm's step-down); None never does."""
+    """Which of several comparisons hold together at confidence `level` (Holm's step-down procedure).
+
+    Args:
+        p_values: one for each comparison; None (unknown) never holds.
+        level: probability that all that hold are true, such as 0.95.
+    """
     known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
     holds = [False] * len(p_values)
     for rank, (p, place) in enumerate(known):

@@ -1,4 +1,4 @@
-"""What the demo shows at its end: a small table, a picture, and what they say in a sentence."""
+"""The end of the demo: a small table, a picture, and a sentence that compares the three runs."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,8 +1,7 @@
 """explorer.html: every finished run in one self-contained page, to sort, to filter and to look into.
 
-The page is static but for one script of ours. Names in results come from anybody: they are data of the page (a block of
-JSON without `<`), the script writes them as text alone, and the page's policy lets no other script run and nothing be
-fetched.
+The page has one script. Names in results can come from anybody, so they are data of the page (a block of JSON without
+`<`), and the script writes them as text only. The page's policy lets no other script run and fetches nothing.
 """
 
 import base64
@@ -30,14 +29,14 @@ MOST_CONFUSIONS = 12
 
 @dataclass(frozen=True)
 class Names:
-    """What commands call backbones and tasks: registered name → config, and the tasks that have a config."""
+    """Names for commands: registered name → config of backbones, and the tasks that have a config."""
 
     backbones: Mapping[str, str]
     tasks: frozenset[str]
 
 
 def read_names(configs: Path) -> Names:
-    """From the folder `configs`."""
+    """Reads the names from the folder `configs`."""
     backbones: dict[str, str] = {}
     for file in sorted((configs / "backbone").glob("*.yaml")):
         found = re.search(r"^name: (\S+)", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
@@ -94,7 +93,7 @@ def _family(record: RunRecord) -> str:
 
 
 def _command(record: RunRecord, preset: str, settings: Mapping[str, Any], standard: Standard, names: Names) -> str:
-    """The command of a run, as far as its result tells; of what was made from runs, whose they are."""
+    """The command that repeats a run, as far as its result records it; for derived results, the runs they are from."""
     derived = record.config.get(DERIVED)
     if derived is not None:
         members = derived.get("members")

@@ -1,4 +1,4 @@
-"""Reading what a run left: the folder may have come from anybody."""
+"""Reading the files of a run's folder, which may have come from anybody."""
 
 from pathlib import Path
 

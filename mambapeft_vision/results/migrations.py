@@ -1,6 +1,6 @@
-"""Results of earlier releases in today's form. The one place that knows what those releases wrote.
+"""Results of earlier releases in today's form. Only this file knows what those releases wrote.
 
-Files on the disk stay as they are; whoever reads one passes its content through here. A result keeps its fingerprint,
+Files on the disk stay as they are; code that reads one passes its content through here. A result keeps its fingerprint,
 because that names the run's folder.
 
 Schema 2 of results has a field that schema 1 lacks: `LATER_FIELDS`. The config section has grown and its classes have
@@ -26,9 +26,9 @@ LATER_FIELDS: Mapping[int, Mapping[str, Any]] = {2: {"image_format": None}}
 
 
 def migrated_config(config: Any) -> Any:
-    """A run's resolved config with the names of today's classes, and with the keys that it is too old for.
+    """A run's resolved config with today's names of classes, and with the keys that are newer than the config.
 
-    What is no config of a run comes back as it is: the checks of whoever reads it have the better message.
+    Anything else is returned unchanged: the checks of the reader have the better message.
     """
     if not isinstance(config, Mapping):
         return config

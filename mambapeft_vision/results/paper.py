@@ -1,4 +1,4 @@
-"""The published numbers, as one table: what ours are compared with.
+"""The published accuracies and parameter counts that ours are compared with, as one table.
 
 VTAB-1K, top-1 accuracy in percent. Sources: MambaPEFT (arXiv 2411.03855), table of Vim-S and ViT-S; Memba
 (arXiv 2506.18184). `average` is the mean over the 19 tasks, not of the three groups.

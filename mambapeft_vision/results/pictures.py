@@ -22,9 +22,9 @@ COLUMNS, ROWS = 8, 4
 
 
 def draw_from_files(folder: Path, *, title: str, num_classes: int | None = None) -> None:
-    """Draws what metrics.csv and predictions.npz of a run's folder tell: curves.png and confusion.png.
+    """Draws curves.png and confusion.png from metrics.csv and predictions.npz of a run's folder.
 
-    A picture that cannot be drawn or written is left out, which a line on stderr says: it is never worth the run.
+    A picture that cannot be drawn or written is left out and named on stderr; it must not fail the run.
     """
     figures = {
         METRICS_FILE: (CURVES_FILE, partial(training_curves, {title: folder})),

@@ -54,9 +54,9 @@ def save_png(content: bytes, path: str | Path) -> None:
 
 
 def drawn(what: str, draw: Callable[[], Figure | None]) -> bytes | None:
-    """A figure as PNG; None where there is nothing to draw, or where drawing fails, which a line on stderr says.
+    """A figure as PNG. None if there is nothing to draw, or if drawing fails, which a line on stderr reports.
 
-    A picture is never worth a result or a table: this is how commands draw.
+    Commands draw through this function, so that a picture never fails a result or a table.
     """
     try:
         figure = draw()
@@ -67,7 +67,7 @@ def drawn(what: str, draw: Callable[[], Figure | None]) -> bytes | None:
 
 
 def figure_text(text: object, longest: int = 120) -> str:
-    """Text for a figure, where a dollar sign is no begin of a formula."""
+    """Text for a figure, shortened, with dollar signs that start no formula."""
     return plain(text, longest).replace("$", r"\$")
 
 
@@ -75,7 +75,7 @@ def figure_text(text: object, longest: int = 120) -> str:
 
 
 def accuracy_against_parameters(collection: Collection) -> Figure | None:
-    """Average accuracy of every complete row against its trained numbers, published points beside ours.
+    """Average accuracy of every complete row against its trained parameters, published points beside ours.
 
     The head counts here (the mean over tasks), as linear probing trains nothing else and the axis is logarithmic.
     None where no row is complete.
@@ -230,7 +230,7 @@ def pictures_of_collection(collection: Collection) -> dict[str, bytes]:
 
 
 def pictures_of_collections(collections: Sequence[Collection]) -> list[dict[str, bytes]]:
-    """`pictures_of_collection` of each; of many only the first are drawn, which a line on stderr says."""
+    """`pictures_of_collection` of each. If there are many, only the first are drawn, and a line on stderr says so."""
     if len(collections) > MOST_PICTURED:
         print(f"warning: {len(collections):,} collections; the first {MOST_PICTURED} are drawn", file=sys.stderr)
     drawn_ones = [pictures_of_collection(collection) for collection in collections[:MOST_PICTURED]]
@@ -337,7 +337,7 @@ class _Neighbours:
         self._squares[self._square(place)].append(place)
 
     def distance(self, place: np.ndarray) -> float:
-        """To the nearest place, or the radius where none is that near."""
+        """The distance to the nearest place, or the radius if none is nearer."""
         left, low = self._square(place)
         near = [p for i in (-1, 0, 1) for j in (-1, 0, 1) for p in self._squares.get((left + i, low + j), ())]
         return min((float(np.hypot(*(p - place))) for p in near), default=self.radius)

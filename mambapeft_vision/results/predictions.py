@@ -1,4 +1,4 @@
-"""predictions.npz: what was predicted of every test image.
+"""predictions.npz: the predictions for every test image.
 
 `predicted`, `labels`: class numbers [images]; `top_classes`, `top_probabilities`: the most probable ones [images, k];
 `names`: of the images; `class_names`: by number, where there are some. Where images have several labels, `labels` is
@@ -44,7 +44,7 @@ def read_class_names(folder: Path) -> list[str] | None:
 
 
 def read_probabilities(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """What a run's model said of each test image, for averaging with others.
+    """Reads the probabilities of a run's test images, for averaging with other runs.
 
     Returns: probabilities float32 [images, classes], labels int64 [images], names of the images where they are known.
         Where a task has more classes than are kept, the rest of the probability is spread over the others evenly.

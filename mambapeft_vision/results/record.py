@@ -78,7 +78,7 @@ class RunRecord:
 
 
 def is_derived(record: RunRecord) -> bool:
-    """Whether a result is no run's, but was made from finished runs."""
+    """Whether a result was made from finished runs instead of by a run of its own."""
     return DERIVED in record.config
 
 
@@ -105,8 +105,8 @@ def read_record(path: str | Path) -> RunRecord:
 def record_of(content: Any, where: str) -> RunRecord:
     """The result that was written as `content`.
 
-    What the record holds is data: names are names (no paths), sizes are bounded, and the sections of the config that
-    tables and reports read are there. Text is only bounded in length: who shows it calls `utils.text`.
+    The content is checked as untrusted data: names are names (no paths), sizes are bounded, and the sections of the
+    config that tables and reports read are there. Text is only bounded in length: code that shows it uses `utils.text`.
 
     Raises: UserError naming `where` and what is wrong.
     """

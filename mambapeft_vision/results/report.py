@@ -54,7 +54,7 @@ def report(
     title: str,
     pictures: Sequence[Mapping[str, bytes]] | None = None,
 ) -> str:
-    """The page. A picture that cannot be drawn is left out, which a line on stderr says.
+    """Makes the page. A picture that cannot be drawn is left out and named on stderr.
 
     Args:
         collections: what it shows, in this order.

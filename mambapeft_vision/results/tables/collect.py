@@ -33,7 +33,7 @@ PROTOCOL_KEYS = ("train_split", "test_split", "batch_size")  # of the dataset se
 
 @dataclass(frozen=True)
 class Standard:
-    """What the settings of a run are compared with, so that a row's label says where they differ."""
+    """The standard settings that a run is compared with, so that a row's label says where they differ."""
 
     trainer: Mapping[str, Any]
     protocol: Mapping[str, Any]
@@ -42,7 +42,7 @@ class Standard:
     def describe(self, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """The preset (or the names of the methods) of a run, and every setting that is not the preset's.
 
-        Of a result that was made from finished runs, how it was made is a setting: `ensemble`, `interpolation`.
+        A result that was made from finished runs has the way it was made as a setting: `ensemble`, `interpolation`.
         """
         derived = config.get(DERIVED)
         preset, settings = self._describe({**config, "method": under_new_names(config["method"])})
@@ -109,7 +109,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Incomplete:
-    """Tasks done of those that the number needs; there is no number."""
+    """A cell without a number: how many tasks are done, and how many it needs."""
 
     done: int
     total: int
@@ -216,7 +216,7 @@ class Collection:
 
     @property
     def published_rows(self) -> tuple[PaperRow, ...]:
-        """The published numbers that ours can be compared with: of the same backbone, weights, tasks and settings."""
+        """The published rows that ours can be compared with: same backbone, weights, tasks and settings."""
         if self.is_vtab and self.weights == "official" and not set(self.shared) - {"precision"}:
             return PUBLISHED.get(self.backbone, ())
         return ()
@@ -243,7 +243,7 @@ class Collection:
         return f"{row.preset} ({', '.join(own)})" if own else row.preset
 
     def published(self, row: Row) -> PaperRow | None:
-        """The published row that this one repeats: the preset as it is, nothing changed but the precision."""
+        """The published row that this row repeats: the preset with nothing changed but the precision; else None."""
         if not self.published_rows or set(row.settings) - {"precision"}:
             return None
         return paper_row(row.preset, self.backbone)
@@ -279,7 +279,7 @@ def _collection(family: str, records: list[RunRecord], standard: Standard, allow
 
 
 def _tasks_of(records: list[RunRecord]) -> tuple[str, ...]:
-    """By group, in the order of VTAB-1K's, then by name."""
+    """Tasks by group, in VTAB-1K's order, then by name."""
     order = [group.lower() for group in GROUPS]
     found = {(order.index(r.group) if r.group in order else len(order), r.task) for r in records}
     return tuple(task for _, task in sorted(found))
@@ -317,6 +317,6 @@ def _rows(records: list[RunRecord], standard: Standard) -> list[Row]:
 
 
 def _place(published: Mapping[str, int], row: Row) -> tuple[Any, ...]:
-    """As in the paper; of one preset the row with the fewest changed settings first."""
+    """A sort key: the paper's order; rows of one preset with the fewest changed settings first."""
     place = published.get(row.preset, len(published))
     return place, row.preset, len(row.settings), str(row.settings)

@@ -16,7 +16,7 @@ CSV_COLUMNS = (
 
 
 def to_csv(collections: Iterable[Collection]) -> str:
-    """Tidy: one line a method and column (task or average), unrounded; what is missing is empty."""
+    """Tidy CSV: one line for each method and column (task or average), unrounded; missing values are empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
