@@ -1,4 +1,4 @@
-"""What a large sweep costs before it begins: runs, hours by measured rates, and room on the disk."""
+"""The cost of a large sweep before it begins: runs, hours by measured rates, and room on the disk."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Cost:
-    """Of the runs of one backbone.
+    """The cost of one backbone's runs.
 
     Args:
         backbone: name of a config.
@@ -40,7 +40,13 @@ class Cost:
 
 
 def cost_of(backbone: str, jobs: Sequence[Job], speeds: Speeds, left_out: int = 0, note: str = "") -> Cost:
-    """The cost of jobs on one backbone, whose models are built without values. Raises UserError."""
+    """The cost of jobs on one backbone. Models are built on shapes alone. Raises UserError.
+
+    Args:
+        backbone, left_out, note: as in `Cost`.
+        jobs: the runs.
+        speeds: estimates the durations.
+    """
     todo = [job for job in jobs if job.state is not State.FINISHED]
     plans = {job.plan.method_names: job.plan for job in jobs}
     sizes = {name: _parameters(plan) for name, plan in plans.items()}
@@ -65,13 +71,13 @@ def _parameters(plan: RunPlan) -> tuple[int, int]:
 
 
 def _bytes(plan: RunPlan, trained: int, head: int) -> int:
-    """Of a finished run's folder: adapter with head, probabilities of the test images in half precision, the rest."""
+    """Bytes of a finished run's folder: the adapter with its head, test probabilities in half precision, the rest."""
     classes, images = plan.dataset["num_classes"], plan.dataset.get("num_test") or 0
     return BYTES * (trained + head * classes) + 2 * classes * images + FILES
 
 
 def cache_bytes(jobs: Sequence[Job], pixels: int) -> int:
-    """Of the decoded images of all tasks, three channels of `pixels` each; every backbone of this size shares them."""
+    """Bytes of all tasks' decoded images, three channels of `pixels` each. Backbones of one image size share them."""
     datasets = {job.plan.task: job.plan.dataset for job in jobs}
     images = sum((dataset.get("num_test") or 0) + 1000 for dataset in datasets.values())
     return 3 * pixels * images

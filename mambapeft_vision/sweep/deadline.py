@@ -62,7 +62,7 @@ class Follower:
             raise TimeUp
 
     def enough(self) -> bool:
-        """Whether a run that begins now would hardly end in time."""
+        """Whether a run that began now would probably not end in time."""
         return time.monotonic() + max(self._took, default=0.0) > self._deadline
 
     def state(self) -> str:
@@ -79,8 +79,8 @@ def run_in_time(jobs: Sequence[Job], workers: int, *, deadline: float = float("i
     """Runs all unfinished jobs, `workers` at a time, until the deadline.
 
     Args:
-        deadline: on the monotonic clock, seconds. No run begins that would hardly end before it; one that is still
-            under way then gets the signal to save and end.
+        deadline: on the monotonic clock, seconds. No run begins that would probably end later; runs that are still
+            under way at the deadline get the signal to save and end.
         tasks: whose images a worker keeps loaded.
     Raises: KeyboardInterrupt after ending the workers.
     """

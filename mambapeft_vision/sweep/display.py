@@ -1,4 +1,4 @@
-"""What a sweep shows: a live table on a terminal, a line for each run that begins or ends elsewhere."""
+"""The output of a sweep: a live table on a terminal; elsewhere, a line for each run that begins or ends."""
 
 import sys
 import time
@@ -27,7 +27,7 @@ class Display:
     """Follows a sweep; a `Watcher` of the pool.
 
     Args:
-        jobs: that are to run.
+        jobs: the runs of the sweep that are not finished.
         finished: how many were finished before.
         speeds: from which the time left is estimated; runs that end are added.
         workers: runs at a time.
@@ -111,7 +111,7 @@ class Display:
         return "time left unknown" if seconds is None else f"about {format_duration(seconds / self._workers)} left"
 
     def _estimate_of_waiting(self) -> float | None:
-        """Made again now and then only: it looks at every run that waits, and thousands may."""
+        """Seconds of all waiting runs, computed now and then only, because thousands may wait."""
         begun = time.monotonic()
         if begun >= self._estimate_again_at:
             self._waiting_seconds = self._speeds.total(job.plan for job in self._waiting.values())

@@ -1,4 +1,4 @@
-"""How long runs will take: from runs that are recorded, or from a file of measured rates."""
+"""Estimates of how long runs take: from recorded runs, or from a file of measured rates."""
 
 import csv
 import math
@@ -38,8 +38,8 @@ class Speeds:
     """Estimates, each from at most `RECENT` results: an estimate costs the same however many runs there were.
 
     Args:
-        records: known runs; they count more than rates, as they are of this machine.
-        rates: learning rates of `read_rates`.
+        records: known runs; they take precedence over rates, because they were measured on this machine.
+        rates: measured images/s, from `read_rates`.
     """
 
     def __init__(self, records: Iterable[RunRecord] = (), rates: Sequence[Rate] = ()) -> None:
@@ -49,14 +49,14 @@ class Speeds:
             self.add(record)
 
     def add(self, record: RunRecord) -> None:
-        """Adds the result of a run that has just ended; what was made without training tells nothing of times."""
+        """Adds the result of a run that has just ended. Results made without training are ignored."""
         if is_derived(record):
             return
         for key in _likeness(str(record.config["backbone"].get("name")), record.methods, record.task):
             self._alike[key].append(record)
 
     def total(self, plans: Iterable[RunPlan]) -> float | None:
-        """Seconds of all runs one after another; None where one's time cannot be told."""
+        """Seconds of all runs one after another; None if the time of one cannot be estimated."""
         total = 0.0
         for plan in plans:
             seconds = self.seconds(plan)
@@ -66,7 +66,9 @@ class Speeds:
         return total
 
     def seconds(self, plan: RunPlan) -> float | None:
-        """From the runs most like it: same methods and task, same methods, a rate of its preset, any on its backbone.
+        """Seconds of one run, from the runs most like it.
+
+        In this order: same methods and task, same methods, a rate of its preset, any run on its backbone.
 
         A run's training time is scaled to the number of epochs and its test to the number of test images. None where
         nothing is known of the backbone.
@@ -84,7 +86,7 @@ class Speeds:
         return statistics.median(_scaled(record, plan) for record in self._alike[key])
 
     def _by_rate(self, plan: RunPlan) -> float | None:
-        """Training and test alone: no start of a process, decoding or saving."""
+        """Seconds by measured rates: training and test, without a process's start, decoding or saving."""
         backbone = _backbone(plan)
         rate = self._rates.get((backbone, tuple(plan.methods)), self._rates.get((backbone, ())))
         dataset = plan.config["dataset"]

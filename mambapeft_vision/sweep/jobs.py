@@ -1,4 +1,4 @@
-"""From a sweep's command line to its runs, and what is already done of each."""
+"""From a sweep's command line to its runs and their states."""
 
 import copy
 import itertools
@@ -29,7 +29,7 @@ ALL_TASKS = f"dataset={','.join(task.name for task in TASKS.values())}"
 
 
 class State(Enum):
-    """What there is of a run before the sweep."""
+    """The state of a run before the sweep."""
 
     NEW = "new"
     BEGUN = "begun"  # it continues from a checkpoint
@@ -94,7 +94,7 @@ def state_of(plan: RunPlan, inputs: Inputs) -> State:
 
 
 def _state(plan: RunPlan, inputs: Inputs) -> tuple[State, str | None]:
-    """The state, and of an outdated run when it was finished."""
+    """The state, and for an outdated run the time at which it was finished."""
     if is_finished(plan.folder):
         record = read_record(plan.folder)
         return (State.FINISHED, None) if inputs.made(record, plan) else (State.OUTDATED, record.finished_at)
@@ -157,7 +157,7 @@ class _Composer:
             yield Job(label.strip(), [*fixed, seed], own.cfg, plan, state, 0, sections, outdated)
 
     def _parts(self, choices: Sequence[_Choice]) -> tuple["_Composed", "_Composed"]:
-        """The config of the choices, and the one whose `dataset` takes the place of its own."""
+        """The config of the choices, and the config whose `dataset` replaces its own."""
         tasks = [choice for choice in choices if choice.swept and choice.key == "dataset"]
         others = [choice for choice in choices if choice.swept and choice.key not in ("seed", "dataset")]
         if len(tasks) == 1 and not any(choice.key.startswith(MEDDLING) for choice in others):

@@ -27,18 +27,18 @@ PATIENCE_S = 10.0  # for a process to end by itself
 
 
 class SweepError(UserError):
-    """A run ended in a way with which the sweep ends too."""
+    """Raised when a failed run must also stop its sweep."""
 
 
 class Watcher(Protocol):
-    """Is told what happens in a sweep."""
+    """Called at the events of a sweep."""
 
     def started(self, job: Job) -> None: ...
 
     def ended(self, job: Job, outcome: Outcome) -> None: ...
 
     def refresh(self) -> None:
-        """Called every now and then."""
+        """Called at least every `REFRESH_S` seconds."""
 
 
 class Queue:
@@ -98,7 +98,7 @@ class Pool:
         self._workers: dict[int, _Worker] = {}
 
     def run(self, jobs: Sequence[Job], watcher: Watcher, enough: Callable[[], bool] = lambda: False) -> None:
-        """Returns when every job has ended, well or not. Ends all workers when it is interrupted.
+        """Runs all jobs and returns when each has ended, well or not. Ends all workers when it is interrupted.
 
         Args:
             enough: once it says so, no further job begins, and it returns when those under way have ended.
@@ -211,7 +211,7 @@ def assignment_of(job: Job) -> Assignment:
 
 
 def _outcome_of_dead(job: Job, code: int | None) -> Outcome:
-    """What has become of the run of a worker that died: its result, if that was written before, else a failure."""
+    """The outcome of the run of a worker that died: its result if that was written before, else a failure."""
     record = _result_of(job)
     if record is not None:
         remove_leftovers(job.folder)
@@ -222,7 +222,7 @@ def _outcome_of_dead(job: Job, code: int | None) -> Outcome:
 
 
 def _result_of(job: Job) -> RunRecord | None:
-    """The result that was not there when the sweep was planned."""
+    """A result that has appeared since the sweep was planned; None if there is none."""
     with suppress(UserError):
         if is_finished(job.folder):
             record = read_record(job.folder)

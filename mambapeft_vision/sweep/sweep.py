@@ -133,7 +133,7 @@ def sweep(jobs: Sequence[Job], command: Command) -> int:
 
 
 def known_runs(outputs: Path) -> list[RunRecord]:
-    """What estimates are made from. A file that cannot be read costs an estimate, not the sweep."""
+    """The results that estimates are made from. A file that cannot be read is left out."""
 
     def leave_out(error: UserError) -> None:
         say(f"warning: left out of the estimates of time: {plain(error)}")
@@ -142,7 +142,7 @@ def known_runs(outputs: Path) -> list[RunRecord]:
 
 
 def describe(jobs: Sequence[Job], speeds: Speeds, workers: int) -> str:
-    """What would run, and for how long."""
+    """Lists the runs, their states and the estimated time, in text."""
     todo = [job for job in jobs if job.state is not State.FINISHED]
     lines = [f"{job.state.value:<9} {_duration(speeds.seconds(job.plan)):>9}  {job.label}" for job in todo]
     lines += [f"{'finished':<9} {'':>9}  {job.label}" for job in jobs if job.state is State.FINISHED]
@@ -161,7 +161,7 @@ def describe(jobs: Sequence[Job], speeds: Speeds, workers: int) -> str:
 
 
 def records_of(jobs: Sequence[Job]) -> list[RunRecord]:
-    """The records of those that are finished by now."""
+    """The results of the jobs that are finished by now."""
     return [read_record(job.folder) for job in jobs if is_finished(job.folder)]
 
 
@@ -173,7 +173,7 @@ def _run(todo: Sequence[Job], finished: int, speeds: Speeds, workers: int, pool:
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends what is done here as Ctrl-C does."""
+    """Within this context SIGTERM interrupts as Ctrl-C does."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

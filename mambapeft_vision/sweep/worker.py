@@ -46,9 +46,9 @@ class Assignment:
 class Outcome:
     """How a run ended: with a record, or with an error in one line.
 
-    last: the worker ends with it, as after a crash nothing in its process is to be trusted.
-    ends_sweep: no other run is to be begun (trainer.on_nonfinite=stop, or the disk of all runs is full).
-    elsewhere: another process, of this machine or another, is at the run; no failure.
+    last: the worker ends afterwards, because its process cannot be trusted after a crash.
+    ends_sweep: no other run may begin (trainer.on_nonfinite=stop, or the disk of all runs is full).
+    elsewhere: another process, on this machine or another, works on the run; this is no failure.
     """
 
     record: RunRecord | None
@@ -59,9 +59,9 @@ class Outcome:
 
 
 def work(connection: Connection, environment: Mapping[str, str], threads: int, log: Path, tasks: int = 1) -> None:
-    """Main function of the process: works until told None, or until the parent is no more.
+    """Main function of the process: works until it receives None, or until the parent has ended.
 
-    It is started with SIGINT ignored: Ctrl-C is the parent's to handle, which then ends the workers.
+    It is started with SIGINT ignored: the parent handles Ctrl-C and ends the workers.
 
     Args:
         connection: gives an Assignment or None, takes an Outcome for each.
@@ -88,7 +88,7 @@ def work(connection: Connection, environment: Mapping[str, str], threads: int, l
 
 
 def run(assignment: Assignment, kept: Kept) -> Outcome:
-    """Does one run; `train` notes an error in its folder."""
+    """Executes one run; `train` writes an error to the run's folder."""
     try:
         record = _train(assignment, kept)
     except InUseError as error:
@@ -120,7 +120,7 @@ def _train(assignment: Assignment, kept: Kept) -> RunRecord:
 
 
 class _Forgiving(io.TextIOWrapper):
-    """A stream for what people read: a disk that is full takes no line, and ends no run."""
+    """A stream for messages: a full disk loses lines but does not end the run."""
 
     def write(self, text: str) -> int:
         with suppress(*CANNOT_WRITE):

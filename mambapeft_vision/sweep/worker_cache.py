@@ -1,4 +1,4 @@
-"""What a worker keeps loaded between runs: the images of the last tasks, the weights of the last backbone."""
+"""The objects that a worker keeps between runs: the images of the last tasks, the weights of the last backbone."""
 
 import copy
 import json
@@ -12,7 +12,7 @@ from mambapeft_vision.run.run_config import RunPlan
 
 
 class Kept:
-    """Makes `sources` for `train`. A few tasks and one backbone at a time, so memory does not grow with the sweep.
+    """Makes `sources` for `train`. It keeps a few tasks and one backbone, so memory does not grow with the sweep.
 
     Args:
         tasks: how many (the training images of one are 150 MB at 224x224).
@@ -35,7 +35,7 @@ class Kept:
         return task
 
     def _backbone_of(self, plan: RunPlan) -> Backbone:
-        """A copy: methods change what they are attached to."""
+        """A copy of the plan's backbone, because methods change the backbone that they are attached to."""
         key = _text(plan.config["backbone"])
         if self._backbone is None or self._backbone[0] != key:
             self._backbone = None
@@ -44,7 +44,7 @@ class Kept:
 
 
 def task_key(plan: RunPlan) -> str:
-    """Equal for runs that can share loaded images."""
+    """A key that is equal for runs that can share loaded images."""
     return _text({key: value for key, value in plan.config["dataset"].items() if key != "seed"})
 
 
