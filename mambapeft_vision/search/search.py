@@ -70,7 +70,7 @@ class Search:
 
     @property
     def identity(self) -> str:
-        """What makes values of two trials comparable; where things are, which machines need not agree on, is not."""
+        """A hash of the settings that make the values of two trials comparable. Paths may differ between machines."""
         deciding = sorted(text for text in self.overrides if not text.startswith(("paths.", "logger")))
         described = [repr(self.space), self.protocol, deciding]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
@@ -100,7 +100,7 @@ def search(settings: Search, configs: Path) -> Path:
 
 
 def open_study(settings: Search) -> optuna.Study:
-    """The study, made where there is none. Raises UserError where the one that is there is of another search."""
+    """Opens the study, or makes it. Raises UserError if the existing study belongs to another search."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     settings.folder.mkdir(parents=True, exist_ok=True)
     if settings.storage is None:
@@ -140,13 +140,13 @@ def open_study(settings: Search) -> optuna.Study:
 
 
 def _refuse_endless_lock(lock: Path) -> None:
-    """Raises UserError for a lock that leads nowhere: Optuna waits for it for ever, and not for any other."""
+    """Raises UserError for a dangling lock, for which Optuna would wait for ever."""
     if lock.is_symlink() and not lock.exists():
         raise UserError(f"{lock} is a link to nothing; expected a lock of Optuna's. Delete it if no search is at work")
 
 
 def _drop_incomplete_line(journal: Path) -> None:
-    """Cuts off the line that a killed process was writing, which Optuna reads no further than."""
+    """Cuts off the last line if a killed process left it incomplete: Optuna would read no further."""
     if not os.path.lexists(journal):
         return
     if journal.stat().st_nlink > 1:
@@ -164,9 +164,9 @@ def _drop_incomplete_line(journal: Path) -> None:
 
 
 def check_inputs(study: optuna.Study, jobs: Sequence[Job]) -> None:
-    """Compares the images and weights that there are with those that the study was begun with.
+    """Compares the present images and weights with those at the study's beginning.
 
-    Raises: UserError where they have changed: values of trials on other data cannot be compared.
+    Raises: UserError if they have changed: values of trials on other data cannot be compared.
     """
     inputs = Inputs()
     now: dict[str, str | None] = {}
@@ -188,7 +188,7 @@ def check_inputs(study: optuna.Study, jobs: Sequence[Job]) -> None:
 
 
 def _database(url: str) -> RDBStorage:
-    """Workers that begin at once on a new database all make its tables; those that come second find them made."""
+    """Opens a database. Workers that start together on a new one all try to make its tables, and all but one fail."""
     if url.startswith("postgresql://"):  # which SQLAlchemy takes for psycopg2, the driver before this one
         url = url.replace("postgresql://", "postgresql+psycopg://", 1)
     try:
@@ -209,7 +209,7 @@ def _database(url: str) -> RDBStorage:
 
 
 def masked(url: str) -> str:
-    """The URL of a database without passwords: SQLAlchemy's masking, and what it takes for other parts."""
+    """The URL of a database without passwords, also where SQLAlchemy would take them for other parts of the URL."""
     with suppress(ArgumentError, ValueError):
         url = make_url(url).render_as_string(hide_password=True)
     url = re.sub(r"^([^:@/]*://)?([^:@/]*):(?!//).*@", r"\1\2:***@", url, flags=re.DOTALL)  # up to the last @
@@ -228,9 +228,9 @@ def _reason(error: Exception, url: str) -> str:
 
 
 def release_dead_trials(study: optuna.Study, space: Space) -> None:
-    """Fails trials whose worker, on this machine, is no more, and has their settings tried again.
+    """Fails trials whose worker on this machine has died, and enqueues their settings again.
 
-    Their runs continue where they stopped. Settings that are no point of the space are not tried again.
+    Their runs continue where they stopped. Settings outside the space are not tried again.
     """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         match trial.user_attrs.get("worker"):
@@ -242,7 +242,7 @@ def release_dead_trials(study: optuna.Study, space: Space) -> None:
 
 
 def export(settings: Search, study: optuna.Study) -> Path:
-    """Writes the best trial as a preset, and the plots. Raises UserError without any."""
+    """Writes the best trial as a preset, and the plots. Raises UserError if no trial succeeded."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not complete:
         raise UserError(f"no trial of {settings.name} has succeeded; the errors are in its trials' run folders")
@@ -267,7 +267,7 @@ def export(settings: Search, study: optuna.Study) -> Path:
 
 
 def draw_plots(settings: Search, study: optuna.Study) -> None:
-    """history.png and importances.png. What cannot be drawn or written costs no search."""
+    """Draws history.png and importances.png. A failure to draw or write does not fail the search."""
     label = f"{settings.name} ({'on the TEST images' if settings.protocol == 'reference' else 'on val200'})"
     for file, draw in (("history.png", history), ("importances.png", importances)):
         content = drawn(file, partial(draw, study, label))
@@ -304,7 +304,7 @@ def publish(settings: Search, logger: RunLogger, study: optuna.Study) -> None:
 
 
 def _overrides(settings: Search) -> list[str]:
-    """Of the runs of a trial: one run for each task (and seed)."""
+    """The overrides of a trial's runs: one run for each task (and seed)."""
     given = {override.partition("=")[0] for override in settings.overrides}
     tasks = [] if "dataset" in given else [f"dataset={','.join(settings.space.tasks)}"]
     outputs = [] if "paths.outputs" in given else [f"paths.outputs={settings.folder / 'runs'}"]

@@ -20,7 +20,7 @@ NOTHING_CHOSEN = {"linear_probe": {"_target_": "mambapeft_vision.methods.linear_
 
 
 class Trial(Protocol):
-    """What Optuna's trials offer."""
+    """The part of Optuna's trials that a space needs."""
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
 
@@ -31,7 +31,7 @@ class Trial(Protocol):
 
 @dataclass(frozen=True)
 class Range:
-    """Of one setting; whole numbers where both ends are."""
+    """The range of one setting. Its values are whole numbers if both ends are."""
 
     low: int | float
     high: int | float
@@ -62,7 +62,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched.
+    """A search space: the parts, and how they are chosen.
 
     choose: all, subset (each part on or off) or drop_one (one part or none is left out)."""
 
@@ -73,7 +73,7 @@ class Space:
     trainer_tune: Mapping[str, Range]
 
     def suggest(self, trial: Trial) -> Point:
-        """Every setting is asked for, also of parts that are left out: TPE models a space that stays the same."""
+        """Asks for every setting, also of parts that are left out, because TPE models a fixed space."""
         chosen = self._chosen(trial)
         methods = {
             name: {**part.spec, **{key: r.suggest(trial, f"{name}.{key}") for key, r in part.tune.items()}}
@@ -100,7 +100,7 @@ class Space:
 
 @dataclass(frozen=True)
 class _Recorded:
-    """A trial whose parameters are known: gives them out where they lie within what is asked for."""
+    """A trial with known parameters, which returns each of them if it lies within the range asked for."""
 
     params: Mapping[str, Any]
 
