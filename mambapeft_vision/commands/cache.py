@@ -1,7 +1,7 @@
-"""What the cache of decoded images holds, and cleaning it.
+"""Lists the cache of decoded images, and shrinks it.
 
 mambapeft cache data/cache                   list
-mambapeft cache data/cache --keep-gib 20     delete what was not used for longest, down to 20 GiB
+mambapeft cache data/cache --keep-gib 20     delete the least recently used tasks, down to 20 GiB
 """
 
 import time

@@ -62,7 +62,7 @@ def count(preset: Preset, backbone: str) -> int:
 
 
 def why(preset: str, ours: int, row: PaperRow | None, head: int) -> str:
-    """Why the table's number differs from ours; "" where they agree."""
+    """Why the published count differs from ours; "" where they agree."""
     if row is None or row.count_k is None:
         return ""
     extra = row.count_k - ours / 1000
@@ -84,7 +84,7 @@ def presets_for(backbone: str, presets: dict[str, Preset]) -> list[Preset]:
 
 
 def counts(backbone: str) -> tuple[list[Count], list[str]]:
-    """All lines for a backbone, and complaints about headers that do not state what was counted."""
+    """All lines for a backbone, and complaints about headers whose `count:` is not what was counted."""
     lines, wrong = [], []
     name = registered_name(configs_folder(), backbone)
     with torch.device("meta"):

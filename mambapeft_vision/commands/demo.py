@@ -1,8 +1,8 @@
 """Fine-tunes the embedded vim_nano on a task that needs no download, three ways; ends with a table and a picture.
 
 Linear probing, LoRA_p(X) and full fine-tuning with the settings of configs/experiment/demo.yaml, through the sweep:
-finished runs are not repeated, so a second call shows table and picture at once. docs/how-to/pretrain.md says what the
-backbone is, and what it is not.
+finished runs are not repeated, so a second call shows table and picture at once. docs/how-to/pretrain.md describes the
+backbone and its limits.
 """
 
 from collections.abc import Sequence

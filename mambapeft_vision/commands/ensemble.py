@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def find_members(places: Iterable[Path]) -> list[Member]:
-    """The finished runs at or below some places, without ensembles and what was set aside. Raises UserError."""
+    """The finished runs at or below some places, without ensembles and runs set aside. Raises UserError."""
     by_folder: dict[Path, Member] = {}
     for place in places:
         if not place.is_dir():

@@ -1,5 +1,5 @@
-"""Every finished run in one page, explorer.html: sort, filter by family, backbone and task; point at a row for its
-command and its confusions. The page holds everything that it shows and loads nothing.
+"""Shows every finished run in one page, explorer.html: sort it, filter it by family, backbone and task, and point at a
+row for its command and its confusions. The page contains everything that it shows and loads nothing.
 
 mambapeft explore [outputs ...] [--out explorer.html]
 """

@@ -28,7 +28,7 @@ def run_app(config_name: str, function: Callable[[DictConfig], float | None], ar
 
 
 def _keeping_errors(function: Callable[[DictConfig], Any], errors: list[Exception]) -> Callable[[DictConfig], Any]:
-    """Hydra prints a line of its own before an error that reaches it; what ends a sweep has to reach it."""
+    """Collects errors that Hydra would precede by a line of its own. Errors that end a sweep still reach it."""
 
     @functools.wraps(function)
     def kept(cfg: DictConfig) -> Any:
@@ -45,7 +45,7 @@ def _keeping_errors(function: Callable[[DictConfig], Any], errors: list[Exceptio
 
 @contextmanager
 def _command_line(arguments: Sequence[str]) -> Iterator[None]:
-    """Hydra has no argument for these: it reads sys.argv."""
+    """Puts the arguments into sys.argv, where Hydra reads them."""
     before = sys.argv
     sys.argv = [before[0], *arguments]
     try:

@@ -9,7 +9,7 @@
   mambapeft mini ensemble                  means of the best methods' probabilities, over seeds and over methods
   mambapeft mini interpolate               the best methods between pretrained and adapted weights
   mambapeft mini pack                      all results of a backbone in one file, results/mini/BACKBONE.runs.json
-  mambapeft mini unpack FILE               such a file as finished runs, to go on on another machine
+  mambapeft mini unpack FILE               such a file as finished runs, to continue on another machine
   mambapeft mini document                  the tables and pictures of a backbone, into --out
   mambapeft mini compare                   all backbones in one table, and the correlations of their orders
 
@@ -102,7 +102,7 @@ def run_interpolations(options: argparse.Namespace) -> None:
 
 
 def _run(jobs: Sequence[Job], options: argparse.Namespace) -> bool | None:
-    """Runs what is not finished, until the time is over. Returns whether all are now; None where some failed."""
+    """Runs the unfinished jobs until the time is over. Returns whether all are finished now; None if some failed."""
     print(f"planned in {time.monotonic() - options.started:.1f} s: {_counts(jobs)}", flush=True)
     if options.dry_run or not jobs:
         return False
@@ -116,7 +116,7 @@ def _run(jobs: Sequence[Job], options: argparse.Namespace) -> bool | None:
 
 
 def _settings(stage: str, benchmark: Benchmark) -> dict[str, list[Setting]]:
-    """What the stages that follow from a search run of each method."""
+    """The settings of each method that a stage runs, for the stages that follow from a search."""
     if stage not in ("refine", "tuned"):
         return {}
     found = _choices(benchmark)
@@ -185,7 +185,7 @@ def pack(options: argparse.Namespace) -> None:
 
 
 def unpack(options: argparse.Namespace) -> None:
-    """Finished runs as a machine left them, so that another goes on from there."""
+    """Writes finished runs from a packed file, so that this machine continues from there."""
     records = find_records([options.bundle])
     for record in records:
         folder = run_folder(options.out, record.task, record.methods, record.seed, record.fingerprint)

@@ -46,7 +46,7 @@ def import_one(options: argparse.Namespace) -> None:
 
 
 def import_all(options: argparse.Namespace) -> None:
-    """Those that are laid out already stay."""
+    """Imports all tasks that are not laid out yet."""
     missing = [name for name in IMPORTED if not (options.source / f"{name}.npz").is_file()]
     if missing:
         raise UserError(f"{options.source} lacks {', '.join(f'{name}.npz' for name in missing)}. Correct --from.")
@@ -56,7 +56,7 @@ def import_all(options: argparse.Namespace) -> None:
 
 
 def fetch(options: argparse.Namespace) -> None:
-    """Those that are laid out already stay; those that can be had are, whatever happens with the others."""
+    """Fetches all tasks that are not laid out yet. A task that fails does not stop the others."""
     failed = []
     for task in select_tasks(options.names or None, {name: fetched.task for name, fetched in FETCHED.items()}):
         if _is_there(task, options.out):

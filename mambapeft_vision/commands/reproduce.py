@@ -4,8 +4,8 @@ Takes what `mambapeft sweep` takes. Without `method`, every preset of the publis
 without `backbone`, Vim-S. The report compares with every published row of the same backbone and protocol. Only the runs
 of this command are in it, whatever else is in the outputs folder.
 
---dry-run tells runs, hours and disk beforehand; without `backbone` it does so for Vim-S and B, Mamba-Reg, VideoMamba
-and VMamba.
+--dry-run estimates runs, hours and disk space beforehand; without `backbone` it does so for Vim-S and B, Mamba-Reg,
+VideoMamba and VMamba.
 """
 
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ def _parser(configs: Path) -> ArgumentParser:
 
 
 def _backbones(overrides: Sequence[str]) -> list[str]:
-    """Those that the command names, or []."""
+    """The backbones that the command names, or []."""
     named = [override.partition("=")[2] for override in overrides if override.partition("=")[0] == "backbone"]
     return [name for text in named for name in text.split(",")]
 
@@ -99,7 +99,7 @@ def _fitting(backbone: str, configs: Path) -> list[str]:
 
 
 def _tell_costs(command: Command, configs: Path) -> None:
-    """Prints what the runs of each backbone would cost, and what all of them share."""
+    """Prints the cost of each backbone's runs, and of what all of them share."""
     costs, all_jobs = [], []
     named = _backbones(command.overrides)
     for backbone in named or BACKBONES:

@@ -4,7 +4,7 @@
 
 Anything else is a Hydra override, as `mambapeft train` takes them; commas, range() and glob() list choices. Without
 `dataset`, the 19 tasks of VTAB-1K are taken. Finished runs are not repeated; after an interruption the same command
-goes on. Started several times, on one machine or many with a common folder, the commands share the runs out.
+continues. Started several times, on one machine or on many with a common folder, the commands share the runs.
 """
 
 from collections.abc import Sequence

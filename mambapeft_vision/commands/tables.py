@@ -53,7 +53,7 @@ def collections_below(places: Sequence[str], *, allow_mixed: bool) -> list[Colle
 
 
 def results_below(places: Sequence[str]) -> list[Found]:
-    """The finished runs below some folders; says which are not of what there is now.
+    """The finished runs below some folders; a line on stderr says how many have other inputs than are present now.
 
     Raises UserError where there are none.
     """
