@@ -21,7 +21,7 @@ _MAX_CONFIG_BYTES = 1_000_000
 
 
 def from_reference(config: str | Path, checkpoint: str | Path, weights: str | Path, out: str | Path) -> AdaptedModel:
-    """Writes a trained adapter of the reference as one of ours.
+    """Converts a trained adapter of the published code into an adapter folder.
 
     Args:
         config: its config: the .py file (read as data, never run) or JSON with peft_kwargs and module_kwargs.
@@ -40,7 +40,7 @@ def from_reference(config: str | Path, checkpoint: str | Path, weights: str | Pa
 
 
 def read_reference_config(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """(peft_kwargs, module_kwargs) of a config of the reference.
+    """Reads (peft_kwargs, module_kwargs) from a config of the published code.
 
     A .py file is parsed, not run: only literals and `dict(...)` calls are understood.
     """
@@ -105,11 +105,11 @@ def _literal(node: ast.expr, path: Path) -> Any:
 
 
 def convert_from_peft(folder: str | Path, backbone: str, weights: str, out: str | Path, **sizes: Any) -> AdaptedModel:
-    """Writes an adapter of Hugging Face peft as one of ours.
+    """Converts an adapter of Hugging Face peft into an adapter folder.
 
     Args:
-        folder: that peft saved.
-        backbone: registered name of what it was trained on, with other `sizes` than the variant's.
+        folder: the folder that peft saved.
+        backbone: registered name of the backbone that it was trained on; `sizes` are those that differ from it.
         weights: weights of the backbone: "official", "random" or a file.
         out: folder for adapter.safetensors and adapter_config.json.
     """

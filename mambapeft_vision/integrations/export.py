@@ -33,7 +33,7 @@ class Request:
     run: folder of a run or adapter.
     out: the file or folder to write.
     weights: weights of the backbone; None: those that the run records, or the official ones.
-    methods: a folder with method files of one's own, if the run used one.
+    methods: a folder with the user's own method files, if the run used one.
     int8: for ONNX, also a file with the weights in int8.
     energy, rank: for LoRA, see `low_rank.to_lora`.
     """
@@ -48,7 +48,7 @@ class Request:
 
 
 def export(request: Request, to: str) -> list[str]:
-    """Writes the model of a run in the format `to`, one of `FORMATS`. Returns what to tell the user, line by line.
+    """Writes the model of a run in the format `to`, one of `FORMATS`. Returns a report for the user, line by line.
 
     Raises: UserError.
     """
@@ -170,7 +170,7 @@ _FOLDERS = ("timm", "peft", "lora")
 
 
 def _check_out(out: Path, *, is_folder: bool) -> None:
-    """Before the work: what stands in the way of the output."""
+    """Raises UserError, before the work, if the output cannot be written."""
     if is_folder and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out={out} is no empty folder; expected a new one. Choose another name")
     if not is_folder and out.is_dir():

@@ -1,6 +1,6 @@
-"""Adapters that Hugging Face peft wrote, as ours.
+"""Reads adapters that Hugging Face peft wrote.
 
-Nothing but tensors and sizes is taken from a folder, and peft need not be installed.
+Only tensors and sizes are read from a folder, and peft need not be installed.
 """
 
 import re
@@ -23,7 +23,7 @@ from mambapeft_vision.utils.untrusted import read_json
 _MAX_CONFIG_BYTES = 1_000_000
 _PREFIX = "base_model.model."
 
-# Options of peft with which its tensors mean something else than ours: key → the values that leave them as they are.
+# Options of peft that change the meaning of its tensors: key → the values with which they mean the same as ours.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "lora_bias": (False, None),
@@ -171,7 +171,7 @@ def _as_here(form: Form, name: str, value: Tensor) -> Tensor:
 
 
 def _taken_shared(form: Form, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that are no module's, such as VeRA's random matrices."""
+    """The tensors that belong to no module, such as VeRA's random matrices."""
     names = {ours: f"base_model.{theirs}" for ours, theirs in form.shared.items()}
     if not state.keys() >= set(names.values()):
         missing = " and ".join(form.shared.values())
@@ -192,7 +192,7 @@ def _by_name(patterns: Any) -> dict[str, Any]:
 
 
 def _names_of(path: str) -> set[str]:
-    """What a module may be called in a config of peft: its path, or the last parts of it."""
+    """The names that a config of peft can use for a module: its path, or the last parts of it."""
     parts = path.split(".")
     return {".".join(parts[start:]) for start in range(len(parts))}
 

@@ -39,7 +39,7 @@ def to_hub_folder(
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the folder of what is to be written, before the work."""
+    """Makes the output's folder, before the work."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; expected a folder to write to. Choose another one")
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def push_to_hub(folder: str | Path, repository: str, private: bool = False, revi
 
 
 def model_card(config: dict[str, Any], result: RunRecord | None, repository: str = PLACEHOLDER) -> str:
-    """The card: what it is, what it stands on, its result, licences, and how to load it."""
+    """Writes the model card: the adapter, its backbone, its result, the licences, and how to load it."""
     names = [markdown(name) for name in config["methods"]]
     methods = " + ".join(names) or "linear probe"
     task = markdown(config.get("task") or "not recorded" if result is None else result.task)

@@ -36,7 +36,7 @@ class Approximation:
 
 @torch.no_grad()
 def to_lora(model: AdaptedModel, base: TimmModel, *, energy: float = 0.99, rank: int | None = None) -> Approximation:
-    """Decomposes what a model's methods change in the backbone's weights.
+    """Decomposes the changes that a model's methods make to the backbone's weights.
 
     Args:
         model: the adapter; it is merged.

@@ -1,4 +1,4 @@
-"""How methods of ours are called in Hugging Face peft, and how their tensors lie there."""
+"""The names and tensor layouts of our methods in Hugging Face peft."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ PEFT_TENSOR_FILE = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Form:
-    """How a method of ours is called in peft.
+    """One of our methods as peft has it.
 
     config: the class of its config there.
     sizes: our argument → the config's.
@@ -17,7 +17,7 @@ class Form:
     transposed: tensors of ours whose last two axes are swapped there.
     vectors: tensors of ours that have further axes of size 1 there.
     has_alpha: whether our scale is alpha / r there.
-    constants: what else the config needs to mean the same.
+    constants: further keys of the config that it needs to mean the same.
     shared: our buffer → the name in peft of a tensor that all modules share.
     """
 

@@ -1,4 +1,4 @@
-"""Trained models as programs that need no package of ours: torch.export and ONNX, for any batch.
+"""Trained models as programs that run without this project: torch.export and ONNX, for any batch size.
 
 Merged methods are a part of the weights; those that stay attached become operations of the program. Every scan is one
 operator (`mambapeft_kernels/selective_scan/exported.py`). A program is compared with the model before it is kept.

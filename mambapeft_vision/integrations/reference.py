@@ -1,7 +1,7 @@
 """Adapters and models of the published MambaPEFT vision code, loaded into ours.
 
-`load_reference` takes that code's own arguments and state dict. Every configuration it can express is either
-computed exactly as it computes it, or refused with the reason: some of its forms do something other than they say.
+`load_reference` takes that code's own arguments and state dict. Every configuration that it can express is either
+computed exactly, or refused with the reason, because some of its forms do not do what their names say.
 """
 
 from collections.abc import Mapping

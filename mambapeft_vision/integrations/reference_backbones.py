@@ -104,7 +104,7 @@ FAMILIES = tuple(_CODES)
 
 
 def backbone_arguments(family: str, module_kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The registered name and the sizes of a backbone of ours that computes what the reference's arguments mean.
+    """The registered name and the sizes of our backbone that computes the same as the reference's arguments.
 
     Raises: UserError for unknown arguments and for forms that are not supported.
     """

@@ -1,4 +1,4 @@
-"""What the published codes that `load_reference` reads have in common: one switch of theirs is one method of ours."""
+"""The shared part of the published codes that `load_reference` reads: one of their switches is one of our methods."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Part:
 
 
 def with_defaults(given: Mapping[str, Any], defaults: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """The published code's arguments, those that were not given as it has them. Raises UserError for unknown ones."""
+    """The published code's arguments, with its defaults for missing ones. Raises UserError for unknown ones."""
     unknown = sorted(set(given) - set(defaults))
     if unknown:
         raise UserError(f"{what}: unknown argument(s) {', '.join(unknown)}; known: {', '.join(sorted(defaults))}")

@@ -1,6 +1,6 @@
 """Arguments of MambaPEFT's VMamba code (`VSSM`, `VSSMPEFTModel`), as sizes and methods of ours.
 
-Its forms that do something other than they say, or crash, are refused with the reason.
+Forms that crash there, or do not do what their names say, are refused with the reason.
 """
 
 from collections.abc import Mapping
@@ -62,7 +62,7 @@ _LAYOUTS: dict[str, dict[str, tuple[Any, ...]]] = {
 
 
 def backbone_of(module_kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The registered name and the sizes of our backbone that computes what its arguments mean."""
+    """The registered name and the sizes of our backbone that computes the same as its arguments."""
     given = {name: value for name, value in module_kwargs.items() if name not in _IGNORED}
     unknown = sorted(set(given) - set(_DEFAULTS))
     if unknown:

@@ -1,4 +1,4 @@
-"""Whether what was written computes what the model computes."""
+"""Compares the logits of a written model with those of the model itself."""
 
 from collections.abc import Callable, Iterable
 from typing import cast

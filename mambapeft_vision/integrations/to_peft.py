@@ -31,7 +31,7 @@ def to_peft(model: AdaptedModel, base: TimmModel, out: str | Path) -> float:
         model: the adapter, not merged.
         base: another backbone with the same weights; it is changed.
     Returns: the largest difference of logits, as a part of the largest logit.
-    Raises: UserError for methods that peft has not, or has otherwise.
+    Raises: UserError for methods that peft lacks or defines in another way.
     """
     peft = _peft()
     config, tensors, shared = _as_lora(model) if _only_lora(model) else _by_form(model)
@@ -109,7 +109,7 @@ def _in_rows(up: Tensor, rows: slice | None, out_features: int) -> Tensor:
 
 
 def _by_form(model: AdaptedModel) -> tuple[_Config, _Tensors, dict[str, Tensor]]:
-    """The methods of a model, which are of one kind and have the same sizes, as peft has them."""
+    """The methods of a model, which must be of one kind and have the same sizes, in peft's layout."""
     methods: list[Any] = list(model.methods.values())
     kinds = sorted({type(method).__name__ for method in methods})
     if len(kinds) != 1 or kinds[0] not in FORMS:
@@ -146,7 +146,7 @@ def _as_there(form: Form, name: str, value: Tensor) -> Tensor:
 
 
 def _check_form(method: Any) -> None:
-    """Raises UserError for options of a method that peft has not."""
+    """Raises UserError for options of a method that peft lacks."""
     if method.rows is not None:
         raise UserError(f"{method.name}: peft has no rows={method.rows!r}; {_AS_LORA}")
     if type(method).__name__ == "OFT" and method.neumann_terms is None:

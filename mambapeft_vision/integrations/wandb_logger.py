@@ -116,7 +116,7 @@ class WandbLogger:
 
     @contextmanager
     def _never_fatal(self) -> Iterator[None]:
-        """What W&B raises once a run is under way is a line on stderr: a report is never worth a result."""
+        """Turns errors of W&B into a line on stderr once a run is under way: a report must not fail a result."""
         try:
             yield
         except Exception as error:
@@ -173,7 +173,7 @@ class WandbLogger:
 
 
 def _translated(error: Exception) -> str:
-    """What W&B says in one line, with what to do about it. The only place where its errors are read."""
+    """An error of W&B in one line, with advice. The only place where its errors are read."""
     from wandb.errors import AuthenticationError, CommError, UsageError
 
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -18,7 +18,7 @@ from mambapeft_vision.utils.untrusted import refuse_links
 
 
 def publish_sweep(jobs: Sequence[Job], standard: Standard) -> None:
-    """Brings a sweep's W&B run up to date. Nothing where the runs have another logger, or none is finished."""
+    """Brings a sweep's W&B run up to date. Does nothing if the runs have another logger or none is finished."""
     plan = jobs[0].plan
     logger = build_logger(plan)
     if not isinstance(logger, WandbLogger):

@@ -1,4 +1,4 @@
-"""Finished runs, told to W&B afterwards as they would have been told while they ran."""
+"""Uploads finished runs to W&B, with the same content as if they had reported while they ran."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from mambapeft_vision.results.record import read_record
 
 
 def upload(folder: Path, logger: WandbLogger) -> None:
-    """Repeats to the logger what the run in `folder` would have told it.
+    """Sends the logger everything that the run in `folder` would have reported.
 
     The account, the project and the mode are the logger's, whatever the result's own config says.
 
