@@ -52,7 +52,7 @@ def atomic_path(path: str | Path, *, flush: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def _named(path: Path, temporary: Path) -> Iterator[None]:
-    """Errors of the system name the file that was to be written: those of a write name none, others the temporary."""
+    """Makes errors of the system name the output: those of a write name no file, others the temporary one."""
     try:
         yield
     except OSError as error:
@@ -93,9 +93,9 @@ def open_log(file: Path) -> int:
     """Opens a file that lines are appended to → its descriptor; makes it where it is not there.
 
     Raises:
-        UserError: for a link (also a hard one), a pipe or a device, which somebody has put there: the lines would go
+        UserError: for a link (also a hard one), a pipe or a device that somebody has put there: the lines would go
             into another file, or wait for a reader.
-        OSError: for what the disk has against it.
+        OSError: for an error of the disk.
     """
     refused = planted(file, "a log")
     if file.is_symlink():
@@ -113,12 +113,12 @@ def open_log(file: Path) -> int:
 
 
 def is_plain(status: os.stat_result) -> bool:
-    """Whether that is a file without a second name: no hard link, pipe, device or folder; of `lstat`, no link."""
+    """Whether a status is that of a file with one name: no hard link, pipe, device or folder (`lstat`: no link)."""
     return stat.S_ISREG(status.st_mode) and status.st_nlink <= 1
 
 
 def planted(file: Path, expected: str) -> UserError:
-    """The error for what stands where `expected`, a file of this project, should be."""
+    """The error for anything else in the place of `expected`, a file of this project."""
     return UserError(
         f"{plain(file)} is a link or no plain file; expected {expected} that this project made. Delete it, and ask who "
         "put it there"
@@ -131,7 +131,7 @@ def temporary_path(path: Path) -> Path:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes what killed processes left of files that they were writing; where no other process is at work."""
+    """Deletes temporary files of killed processes. No other process may be at work in the folder."""
     for file in folder.glob(".*.tmp"):
         with suppress(OSError):
             if _LEFTOVER.fullmatch(file.name) and stat.S_ISREG(file.lstat().st_mode):
@@ -139,7 +139,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _remove_old_folders(folder: Path) -> None:
-    """Deletes what processes that were killed more than a day ago left of `folder`."""
+    """Deletes temporary versions of `folder` that processes left more than a day ago."""
     for found in folder.parent.glob(f".{glob.escape(folder.name[:200])}.*.tmp"):
         with suppress(OSError):
             status = found.lstat()

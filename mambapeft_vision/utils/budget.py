@@ -1,4 +1,4 @@
-"""A resource of which the threads of a process together take no more than there is."""
+"""A resource of limited size that the threads of a process share."""
 
 import os
 import threading
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class Budget:
-    """`with budget.of(amount)` waits until the amount is free. More than there is waits until nothing is taken."""
+    """`with budget.of(amount)` waits until the amount is free, or until nothing is taken if it exceeds the size."""
 
     def __init__(self, most: int) -> None:
         self._most = most

@@ -1,4 +1,4 @@
-"""What a run says: lines on the terminal and in train.log, and one live line that is rewritten on a terminal."""
+"""The output of a run: lines on the terminal and in train.log, and one live line that is rewritten on a terminal."""
 
 import sys
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from mambapeft_vision.utils.text import lines, plain
 def say(text: str, stream: TextIO | None = None) -> None:
     """Prints a line, without control characters that the names in it may have.
 
-    A stream that cannot be written (a full disk, a closed pipe) takes none, and ends nothing.
+    If the stream cannot be written (a full disk, a closed pipe), the line is lost and the program continues.
 
     Args:
         stream: default: standard output.
@@ -26,7 +26,7 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 @contextmanager
 def warned_of(what: str) -> Iterator[None]:
-    """For what is never worth a result, such as pictures: any error in it is a line on stderr."""
+    """Turns any error into a line on stderr, for work that must not fail a result, such as pictures."""
     try:
         yield
     except Exception as error:
@@ -36,7 +36,7 @@ def warned_of(what: str) -> Iterator[None]:
 class Console:
     """Prints to `stream`, and appends everything but the live line to a log file.
 
-    Neither a stream nor a log that cannot be written ends a run: a full disk ends it where it cannot keep its state.
+    A stream or a log that cannot be written does not end a run. A full disk ends it where it cannot save its state.
 
     Args:
         log: the log file; None: no file. A link or a pipe there is refused with a UserError.

@@ -1,4 +1,4 @@
-"""What a result was made with: library versions, the code's git state, the device, peak memory."""
+"""The environment of a result: library versions, the code's git state, the device, peak memory."""
 
 import gc
 import importlib.metadata
@@ -27,7 +27,7 @@ LIBRARIES = (
 
 
 def library_versions() -> dict[str, str]:
-    """Versions by distribution name, Python's and CUDA's included; what is not installed is left out."""
+    """Versions of the installed libraries by distribution name, Python's and CUDA's included."""
     return dict(_library_versions())
 
 
@@ -46,7 +46,7 @@ def _library_versions() -> dict[str, str]:
 
 @cache
 def git_state() -> tuple[str | None, bool | None]:
-    """Commit of this package's source, and whether tracked files differ from it; None for what cannot be told.
+    """Commit of this package's source, and whether tracked files differ from it; None for unknown values.
 
     Cached at first use, because later runs in the same process still execute the code that was loaded then.
     """
@@ -72,7 +72,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Of this process: allocated by PyTorch on a GPU, else resident in main memory."""
+    """Peak memory of this process: allocated by PyTorch on a GPU, else resident in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""What ends a command in an orderly way: mistakes that a user can repair, and being told to stop."""
+"""Exceptions that end a command in an orderly way: mistakes that a user can repair, and requests to stop."""
 
 import errno
 from collections.abc import Iterator
@@ -8,8 +8,8 @@ from contextlib import contextmanager
 class UserError(ValueError):
     """A mistake in a config, a file or a command.
 
-    The message says what was given, what was expected and what to do. Commands print it without a traceback and leave
-    with exit code 2. From Python it is an ordinary `ValueError`.
+    The message says what was given, what was expected and what to do. Commands print it without a traceback and exit
+    with code 2. In Python it is an ordinary `ValueError`.
 
     Example:
         >>> try:
@@ -24,7 +24,7 @@ class NotFiniteError(UserError):
     """NaN or infinity where no such number may be.
 
     Args:
-        ends_sweep: whether a sweep ends with it too, instead of going on with its other runs.
+        ends_sweep: whether the error also ends a sweep, instead of only this run.
     """
 
     def __init__(self, message: str, ends_sweep: bool = True) -> None:
@@ -86,12 +86,12 @@ DISK_REMEDIES = {
 
 @contextmanager
 def disk_errors_of(place: str, choice: str, kept: str) -> Iterator[None]:
-    """Turns what a disk says against writing into a DiskError.
+    """Turns errors of the disk into a DiskError.
 
     Args:
-        place: what was being written, where the system does not name a file.
+        place: names the output in the message if the system names no file.
         choice: how to choose another place, e.g. paths.outputs=DIR.
-        kept: what has become of what was there before.
+        kept: a sentence that says whether earlier work is safe.
 
     Raises:
         DiskError: for an error of `DISK_REMEDIES`.
@@ -111,4 +111,4 @@ class SweepEnded(BaseException):
 
 
 class Preempted(BaseException):
-    """The process was told to end (SIGTERM) and has saved its state. No `except Exception` stops it."""
+    """Raised after SIGTERM, when the state is saved. No `except Exception` stops it."""

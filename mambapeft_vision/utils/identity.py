@@ -1,7 +1,7 @@
-"""Which keys of a run's config decide its result. The one place that knows: fingerprints, tables, reruns read it here.
+"""The one list of config keys that do not decide a result, for fingerprints, tables and reruns.
 
-A run is found again by its fingerprint, a hash of all that decides the result. What is listed below must never change
-the fingerprint of a run that exists: tests/run/test_identity.py pins it.
+A run is found again by its fingerprint, a hash of all keys that decide the result. A change of these lists must never
+change the fingerprint of an existing run: tests/run/test_identity.py pins it.
 """
 
 from __future__ import annotations

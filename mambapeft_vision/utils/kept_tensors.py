@@ -11,10 +11,10 @@ Result = TypeVar("Result")
 
 
 def kept_tensors(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Keeps what a function of hashable arguments returns, tensors among it, for the last 64 arguments.
+    """Caches the results, tensors among them, of a function of hashable arguments, for the last 64 arguments.
 
-    While a program is traced (torch.export, torch.compile, fake tensors) its tensors are a part of it, and are
-    made anew.
+    While a program is traced (torch.export, torch.compile, fake tensors) nothing is cached, because its tensors are a
+    part of the program.
     """
     # What is made during a test may be used in training.
     keeping = lru_cache(maxsize=64)(torch.inference_mode(False)(function))

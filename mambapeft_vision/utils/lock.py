@@ -1,6 +1,6 @@
 """One process at a time in a folder, or at a file.
 
-The system gives a lock back when its process ends, however it ends. A file system without locks is used without.
+The system releases a lock when its process ends, however it ends. On a file system without locks nothing is locked.
 """
 
 import errno
@@ -101,8 +101,8 @@ def _file_locked(folder: Path) -> Iterator[None]:
 def sole_writer(path: Path) -> Iterator[Path | None]:
     """Lets one process at a time make the file `path`; the others wait for it.
 
-    Gives a temporary path beside it, which is flushed and renamed on success; None where another process has made the
-    file meanwhile. What a killed process left is taken over.
+    Yields a temporary path beside it, which is flushed and renamed on success; None if another process has made the
+    file meanwhile. The temporary file of a killed process is taken over.
     """
     temporary = _being_written(path)
     lock = _acquired(temporary)
@@ -141,7 +141,7 @@ def one_at_a_time(path: Path) -> Iterator[None]:
 
 
 def remove_abandoned(folder: Path, name: str) -> None:
-    """Deletes what killed processes left in `sole_writer`: temporary files that nobody holds.
+    """Deletes temporary files of `sole_writer` that killed processes left and nobody holds.
 
     Args:
         name: a regular expression of the names of the files that were to be made; no other file is touched.
@@ -181,14 +181,14 @@ def _acquired(
 
 
 def _refuse_unless_plain(file: Path) -> None:
-    """A link planted under a lock's name would have another file emptied."""
+    """Raises UserError for a link planted under a lock's name, through which another file would be emptied."""
     with suppress(FileNotFoundError, NotADirectoryError):
         if not is_plain(file.lstat()):
             raise planted(file, "a lock file")
 
 
 def _holder(file: Path) -> str:
-    """What the holder wrote into the lock; a file of others, so only a short line of it is shown."""
+    """The holder's note in the lock. The file may come from anybody, so only a short line of it is shown."""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:

@@ -1,8 +1,8 @@
 """Pickles of PyTorch's files, looked through before PyTorch reads them.
 
-PyTorch's restricted unpickler runs nothing of a file's, but some of what it calls takes as much memory as the file asks
+PyTorch's restricted unpickler runs no code of a file, but some of its functions take as much memory as the file asks
 for: `bytearray(10**10)`, or a long list that is copied again and again. So a pickle is first read with stand-ins for
-everything that it can call, which make nothing.
+every function that it can call, and the stand-ins make nothing.
 """
 
 import pickle
@@ -65,7 +65,7 @@ class _Empty(OrderedDict[Any, Any]):
 
 
 class _StandIn:
-    """For what is called; takes anything and keeps nothing."""
+    """Replaces every function that a pickle calls; takes anything and keeps nothing."""
 
     def __new__(cls, *_: Any) -> "_StandIn":
         return super().__new__(cls)

@@ -1,4 +1,4 @@
-"""What the project's own child processes have in common."""
+"""Helpers for the project's own child processes."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ def available_cpus() -> int:
 
 
 def end_with_parent() -> None:
-    """Lets this process end when the one that started it is no more: left alone, it would get in the way."""
+    """Lets this process end when its parent process has ended."""
     parent = multiprocessing.parent_process()
     if parent is None:  # this is no child
         return

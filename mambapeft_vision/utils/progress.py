@@ -69,9 +69,9 @@ class ProgressMeter:
 
 
 class LiveDisplay:
-    """What is rewritten at the end of a terminal's output; elsewhere a plain line every `every_s` seconds.
+    """A display that is rewritten at the end of a terminal's output; elsewhere a plain line every `every_s` seconds.
 
-    A stream that cannot be written (a full disk, a closed pipe) is left alone: what is shown is no part of a result.
+    A stream that cannot be written (a full disk, a closed pipe) is ignored, because the display is no part of a result.
 
     Args:
         stream: default: standard output.
@@ -91,10 +91,10 @@ class LiveDisplay:
         self.on_terminal = _is_terminal(self._stream)
 
     def show(self, content: "RenderableType", line: str | None = None, *, now: bool = False) -> None:
-        """Shows `content` in the place of what was shown before.
+        """Shows `content` in the place of the content before.
 
         Args:
-            line: what is printed where there is no terminal; default: the content as text.
+            line: printed if there is no terminal; default: the content as text.
             now: print the line whether it is due or not.
         """
         with suppress(*CANNOT_WRITE):
@@ -105,11 +105,11 @@ class LiveDisplay:
                 print(str(content) if line is None else line, file=self._stream, flush=True)
 
     def clear(self) -> None:
-        """Removes what is shown."""
+        """Removes the content."""
         self._stop(transient=True)
 
     def finish(self) -> None:
-        """Leaves what is shown, as ordinary lines."""
+        """Leaves the content on the terminal, as ordinary lines."""
         self._stop(transient=False)
 
     def _started(self) -> "Live":

@@ -13,8 +13,8 @@ from importlib.metadata import entry_points
 def imports_kept() -> Iterator[None]:
     """Imports made in this context are excluded from garbage collection (first use in a process only).
 
-    While importing, collections take a fifth of the time; later ones would go through all of it, 0.3 s before each
-    recording of a CUDA graph.
+    During imports, collections take a fifth of the time. Later collections would go through all imported objects, which
+    takes 0.3 s before each capture of a CUDA graph.
     """
     if "torch" in sys.modules:  # a second run in this process: what the first one left is to be collected
         yield
@@ -28,7 +28,7 @@ def imports_kept() -> Iterator[None]:
 
 
 def drop_unusable_backend() -> None:
-    """Forgets a choice of matplotlib's backend that this environment has not.
+    """Removes a choice of matplotlib's backend that this environment lacks.
 
     Notebooks (Jupyter, Colab, Kaggle) export MPLBACKEND=module://matplotlib_inline.backend_inline to the commands that
     are started from them. Without that module, importing matplotlib fails, and with it Lightning. Files are drawn with

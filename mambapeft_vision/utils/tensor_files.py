@@ -37,7 +37,7 @@ _FORMS = "Expected safetensors, or a PyTorch file that holds tensors only"
 
 
 def read_tensors(file: Path | str, *, max_bytes: int = MAX_BYTES) -> Any:
-    """What a file of weights holds: a dict of tensors, or what `torch.save` was given, if that is plain data.
+    """Reads a file of weights: a dict of tensors, or the value given to `torch.save` if it is plain data.
 
     Args:
         max_bytes: largest size of the file in bytes; no tensor takes more memory than the file has for it.
@@ -65,7 +65,7 @@ def is_safetensors(opened: BinaryIO) -> bool:
 
 
 def metadata_of(file: Path | str) -> dict[str, Any]:
-    """The texts that a safetensors file, which `read_tensors` has read, has beside its tensors; {} of other files."""
+    """The metadata of a safetensors file that `read_tensors` has read; {} for other files."""
     with open_plain(file, max_bytes=MAX_BYTES, follow_links=True) as opened:
         if not is_safetensors(opened):
             return {}
@@ -107,7 +107,7 @@ def _load(opened: BinaryIO, where: str, remedy: str, map_location: Any = "cpu") 
 
 
 def _check_pickles(opened: BinaryIO) -> None:
-    """Looks through what PyTorch will unpickle. Raises whatever is wrong, UserError (of "it") or not."""
+    """Checks the pickles that PyTorch will read. Raises UserError (which calls the file "it") or another error."""
     is_zip = opened.read(4) == _ZIP
     size = opened.seek(0, os.SEEK_END)
     opened.seek(0)
@@ -142,7 +142,7 @@ def _tensors(content: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def system_errors(path: str | Path) -> Iterator[None]:
-    """What a disk has against a file that safetensors writes becomes the OSError that it was, and names `path`."""
+    """Turns safetensors' errors of the disk back into the OSError that they were, which names `path`."""
     try:
         yield
     except SafetensorError as error:
@@ -164,7 +164,7 @@ def with_checksum(content: Any) -> bytes:
 
 
 def load_checked(file: Path | str, *, max_bytes: int = MAX_BYTES, map_location: Any = "cpu") -> Any:
-    """What `with_checksum` was given.
+    """Reads a value that `with_checksum` wrote.
 
     Raises:
         UserError: for a file that differs from what was written, in any bit. The caller knows the remedy.

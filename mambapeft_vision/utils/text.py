@@ -1,7 +1,7 @@
-"""Text of others made safe for where it is shown: terminals and logs, Markdown, LaTeX, HTML, CSV, shells.
+"""Makes untrusted text safe for the place where it is shown: terminals and logs, Markdown, LaTeX, HTML, CSV, shells.
 
-Names from files (of methods, tasks, tensors, devices) can hold anything. Each place where they are printed has one
-function here; whoever prints such a name calls it.
+Names from files (of methods, tasks, tensors, devices) can hold anything. Each kind of output has one function here;
+code that prints such a name calls it.
 """
 
 import html

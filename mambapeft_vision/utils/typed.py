@@ -94,7 +94,7 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], 
 
 
 def expected_kind(value: Any, annotation: Any) -> str | None:
-    """What `annotation` asks for, in words; None where `value` fits, or where no config can express the annotation."""
+    """The type that `annotation` expects, in words; None if `value` fits or no config can express the annotation."""
     if annotation is inspect.Parameter.empty:
         return None
     try:
@@ -125,7 +125,7 @@ _OTHER_NAMES = {
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`did you mean a, b?`, or all known names where none is near. The names may be those of a file of others."""
+    """`did you mean a, b?`, or all known names if none is near. The names may come from an untrusted file."""
     known = sorted(plain(k, _LONGEST_NAME) for k in known)
     also = [_OTHER_NAMES[name]] if _OTHER_NAMES.get(name) in known else []
     near = also or difflib.get_close_matches(name[:_LONGEST_NAME], known, n=3, cutoff=0.5)

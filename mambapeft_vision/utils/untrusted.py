@@ -1,4 +1,4 @@
-"""Readers for files of others: weights, results, lists, arrays, configs that somebody sent.
+"""Readers for untrusted files: weights, results, lists, arrays and configs that somebody sent.
 
 Every reader opens plain files only (no device, pipe or socket, and no link unless it says so), reads no more bytes than
 its limit, unpacks and nests no more than its limits, runs nothing, and raises nothing but `UserError`.
@@ -163,10 +163,10 @@ def read_yaml(file: Path | str, *, max_bytes: int = MAX_YAML_BYTES, references: 
 
     Args:
         references: whether keys and values may hold `${`, which OmegaConf would resolve (environment variables, other
-            keys). Never for files of others.
+            keys). Never for untrusted files.
 
     Raises:
-        UserError: for what is not so; OSError for a file that is missing.
+        UserError: for any other content; OSError for a file that is missing.
     """
     return parse_yaml(read_text(file, max_bytes=max_bytes), str(file), references=references)
 
@@ -201,7 +201,7 @@ def refuse_references(content: Any, where: str) -> None:
 
 
 def _check_events(text: str, where: str) -> None:
-    """Refuses anchors (each alias is a copy), tags, and what is too large, before anything is built."""
+    """Raises UserError for anchors (each alias is a copy), tags and large contents, before anything is built."""
     depth = 0
     for values, event in enumerate(yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
@@ -245,7 +245,7 @@ def read_arrays(
         kinds: NumPy's letters of the kinds of type that are allowed.
 
     Raises:
-        UserError: for what is not so; OSError for a file that is missing.
+        UserError: for any other content; OSError for a file that is missing.
     """
     try:
         with open_plain(file, max_bytes=max_bytes, follow_links=follow_links) as opened:
@@ -353,13 +353,13 @@ def _too_large(file: Path | str, size: int, max_bytes: int) -> UserError:
 
 
 def files_below(folder: Path, *, hidden: bool = True) -> list[Path]:
-    """What is no folder below `folder`, sorted; folders that are links are not entered, those that vanish are left out.
+    """Everything below `folder` that is no folder, sorted. Linked folders are not entered; vanished ones are skipped.
 
     Args:
         hidden: whether files and folders count whose names begin with a dot.
 
     Raises:
-        UserError: for folders inside of folders that no one makes by hand: they cost time at each level.
+        UserError: for folders nested deeper than anybody makes by hand, because each level costs time.
     """
     found = []
     todo = [(folder, 0)]
@@ -398,7 +398,7 @@ def refuse_links(path: Path, base: Path) -> None:
 
 @contextmanager
 def open_zip(opened: BinaryIO, where: str, *, max_members: int) -> Iterator[zipfile.ZipFile]:
-    """A zip file whose directory is no larger than it may be; members are stored or deflated.
+    """Opens a zip file with a directory of limited size; members must be stored or deflated.
 
     Args:
         opened: result of `open_plain`.
