@@ -62,7 +62,7 @@ def milliseconds(call: Callable[[int], object], device: str, repeats: int) -> fl
 
 
 def measure(backbone: str, preset: str, adapters: int, batch: int, device: str, repeats: int) -> dict[str, str]:
-    """What the command prints, by name."""
+    """Measures one preset. Returns the figures that the command prints, by name."""
     pool, load = pool_of(backbone, preset, adapters, device)
     height, width = pool.backbone.pretrained_cfg["input_size"][1:]
     images = torch.randn(batch, 3, height, width, device=device)

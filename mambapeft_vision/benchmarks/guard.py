@@ -1,4 +1,4 @@
-"""Has training become slower? A few runs against the rates in git, in units of a fixed piece of work on the same GPU.
+"""Checks whether training has become slower: a few runs against the rates in git, in units of a fixed piece of work.
 
 Two cards of one name differ, and a card that others use is slower. So a rate is compared as images per reference: the
 images trained in the time in which the same GPU, just before, multiplies two matrices and copies a tensor.

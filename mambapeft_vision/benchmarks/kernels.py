@@ -69,7 +69,7 @@ class Chip:
 
 @dataclass(frozen=True)
 class Work:
-    """What a kernel cannot avoid: each exponential and FLOP once, each input read and output written once."""
+    """The unavoidable work of a kernel: each exponential and FLOP once, each input read and output written once."""
 
     exponentials: float = 0
     fp32: float = 0

@@ -1,4 +1,4 @@
-"""CSV files of measurements. The first line says what they were measured with, so that no table stands without it."""
+"""CSV files of measurements. Their first line names card, versions, commit and day, so that every table has them."""
 
 import csv
 import io

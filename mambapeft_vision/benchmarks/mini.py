@@ -37,7 +37,7 @@ PAPER_STEPS = 100 * 32
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is to be run.
+    """The runs of the mini benchmark on one backbone.
 
     Args:
         configs: the folder with train.yaml.

@@ -1,4 +1,4 @@
-"""The mini benchmark's document: what runs make stands between two marks, what is written by hand around them."""
+"""The mini benchmark's document: generated text stands between two marks, text written by hand around them."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What the mini benchmark tunes of every method, with the same number of trials for all, and what it chooses.
+"""The settings that the mini benchmark tunes, with the same number of trials for every method, and its choice.
 
 A method gets `BUDGET` trials, each the mean accuracy on val200 of five tasks after training on train800, one seed:
 
@@ -43,7 +43,7 @@ class Setting:
     scale: float = 1.0
 
     def changes(self, methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
-        """As overrides of a run with these methods. What is the preset's is not said: it is the same run."""
+        """The setting as overrides of a run with these methods. The preset's own values are left out."""
         found = [f"trainer.learning_rate={self.rate}"]
         if self.decay is not None:
             found.append(f"trainer.weight_decay={self.decay}")

@@ -57,7 +57,7 @@ class Case:
 
 
 def work(case: Case) -> dict[str, Work]:
-    """Op → what it cannot avoid: bytes in bfloat16, each tensor once; special functions and products once."""
+    """Op → its unavoidable work: bytes in bfloat16, each tensor once; special functions and products once."""
     places = case.batch * case.side**2
     e, d = float(places * case.channels), float(places * case.width)
     proj = float(places * 4 * (case.rank + 2 * case.states))

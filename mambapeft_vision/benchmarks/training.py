@@ -9,8 +9,8 @@
     python scripts/bench_train.py --reference MambaPEFT              # and a checkout of the published code, if it runs
 
 The images are JPEG files of random content in VTAB's folder layout, 1,000 to train on, made by this script; weights are
-random. A run trains a few epochs; its speed is the median over the epochs after the second (the first two launch kernel
-by kernel and record). Busy share: time that kernels run, by the profiler, over the time of a step.
+random. A run trains a few epochs; its speed is the median over the epochs after the second. In the first two, kernels
+are launched one by one and the step is captured. Busy share: the kernels' time, by the profiler, over a step's time.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def plan_of_method(method: str, more: list[str]) -> RunPlan:
 def measure(
     task: Path, outputs: Path, backbone: str, method: str, batch: int, precision: str, kept: Kept, more: list[str]
 ) -> dict[str, Any]:
-    """One short run through `train`; what its files say."""
+    """One short run through `train`. Returns the figures in its files."""
     chosen = [f"backbone={backbone}", f"dataset.batch_size={batch}", f"trainer.precision={precision}", *more]
     _, plan = plan_of(overrides(task, outputs, method, *chosen))
     measured = EPOCHS.get(batch, 8)
@@ -167,7 +167,7 @@ class Prepared:
 
 
 def prepare(plan: RunPlan, batch: int, precision: str) -> Prepared:
-    """Steps that are recorded by the time this returns."""
+    """Prepares steps that are captured by the time this returns."""
     device = torch.device("cuda", 0)
     apply_precision(precision)
     backbone = build_backbone(plan)
@@ -199,7 +199,7 @@ def seconds_a_round(steps: list[Prepared], count: int) -> float:
 
 
 def side_by_side(plan: RunPlan, batch: int, precision: str, most: int) -> Iterator[str]:
-    """Lines: the throughput of 1, 2, 4, … independent runs on one GPU, each a recorded step on its own stream."""
+    """Lines: the throughput of 1, 2, 4, … independent runs on one GPU, each a captured step on its own stream."""
     steps: list[Prepared] = []
     alone = None
     while len(steps) < most:
@@ -211,7 +211,7 @@ def side_by_side(plan: RunPlan, batch: int, precision: str, most: int) -> Iterat
 
 @dataclass(frozen=True)
 class Profile:
-    """A recorded step. seconds: of one; times: µs of each of its kernels, by name."""
+    """A captured step. seconds: time of one; times: µs of each of its kernels, by name."""
 
     seconds: float
     times: dict[str, list[float]]
@@ -240,7 +240,7 @@ def profile(plan: RunPlan, batch: int, precision: str) -> Profile:
 
 
 def breakdown(plan: RunPlan, batch: int, precision: str, top: int = 16) -> Iterator[str]:
-    """Lines of a table: where the time of one recorded step goes."""
+    """Lines of a table: where the time of one captured step goes."""
     found = profile(plan, batch, precision)
     kernels = sum(map(len, found.times.values()))
     yield (
@@ -393,7 +393,7 @@ def report(rows: list[dict[str, Any]], out: Path | None) -> None:
 
 
 def measure_steps(options: argparse.Namespace, backbone: str) -> None:
-    """Prints what is asked about steps by themselves: their profile, and several of them on one GPU."""
+    """Prints the requested measurements of single steps: their profile, and several of them on one GPU."""
     more = [f"backbone={backbone}", *options.set]
     for method, batch in itertools.product(options.profile, options.batch):
         plan = plan_of_method(method, more)
