@@ -60,7 +60,7 @@ def accuracy() -> str:
 
 
 def _best_at_each_size(measured: Sequence[tuple[str, int, float]]) -> set[str]:
-    """Names of those that nothing with as few parameters beats, and of the references every reader looks for."""
+    """Names of the presets that none with as few parameters beats, and of the references every reader looks for."""
     best, highest = {"lora_p_x", "scratch"}, float("-inf")
     for name, _, value in sorted(measured, key=lambda row: (row[1], -row[2])):
         if value > highest:

@@ -1,4 +1,4 @@
-"""Which implementation runs: resolved once from what was asked for and what this machine has."""
+"""The choice of an implementation: resolved once from the name asked for and from what this machine can run."""
 
 import importlib.util
 import os
@@ -146,7 +146,7 @@ def _takes(name: str, dtype: torch.dtype | None) -> bool:
 
 
 def describe(name: str, device: torch.device | str) -> str:
-    """One line for the log: what was asked for and what runs."""
+    """One line for the log: the name asked for and the backend that runs."""
     device = torch.device(device)
     resolved = resolve_backend(name, device)
     asked = "" if name == resolved else f" (kernel={name})"

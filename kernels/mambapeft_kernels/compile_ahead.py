@@ -42,16 +42,18 @@ class BlockSizes:
 def compile_ahead(
     sizes: BlockSizes, scale: float, dtype: torch.dtype, device: torch.device, backend: str
 ) -> tuple[Future, ...]:
-    """Starts to compile what training and testing launch of frozen blocks of two directions; once a process.
+    """Starts to compile the kernels that training and testing launch for frozen blocks of two directions.
 
-    What a method changes (more states, gradients of weights, ...) compiles when it is launched, and so do variants for
-    batches that are no multiple of 4, whose drop-path factors are less aligned.
+    A process does this once for the same arguments.
+
+    Kernel variants that only some methods need (extra states, weight gradients) compile at their first launch. So do
+    variants for batches that are no multiple of 4, whose drop-path factors are less aligned.
 
     Args:
         scale: factor on the block's sum of directions.
         dtype: dtype of the activations.
         backend: a resolved one; only fused kernels compile.
-    Returns: what to wait for with `concurrent.futures.wait`.
+    Returns: futures for `concurrent.futures.wait`.
     """
     if device.type != "cuda" or backend not in FUSED:
         return ()
@@ -160,18 +162,18 @@ class _Block:
         torch.autograd.backward(used, [torch.zeros_like(output) for output in used])
 
     def first_norm(self) -> None:
-        """Of the embedded tokens, which autocast leaves in float32; what they are is seldom trained."""
+        """The norm of the embedded tokens, which autocast leaves in float32 and which are seldom trained."""
         tokens = self._wide(_BATCH, _LENGTH, self._sizes.width)
         add_rms_norm(tokens, None, self._wide(self._sizes.width), 1e-5, None, self._backend)
 
     def low_rank(self, rank: int) -> None:
-        """Beside the half of in_proj that makes x. Ranks that are multiples of 16 share a variant, and others do."""
+        """LoRA beside the half of in_proj that makes x. Multiples of 16 share a variant, and so do other ranks."""
         out = self._activations(_BATCH * _LENGTH, 2 * self._sizes.channels)
         up = self._wide(self._sizes.channels, rank)
         low_rank_add(out[:, : len(up)], self._activations(len(out), rank), up, 1.0, self._backend)
 
     def images(self) -> None:
-        """Their normalisation, in the dtype of the activations; pixels whose number is a multiple of 16."""
+        """The images' normalisation, in the activations' dtype, for numbers of pixels that are multiples of 16."""
         pixels = self._wide(_BATCH, 3, 16, 16).to(torch.uint8)
         look_up(pixels, self._wide(3, 256), self._dtype, self._backend)
 
@@ -233,7 +235,7 @@ class _Stage:
                 self._back(outputs[0])  # of the last norm nothing uses the sum
 
     def low_rank(self) -> None:
-        """Beside in_proj."""
+        """LoRA beside in_proj."""
         out = self._map(self._sizes.channels).flatten(0, 2)
         for rank in (16, 4):
             up = self._wide(self._sizes.channels, rank)

@@ -1,8 +1,8 @@
-"""What ops with a backward pass of their own share: autocast off, and derivatives of any order by the definition.
+"""Helpers for ops with their own backward pass: autocast off, and derivatives of any order from the definition.
 
-A fused backward pass computes numbers that autograd cannot follow. Where somebody asks for derivatives of gradients
-(`create_graph=True`: Hessian-vector products, gradient penalties, influence functions), the gradients are those of the
-op's definition in plain PyTorch instead: slower, and right in all orders.
+Autograd cannot differentiate a fused backward pass. If derivatives of gradients are needed (`create_graph=True`:
+Hessian-vector products, gradient penalties, influence functions), the gradients are computed from the op's definition
+in plain PyTorch instead. That is slower, and correct in all orders.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Matrix products whose result is wanted in another dtype than their factors'."""
+"""Matrix products whose result has another dtype than their factors."""
 
 import torch
 from torch import Tensor

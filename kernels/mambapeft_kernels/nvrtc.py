@@ -1,6 +1,6 @@
 """CUDA C++ compiled at run time with NVRTC through cuda-core: no nvcc, no build step, no headers.
 
-What is compiled is kept on the disk, in Triton's cache of kernels (~/.triton/cache, or TRITON_CACHE_DIR).
+Compiled kernels are kept on the disk, in Triton's cache (~/.triton/cache, or TRITON_CACHE_DIR).
 """
 
 import ctypes

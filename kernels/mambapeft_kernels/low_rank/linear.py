@@ -46,7 +46,7 @@ def add_low_rank(out: Tensor, x: Tensor, branches: Sequence[LowRankFactors]) -> 
 
 
 class _Settings(NamedTuple):
-    """What is no tensor of several branches: their common dropout, and for each its scale and rows."""
+    """The settings of several branches: their common dropout, and the scale and rows of each."""
 
     dropout: float
     scales: tuple[float, ...]
@@ -60,7 +60,7 @@ def _taken_apart(branches: Sequence[LowRankFactors]) -> tuple[_Settings, list[Te
 
 
 class _Kept(NamedTuple):
-    """What the gradients of the branches need."""
+    """The tensors that the branches' gradients need."""
 
     x: Tensor  # [m, in]
     down: Tensor  # [Σr, in], of all branches one below another
@@ -170,7 +170,7 @@ def _linear_definition(
 def _branches_definition(
     settings: _Settings, features: int, dtype: torch.dtype, mask: Tensor | None, x: Tensor, *factors: Tensor
 ) -> Tensor:
-    """What the branches add to `features` features, in plain PyTorch; mask: [m, Σr], of the dropout, or None."""
+    """The branches' sum for `features` features, in plain PyTorch; mask: [m, Σr], of the dropout, or None."""
     ranks = [len(down) for down in factors[::2]]
     kept = [1.0] * len(ranks) if mask is None else mask.view(*x.shape[:-1], -1).split(ranks, dim=-1)
     total = x.new_zeros(*x.shape[:-1], features, dtype=dtype)

@@ -1,6 +1,6 @@
 """The states that the fused forward keeps for the backward: one in every CHUNK tokens, in the activations' dtype.
 
-The recurrence itself is float32 everywhere; what is rounded is where the backward starts a chunk from.
+The recurrence itself is float32 everywhere; only the states from which the backward starts its chunks are rounded.
 
 Chunks lie on the same grid of tokens for both directions: chunk j covers tokens [j·CHUNK, (j+1)·CHUNK), and its
 checkpoint is the state with which its direction enters it.

@@ -31,7 +31,7 @@ class SS2DWeights(NamedTuple):
 
 
 def ss2d(u: Tensor, weights: SS2DWeights, backend: str = "auto") -> Tensor:
-    """Σ_k scan_k(u): what stands between SiLU and out_norm of a VMamba block (arXiv 2401.10166, section 4.2).
+    """Σ_k scan_k(u): the part of a VMamba block between SiLU and out_norm (arXiv 2401.10166, section 4.2).
 
     Direction 0 reads the map row by row, 1 column by column, 2 and 3 read these sequences backwards. For each:
     [δ | B | C] = u x_projᵀ; Δ = softplus(δ dt_projᵀ + bias); h_t = exp(Δ_t A) h_{t-1} + Δ_t u_t B_t;

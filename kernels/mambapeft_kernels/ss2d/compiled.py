@@ -40,7 +40,7 @@ class _Direction:
         self.raw = self.projected[..., : self.rank] @ self.dt_proj.T  # [B, L, E]
 
     def arrays(self) -> tuple[Any, ...]:
-        """What both loops read."""
+        """The arrays that both loops read."""
         dt_bias, A, D = self.dt_bias.numpy(), self.A.numpy(), self.D.numpy()
         return self.u.numpy(), self.raw.numpy(), dt_bias, A, self.projected.numpy(), self.rank, D, self.reverse
 

@@ -1,6 +1,6 @@
 """The scans of `ss2d` in CUDA C++ (scan_forward.cu, scan_backward.cu), for one state a channel in bfloat16.
 
-What else there is (float32, more states, channels that do not come in sixteens) the Triton kernels do.
+The Triton kernels do all other cases: float32, more states, numbers of channels that are no multiple of 16.
 """
 
 import torch
@@ -103,7 +103,7 @@ class Scans:
 
     @property
     def checkpoint_shape(self) -> tuple[int, ...]:
-        """Of the states that the forward keeps: one in every 8 steps."""
+        """The shape of the states that the forward keeps: one in every 8 steps."""
         return self.batch, DIRECTIONS, self.segments * self.chunks, self.channels
 
     def _planes(self, name: str) -> int:
@@ -113,7 +113,7 @@ class Scans:
         return next((n for n in (1, 2) if self._warps_a_direction * n >= WANTED_WARPS[name]), DIRECTIONS)
 
     def _ends(self, dy: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What each segment makes of the state before it (with dy: of the adjoint behind it); empty for one segment."""
+        """Each segment's effect on the state before it (with dy: on the adjoint behind it); empty for one segment."""
         shape = (self.batch, DIRECTIONS, self.segments, self.channels) if self.segments > 1 else (0,)
         decay, end = self.skip.new_empty(shape), self.skip.new_empty(shape)
         if self.segments > 1:
@@ -140,7 +140,7 @@ class Scans:
         )  # fmt: skip
 
     def _shared_bytes(self, name: str) -> int:
-        """Of a block: `struct Shared` in the kernels' files."""
+        """Bytes of shared memory of a block: `struct Shared` in the kernels' files."""
         rows, tile = _SAMPLES * _STEPS, _WARP * self.warps + 8
         row = pitch(self.rank) if pitch(self.rank) // 8 % 2 else pitch(self.rank) + 8
         tiles = {"forward": 4, "ends": 2, "backward": 6}[name] * rows

@@ -1,7 +1,7 @@
 """`ss2d` on fused kernels: one autograd node made of two `torch.library` ops.
 
 Forward: one product for the projections of all directions, the scans, their sum. Backward: the scans' adjoints, and one
-kernel that adds up what reaches u. Gradients are computed only for what asks for them.
+kernel that adds up the parts of u's gradient. Only tensors that require a gradient get one.
 """
 
 import torch

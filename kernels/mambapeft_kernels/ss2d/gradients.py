@@ -1,4 +1,4 @@
-"""What the backends' gradients have in common."""
+"""The last step of the backends' gradients."""
 
 from torch import Tensor
 

@@ -530,11 +530,11 @@ class Scans:
 
     @property
     def checkpoint_shape(self) -> tuple[int, ...]:
-        """Of the states that the forward keeps, in u's dtype: one in every BLOCK_T steps."""
+        """The shape of the states that the forward keeps, in u's dtype: one in every BLOCK_T steps."""
         return self.batch, DIRECTIONS, self.segments * self.chunks, self.states, self.channels
 
     def _segment_states(self, dy: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What each segment makes of the state before it (with dy: of the adjoint behind it); empty for one segment."""
+        """Each segment's effect on the state before it (with dy: on the adjoint behind it); empty for one segment."""
         groups = self.batch * DIRECTIONS * self.segments if self.segments > 1 else 0
         decay = self.A.new_empty(groups, self.channels)
         end = self.A.new_empty(groups, self.states, self.channels)

@@ -30,7 +30,7 @@ def ss2d(u: Tensor, weights: SS2DWeights) -> Tensor:
 
 @dataclass
 class _Chunk:
-    """What the scans need of a few steps: decays and states are [T, 4, B, N, E], the rest [T, 4, B, ...]."""
+    """The tensors of a few steps: decays and states are [T, 4, B, N, E], the rest [T, 4, B, ...]."""
 
     places: Tensor  # [T, 4], where each direction reads
     u: Tensor  # E
@@ -87,7 +87,7 @@ class _Sequence:
         return _Chunk(places, u, low, B, C, delta, decay, states)
 
     def read_states(self, states: Tensor) -> Tensor:
-        """What C reads."""
+        """The states as C reads them, with the offset."""
         offset = self.w.state_offset
         return states if offset is None else states + offset.mT[:, None]
 

@@ -31,7 +31,7 @@ def ssm_mixer(
     *,
     z: Tensor | None = None,
 ) -> Tensor:
-    """scale · silu(z) · Σ_d scan_d(x): what stands between in_proj and out_proj of a Vim block.
+    """scale · silu(z) · Σ_d scan_d(x): the part of a Vim block between in_proj and out_proj.
 
     For each direction d (Vim, arXiv 2401.09417, algorithm 1):
     u = silu(conv(x)); [dt | B | C] = u x_projᵀ; Δ = softplus(dt dt_projᵀ + dt_bias); y = scan(u, Δ, A, B, C, D).

@@ -2,7 +2,7 @@
 
 Forward: conv + SiLU, x_proj, dt_proj + softplus, then both scans with gate and sum. Backward: recompute u, Δ, B, C
 (unless kept), both scans' adjoints, the way back through the projections, the convolution. The backends differ in
-the scans (`_scans`) and the convolution (`_convolution`). Gradients are computed only for what asks for them.
+the scans (`_scans`) and the convolution (`_convolution`). Only tensors that require a gradient get one.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What surrounds the scans, in Triton: x_proj, dt_proj + softplus, and the way back.
+"""The operations around the scans, in Triton: x_proj, dt_proj + softplus, and their gradients.
 
 Both directions share every launch. Weights are cast where they are loaded: under autocast they arrive in float32
 while x is bfloat16. Numbers of samples and tokens are not specialised on: they decide no alignment, and an epoch's last

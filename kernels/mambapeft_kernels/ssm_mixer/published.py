@@ -1,7 +1,7 @@
 """The mixer core on the published kernels of mamba-ssm and causal-conv1d: for comparison, not for speed.
 
-They want [B, E, L], one direction at a time, read forwards, and give every gradient always; so this pays for
-transposes and flips, as the reference implementation does.
+These kernels read [B, E, L], one direction at a time and forwards, and always compute every gradient. So this backend
+pays for transposes and flips, as the reference implementation does.
 """
 
 import torch

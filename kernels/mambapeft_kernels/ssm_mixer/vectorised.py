@@ -1,7 +1,7 @@
 """The mixer core in vectorised PyTorch, for CPUs (and any device without a fused backend).
 
 One autograd node for the whole core. It keeps x, z, the ungated sum and one state in every few steps; the
-convolution, Δ, B and C are recomputed in the backward. Gradients are computed only for what asks for them.
+convolution, Δ, B and C are recomputed in the backward. Only tensors that require a gradient get one.
 """
 
 from typing import Any
