@@ -72,7 +72,7 @@ class Norm(Ported):
 def add_norm(norm: nn.Module, hidden: Tensor, residual: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """The norm of residual + scale · hidden [B, ..., D], and that sum in at least float32; scale: [B] or None.
 
-    One pass makes both unless somebody else takes part in the norm, which is then called.
+    One pass makes both, unless other code takes part in the norm; then the norm is called.
     """
     if computes_as(norm, Norm):
         return add_layer_norm(hidden, residual, norm.read("weight"), norm.read("bias"), norm.eps, scale, norm.kernel)
@@ -197,7 +197,7 @@ class SS2D(Ported):
         return self.out_proj(y if z is None else y * F.silu(z))
 
     def _conv_silu(self, x: Tensor) -> Tensor:
-        """silu(conv2d(x)), [B, H, W, E]; conv2d is called where somebody else takes part in it."""
+        """silu(conv2d(x)), [B, H, W, E]; conv2d is called if other code takes part in it."""
         conv = self.conv2d
         if not computes_as(conv, PortedConv2d):
             announce("conv2d", conv)
@@ -655,7 +655,7 @@ OFFICIAL_SIZES = {
 
 
 def _sizes(state: Mapping[str, Tensor]) -> tuple[int, int, int, tuple[int, ...]] | None:
-    """What tells the variants apart, read from shapes and names; None where the names are no VMamba's."""
+    """The sizes that distinguish the variants, from shapes and names; None if the names are not VMamba's."""
     out_proj, A_logs = (state.get(f"layers.0.blocks.0.op.{name}") for name in ("out_proj.weight", "A_logs"))
     if out_proj is None or A_logs is None or out_proj.ndim < 2 or A_logs.ndim != 2:
         return None

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
     out = Path(f"{image.stem}-explained.png") if options.out is None else options.out.expanduser()
     draw(found, out)
     top = ", ".join(f"{name} {share:.1%}" for name, share in found.prediction.top)
-    print(f"{image}: {top}. What speaks for {found.class_name} is drawn in {out}")
+    print(f"{image}: {top}. The evidence for {found.class_name} is drawn in {out}")
 
 
 def _parser() -> ArgumentParser:

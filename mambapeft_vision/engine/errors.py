@@ -7,7 +7,7 @@ import torch
 
 from mambapeft_vision.utils.errors import UserError, disk_errors_of
 
-_KEPT = "What was written before is whole, and the same command goes on from there"
+_KEPT = "What was written before is whole, and the same command continues from there"
 
 
 @contextmanager

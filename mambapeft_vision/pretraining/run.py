@@ -66,7 +66,7 @@ def pretrain(config: PretrainConfig, callbacks: Sequence[Callback] = ()) -> dict
         checkpoint = checkpoint_file(config)
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         if checkpoint.is_file():
-            print(f"goes on after step {steps_done_in(checkpoint, module.identity)}, from {checkpoint}", flush=True)
+            print(f"continues after step {steps_done_in(checkpoint, module.identity)}, from {checkpoint}", flush=True)
 
         def save(accuracies: dict[str, float]) -> dict[str, Any]:
             return save_weights(module.average.model.backbone, Path(config.out), make_record(module, accuracies))

@@ -89,8 +89,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     )
     if not other and not math.isclose(predictions.loss, record.loss, rel_tol=0.01, abs_tol=1e-3):
         console.say(
-            f"the test loss is {predictions.loss:.4g}, recorded {record.loss:.4g}: more than roundings differ. A file "
-            f"of {folder}, or the code, is not as it was"
+            f"the test loss is {predictions.loss:.4g}, recorded {record.loss:.4g}: they differ by more than rounding. "
+            f"A file of {folder} or the code has changed since"
         )
     return evaluation
 

@@ -129,7 +129,7 @@ def job(function: Callable[[DictConfig], float | None]) -> Callable[[DictConfig]
             if (
                 isinstance(error, NotFiniteError) and error.ends_sweep and _launches
             ):  # jobs elsewhere have begun already
-                raise SweepEnded("trainer.on_nonfinite=stop; skip_run goes on with the other runs") from error
+                raise SweepEnded("trainer.on_nonfinite=stop; with skip_run the other runs continue") from error
             return None
 
     return wrapped
@@ -159,7 +159,7 @@ def _code_of(main: Callable[[], int | None]) -> int | None:
         say(f"\n{stop}; the same command continues", sys.stderr)
         return PREEMPTED
     except SweepEnded as end:
-        say(f"\nthe sweep ends with this run ({end}); the same command goes on", sys.stderr)
+        say(f"\nthe sweep ends with this run ({end}); the same command continues", sys.stderr)
     except BrokenPipeError as error:
         if error.filename is None:
             return NO_READER

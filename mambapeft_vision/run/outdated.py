@@ -35,8 +35,8 @@ def outdated_note(found: Iterable[Found]) -> str:
         return ""
     what = ", ".join(f"{count:,} of other {words}" for words, count in sorted(counts.items()))
     return (
-        f"{counts.total():,} of {len(results):,} results are not of what there is now: {what}; "
-        "the commands that made them make them again"
+        f"{counts.total():,} of {len(results):,} results were made from inputs that have changed since: {what}; "
+        "run their commands again to renew them"
     )
 
 

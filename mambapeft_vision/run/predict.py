@@ -168,7 +168,7 @@ def files_in(out: Path) -> set[str]:
 
 def _damaged(out: Path, problem: str) -> UserError:
     return UserError(
-        f"{plain(out)} is no output of mambapeft predict ({problem}); expected one to go on with. Move it away, or "
+        f"{plain(out)} is no output of mambapeft predict ({problem}); expected one to append to. Move it away, or "
         "choose another file (--out)"
     )
 

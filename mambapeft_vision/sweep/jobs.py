@@ -34,7 +34,7 @@ class State(Enum):
     NEW = "new"
     BEGUN = "begun"  # it continues from a checkpoint
     FINISHED = "finished"
-    OUTDATED = "outdated"  # finished on other images or weights than there are now: it runs again
+    OUTDATED = "outdated"  # finished on images or weights that have changed since: it runs again
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def describe(jobs: Sequence[Job], speeds: Speeds, workers: int) -> str:
             *lines,
             "",
             f"{len(jobs)} runs: " + ", ".join(f"{count} {state}" for state, count in counts.items()),
-            "time unknown: no run of this backbone is recorded yet, and no rates=FILE tells of all of them"
+            "time unknown: some of these runs have neither a recorded run nor a rate (rates=FILE) to estimate it from"
             if total is None
             else f"about {format_duration(total / workers)} with {workers} at a time, by recorded runs and rates",
         ]

@@ -256,7 +256,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(config, tmp_path, capsys
     assert (tmp_path / "again.checkpoint").is_file()
     capsys.readouterr()
     assert run.pretrain(again)["sha256"] == whole["sha256"]
-    assert f"goes on after step {goes_on_after}" in capsys.readouterr().out
+    assert f"continues after step {goes_on_after}" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.checkpoint"))
 
 
@@ -317,7 +317,7 @@ def test_a_killed_process_is_continued_by_the_same_command(images, tmp_path):
     process.join()
     assert process.exitcode == -signal.SIGKILL
     code, out, err = crashes.command(tmp_path, "train.py", *command)
-    assert code == 0 and "goes on after step" in out, err
+    assert code == 0 and "continues after step" in out, err
     found = json.loads((tmp_path / "again.json").read_text())
     assert found["steps"] == 120
     threads = torch.get_num_threads()
@@ -353,7 +353,7 @@ def test_a_run_on_a_gpu_learns_and_an_interrupted_one_goes_on(config, cuda_graph
         run.pretrain(config, [faults.raises(KilledError(), 34)])
     record = run.pretrain(config)
     out = capsys.readouterr().out
-    assert "goes on after step 20" in out and "cannot be captured" not in out
+    assert "continues after step 20" in out and "cannot be captured" not in out
     assert record["steps"] == 50 and all(source["held_out_accuracy"] == 1.0 for source in record["data"].values())
 
 

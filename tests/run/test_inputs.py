@@ -199,4 +199,4 @@ def test_another_loss_than_recorded_is_said(finished, capsys):
     tensors = load_file(finished / ADAPTER_FILE)
     save_file({name: 0.5 * tensor for name, tensor in tensors.items()}, finished / ADAPTER_FILE)
     evaluated(finished)
-    assert "more than roundings differ" in capsys.readouterr().out
+    assert "differ by more than rounding" in capsys.readouterr().out

@@ -68,7 +68,9 @@ def test_what_has_changed_is_named(restored, what):
     found = [Found(read_record(run), run), Found(read_record(run))]
     assert outdated_note(found) == ""
     change(restored, what)
-    assert outdated_note(found).startswith(f"1 of 2 results are not of what there is now: 1 of other {what};")
+    assert outdated_note(found).startswith(
+        f"1 of 2 results were made from inputs that have changed since: 1 of other {what};"
+    )
 
 
 def test_what_is_not_there_is_not_compared(restored):
@@ -84,7 +86,7 @@ def test_commands_that_show_results_say_so(restored, monkeypatch, tmp_path, caps
     monkeypatch.chdir(tmp_path)
     words = [*command.split(), str(restored / "out")]
     cli.main(words)
-    assert "not of what there is now" not in capsys.readouterr().err
+    assert "have changed since" not in capsys.readouterr().err
     change(restored, "images")
     cli.main(words)
-    assert "1 of 1 results are not of what there is now: 1 of other images;" in capsys.readouterr().err
+    assert "1 of 1 results were made from inputs that have changed since: 1 of other images;" in capsys.readouterr().err

@@ -185,7 +185,7 @@ def torchvision_items(source: str, root: Path, download: bool) -> Iterator[Item]
             continue
         except (RuntimeError, OSError, ImportError) as error:
             raise UserError(
-                f"torchvision's {source} cannot be had: {plain(error, 500)}. Set dataset.download=true, or put its "
+                f"torchvision's {source} is not available: {plain(error, 500)}. Set dataset.download=true, or put its "
                 f"files in {root}"
             ) from error
         names = getattr(part, "classes", None)
