@@ -91,8 +91,8 @@ def kernel_table(case: str) -> str:
                 f"{float(triton['us']):,.1f}" if triton else "",
                 f"{float(cuda['floor_us']):,.1f}" if known else "",
                 cuda["bound"] if known else "",
-                cuda["fraction_of_floor"] if known else "",
-                cuda["peak_MiB"],
+                f"{float(cuda['fraction_of_floor']):.2f}" if known else "",
+                f"{float(cuda['peak_MiB']):,.1f}",
             ]
         )
     header = ["kernel", "cuda µs", "triton µs", "floor µs", "set by", "share of floor", "MiB"]

@@ -129,7 +129,13 @@ class AdaptedModel(nn.Module):
     def param_groups(
         self, lr: float, weight_decay: float, head_lr_mult: float = 1.0, head_decay_mult: float = 1.0
     ) -> list[dict[str, Any]]:
-        """Optimiser groups, one for each pair of multipliers; the head's biases never decay."""
+        """Optimiser groups, one for each pair of multipliers.
+
+        Args:
+            lr, weight_decay: those of a group whose multipliers are 1; each method has its own multipliers.
+            head_lr_mult, head_decay_mult: the head's multipliers; its biases never decay.
+        Returns: dicts with `params`, `lr` and `weight_decay`, as optimisers of PyTorch take them.
+        """
         requests = [g for m in self.methods.values() for g in m.param_groups()]
         for p in self.head_parameters().values():
             decay_mult = 0.0 if p.ndim == 1 else head_decay_mult

@@ -20,7 +20,7 @@ class AdapterPool:
     """Adapters by name on one backbone, whose tensors all of them share.
 
     An adapter adds its own tensors and nothing else, so a switch copies nothing. Adapters can have any methods, also
-    methods that do not merge, and any number of classes. An adapter that trains tensors of the backbone (bias, full)
+    methods that do not merge, and any number of classes. An adapter that trains tensors of the backbone (bitfit, full)
     has copies of them.
 
     Args:
@@ -42,8 +42,11 @@ class AdapterPool:
         return list(self._models)
 
     def add(self, name: str, folder: str | Path) -> None:
-        """Loads the adapter of a finished run under a name that requests can use.
+        """Loads an adapter.
 
+        Args:
+            name: the name that requests use.
+            folder: the folder of a finished run or of an adapter.
         Raises: UserError for a name that is taken, or an adapter that was trained on another backbone.
         """
         if name in self._models:

@@ -20,7 +20,7 @@ from mambapeft_vision.utils.errors import UserError
 
 
 class Port:
-    """A place for one owner. `value` is the owner's function, or None."""
+    """A place for one owner. `value` is the owner's function, or None; `name` says where it is, for messages."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -28,6 +28,7 @@ class Port:
         self.value: Any = None
 
     def set(self, owner: str, value: Any) -> None:
+        """Puts the function `value` of the method `owner` here. Raises UserError if another method is here already."""
         if self.owner is not None:
             raise UserError(
                 f"port {self.name!r} takes one method, but both {self.owner!r} and {owner!r} want it; "
@@ -164,16 +165,18 @@ class FunctionBranch:
 
 
 class SidePort:
-    """A place for any number of branches that run beside a map; their outputs are added to its output."""
+    """A place for any number of branches beside a map; their outputs are added to its output. name: for messages."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.branches: list[LowRankBranch | FunctionBranch] = []
 
     def add(self, branch: LowRankBranch | FunctionBranch) -> None:
+        """Adds `branch`; branches do not depend on their order."""
         self.branches.append(branch)
 
     def remove(self, owner: str) -> None:
+        """Removes all branches of the method `owner`."""
         self.branches = [branch for branch in self.branches if branch.owner != owner]
 
     @property

@@ -89,7 +89,7 @@ class Method(nn.Module):
         return [{"params": list(self.owned().values()), "lr_mult": self.lr_mult, "decay_mult": self.decay_mult}]
 
     def to_weight_space(self, model: Backbone) -> None:
-        """Replaces branches on activations by equal deltas of weights, as the first step of a merge."""
+        """Replaces branches on activations of `model` by equal deltas of weights, the first step of a merge."""
 
     def fold(self) -> None:
         """Simplifies a method that stays attached in a merged model, without changing what it computes."""
