@@ -94,17 +94,17 @@ def training() -> str:
     large = {row["method"]: float(row["train_images_per_s"]) for row in table if row["batch"] == "256"}
     small = [(row["method"], float(row["train_images_per_s"])) for row in table if row["batch"] == "32"]
     small = [row for row in small if row[0] != "linear_probe"]
-    lines = [
-        Bar(name, rate, FAMILIES[family(name)][0], f"{rate:,.0f} and {large[name]:,.0f}", large[name])
-        for name, rate in sorted(small, key=lambda row: -row[1])
-    ]
+    lines = []
+    for name, rate in sorted(small, key=lambda row: -row[1]):
+        colour, shape, _ = FAMILIES[family(name)]
+        lines.append(Bar(name, rate, colour, f"{rate:,.0f} and {large[name]:,.0f}", large[name], shape))
     return bars(
         lines,
         title="Training images per second of every preset",
         subtitle="Vim-S, one NVIDIA H200, bf16. Bar: batch 32. Black line: batch 256. Without linear_probe.",
         label_width=160,
         row_height=20,
-        legend=[(name, colour) for name, (colour, _, _) in FAMILIES.items()],
+        legend=[(name, colour, shape) for name, (colour, shape, _) in FAMILIES.items()],
     )
 
 
@@ -207,10 +207,10 @@ def ports() -> str:
     drawing.line(243, y + 28, 243, 362)
     drawing.line(243, 362, 1000, 362)
     drawing.line(1000, 362, 1000, y + 30, arrow=True)
-    _port(drawing, 760, 343, "block.mixer_branch", "an addition, from what enters and leaves")
+    _port(drawing, 760, 343, "block.mixer_branch", "adds to the branch's output")
     drawing.text(20, 30, "One block", size=15, bold=True)
     around = "Around the blocks: model.images, model.prompt, model.feature. Blocks with an MLP also have mlp_branch."
-    drawing.text(20, 412, f"Orange: activation ports, empty by default. {around}", colour=GREY)
+    drawing.text(20, 412, f"Dashed: activation ports, empty by default. {around}", colour=GREY)
     weights = "Weights (in_proj, conv1d, x_proj, dt_proj, A_log, D, out_proj) are read through weight ports."
     drawing.text(20, 434, weights, colour=GREY)
     return drawing.render()
@@ -243,7 +243,7 @@ def weight_port() -> str:
     drawing.text(729, 102, "reshape", anchor="middle", bold=True)
     drawing.text(729, 120, "extra states; one owner", anchor="middle", size=11)
     drawing.line(804, 106, 840, 106, arrow=True)
-    drawing.text(846, 102, "what the", bold=True)
+    drawing.text(846, 102, "weight that the", bold=True)
     drawing.text(846, 120, "backbone reads", bold=True)
     return drawing.render()
 

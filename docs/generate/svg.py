@@ -76,27 +76,27 @@ class Drawing:
     def bar(self, x: float, y: float, width: float, height: float, colour: str) -> None:
         self._parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{colour}"/>')
 
-    def mark(self, x: float, y: float, colour: str, shape: str) -> None:
-        """A point of a chart: circle, square, diamond, triangle, or cross."""
-        r = 5.0
+    def mark(self, x: float, y: float, colour: str, shape: str, r: float = 5.0) -> None:
+        """A point of a chart: circle, square, diamond, triangle, down or cross; `r` is half of its size."""
+        a = 0.4 * r  # half the width of the cross's arms
         corners = {
             "square": [(-r, -r), (r, -r), (r, r), (-r, r)],
             "diamond": [(0, -1.4 * r), (1.4 * r, 0), (0, 1.4 * r), (-1.4 * r, 0)],
             "triangle": [(0, -1.3 * r), (1.2 * r, r), (-1.2 * r, r)],
             "down": [(0, 1.3 * r), (1.2 * r, -r), (-1.2 * r, -r)],
             "cross": [
-                (-r, -2),
-                (-2, -2),
-                (-2, -r),
-                (2, -r),
-                (2, -2),
-                (r, -2),
-                (r, 2),
-                (2, 2),
-                (2, r),
-                (-2, r),
-                (-2, 2),
-                (-r, 2),
+                (-r, -a),
+                (-a, -a),
+                (-a, -r),
+                (a, -r),
+                (a, -a),
+                (r, -a),
+                (r, a),
+                (a, a),
+                (a, r),
+                (-a, r),
+                (-a, a),
+                (-r, a),
             ],
         }.get(shape)
         if corners is None:
@@ -179,15 +179,23 @@ def scatter(
     return drawing.render()
 
 
+SMALL = 3.4  # half the size of a mark in a bar
+
+
 @dataclass(frozen=True)
 class Bar:
-    """One line of a bar chart. value: its length; shown: the text at its end; mark: a second value, drawn as a line."""
+    """One line of a bar chart.
+
+    value: its length. shown: the text at its end. mark: a second value, drawn as a line. shape: the shape of its kind,
+    drawn in the bar for readers without colours.
+    """
 
     label: str
     value: float
     colour: str
     shown: str
     mark: float | None = None
+    shape: str | None = None
 
 
 def bars(
@@ -198,26 +206,29 @@ def bars(
     width: int = 760,
     label_width: int = 250,
     row_height: int = 24,
-    legend: Sequence[tuple[str, str]] = (),
+    legend: Sequence[tuple[str, str, str]] = (),
 ) -> str:
     """Horizontal bars from zero, labelled on the left, with their values on the right.
 
-    legend: name and colour of each kind of bar, in one line below the subtitle.
+    legend: name, colour and shape of each kind of bar, in one line below the subtitle.
     """
     top = (58 if subtitle else 40) + (24 if legend else 0)
     drawing = Drawing(width, top + row_height * len(lines) + 14, title)
     drawing.text(14, 24, title, size=15, bold=True)
     drawing.text(14, 44, subtitle, size=12, colour=GREY)
     x = 14.0
-    for name, colour in legend:
-        drawing.bar(x, 57, 12, 12, colour)
-        drawing.text(x + 17, 68, name, size=12)
-        x += 34 + 6.4 * len(name)
+    for name, colour, shape in legend:
+        drawing.bar(x, 56, 14, 14, colour)
+        drawing.mark(x + 7, 63, "#ffffff", shape, r=SMALL)
+        drawing.text(x + 19, 68, name, size=12)
+        x += 36 + 6.4 * len(name)
     scale = (width - label_width - 120) / max(max(line.value, line.mark or 0.0) for line in lines)
     for row, line in enumerate(lines):
         y = top + row_height * row
         drawing.text(label_width - 10, y + row_height * 0.62, line.label, anchor="end")
         drawing.bar(label_width, y + 3, line.value * scale, row_height - 7, line.colour)
+        if line.shape is not None:
+            drawing.mark(label_width + 9, y + (row_height - 1) / 2, "#ffffff", line.shape, r=SMALL)
         if line.mark is not None:
             x = label_width + line.mark * scale
             drawing.line(x, y + 1, x, y + row_height - 2, width=2.5)

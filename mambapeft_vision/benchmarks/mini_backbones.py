@@ -133,8 +133,9 @@ def ranks_picture(columns: Sequence[Column]) -> Figure | None:
     axes = figure.subplots()
     for name in methods:
         moved = max(of[name] for of in ranks) - min(of[name] for of in ranks)
-        colour = COLOURS[1] if moved > len(methods) / 3 else COLOURS[0]
-        axes.plot(range(len(every)), [of[name] for of in ranks], color=colour, marker="o", markersize=3, linewidth=1)
+        colour, style = (COLOURS[1], "--") if moved > len(methods) / 3 else (COLOURS[0], "-")
+        places = [of[name] for of in ranks]
+        axes.plot(range(len(every)), places, color=colour, linestyle=style, marker="o", markersize=3, linewidth=1)
         axes.text(-0.08, ranks[0][name], figure_text(name), ha="right", va="center", fontsize=7, color=colour)
         axes.text(len(every) - 0.92, ranks[-1][name], figure_text(name), va="center", fontsize=7, color=colour)
     axes.set_xticks(range(len(every)), [figure_text(column.name) for column in every], fontsize=8)
@@ -142,7 +143,7 @@ def ranks_picture(columns: Sequence[Column]) -> Figure | None:
     axes.set_ylim(len(methods) + 0.6, 0.4)
     axes.set_ylabel("rank among the methods that all have")
     axes.spines[["top", "right", "bottom"]].set_visible(False)
-    axes.set_title("orange: moves by more than a third of the ranks", fontsize=8)
+    axes.set_title("dashed: moves by more than a third of the ranks", fontsize=8)
     return figure
 
 

@@ -21,7 +21,7 @@ class UserError(ValueError):
 
 
 class NotFiniteError(UserError):
-    """NaN or infinity where no such number may be.
+    """NaN or infinity in an input, a loss, a gradient, a weight or a result.
 
     Args:
         ends_sweep: whether the error also ends a sweep, instead of only this run.
