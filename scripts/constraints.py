@@ -1,6 +1,6 @@
 """Constraints files for pip, on the standard output.
 
-python scripts/constraints.py tested > constraints.txt          # what is installed of all that the project needs
+python scripts/constraints.py tested > constraints.txt          # the installed versions of all that the project needs
 python scripts/constraints.py lowest > constraints-oldest.txt   # the lowest release of each that pyproject.toml allows
 
 `tested` looks at the environment that runs it, and takes what the dependencies themselves need too. `lowest` asks the

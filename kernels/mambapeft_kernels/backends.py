@@ -23,7 +23,7 @@ BACKENDS: dict[str, str] = {
 }
 # Their kernels round weights to the activations' dtype as they load them.
 FUSED = ("cuda", "triton")
-# What the fused backends compute in; the others take any floating dtype.
+# The dtypes of the fused backends; the others take any floating dtype.
 _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "cuda": (torch.float32, torch.bfloat16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),

@@ -21,7 +21,7 @@ from mambapeft_kernels.rms_norm import add_rms_norm
 from mambapeft_kernels.selective_scan.checkpoints import CHUNK, empty_checkpoints
 from mambapeft_kernels.ss2d import SS2DWeights, ss2d
 
-_BATCH, _LENGTH = 2, 2 * CHUNK  # of the zeros; kernels are not specialised on either
+_BATCH, _LENGTH = 2, 2 * CHUNK  # sizes of the zeros; kernels are not specialised on either
 _MAPS = 4  # samples of VMamba's zeros: kernels know whether their number is a multiple of 4
 # Which directions of a block's call read backwards.
 _REVERSE = False, True
@@ -190,7 +190,7 @@ class _Block:
         but the two offsets; and which direction reads backwards.
         """
         s = self._sizes
-        x_proj = self._activations(s.rank + 2 * s.states, s.channels)  # which a model brings in their dtype
+        x_proj = self._activations(s.rank + 2 * s.states, s.channels)  # cast by the model
         shapes = (s.channels, s.rank), (s.channels,), (s.channels, s.states), (s.channels,)
         weights = [self._wide(s.channels, s.taps), self._wide(s.channels), x_proj, *map(self._wide, shapes)]
         return weights * len(_REVERSE), ([True] * 7 + [False] * 2) * len(_REVERSE), list(_REVERSE)
@@ -207,7 +207,7 @@ class _Stage:
     def scans(self, train: bool) -> None:
         e, n, r = self._sizes.channels, self._sizes.states, self._sizes.rank
         weights = SS2DWeights(
-            x_proj_weight=self._activations(4, r + 2 * n, e),  # which a model brings in their dtype
+            x_proj_weight=self._activations(4, r + 2 * n, e),  # cast by the model
             dt_projs_weight=self._wide(4, e, r),
             dt_projs_bias=self._wide(4, e),
             A_logs=self._wide(4 * e, n),
@@ -232,7 +232,7 @@ class _Stage:
             for before, branch in ((residual, scale), (residual, None), (None, None)):
                 outputs = add_layer_norm(hidden, before, ones, ones, 1e-5, branch, self._backend)
                 self._back(*outputs)
-                self._back(outputs[0])  # of the last norm nothing uses the sum
+                self._back(outputs[0])  # nothing uses the sum of the last norm
 
     def low_rank(self) -> None:
         """LoRA beside in_proj."""

@@ -11,7 +11,7 @@ from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.typed import check_arguments
 
 _METHOD_TARGET = re.compile(r"mambapeft_vision\.methods\.[a-z][a-z0-9_]*\.[A-Z][A-Za-z0-9]*")
-_LARGEST = 2**31 - 1  # of a whole number in a spec: products of two still fit the 64 bits of a tensor's size
+_LARGEST = 2**31 - 1  # largest whole number in a spec: products of two fit the 64 bits of a tensor's size
 
 
 def build_method(name: str, spec: Any, source: str) -> Method:

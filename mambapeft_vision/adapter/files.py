@@ -24,7 +24,7 @@ ADAPTER_FILE = "adapter.safetensors"
 CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 1
 MAX_BYTES = {CONFIG_FILE: 10_000_000, ADAPTER_FILE: 4_000_000_000}
-_CHECKSUM = "tensors_sha256"  # in the metadata of adapter.safetensors; who changes the tensors leaves it out
+_CHECKSUM = "tensors_sha256"  # in the metadata of adapter.safetensors; tools that change the tensors leave it out
 _DTYPES = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),

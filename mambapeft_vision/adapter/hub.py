@@ -36,7 +36,7 @@ def fetch_adapter(repository: str, revision: str | None = None) -> Path:
         reason = error
     if info is not None:
         _check_sizes(repository, {file.rfilename: file.size for file in info.siblings or ()})
-    commit = revision if info is None else info.sha  # what is fetched is what was measured
+    commit = revision if info is None else info.sha  # the fetched commit is the one whose sizes were checked
     try:
         return Path(
             snapshot_download(repository, revision=commit, allow_patterns=[*MAX_BYTES], local_files_only=info is None)

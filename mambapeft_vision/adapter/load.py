@@ -71,7 +71,7 @@ def check_sizes(adapter: Adapter) -> None:
 
 def _architecture(adapter: Adapter) -> dict[str, Any]:
     sizes = adapter.config["backbone"]["architecture"]
-    return {key: value for key, value in sizes.items() if key != "num_classes"}  # which older adapters have
+    return {key: value for key, value in sizes.items() if key != "num_classes"}  # older adapters have this key
 
 
 def apply_adapter(adapter: Adapter, backbone: Backbone) -> AdaptedModel:

@@ -97,7 +97,7 @@ class AdaptedModel(nn.Module):
             >>> model.predict("cat.jpg")[0].class_name  # doctest: +SKIP
             'cat'
         """
-        from mambapeft_vision.adapter.predict import predict  # which knows models
+        from mambapeft_vision.adapter.predict import predict  # it imports this file
 
         return predict(self, images, top=top, batch_size=batch_size)
 

@@ -18,7 +18,7 @@ from mambapeft_vision.utils.text import plain
 
 OneImage: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
 Images: TypeAlias = "OneImage | Iterable[OneImage]"
-THRESHOLD = 0.5  # of the probability from which an image has a label, where it may have several
+THRESHOLD = 0.5  # least probability of a label, where an image may have several
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 from mambapeft_vision.backbones.contract import Backbone
 from mambapeft_vision.utils.errors import UserError
 
-CHANNELS, STATES = 768, 16  # of Vim-S
+CHANNELS, STATES = 768, 16  # Vim-S's
 BY_CHANNELS = ("rank", "dim", "n_blocks", "hidden")
 BY_STATES = ("states",)
 SIZES = (*BY_CHANNELS, *BY_STATES)

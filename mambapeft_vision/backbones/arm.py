@@ -290,7 +290,7 @@ class Arm(ScanModel):
 
 # layers.0.mixer. | conv1d | .weight
 _OF_DIRECTION = re.compile(r"(layers\.\d+\.mixer\.)(A_log|D|conv1d|x_proj|dt_proj)((?:\..*)?)")
-# Of the pretraining's decoder.
+# Keys of the pretraining's decoder.
 _PRETRAINING_ONLY = (
     *("ar_token", "dec_pos_embed", "mask", "enc2dec", "dec_block", "ar_norm", "ar_pred"),
     *("norm_1.", "norm_2.", "norm_3.", "norm_4."),

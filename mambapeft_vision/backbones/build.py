@@ -13,7 +13,7 @@ from torch import nn
 from mambapeft_vision.backbones.timm_model import TimmModel
 
 Model = TypeVar("Model", bound=TimmModel)
-EMBEDDED_WEIGHTS = Path(__file__).parent / "weights"  # of our own, shipped with the package
+EMBEDDED_WEIGHTS = Path(__file__).parent / "weights"  # weights made by this project, shipped with the package
 # Arguments of timm's builder that are no sizes of a model.
 _BUILDER = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only", "out_indices", "feature_cls")
 

@@ -85,7 +85,7 @@ ROLES: dict[str, str] = {
 class Mixer(Protocol):
     """A mixer of selective scans: [B, L, D] → [B, L, D], with E channels and N states in each direction."""
 
-    name: str  # of the module within the backbone
+    name: str  # the module's name within the backbone
     suffixes: tuple[str, ...]  # one for each scan direction: what the names of its parameters end in
     affix: AffixPort | PrefixPort  # tokens beside the image's, or in front of each direction's own sequence
     gate: Port  # z [B, L, E] → the tensor whose silu gates the output
@@ -144,9 +144,9 @@ class Backbone(Protocol):
     not_in_file: tuple[str, ...]  # parameters that its file of weights did not hold
 
     # Parts
-    layout: TokenLayout  # of the embedded tokens, without prompts
+    layout: TokenLayout  # layout of the embedded tokens, without prompts
     prompt: InputPort  # the embedded tokens, once, before the first block
-    feature: FunctionPort  # what the head gets, [B, head_hidden_size]
+    feature: FunctionPort  # on the head's input, [B, head_hidden_size]
 
     @property
     def images(self) -> FunctionPort:
@@ -195,7 +195,7 @@ class Backbone(Protocol):
 
     def compile_ahead(self, kernel: str, dtype: torch.dtype, device: torch.device) -> tuple[Future[Any], ...]: ...
 
-    # Of nn.Module
+    # Inherited from nn.Module
 
     training: bool
 

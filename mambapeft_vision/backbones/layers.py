@@ -89,7 +89,7 @@ def computes_as(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
     )
 
 
-# What torch.nn.modules.module.register_module_*_hook fill.
+# The tables that torch.nn.modules.module.register_module_*_hook fill.
 _HOOKS_OF_ALL_MODULES = tuple(
     getattr(torch.nn.modules.module, f"_global_{kind}_hooks")
     for kind in ("forward", "forward_pre", "backward", "backward_pre")

@@ -48,7 +48,7 @@ class Mixer(Ported):
     #: What the names of each direction's parameters end in.
     suffixes: tuple[str, ...] = ("", "_b")
 
-    # Of the first direction; the others' names end in their suffix.
+    # Modules of the first direction; names of the others end in their suffix.
     A_log: nn.Parameter
     D: nn.Parameter
     conv1d: ConvWeights
@@ -237,8 +237,8 @@ class Mixer(Ported):
     def init_weights(self, depth: int, further_dt_bias: str = "drawn") -> None:
         """Vim's initialisation: S4D-real A, D = 1, Δ log-uniform in [1e-3, 0.1], out_proj scaled by depth.
 
-        further_dt_bias: of the directions after the first. "drawn": as the first one's. "zero": as the published codes
-            start them, so that Δ is near softplus(0) = 0.69 and they forget within few tokens.
+        further_dt_bias: start of the directions after the first. "drawn": as the first one's. "zero": as in the
+            published codes, so that Δ is near softplus(0) = 0.69 and they forget within few tokens.
         """
         if further_dt_bias not in ("drawn", "zero"):
             raise UserError(f"backbone.further_dt_bias={further_dt_bias!r}; expected 'drawn' or 'zero'")

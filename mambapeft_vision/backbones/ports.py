@@ -1,7 +1,7 @@
 """Ports: the named places of a backbone where something outside it may take part in the computation.
 
 A port is empty by default and costs nothing then. The backbone defines where ports are and what passes through
-them; it does not know who uses them. Every user of a port gives its name, so that conflicts can be reported.
+them; it does not know their users. Every user of a port gives its name, so that conflicts can be reported.
 """
 
 from collections.abc import Callable, Iterator
@@ -72,7 +72,7 @@ class ReplacePort(Port):
 
 
 class BranchPort:
-    """On a residual branch of a block: any number of functions add to what leaves it, before the residual sum.
+    """On a residual branch of a block: any number of functions add to its output, before the residual sum.
 
     A function gets the branch's input (the output of the norm), the branch's output (without other functions) and the
     layout of both: (x [B, L, D], out [B, L, D], layout) → [B, L, D].
@@ -352,7 +352,7 @@ class Ported(nn.Module):
 
         dtype: in which it will be used; a cast is returned where `frozen_casts` holds one.
         """
-        weight = getattr(self, name)  # of a parametrized or pruned module: the computed value
+        weight = getattr(self, name)  # in a parametrized or pruned module the computed value
         port = self._weight_ports.get(name)
         if port is not None:
             return port(weight)

@@ -46,7 +46,7 @@ class TimmModel(Ported):
 
     Args:
         img_size: height and width of the images (or one number for both).
-        patch_size, stride: of the patch embedding; stride defaults to patch_size.
+        patch_size, stride: sizes of the patch embedding; stride defaults to patch_size.
         embed_dim: D, of every token.
         in_chans: channels of the images.
         num_classes: 0 for features only. The head starts at zero.
@@ -162,7 +162,7 @@ class TimmModel(Ported):
         return self.normed(state)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """What `forward_features` returned → logits; with `pre_logits` what the head reads, [B, head_hidden_size]."""
+        """The output of `forward_features` → logits; with `pre_logits` the head's input, [B, head_hidden_size]."""
         return self._head(self.pool(x, self.output_layout()), pre_logits)
 
     def _head(self, feature: Tensor, pre_logits: bool = False) -> Tensor:

@@ -20,7 +20,7 @@ class Vim(ResidualStack):
 
     Args:
         img_size: height and width (or one number for both).
-        patch_size, stride: of the patch embedding.
+        patch_size, stride: sizes of the patch embedding.
         embed_dim, depth, d_state, d_conv, expand, dt_rank: sizes; dt_rank defaults to ceil(embed_dim / 16).
         num_classes: 0 for features only. The head starts at zero.
         drop_path_rate: see `ResidualStack.add_blocks`.

@@ -131,7 +131,7 @@ class SS2D(Ported):
         self.cast_weights = ("x_proj_weight",)
 
         self.affix = PrefixPort(f"{name}.affix")  # () → [4, n, E]
-        self._prefix_states: Tensor | None  # that the affix leaves, of a model that is merged: [4, E, N]
+        self._prefix_states: Tensor | None  # states that the affix leaves, in a merged model: [4, E, N]
         self.register_buffer("_prefix_states", None, persistent=False)
         self.gate = Port(f"{name}.gate") if vanilla else RefusedPort(f"{name}.gate", "VMamba's blocks have no gate")
         self.state_offset = Port(f"{name}.state_offset")  # () → four [E, N]

@@ -195,7 +195,7 @@ def read_state_dict(path: str | Path, key: str = "model") -> dict[str, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What a file is for
+# The architecture that a file is for
 
 # Family → how it is called, and what names of its models start with in its own code and files.
 FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -212,7 +212,7 @@ def _made_for(content: Mapping[str, Any], stem: str) -> str | None:
     """The architecture that a file's content or, failing that, its own name states."""
     if isinstance(content.get("architecture"), str):
         return content["architecture"]
-    stated = getattr(content.get("args"), "model", None)  # of the training command, in official files
+    stated = getattr(content.get("args"), "model", None)  # the training command's, in official files
     return stated if isinstance(stated, str) else stem
 
 
@@ -258,8 +258,8 @@ class Loaded:
     """The file's weights that a backbone was loaded with.
 
     sha256: of the file's own tensors, before any was resized: what is computed depends on the machine in its last bits.
-    content: of the backbone's tensors as loaded. PyTorch's counters of writes would be quicker to compare, but writes
-        through `.data` do not raise them.
+    content: sha256 of the backbone's tensors as loaded. PyTorch's counters of writes would be quicker to compare, but
+        writes through `.data` do not raise them.
     """
 
     sha256: str

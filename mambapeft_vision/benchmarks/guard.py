@@ -17,9 +17,9 @@ from mambapeft_vision.utils.atomic import write_text
 from mambapeft_vision.utils.errors import UserError
 
 CASES = (("vim_s", "lora_p_x", 32), ("vim_s", "lora_p_x", 256), ("vmamba_s", "lora_in_proj", 256))
-LOSS = 0.03  # of the images per reference, from which a run counts as slower; two runs differ by less than 0.01
+LOSS = 0.03  # a run counts as slower from this loss of images per reference; two runs differ by less than 0.01
 MORE_MEMORY = 0.02
-_SIDE, _COPIED = 8192, 2**30  # of the matrices; bytes of the tensor
+_SIDE, _COPIED = 8192, 2**30  # side of the matrices; bytes of the tensor
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Measurement:
     """One case on one card.
 
     Args:
-        reference_ms: of the fixed work, just before the run.
+        reference_ms: milliseconds of the fixed work, just before the run.
         measured: `measured.stamp` of the run; in every row, as the rows of a file are of several machines and commits.
     """
 

@@ -38,7 +38,7 @@ def best_methods(choices: Mapping[str, Choice], count: int) -> list[str]:
 def ensembles(benchmark: Benchmark, choices: Mapping[str, Choice], count: int) -> Iterator[tuple[str, RunRecord]]:
     """Makes, of the best `count` methods, an ensemble of each one's seeds and of all of them with one seed.
 
-    Yields: what each is of, and its result. Runs without stored probabilities are left out.
+    Yields: the members of each ensemble in words, and its result. Runs without stored probabilities are left out.
     Raises: UserError.
     """
     names = best_methods(choices, count)

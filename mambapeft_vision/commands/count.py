@@ -18,7 +18,7 @@ from mambapeft_vision.results.tables.render import Table, to_latex, to_markdown
 from mambapeft_vision.run.arguments import ArgumentParser
 from mambapeft_vision.utils.paths import configs_folder
 
-CLASSES = 100  # of the head, which is not counted
+CLASSES = 100  # the head's, which is not counted
 FOOTNOTE = """\
 Counts are without the head, whose size depends on the task: (D + 1) x classes, D = 384 for Vim-S.
 Almost every row of the published Vim-S table is larger than what its configuration trains by the same extra head:
@@ -56,7 +56,7 @@ def count(preset: Preset, backbone: str) -> int:
         model = adapt(create_backbone(name, "random"), methods, CLASSES)
         for method in model.methods.values():
             if method.warming_up:
-                method.finish_warmup()  # what counts is what the finished adapter holds
+                method.finish_warmup()  # a finished adapter holds the tensors of the last phase
     trainable: int = model.counts()["trainable"]
     return trainable
 

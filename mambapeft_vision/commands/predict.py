@@ -14,7 +14,7 @@ examples:
   mambapeft predict run=outputs/... images=new_photos                     a folder, to standard output as CSV
   mambapeft predict run=outputs/... images='photos/*.jpg' --out classes.csv
   mambapeft predict run=outputs/... a.jpg b.png --out classes.jsonl --top 3
-  mambapeft predict run=outputs/... images=inbox --watch --out classes.csv   goes on as the folder fills up (Ctrl-C)
+  mambapeft predict run=outputs/... images=inbox --watch --out classes.csv   continues as the folder fills up (Ctrl-C)
 
 The columns are file, class, probability and top: the most probable classes. Images are prepared as in training,
 whatever their size. Those that cannot be read are said and skipped; the exit code is then 3.

@@ -30,7 +30,7 @@ from mambapeft_vision.utils.names import user_path
 from mambapeft_vision.utils.paths import configs_folder
 
 EXAMPLES = 3  # runs shown in detail
-BACKBONES = ("vim_s", "vim_b", "mambareg_s", "videomamba_s", "vmamba_s")  # of a dry run
+BACKBONES = ("vim_s", "vim_b", "mambareg_s", "videomamba_s", "vmamba_s")  # in a dry run
 PIXELS = 224 * 224
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mambapeft_vision.utils.errors import UserError
 
-_LONGEST_SIDES = 4 / 3  # of a crop: width to height, or height to width
+_LONGEST_SIDES = 4 / 3  # largest ratio of a crop's sides
 _LUMINANCE = (0.299, 0.587, 0.114)
 
 

@@ -36,7 +36,7 @@ from mambapeft_vision.utils.untrusted import open_plain
 
 # Splits that take less memory than this are decoded in the time that looking them up would take.
 SMALLEST = 32 << 20
-# Of the file and of what becomes of an image. 2: 16-bit grey by its high byte; 3: checksum, 16-bit TIFFs of any kind.
+# Version of the file and of decoding. 2: 16-bit grey by its high byte; 3: checksum, 16-bit TIFFs of any kind.
 _FORMAT = 3
 _SPARE = 1 << 30  # bytes of the disk that are left to others
 # The cache is kept below this. All of VTAB-1K at 224x224 would be 59 GB, but a sweep goes task by task.

@@ -11,7 +11,7 @@ from mambapeft_vision.data.own.files import known_suffix
 
 SAMPLE = 32  # images that are looked at, evenly spread over the lists
 UNKNOWN = "other"
-_NAMES = {".jpg": "jpeg", ".tif": "tiff"}  # of endings that are shorter
+_NAMES = {".jpg": "jpeg", ".tif": "tiff"}  # names of encodings whose ending is shorter
 _READ = 10  # bytes that tell a format
 
 

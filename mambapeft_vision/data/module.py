@@ -48,7 +48,7 @@ class TaskDataModule(LightningDataModule):
         path: own images: a tree of class folders, a table of paths and labels, or a task's folder (data/own/).
         root: folder that the paths of a table are relative to; None: the table's folder.
         columns: names of the table's columns, by `path`, `label` and `split`, where they are not the usual ones.
-        test_share, val_share: of each class's images, where they are not split yet.
+        test_share, val_share: shares of each class's images, if they are not split yet.
         split_seed: decides which images these are, and which `shots` are.
         shots: training images of each class, drawn from the training split; None takes all.
         multi_label: whether an image may have any number of labels.
@@ -314,7 +314,7 @@ class TaskDataModule(LightningDataModule):
             return task.valid_counts(split)
         return (self.num_test,) if split == "test" and self.num_test is not None else ()
 
-    # What is loaded
+    # Loaded data
 
     @property
     def train_set(self) -> ImageSet:

@@ -1,4 +1,4 @@
-"""From an image file to the uint8 tensor that a backbone wants.
+"""From an image file to the uint8 tensor that a backbone reads.
 
 As in the MambaPEFT recipe: convert to RGB (or to the channels that the backbone takes), resize both sides straight to
 the target size ("squash"), no crop and no augmentation. Normalisation happens later, on the device, from the same
@@ -23,11 +23,11 @@ from mambapeft_vision.utils.untrusted import array_from, count_scans, read_bytes
 
 # The allowed readers of Pillow, which decode and do nothing else. The reader of EPS, for one, would start Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-# Of one image. A small file can promise far more pixels than there is memory: a decompression bomb.
+# Pixels of one image. A small file can promise far more pixels than there is memory: a decompression bomb.
 MAX_PIXELS = 80_000_000
 # Pixels that all threads together decode at a time, 12 bytes each: two photographs, or one larger image.
 _decoded_at_once = Budget(25_000_000)
-MAX_IMAGE_BYTES = 256_000_000  # of one file
+MAX_IMAGE_BYTES = 256_000_000  # one file
 MAX_CHANNELS = 1_000
 # Each scan of a JPEG is decoded over all of its pixels. Progressive files usually have about ten.
 MAX_SCANS, MAX_SCANNED_PIXELS = 100, 20 * MAX_PIXELS
@@ -38,7 +38,7 @@ MAX_SLOW_BYTES = 10_000_000
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 ARRAY_MAGIC = b"\x93NUMPY"
-_WHITE_IS_ZERO = 0  # of TIFF's tag 262, photometric interpretation
+_WHITE_IS_ZERO = 0  # value of TIFF's tag 262, photometric interpretation
 _PHOTOMETRIC = 262
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -50,7 +50,7 @@ _RESAMPLING = {
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a backbone expects of its images.
+    """The preparation of a backbone's images.
 
     Args:
         size: (height, width) in pixels.

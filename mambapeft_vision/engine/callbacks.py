@@ -1,4 +1,4 @@
-"""What happens around the training steps: history, progress, the stop at a non-finite loss, checkpoints.
+"""The callbacks around the training steps: history, progress, the stop at a non-finite loss, checkpoints.
 
 `callbacks_of_a_run` has them in their order.
 """

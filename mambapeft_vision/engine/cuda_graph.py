@@ -153,7 +153,7 @@ def _no_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-# What PyTorch does not document
+# Undocumented parts of PyTorch
 
 
 def seed(device: torch.device, value: int) -> None:

@@ -26,7 +26,7 @@ def readable_errors(work: str, *, place: str, other_place: str, memory_remedy: s
         try:
             yield
         except torch.OutOfMemoryError as error:
-            reason = str(error).split(". If")[0]  # what follows is advice on PyTorch's allocator
+            reason = str(error).split(". If")[0]  # the rest is advice on PyTorch's allocator
             raise UserError(f"{work} needs more memory than the GPU has: {reason}. {memory_remedy}") from error
         except SystemExit as end:
             if end.code != 1:  # a cluster's, such as Submitit's when it has the job requeued

@@ -1,4 +1,4 @@
-"""What the trainer trains, as LightningModules: the base of all, and fine-tuning."""
+"""The LightningModules that the trainer trains: the base of all, and fine-tuning."""
 
 import hashlib
 from abc import abstractmethod

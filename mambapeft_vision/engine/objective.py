@@ -1,4 +1,4 @@
-"""What a classifier is trained for and measured by: images with one label, or with any number of them.
+"""The loss and the measures of a classifier, for images with one label or with any number of them.
 
 One label: labels int64 [b]. Several: float32 [b, classes] of 0 and 1.
 """
@@ -40,7 +40,7 @@ def mean_average_precision(scores: Tensor, labels: Tensor) -> float:
 def _average_precision(scores: Tensor, positive: Tensor) -> Tensor:
     order = scores.argsort(descending=True, stable=True)
     found = positive[order].double().cumsum(0)
-    last = torch.ones(len(order), dtype=torch.bool)  # of the images of one score
+    last = torch.ones(len(order), dtype=torch.bool)  # the last image of each score
     last[:-1] = scores[order].diff() != 0
     found, ranks = found[last], torch.arange(1, len(order) + 1, dtype=torch.float64)[last]
     gained = torch.diff(found, prepend=found.new_zeros(1))

@@ -131,7 +131,7 @@ def predict(
 def most_probable(logits: Tensor, several: bool, top: int = TOP) -> tuple[Tensor, Tensor]:
     """The most probable classes and their probabilities, [b, k] each; all classes where images have several labels."""
     probabilities = probabilities_of(logits, several)
-    best = logits.argsort(dim=1, descending=True, stable=True)  # of equal logits the first class
+    best = logits.argsort(dim=1, descending=True, stable=True)  # the first class of several with equal logits
     best = best if several else best[:, :top]
     return best, probabilities.gather(1, best)
 

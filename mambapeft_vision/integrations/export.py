@@ -28,7 +28,7 @@ from mambapeft_vision.utils.names import user_path
 
 @dataclass(frozen=True)
 class Request:
-    """What to export, and how.
+    """An export: its source, its output and its options.
 
     run: folder of a run or adapter.
     out: the file or folder to write.

@@ -17,7 +17,7 @@ from mambapeft_vision.methods.lora import LoRA
 from mambapeft_vision.methods.targets import group_count
 from mambapeft_vision.utils.errors import UserError
 
-_UNCHANGED = 1e-7  # of a weight's norm: roundings of a merge
+_UNCHANGED = 1e-7  # relative to a weight's norm: roundings of a merge
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def to_onnx(model: AdaptedModel, path: str | Path, notes: dict[str, str] | None 
     """
     runtime = _onnxruntime()
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of the exporter, about its own parts
+        warnings.simplefilter("ignore")  # the exporter warns about its own parts
         program: Any = torch.onnx.export(
             cast(nn.Module, model),
             (images(model, _TRACED),),
@@ -87,7 +87,7 @@ def quantise(path: str | Path, out: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Of two ONNX models on the same images: of the first, of the second, and how often both say the same class."""
+    """Accuracies of two ONNX models on the same images, and how often both predict the same class."""
 
     first: float
     second: float

@@ -43,7 +43,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 # Without effect on what is computed.
 _IGNORED = {"type", "num_classes", "ssm_init", "use_checkpoint", "out_indices", "pretrained", "init_cfg"}
-# What both layouts must have, and each of them.
+# Values that both layouts must have, and values of each.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
     "ssm_act_layer": ("silu",),
     "ssm_conv": (3,),

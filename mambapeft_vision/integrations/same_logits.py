@@ -9,7 +9,7 @@ from torch import Tensor
 from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.backbones.timm_model import TimmModel
 
-TOLERANCE = 1e-3  # of the largest logit; other orders of summation stay far below
+TOLERANCE = 1e-3  # as a part of the largest logit; other orders of summation stay far below
 
 
 def images(model: AdaptedModel, batch: int = 2) -> Tensor:

@@ -93,7 +93,7 @@ class WandbLogger:
             group=task,
             job_type="run",
             tags=[*self._tags, *(name[:LONGEST_TAG] for name in methods)],
-            # What dashboards group by, beside `seed` and `sweep`; the sections of the config follow.
+            # Keys by which dashboards group, beside `seed` and `sweep`; the sections of the config follow.
             config={"task": task, "methods": names, **config},
             dir=str(folder),
         )

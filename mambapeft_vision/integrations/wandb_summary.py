@@ -45,7 +45,7 @@ def publish(
 
     Args:
         records: by the runs' folders.
-        outputs: whose `.sweep` gets the files.
+        outputs: the outputs folder; its `.sweep` gets the files.
         planned: runs that the sweep has; default: as many as are finished.
     """
     try:

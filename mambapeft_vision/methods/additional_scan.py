@@ -25,7 +25,7 @@ class AdditionalScan(Method):
     Args:
         states: k.
         position: "before" or "after" the old states.
-        init: of the A columns: "copy" the neighbour (the first old state when before, the last when after),
+        init: start of the A columns: "copy" the neighbour (the first old state when before, the last when after),
             "arange" (continue S4D-real: -A = N+1 … N+k) or "constant".
         constant: -A of every extra state, with init "constant".
         zero_c: C rows start at zero, so that the model starts as the base model. (B alone still trains them.)

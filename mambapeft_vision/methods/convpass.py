@@ -87,7 +87,7 @@ class Bypass(nn.Module):
         """[B, L, r] → [B, L, r]."""
         grid = select(low, layout.patches).transpose(1, 2).unflatten(2, layout.grid)
         grid = F.conv2d(grid, self.conv, self.conv_bias, padding=1)
-        alone = F.linear(low, self.conv[:, :, 1, 1], self.conv_bias)  # of a grid of one the middle tap sees all
+        alone = F.linear(low, self.conv[:, :, 1, 1], self.conv_bias)  # a grid of one: only the middle tap counts
         patches = position_tensor(layout.patches, low.device)
         return alone.index_copy(1, patches, grid.flatten(2).transpose(1, 2))
 

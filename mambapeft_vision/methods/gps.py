@@ -87,7 +87,7 @@ class Neurons(nn.Module):
     """
 
     gradient: Tensor | None  # summed, [.., rows, columns]
-    places: Tensor | None  # of the selected entries, [.., rows, count] columns
+    places: Tensor | None  # columns of the selected entries, [.., rows, count]
     entries: nn.Parameter | None  # their offsets
 
     def __init__(self, weight: Tensor, leading: int, count: int) -> None:

@@ -32,7 +32,7 @@ class SDT(LoRA):
         f_states: share of the N states that is not selected in a selected channel; rounded in the same way.
         f_off: share of the E channels, those that moved least, whose states are all switched off (A_log = 10; the
             zero group of the paper's first version).
-        targets, rank, scale, dropout: of the LoRA.
+        targets, rank, scale, dropout: settings of the LoRA.
     """
 
     def __init__(

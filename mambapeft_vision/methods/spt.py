@@ -126,7 +126,7 @@ class Sensitive(nn.Module):
     first_down: Tensor
     first_up: Tensor
     sensitivity: Tensor | None  # in W's shape, while it is measured
-    places: Tensor | None  # of the selected entries in the flat weight
+    places: Tensor | None  # places of the selected entries in the flat weight
     entries: nn.Parameter | None
     down: nn.Parameter | None
     up: nn.Parameter | None

@@ -1,4 +1,4 @@
-"""What happens around the steps of pretraining: their number, reports, validation."""
+"""The callbacks around the steps of pretraining: their number, reports, validation."""
 
 import math
 import time
@@ -14,7 +14,7 @@ from mambapeft_vision.utils.errors import NotFiniteError
 from mambapeft_vision.utils.progress import format_duration
 
 TIMED = 40  # steps from which the speed is taken
-TIME_MARGIN = 0.97  # of the time left is planned for
+TIME_MARGIN = 0.97  # share of the time left that is planned for
 REPORT_S = 5.0
 
 OnEvaluation = Callable[[dict[str, float]], object]

@@ -73,7 +73,7 @@ class Pretraining(TrainingModule):
         self.average = Average(model, config.ema)
         self.total_steps = config.steps
         self.progress: list[dict[str, Any]] = []  # losses and accuracies on the way
-        self.seconds_before = 0.0  # of training, before an interruption
+        self.seconds_before = 0.0  # seconds of training before an interruption
         self.identity = identity
         self._teacher = (teacher,)  # in a tuple, so that it is no part of this module: checkpoints need no teacher
         self.place = next(model.parameters()).device
@@ -86,7 +86,7 @@ class Pretraining(TrainingModule):
         self._note = note
         self._graphed: GraphedStep | None = None
 
-    # What callbacks ask
+    # For callbacks
 
     @property
     def position(self) -> str:

@@ -74,7 +74,7 @@ def pretrain(config: PretrainConfig, callbacks: Sequence[Callback] = ()) -> dict
         own = callbacks_of_pretraining(checkpoint, config.checkpoint_every_s, save)
         trainer = make_trainer(module.place, [*own, *callbacks], max_epochs=-1)
         train(trainer, module, Rounds(), module.place, checkpoint)
-        # What is saved is rounded to half precision, so that is what the record must speak of.
+        # Saved weights are rounded to half precision, so the record must describe the rounded ones.
         round_to_half(module.average.model.backbone)
         accuracies = module.accuracies()
         record = save(accuracies)

@@ -17,7 +17,7 @@ from mambapeft_vision.pretraining.config import TeacherConfig
 from mambapeft_vision.utils.errors import UserError
 
 FEATURES = 1280
-_MEAN, _STD = 127 / 255, 128 / 255  # of its input, all channels
+_MEAN, _STD = 127 / 255, 128 / 255  # mean and deviation of its input, all channels
 
 
 class Teacher(nn.Module):

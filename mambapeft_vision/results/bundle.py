@@ -21,7 +21,7 @@ from mambapeft_vision.utils.untrusted import parse_json
 FORMAT = 1
 MOST_RUNS = 200_000
 MOST_VALUES = 10_000_000
-ABSENT = {"absent": True}  # of a config's section that a run does not have
+ABSENT = {"absent": True}  # stands for a section of the config that a run does not have
 
 
 def write_bundle(path: Path, records: Iterable[RunRecord]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from mambapeft_vision.utils import untrusted
 from mambapeft_vision.utils.errors import UserError
 
-MOST_BYTES = 64 * 2**20  # of one file of a run; a bundle of 50,000 runs has 12 MB
+MOST_BYTES = 64 * 2**20  # largest file of a run; a bundle of 50,000 runs has 12 MB
 
 
 def read_bytes(file: Path, expected: str, most: int = MOST_BYTES) -> bytes:

@@ -22,7 +22,7 @@ class PaperRow:
     natural: float | None = None
     specialized: float | None = None
     structured: float | None = None
-    note: str = ""  # what to know before comparing
+    note: str = ""  # a remark for comparisons
 
 
 def _row(presets: str, label: str, count_k: int | None, *averages: float, note: str = "") -> PaperRow:

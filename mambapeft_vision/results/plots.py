@@ -28,7 +28,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", ":", "-.")
 OURS, PUBLISHED = COLOURS[0], COLOURS[1]
 GROUP_COLOURS = dict(zip(GROUPS, COLOURS))
-# What a reader can still tell apart, and image formats can hold.
+# Limits of what a reader can distinguish and image formats can hold.
 MOST_PICTURED = 20  # collections: each picture takes half a second
 MOST_ROWS = 100
 MOST_TASKS = 60

@@ -14,7 +14,7 @@ from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.untrusted import read_arrays
 
 MOST_CLASSES = 2**31
-MOST_PROBABILITIES = 200_000_000  # of all images of a file together
+MOST_PROBABILITIES = 200_000_000  # all images of a file together
 MOST_IMAGES = 10_000_000
 
 

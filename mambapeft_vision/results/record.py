@@ -22,9 +22,9 @@ REMEDY = "Run again with resume=false"
 DERIVED = "derived"
 DERIVED_KINDS = ("ensemble", "interpolation")
 
-# What every reader of a result can rely on; a file may have come from anybody.
+# Limits on which every reader of a result relies; a file may come from anybody.
 _LONGEST_TEXT = 10_000  # characters
-_MOST_ITEMS = 1_000  # of a list or mapping beside the config
+_MOST_ITEMS = 1_000  # items of a list or mapping beside the config
 _LARGEST = 2**63
 _TASK = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
 _METHOD = re.compile(r"\w+")
@@ -58,7 +58,7 @@ class RunRecord:
     train_images_per_second: float
     test_images_per_second: float  # decoding included
     train_seconds: float  # all epochs, also those before an interruption
-    wall_seconds: float  # of the process that finished the run, and train_seconds of those before it
+    wall_seconds: float  # the process that finished the run, plus train_seconds of those before it
     peak_memory_bytes: int  # on a GPU: allocated there; on a CPU: resident
     device: str  # "cpu", "cuda:0"
     device_name: str

@@ -18,7 +18,7 @@ from mambapeft_vision.results.tables import MISSING, Collection, Table, tables_o
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain
 
-MOST_CURVES = 7  # that colours and markers tell apart
+MOST_CURVES = 7  # as many as colours and markers can distinguish
 MOST_PICTURE_BYTES = 20_000_000
 LONGEST_TEXT = 2_000  # characters of a cell, title or note
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -57,7 +57,7 @@ def report(
     """Makes the page. A picture that cannot be drawn is left out and named on stderr.
 
     Args:
-        collections: what it shows, in this order.
+        collections: the collections to show, in this order.
         examples: folders of finished runs whose curves, confusion matrix and page of test images are shown.
         pictures: `pictures_of_collections`, where they are drawn already.
     """

@@ -40,7 +40,7 @@ from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.untrusted import parse_yaml
 
 NO_LOGGER = "mambapeft_vision.integrations.wandb_logger.NoLogger"
-_NO_SIZES = ("_target_", "name", "weights", "weights_sha256", "weights_license", "seed")  # of the section `backbone`
+_NO_SIZES = ("_target_", "name", "weights", "weights_sha256", "weights_license", "seed")  # keys of `backbone`
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:

@@ -55,14 +55,14 @@ _OF_A_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, 
 
 @dataclass(frozen=True)
 class Failure:
-    """A job of a sweep that did not end well. error: in one line; mistake: of the user, who can repair it."""
+    """A job of a sweep that did not end well. error: its first line; mistake: whether the user can repair it."""
 
     overrides: str
     error: str
     mistake: bool
 
 
-_HYDRAS_NOTE = "multirun.yaml"  # of the latest sweep
+_HYDRAS_NOTE = "multirun.yaml"  # Hydra's note of the latest sweep
 _launches: list[Path] = []  # folders of the sweeps that this process has launched
 
 
@@ -243,7 +243,7 @@ def describe_error(error: Exception) -> str:
     if is_mistake(error):
         return f"error: {_message(error)}"
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-        # What no table knows: a file that was deleted meanwhile, a file system of a kind of its own.
+        # Errors that no table lists: a file that was deleted meanwhile, an unusual file system.
         return f"error: {plain(error.filename)}: {error.strerror} ({errno.errorcode.get(error.errno, error.errno)})"
     return "".join(traceback.format_exception(error)).rstrip()
 

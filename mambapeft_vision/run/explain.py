@@ -29,8 +29,8 @@ class Explanation:
     Args:
         pixels: uint8 [C, H, W], as the model sees the image.
         importance: float32 [grid, grid]: the fall of the probability of the class where a square is covered.
-        class_name: which class.
-        probability: probability of this class for the whole image.
+        class_name: the class that `importance` is about.
+        probability: the probability of this class for the whole image.
     """
 
     prediction: Prediction
@@ -44,7 +44,7 @@ def explain(trained: TrainedModel, image: Path, *, grid: int = 14, class_name: s
     """Covers `grid` x `grid` squares of an image one by one.
 
     Args:
-        class_name: whose probability is looked at; None: the most probable class's.
+        class_name: the class to explain; None: the most probable one.
 
     Raises: UserError for an image that cannot be read, an unknown class, and squares smaller than a pixel.
     """

@@ -61,7 +61,7 @@ class Interpolation:
 
     record: RunRecord
     setup: Setup
-    ends: dict[str, tuple[Tensor, Tensor]]  # of every weight that differs: pretrained, adapted
+    ends: dict[str, tuple[Tensor, Tensor]]  # pretrained and adapted value of every weight that differs
     console: Console
 
     @torch.no_grad()
@@ -77,7 +77,7 @@ def open_interpolation(run: str | Path, split: str, how: How, probe: str | Path 
     """Builds a finished run's model and its pretrained counterpart.
 
     Args:
-        split: what it will be tested on.
+        split: the split that it will be tested on.
         probe: a finished linear probe on the same images and backbone, for the head at α = 0.
 
     Raises:

@@ -53,5 +53,5 @@ def _now(record: RunRecord, inputs: Inputs) -> Fingerprints:
         config = {**record.config, "paths": {**paths, "cache": None}}
         plan = RunPlan(config, TrainerConfig(), record.fingerprint, Path(str(paths["outputs"])))
         return inputs.of(plan, with_weights=plan.backbone.get("weights") not in _OF_THE_PROGRAM)
-    except (UserError, OSError, KeyError, TypeError, AttributeError):  # of an older layout, or cannot be read
+    except (UserError, OSError, KeyError, TypeError, AttributeError):  # an older layout, or a file that cannot be read
         return Fingerprints(None, None, None)

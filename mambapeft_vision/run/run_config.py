@@ -25,7 +25,7 @@ from mambapeft_vision.utils.untrusted import refuse_links
 
 # Characters in a folder's name that is made of methods' names; file systems allow 255 bytes.
 LONGEST_NAME = 120
-MOST_PARTS = 8  # of a task's name, which are folders below paths.outputs
+MOST_PARTS = 8  # parts of a task's name; each is a folder below paths.outputs
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class RunPlan:
     """One run: its resolved config in typed parts, its identity and its place.
 
     Args:
-        config: what is recorded, in plain containers. Code reads the typed attributes instead.
+        config: the recorded config, in plain containers. Code reads the typed attributes instead.
         recipe: the section `trainer`.
         fingerprint: sha256 of what decides the result.
         folder: folder of the run's files.

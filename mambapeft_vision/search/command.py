@@ -48,7 +48,7 @@ def parse(
         overrides.append(f"seed={options.seeds}")
     # The protocol is part of every name, so that no output of a search on test images can be mistaken.
     name = options.name or "_".join([options.space, *([str(preset)] if tuned else []), options.protocol])
-    check_name(name, "name")  # of a folder, a file and a study
+    check_name(name, "name")  # it names a folder, a file and a study
     return Search(
         name=name,
         space=read_space(configs / "search" / f"{options.space}.yaml", presets, preset),

@@ -9,7 +9,7 @@ from optuna.trial import TrialState
 
 from mambapeft_vision.results.plots import COLOURS, figure_text
 
-FEWEST_TRIALS = 5  # that importances are estimated from
+FEWEST_TRIALS = 5  # from which importances are estimated
 MOST_SETTINGS = 20
 
 

@@ -53,7 +53,7 @@ WARNINGS = {
 }
 HOPELESS = 5  # failed trials, and none that succeeded, after which a search gives up
 JOURNAL = "study.journal"
-_MOST_BYTES = 200_000_000  # of a journal; a trial takes some 5 kB
+_MOST_BYTES = 200_000_000  # largest journal; a trial takes some 5 kB
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _drop_incomplete_line(journal: Path) -> None:
         return
     if journal.stat().st_nlink > 1:
         raise UserError(f"{journal} is a file under other names too, which would change; copy it, and delete this one")
-    lock = JournalFileSymlinkLock(str(journal))  # of another process that is writing one now
+    lock = JournalFileSymlinkLock(str(journal))  # another process may be writing now
     lock.acquire()
     try:
         content = read_bytes(journal, max_bytes=_MOST_BYTES)
@@ -189,7 +189,7 @@ def check_inputs(study: optuna.Study, jobs: Sequence[Job]) -> None:
 
 def _database(url: str) -> RDBStorage:
     """Opens a database. Workers that start together on a new one all try to make its tables, and all but one fail."""
-    if url.startswith("postgresql://"):  # which SQLAlchemy takes for psycopg2, the driver before this one
+    if url.startswith("postgresql://"):  # SQLAlchemy takes this scheme for psycopg2, the older driver
         url = url.replace("postgresql://", "postgresql+psycopg://", 1)
     try:
         for wait in (0.1, 0.3, 1.0, 3.0):

@@ -54,7 +54,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Point:
-    """What one trial runs: methods by name, and the trainer's changed settings."""
+    """The runs of one trial: methods by name, and the trainer's changed settings."""
 
     methods: dict[str, dict[str, Any]]
     trainer: dict[str, Any]

@@ -12,7 +12,7 @@ from mambapeft_vision.run.run_config import RunPlan
 from mambapeft_vision.sweep.estimates import Speeds
 from mambapeft_vision.sweep.jobs import Job, State
 
-BYTES = 4  # of a trained parameter: adapters are float32
+BYTES = 4  # a trained parameter takes, because adapters are float32
 FILES = 60_000  # bytes of a run's other files, about: config, log, metrics, result
 GIB = 2**30
 
@@ -26,7 +26,7 @@ class Cost:
         methods: number of presets that fit; left_out: number of presets that do not.
         seconds: duration of these runs one after another; None if no rate of this backbone is known.
         disk: bytes that the finished runs take, without decoded images.
-        note: what has to be there before they can run.
+        note: what the runs need before they can start.
     """
 
     backbone: str

@@ -81,7 +81,7 @@ def run_in_time(jobs: Sequence[Job], workers: int, *, deadline: float = float("i
     Args:
         deadline: on the monotonic clock, seconds. No run begins that would probably end later; runs that are still
             under way at the deadline get the signal to save and end.
-        tasks: whose images a worker keeps loaded.
+        tasks: number of tasks whose images a worker keeps loaded.
     Raises: KeyboardInterrupt after ending the workers.
     """
     todo = [job for job in jobs if job.state is not State.FINISHED]

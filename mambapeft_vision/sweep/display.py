@@ -20,7 +20,7 @@ from mambapeft_vision.utils.progress import CANNOT_WRITE, format_duration
 
 FAILURES_SHOWN = 5
 LINE_EVERY_S = 60.0
-ESTIMATING_SHARE = 0.02  # of the time, that estimating may take
+ESTIMATING_SHARE = 0.02  # share of the time that estimating may take
 
 
 class Display:

@@ -106,7 +106,7 @@ class _Choice:
     """One value of one override; swept: it has others too."""
 
     key: str
-    values: tuple[str, ...]  # of seeds all, of anything else one
+    values: tuple[str, ...]  # all seeds, or one value of any other key
     swept: bool
 
     def texts(self) -> list[str]:
@@ -142,7 +142,7 @@ class _Composer:
         self._sweep = sweep
         self._composed: dict[tuple[str, ...], _Composed] = {}
         self._first_task: _Choice | None = None
-        self._first_with: dict[tuple[str, ...], Sequence[_Choice]] = {}  # of each task
+        self._first_with: dict[tuple[str, ...], Sequence[_Choice]] = {}  # first choices of each task
 
     def jobs(self, choices: Sequence[_Choice], inputs: Inputs) -> Iterator[Job]:
         fixed = [text for choice in choices if choice.key != "seed" for text in choice.texts()]

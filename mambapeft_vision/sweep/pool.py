@@ -86,7 +86,7 @@ class Pool:
     Args:
         gpus: values of CUDA_VISIBLE_DEVICES, dealt out to workers in turn; empty: workers see what this process sees.
         logs: folder for what the workers print.
-        tasks: whose images a worker keeps loaded.
+        tasks: number of tasks whose images a worker keeps loaded.
     """
 
     def __init__(self, size: int, gpus: Sequence[str], logs: Path, tasks: int = 1) -> None:
@@ -137,7 +137,7 @@ class Pool:
         threads = max(1, torch.get_num_threads() // self._size)
         arguments = (theirs, environment, threads, self._logs / f"worker{number}.log", self._tasks)
         process = self._context.Process(target=work, args=arguments, name=f"sweep worker {number}")
-        with _interrupts_ignored():  # which the process inherits
+        with _interrupts_ignored():  # the process inherits this
             process.start()
         theirs.close()  # else its end would not be noticed
         return _Worker(process, ours)

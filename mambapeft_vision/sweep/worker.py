@@ -68,7 +68,7 @@ def work(connection: Connection, environment: Mapping[str, str], threads: int, l
         environment: variables that choose the GPU.
         threads: number of PyTorch's threads on the CPU.
         log: file for what runs print.
-        tasks: whose images are kept loaded.
+        tasks: number of tasks whose images are kept loaded.
     """
     os.environ.update(environment)
     end_with_parent()

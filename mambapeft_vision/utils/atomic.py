@@ -46,7 +46,7 @@ def atomic_path(path: str | Path, *, flush: bool = True) -> Iterator[Path]:
             if flush:
                 _sync_folder(path.parent)
         finally:
-            with suppress(OSError):  # what happened before counts
+            with suppress(OSError):  # only the first error counts
                 temporary.unlink(missing_ok=True)
 
 
@@ -63,7 +63,7 @@ def _named(path: Path, temporary: Path) -> Iterator[None]:
 
 def _sync_folder(folder: Path) -> None:
     """A file that was renamed is found after a loss of power only once its folder is on the disk."""
-    with suppress(OSError):  # which some network drives do not offer
+    with suppress(OSError):  # some network drives do not offer this
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)

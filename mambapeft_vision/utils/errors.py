@@ -44,7 +44,7 @@ _NAME = "choose a shorter name or path"
 _BUSY = "another program uses it; end that one, or choose another folder"
 _LIMIT = "this process or machine has too many files open; end other programs, or raise the limit (ulimit -n)"
 
-# What the system says of files and disks → what the user can do. The whole list of such errors: local disks, quotas,
+# Errors of files and disks → what the user can do. The whole list of such errors: local disks, quotas,
 # network drives (NFS, SMB, FUSE), limits of names and of open files, links that go round.
 DISK_REMEDIES = {
     errno.ENOSPC: _SPACE,

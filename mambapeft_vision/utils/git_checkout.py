@@ -15,7 +15,7 @@ from pathlib import Path
 
 PACKAGE = "mambapeft_vision/__init__.py"  # tracked in a checkout of this project
 _ID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-_MOST_BYTES = 2**26  # of one of git's files
+_MOST_BYTES = 2**26  # one of git's files
 _MOST_FILES = 50_000  # tracked
 _COMMIT = 1  # type of an object in a pack
 _GITLINK = 0o16  # kind of an entry that stands for a submodule

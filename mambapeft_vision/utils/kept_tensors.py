@@ -16,7 +16,7 @@ def kept_tensors(function: Callable[..., Result]) -> Callable[..., Result]:
     While a program is traced (torch.export, torch.compile, fake tensors) nothing is cached, because its tensors are a
     part of the program.
     """
-    # What is made during a test may be used in training.
+    # A tensor made during a test may be used in training.
     keeping = lru_cache(maxsize=64)(torch.inference_mode(False)(function))
 
     @wraps(function)

@@ -92,7 +92,7 @@ def _file_locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         if lock is not None:
-            with suppress(OSError):  # of a folder that was deleted, or a disk that is read-only by now
+            with suppress(OSError):  # the folder was deleted, or the disk is read-only by now
                 os.ftruncate(descriptors[0], 0)
             lock.release()
 

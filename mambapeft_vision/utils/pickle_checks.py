@@ -11,7 +11,7 @@ from collections import OrderedDict
 from typing import Any, BinaryIO
 
 MAX_OPERATIONS = 5_000_000  # a checkpoint of a thousand tensors has some 50,000
-# What PyTorch's restricted unpickler knows, too. Others could ask for memory by their argument alone.
+# Names that PyTorch's restricted unpickler allows, too. Others could ask for memory by their argument alone.
 _OPERATIONS = {
     *("PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID"),
     *("BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),

@@ -132,7 +132,7 @@ class LiveDisplay:
                 live.stop()
 
 
-# What writing to a stream raises where the disk is full or the reader has gone, or where it was closed.
+# Errors of writing to a stream: the disk is full, the reader has gone, or the stream was closed.
 CANNOT_WRITE = (OSError, ValueError)
 
 

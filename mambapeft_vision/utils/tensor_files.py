@@ -25,10 +25,10 @@ from mambapeft_vision.utils.pickle_checks import check_pickle
 from mambapeft_vision.utils.text import plain
 from mambapeft_vision.utils.untrusted import open_plain, open_zip
 
-MAX_BYTES = 16_000_000_000  # of a file of weights
-MAX_HEADER = 5_000_000  # of safetensors: some 40,000 tensors
+MAX_BYTES = 16_000_000_000  # a file of weights
+MAX_HEADER = 5_000_000  # bytes of safetensors' header: some 40,000 tensors
 _MAX_PICKLE = 50_000_000
-_MAX_MEMBERS = 100_000  # of PyTorch's zip files, a tensor each
+_MAX_MEMBERS = 100_000  # members of PyTorch's zip files, a tensor each
 _BLOCK = 1 << 20
 _ZIP = b"PK\3\4"
 _TRAILER = b"\nsha256:"  # after the file that `torch.save` writes, which PyTorch's reader takes no notice of

@@ -14,7 +14,7 @@ LONGEST = 200  # characters of one shown value
 
 # Control characters, and those that change the direction or the visibility of the text around them.
 _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-# What can begin a column, code, a link or an image; names such as lora_p_x (rank=8) stay as people read them.
+# Characters that can begin a column, code, a link or an image; names such as lora_p_x (rank=8) stay readable.
 _MARKDOWN = re.compile(r"([\\`\[\]<>|])")
 _LATEX = {
     "\\": r"\textbackslash{}",

@@ -113,7 +113,7 @@ def describe(annotation: Any) -> str:
     return " or ".join(sorted({_word(option) for option in _options(annotation)}))
 
 
-# What other programs call our keys, where the letters are too far from ours.
+# Other programs' names of our keys, where the letters are too far from ours.
 _OTHER_NAMES = {
     "bs": "batch_size",
     "epochs": "max_epochs",

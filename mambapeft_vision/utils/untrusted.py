@@ -28,7 +28,7 @@ from mambapeft_vision.utils.text import plain, shown
 
 MAX_TEXT_BYTES = 16_000_000
 MAX_YAML_BYTES = 1_000_000
-MAX_VALUES = 2_000_000  # of a JSON file, counted by its commas and brackets
+MAX_VALUES = 2_000_000  # values of a JSON file, counted by its commas and brackets
 MAX_YAML_VALUES = 50_000
 MAX_DEPTH = 64
 MAX_ARRAY_BYTES = 1_000_000_000
@@ -275,7 +275,7 @@ def array_from(content: bytes, kinds: str = "biuf") -> np.ndarray:
         raise UserError(f"no array that can be read ({type(error).__name__}: {plain(error)})") from None
 
 
-# What zipfile's and NumPy's readers raise on damaged files; an array's header is a literal of Python, read as such.
+# Errors of zipfile and NumPy on damaged files; an array's header is a literal of Python, read as such.
 _UNREADABLE = (
     ValueError,
     OSError,

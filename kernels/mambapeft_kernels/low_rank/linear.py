@@ -65,7 +65,7 @@ class _Kept(NamedTuple):
     x: Tensor  # [m, in]
     down: Tensor  # [Σr, in], of all branches one below another
     low: Tensor  # [m, Σr] = dropout(x downᵀ)
-    mask: Tensor | None  # of the dropout
+    mask: Tensor | None  # the dropout's
     ups: tuple[Tensor, ...]  # scale · up of each branch, [rows, r]
 
     def tensors(self) -> tuple[Tensor | None, ...]:

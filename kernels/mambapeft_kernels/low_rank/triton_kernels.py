@@ -38,7 +38,7 @@ def _add(
         up = (tl.load(up_ptr + up_at, mask=mask_up, other=0.0).to(tl.float32) * scale).to(low.dtype)
         if tl.program_id(1) == 0:
             tl.store(scaled_ptr + up_at, up, mask=mask_up)
-        if INTERPRETED:  # which has no 16-bit products; these are exact in float32
+        if INTERPRETED:  # it has no 16-bit products; these are exact in float32
             acc += tl.dot(low.to(tl.float32), up.to(tl.float32), input_precision="ieee")
         else:
             acc += tl.dot(low, up)

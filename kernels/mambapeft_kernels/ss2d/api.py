@@ -60,7 +60,7 @@ def ss2d(u: Tensor, weights: SS2DWeights, backend: str = "auto") -> Tensor:
     if chosen == "mamba_ssm":
         raise ValueError("ss2d: got kernel=mamba_ssm, which has no two-dimensional scan; choose auto, triton or torch")
     if chosen == "numba" and not computes_now([u, *weights]):
-        chosen = "torch"  # what is traced (compiled, exported) is made of PyTorch's operations
+        chosen = "torch"  # a traced (compiled, exported) program consists of PyTorch's operations
     if chosen == "numba":
         from mambapeft_kernels.ss2d import compiled
 

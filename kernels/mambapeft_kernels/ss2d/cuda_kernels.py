@@ -11,13 +11,13 @@ from mambapeft_kernels.ss2d.api import DIRECTIONS, SS2DWeights
 from mambapeft_kernels.ss2d.gradients import summed
 
 _WARP, _SAMPLES = 16, 4  # channels of a warp, samples of a block
-_STEPS = 8  # of a chunk
-_WARPS = (6, 4, 8, 3, 2, 1)  # of a block, best first
+_STEPS = 8  # steps of a chunk
+_WARPS = (6, 4, 8, 3, 2, 1)  # warps of a block, best first
 # Blocks of six warps that registers leave room for on a multiprocessor.
 _MIN_BLOCKS = {"forward": 4, "backward": 2, "ends": 4}
 # Warps that keep an H200 busy. With fewer, directions get blocks of their own; then sequences are cut into segments.
 WANTED_WARPS = {"forward": 2_600, "backward": 1_500}
-MIN_CHUNKS = 8  # of a segment
+MIN_CHUNKS = 8  # chunks of a segment
 
 
 def takes(u: Tensor, states: int, rank: int) -> bool:

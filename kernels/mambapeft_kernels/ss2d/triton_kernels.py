@@ -378,7 +378,7 @@ def _backward(
     if NEED_WEIGHT:
         at = dweight_ptr + ((part * E + chan) * R)[None, :] + rank[:, None]
         tl.store(at, dweight, mask=(rank < R)[:, None] & mask_e[None, :])
-    if NEED_FIRST:  # of the first segment; later ones are not read
+    if NEED_FIRST:  # only the first segment is read
         tl.store(dfirst_ptr + cell, carry, mask=mask_n)
 
 

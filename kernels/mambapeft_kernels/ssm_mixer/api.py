@@ -61,7 +61,7 @@ def ssm_mixer(
 
         return fused.run(xz, z, directions, scale, chosen)
     if chosen == "numba" and not computes_now([xz, z, *(t for d in directions for t in d[:-1])]):
-        chosen = "torch"  # what is traced (compiled, exported) is made of PyTorch's operations
+        chosen = "torch"  # a traced (compiled, exported) program consists of PyTorch's operations
     if chosen == "numba":
         from mambapeft_kernels.ssm_mixer import compiled
 

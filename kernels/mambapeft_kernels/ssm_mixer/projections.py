@@ -53,7 +53,7 @@ def _x_proj(
     token = d.to(tl.int64) * tokens + tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = token < (d + 1).to(tl.int64) * tokens
     io = u_ptr.dtype.element_ty
-    row = tl.arange(0, WP)  # of the weight
+    row = tl.arange(0, WP)  # rows of the weight
     out = tl.zeros([BLOCK_T, WP], tl.float32)
     for start in range(0, E, BLOCK_E):
         chan = start + tl.arange(0, BLOCK_E)

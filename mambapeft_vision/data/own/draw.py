@@ -29,7 +29,7 @@ def draw_splits(
     for index in first.values():
         members.setdefault(strata[index], []).append(index)
     chosen: dict[str, str] = {}
-    random = np.random.RandomState(seed)  # whose stream is frozen for good
+    random = np.random.RandomState(seed)  # its stream is frozen for good
     for stratum in sorted(members):
         order = [members[stratum][i] for i in random.permutation(len(members[stratum]))]
         sizes = split_sizes(len(order), test_share, val_share)

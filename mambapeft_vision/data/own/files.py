@@ -6,7 +6,7 @@ from mambapeft_vision.data.preprocessing import MAX_IMAGE_BYTES
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.untrusted import files_below, open_plain
 
-# What a file begins with → its usual ending. Endings are not asked: images are stored as .jfif, .JPG_1 or without any.
+# First bytes of a file → its usual ending. Names are ignored: images are stored as .jfif, .JPG_1 or without an ending.
 _SIGNATURES = {
     b"\x89PNG": ".png",
     b"\xff\xd8": ".jpg",

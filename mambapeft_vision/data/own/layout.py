@@ -45,7 +45,7 @@ class OwnImages:
         root: folder that the paths of a table are relative to; None: the table's.
         columns: columns of a table.
         several: whether an image may have any number of labels.
-        test_share, val_share: of each class's images.
+        test_share, val_share: shares of each class's images.
         seed: seed of the draw.
     """
 
@@ -184,7 +184,7 @@ def _splits_of(source: Source, own: OwnImages, hashes: Sequence[str]) -> list[st
     splits = list(source.splits)
     if TRAIN not in splits or set(splits) == {TRAIN}:
         raise UserError(f"{own.path} marks {', '.join(sorted(set(splits)))} alone; expected train and test. Mark both.")
-    if TEST not in splits:  # what was kept for validation is what there is to test with
+    if TEST not in splits:  # then the validation images are the test images
         splits = [TEST if split == VAL else split for split in splits]
     if VAL not in splits:
         pool = [index for index, split in enumerate(splits) if split == TRAIN]

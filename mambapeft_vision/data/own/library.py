@@ -48,9 +48,9 @@ class LibraryDataModule(TaskDataModule):
     Args:
         library: hf or torchvision.
         source: the data set's name there; of hf also a folder that `save_to_disk` wrote.
-        config: of hf, the name of a configuration of the data set.
-        image_column, label_column: of hf, where the data set has several that could be meant.
-        download: of torchvision, whether it may download the data set (hf downloads what it does not have).
+        config: for hf, the name of a configuration of the data set.
+        image_column, label_column: for hf, needed if several columns could be meant.
+        download: for torchvision, whether it may download the data set (hf always may).
         records: the images are exported below it.
     """
 
@@ -130,7 +130,7 @@ def hub_items(source: str, config: str | None, image_column: str | None, label_c
         raise UserError("dataset=hf needs the package datasets. Install it: pip install datasets") from None
     try:
         found = datasets.load_from_disk(source) if Path(source).is_dir() else datasets.load_dataset(source, config)
-    except Exception as error:  # of the network, the hub and the file formats, each with classes of its own
+    except Exception as error:  # network, hub and file formats each raise their own classes
         raise UserError(
             f"dataset.source={shown(source)}: {type(error).__name__}: {plain(error, 500)}. Expected the name of a data "
             f"set on the hub, or a folder that save_to_disk wrote"
@@ -147,7 +147,7 @@ def hub_items(source: str, config: str | None, image_column: str | None, label_c
     for name, part in used.items():
         split = split_word(name, source) if name.lower() in _SPLITS else ""
         for row in part.select_columns([image, label]).cast_column(image, datasets.Image(decode=False)):
-            if row[label] is None or row[label] == -1:  # of test images whose labels are kept secret
+            if row[label] is None or row[label] == -1:  # test images with secret labels
                 continue
             content = row[image]["bytes"] or read_bytes(
                 row[image]["path"], max_bytes=MAX_IMAGE_BYTES, follow_links=True

@@ -32,7 +32,7 @@ MAX_TABLE_BYTES = 400_000_000
 MAX_ROWS = 2_000_000
 MAX_CELLS = 20_000_000
 MAX_LABELS = 500_000_000  # images x classes, each a float32
-_ROWS_AT_ONCE = 1_000  # of Parquet, where a row of a few bytes can stand for a long text
+_ROWS_AT_ONCE = 1_000  # rows of Parquet, where a few bytes can stand for a long text
 MAX_COLUMNS = 10_000
 _NAMES = {
     "path": ("path", "file", "filename", "file_name", "image", "image_path", "filepath", "file_path"),

@@ -187,7 +187,7 @@ def _members_by_task(archive: Path, infos: Iterable[zipfile.ZipInfo], tasks: Seq
     paths: dict[PurePosixPath, zipfile.ZipInfo] = {}
     folders: set[PurePosixPath] = set()
     for info in infos:
-        path = safe_path(info)  # of every member, wanted or not
+        path = safe_path(info)  # checks every member, wanted or not
         if path in paths and not info.is_dir():
             raise UserError(f"{archive} has the member {shown(info.filename)} twice. Download it again.")
         if not info.is_dir():
@@ -249,7 +249,7 @@ def _check_space(source: str, total: int, max_bytes: int | None, root: Path) -> 
 
 
 def _disk_bytes(size: int) -> int:
-    """What a file of `size` bytes takes of a disk, about: whole blocks, and its entry in the folder."""
+    """About the bytes of disk that a file of `size` bytes takes: whole blocks, and its entry in the folder."""
     return -(-size // _DISK_BLOCK) * _DISK_BLOCK + _DISK_BLOCK // 8
 
 

@@ -31,7 +31,7 @@ from mambapeft_vision.utils.names import check_name, user_path
 from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.untrusted import read_arrays, read_bytes
 
-MAX_BYTES = 32_000_000_000  # of an npz file's arrays, which are read into memory
+MAX_BYTES = 32_000_000_000  # bytes of an npz file's arrays, which are read into memory
 _KEYS = ("blob", "offsets", "labels", "class_names")
 
 

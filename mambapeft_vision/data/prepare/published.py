@@ -38,7 +38,7 @@ class Published:
         folder: folder of the task.
         counts: images by split; any of several numbers in circulation is valid. Empty: not known.
         lists: the folder's name in the publication.
-        hint: what people get wrong about the images.
+        hint: a common mistake with the images, for messages.
     """
 
     folder: str
@@ -137,7 +137,7 @@ def _lay_out(task: Published, given: Mapping[str, Labels], lists: Path, images: 
     new = {number: label for label, number in enumerate(numbers)}
     split_of: dict[str, str] = {}
     label_of: Labels = {}
-    for split in (VAL, TRAIN, TEST):  # of an image in two of them the later one counts
+    for split in (VAL, TRAIN, TEST):  # if an image is in two splits, the later one counts
         split_of |= dict.fromkeys(given[split], split)
         label_of |= {path: new[label] for path, label in given[split].items()}
     paths = sorted(split_of)

@@ -69,7 +69,7 @@ def lay_out(options: argparse.Namespace, tasks: Sequence[Task]) -> None:
         return
     print(f"{len(missing)} of {len(tasks)} tasks are not in {root} yet.")
     for task in missing:
-        drop_entry(root, task.folder)  # of a folder deleted since: what comes now is to be checked
+        drop_entry(root, task.folder)  # the folder was deleted since, so its new content must be checked
     if options.folder is not None:
         if options.sha256 is not None:
             raise UserError("--sha256 is of an archive, and --folder takes none. Leave one of them out.")

@@ -28,7 +28,7 @@ GROUPS = {
     for group in ("natural", "specialized", "structured")
 }
 AVERAGE, MEAN_OF_GROUPS = "Avg", "Groups"
-PROTOCOL_KEYS = ("train_split", "test_split", "batch_size")  # of the dataset section; the rest follows from the task
+PROTOCOL_KEYS = ("train_split", "test_split", "batch_size")  # in `dataset`; the rest follows from the task
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,7 @@ def _listed(kinds: Mapping[str, str]) -> str:
 
 def _rows(records: list[RunRecord], standard: Standard) -> list[Row]:
     rows: dict[tuple[str, str], tuple[Mapping[str, Any], dict[tuple[str, int], RunRecord]]] = {}
-    for record in sorted(records, key=lambda r: r.finished_at):  # of the same run twice, the newer one stays
+    for record in sorted(records, key=lambda r: r.finished_at):  # if a run is there twice, the newer one stays
         preset, settings = standard.describe(record.config)
         key = (preset, json.dumps(settings, sort_keys=True, default=str))
         _, runs = rows.setdefault(key, (settings, {}))
