@@ -11,8 +11,20 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parents[2]
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 INCLUDED = re.compile(r"<!-- generated: include (\S+)")
-TOP_LEVEL = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "data/README.md", "results/README.md")
-PAGES = [*(ROOT / name for name in TOP_LEVEL), *sorted((ROOT / "docs").rglob("*.md"))]
+TOP_LEVEL = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "data/README.md",
+    "results/README.md",
+    "tests/golden/README.md",
+)
+PAGES = [
+    *(ROOT / name for name in TOP_LEVEL),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "kernels").rglob("README.md")),
+]
 
 ON_GITHUB = ("methods.md", "backbones.md")  # generated files, which pages of docs/reference include
 
@@ -77,6 +89,19 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
         r"\b(?:[\w-]+/)*test_\w+\.py\b|\b(?:mambapeft_vision|scripts|configs|docs)/[\w/.-]+\.\w+", text_of(page)
     )
     assert [name for name in named if not (list(ROOT.glob(name)) or list((ROOT / "tests").rglob(name)))] == []
+
+
+def test_files_that_a_readme_of_kernels_names_exist() -> None:
+    kernels = ROOT / "kernels" / "mambapeft_kernels"
+    named = [
+        (page.parent, name)
+        for page in kernels.rglob("README.md")
+        for name in re.findall(r"`([\w/]+\.(?:py|cu|cuh))`", page.read_text(encoding="utf-8"))
+    ]
+    assert len(named) > 20
+    assert [
+        name for folder, name in named if not any((place / name).exists() for place in (folder, kernels, ROOT))
+    ] == []
 
 
 def test_every_page_is_in_the_navigation() -> None:
