@@ -1,4 +1,4 @@
-"""The contract between backbones and methods: what a method may use of a backbone, and what it gives to its ports.
+"""The contract between backbones and methods: the parts of a backbone that methods may use, and the values of ports.
 
 Methods import this file and no other of the backbones. A backbone is plain PyTorch; it need not import the protocols.
 """
@@ -86,7 +86,7 @@ class Mixer(Protocol):
     """A mixer of selective scans: [B, L, D] → [B, L, D], with E channels and N states in each direction."""
 
     name: str  # the module's name within the backbone
-    suffixes: tuple[str, ...]  # one for each scan direction: what the names of its parameters end in
+    suffixes: tuple[str, ...]  # one for each scan direction: the ending of its parameters' names
     affix: AffixPort | PrefixPort  # tokens beside the image's, or in front of each direction's own sequence
     gate: Port  # z [B, L, E] → the tensor whose silu gates the output
     state_offset: Port  # () → one [E, N] for each direction

@@ -257,7 +257,7 @@ def _families_of_keys(names: Collection[str]) -> list[str]:
 class Loaded:
     """The file's weights that a backbone was loaded with.
 
-    sha256: of the file's own tensors, before any was resized: what is computed depends on the machine in its last bits.
+    sha256: hash of the file's own tensors before any was resized, because resizing depends on the machine.
     content: sha256 of the backbone's tensors as loaded. PyTorch's counters of writes would be quicker to compare, but
         writes through `.data` do not raise them.
     """

@@ -50,8 +50,9 @@ def load_reference(
         state_dict: tensors or arrays by its names, with or without the `backbone.` prefix of its saved files, or
             the whole file's content. Its saved adapters hold no backbone: give that as `backbone_state`.
         num_classes: number of classes of the head.
-        family: whose code: "vim" and "vmamba" (MambaPEFT's), "svp", or one of `reference_backbones.FAMILIES`. All but
-            the first two have no PEFT arguments (theirs are all in `module_kwargs`, and `peft_kwargs` is None).
+        family: the published code: "vim" and "vmamba" (MambaPEFT's), "svp", or one of
+            `reference_backbones.FAMILIES`. All but the first two have no PEFT arguments (theirs are all in
+            `module_kwargs`, and `peft_kwargs` is None).
         backbone_state: the backbone's tensors by their official names, where `state_dict` has none.
         reproduce_reference_bugs: also load the forms whose behaviour is not what their name says, as they are.
     Returns: the model in evaluation mode (images [B, 3, H, W] → logits), and the parameters that the reference

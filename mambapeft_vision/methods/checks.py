@@ -54,7 +54,7 @@ def require_ported_linear(model: Backbone, parameter: str, who: str) -> tuple[nn
 
 
 class Branch(NamedTuple):
-    """A residual branch of a block. width: of its tokens."""
+    """A residual branch of a block. width: width of its tokens."""
 
     port: BranchPort
     width: int
@@ -63,7 +63,7 @@ class Branch(NamedTuple):
 def branches_of(model: Backbone, who: str, last_only: bool = False) -> list[Branch]:
     """The residual branches of all blocks (token mixer, MLP where there is one), first to last.
 
-    last_only: of each block just the last one. Raises UserError for a block without such ports.
+    last_only: only the last branch of each block. Raises UserError for a block without such ports.
     """
     found = []
     for block in model.blocks:

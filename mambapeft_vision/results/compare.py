@@ -29,9 +29,13 @@ LEVEL = 0.95
 class Paired:
     """A minus B, in percent points.
 
-    half: of the interval at `LEVEL`, None where no task has two common seeds; p: two-sided, for no difference;
-    seed_std: sample deviation over the seeds of their averages, None where seeds are unequal or alone; won: tasks with
-    a positive mean difference (ties count half), of `tasks`; cells: pairs compared.
+    Args:
+        mean: the mean difference.
+        half: half of the interval at `LEVEL`; None if no task has two common seeds.
+        p: two-sided, for no difference.
+        seed_std: sample deviation of the seeds' averages; None if seeds are unequal or alone.
+        won: number of tasks, among `tasks`, with a positive mean difference (ties count half).
+        cells: number of compared pairs.
     """
 
     mean: float

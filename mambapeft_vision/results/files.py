@@ -12,7 +12,7 @@ def read_bytes(file: Path, expected: str, most: int = MOST_BYTES) -> bytes:
     """The content of a plain file.
 
     Args:
-        expected: what should be there, for the message where it is missing.
+        expected: names the expected file in messages.
         most: bytes; a longer file is refused.
 
     Raises:

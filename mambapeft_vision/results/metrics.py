@@ -1,4 +1,4 @@
-"""metrics.csv: what a run measured in each epoch."""
+"""metrics.csv: the measurements of each epoch of a run."""
 
 import csv
 import io

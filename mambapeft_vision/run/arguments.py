@@ -16,7 +16,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """A parser that raises UserError, and that leaves Hydra overrides to Hydra.
 
     Args:
-        prog: what --help calls the command, such as `mambapeft sweep`.
+        prog: the command's name in --help, such as `mambapeft sweep`.
         description: text for --help, whose line breaks are kept.
         usage: the command line for --help; argparse writes one if it is None.
         parents, add_help: as argparse takes them.

@@ -31,7 +31,7 @@ def note_failure(folder: Path, error: Exception, overrides: Sequence[str]) -> No
 
 
 def write_failure(folder: Path, error: str, kind: str, trace: str, overrides: Sequence[str]) -> None:
-    """As `note_failure`. kind: of the error, e.g. NotFiniteError; trace: may be empty."""
+    """As `note_failure`. kind: the error's class, e.g. NotFiniteError; trace: may be empty."""
     content = {
         "error": error,
         "kind": kind,

@@ -250,7 +250,7 @@ def export(settings: Search, study: optuna.Study) -> Path:
     name = f"{settings.name}_best"
     path = settings.folder / "method" / f"{name}.yaml"
     path.parent.mkdir(exist_ok=True)
-    point = settings.space.point_of(best.params)  # a study may come from elsewhere: what it notes is not written out
+    point = settings.space.point_of(best.params)  # a study may come from elsewhere: its notes are not written out
     trainable = best.user_attrs.get("trainable")
     header = [
         "@package _global_",

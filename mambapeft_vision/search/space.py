@@ -136,7 +136,7 @@ def read_space(path: Path, presets: Mapping[str, Preset], preset: str | None = N
 
     Args:
         presets: configs/method, which the parts are based on.
-        preset: whose methods are the parts, for a space without `parts`.
+        preset: the preset whose methods are the parts, for a space without `parts`.
     Raises: UserError naming the file and what is wrong in it.
     """
     if not path.is_file():

@@ -41,9 +41,12 @@ class State(Enum):
 class Job:
     """One run of a sweep.
 
-    label: the choices that make it differ from the others; cfg: many runs may share it, then the plan has each one's
-    seed, and `sections` replace its own; turn: runs of a lower one are begun first; outdated: of an outdated run's
-    record, when it was finished.
+    Args:
+        label: the choices in which it differs from the others.
+        cfg: the composed config. Many runs may share it; then the plan has each one's seed, and `sections` replace the
+            config's own.
+        turn: runs of a lower turn begin first.
+        outdated: for an outdated run, the time at which it was finished.
     """
 
     label: str

@@ -31,7 +31,7 @@ from mambapeft_vision.utils.untrusted import refuse_links
 
 @dataclass(frozen=True)
 class Assignment:
-    """A job for a worker. cfg: composed, not resolved; folder: of the run.
+    """A job for a worker. cfg: composed, not resolved; folder: the run's.
 
     outdated: `finished_at` of a record there that is to be replaced.
     """

@@ -84,7 +84,7 @@ def _head(git: Path) -> str | None:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tracked file. seconds, nanoseconds: of its last change when git wrote it; ignored: git is told not to look."""
+    """A tracked file. seconds, nanoseconds: time of its last change when git wrote it; ignored: git skips it."""
 
     path: str
     mode: int

@@ -18,7 +18,7 @@ def check_name(name: object, key: str, *, parts: int = 1) -> str:
     """A name that is part of paths and commands, e.g. of a task.
 
     Args:
-        key: what the name is given as, for the message.
+        key: the key that the name is given for, for the message.
         parts: how many parts, divided by `/`, it may have.
 
     Raises:

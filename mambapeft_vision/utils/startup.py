@@ -16,7 +16,7 @@ def imports_kept() -> Iterator[None]:
     During imports, collections take a fifth of the time. Later collections would go through all imported objects, which
     takes 0.3 s before each capture of a CUDA graph.
     """
-    if "torch" in sys.modules:  # a second run in this process: what the first one left is to be collected
+    if "torch" in sys.modules:  # a second run in this process: objects of the first one must be collected
         yield
         return
     gc.disable()

@@ -21,7 +21,7 @@ _HAS_SCAN = TorchVersion(torch.__version__) >= "2.9"
 def exported_as_operator(needs_grad: Iterable[bool]) -> bool:
     """Whether a program is being exported whose scans can be operators.
 
-    needs_grad: of the inputs; the operator is for inference. With any gradient the loop is written out.
+    needs_grad: whether each input needs a gradient; with any gradient the loop is written out.
     """
     return _HAS_SCAN and exporting() and not any(needs_grad)
 

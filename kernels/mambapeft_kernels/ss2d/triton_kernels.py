@@ -501,7 +501,7 @@ class Scans:
     def backward(self, dy: Tensor, ckpt: Tensor, need: dict[str, bool]) -> dict[str, Tensor]:
         """The gradients that `need` names; all but u's and proj's in float32, summed over samples.
 
-        dy: [B, H, W, E] contiguous; ckpt: of `forward`.
+        dy: [B, H, W, E] contiguous; ckpt: the checkpoints of `forward`.
         need: "u" → the scans' share [4, B, L, E], "proj" [B, L, 4(R + 2N)], "weight" [4, E, R], "bias" [4, E],
             "A" (times Δ's unit: of A = -exp(A_logs)), "first", "offset" [4, N, E].
         """

@@ -1,4 +1,4 @@
-"""Files and folders of a tree of images: what is hidden, what is an image, which folders are splits."""
+"""Files and folders of a tree of images: hidden files, images, and folders of splits."""
 
 from pathlib import Path
 

@@ -174,7 +174,7 @@ def _npz_problem(content: dict[str, np.ndarray]) -> str | None:
 
 
 class EncodedImage(NamedTuple):
-    """An image before it is laid out. name: what a message calls it; None: it was drawn here."""
+    """An image before it is laid out. name: its name in messages; None: it was drawn here."""
 
     content: bytes
     label: int

@@ -191,7 +191,7 @@ def _mean_of_means(groups: Sequence[Sequence[str]], value: Callable[[str], float
 class Collection:
     """Rows that can be compared: one family of tasks, one backbone, the same splits.
 
-    shared: settings that all rows have; mixed: what was mixed because it was allowed, or "".
+    shared: settings that all rows have; mixed: names what was mixed by permission, or "".
     """
 
     family: str
