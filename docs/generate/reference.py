@@ -218,7 +218,7 @@ def backbone_table() -> str:
         [f"`{name}`", f"`{timm_name}`", *sizes, published.get(name, ""), weights]
         for name, timm_name, *sizes, weights in lines
     ]
-    return table(["`backbone=`", *header[1:-1], "top-1, %", header[-1]], cells, "ll" + "r" * (len(header) - 2) + "l")
+    return table(["`backbone=`", *header[1:-1], "top\u20111 %", header[-1]], cells, "ll" + "r" * (len(header) - 2) + "l")
 
 
 # -- results and commands -------------------------------------------------------------------------------------
