@@ -218,7 +218,8 @@ def backbone_table() -> str:
         [f"`{name}`", f"`{timm_name}`", *sizes, published.get(name, ""), weights]
         for name, timm_name, *sizes, weights in lines
     ]
-    return table(["`backbone=`", *header[1:-1], "top\u20111 %", header[-1]], cells, "ll" + "r" * (len(header) - 2) + "l")
+    header = ["`backbone=`", *header[1:-1], "top\u20111 %", header[-1]]  # a hyphen that does not break
+    return table(header, cells, "ll" + "r" * (len(header) - 3) + "l")
 
 
 # -- results and commands -------------------------------------------------------------------------------------
