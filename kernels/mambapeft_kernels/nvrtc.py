@@ -39,6 +39,7 @@ def _kernel(files: tuple[str, ...], name: str, macros: tuple[tuple[str, int | st
 
 
 def source_of(files: tuple[str, ...], macros: tuple[tuple[str, int | str], ...]) -> str:
+    """The source of all files below their macros, as NVRTC compiles it."""
     defined = "".join(f"#define {k} {v}\n" for k, v in macros)
     return defined + "\n".join((_FOLDER / f).read_text(encoding="utf-8") for f in files)
 

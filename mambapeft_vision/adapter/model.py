@@ -108,6 +108,7 @@ class AdaptedModel(nn.Module):
         return {f"{name}.{key}": p for name, m in self.methods.items() for key, p in m.owned().items()}
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
+        """The head's parameters by the names that they are saved under."""
         return {f"head.{key}": p for key, p in self.backbone.head.named_parameters()}
 
     def trained(self) -> dict[str, nn.Parameter]:

@@ -39,6 +39,7 @@ class AdapterPool:
 
     @property
     def names(self) -> list[str]:
+        """Names of the loaded adapters."""
         return list(self._models)
 
     def add(self, name: str, folder: str | Path) -> None:

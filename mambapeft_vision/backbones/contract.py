@@ -161,7 +161,8 @@ class Backbone(Protocol):
         """Role (see `ROLES`) → names of parameters, block after block, direction after direction."""
 
     @property
-    def blocks(self) -> Sequence[Block]: ...
+    def blocks(self) -> Sequence[Block]:
+        """The blocks, first to last."""
 
     @property
     def mixers(self) -> Sequence[Mixer]:
@@ -185,15 +186,20 @@ class Backbone(Protocol):
     def __call__(self, images: Tensor) -> Tensor:
         """[B, C, H, W] → logits, or the features where there are no classes."""
 
-    def reset_classifier(self, num_classes: int) -> None: ...
+    def reset_classifier(self, num_classes: int) -> None:
+        """Gives the model a new zero head for `num_classes` classes; 0: none."""
 
-    def get_classifier(self) -> nn.Module: ...
+    def get_classifier(self) -> nn.Module:
+        """The head."""
 
-    def init_weights(self) -> None: ...
+    def init_weights(self) -> None:
+        """Draws all parameters anew."""
 
-    def set_kernel(self, kernel: str, device: torch.device | str) -> str: ...
+    def set_kernel(self, kernel: str, device: torch.device | str) -> str:
+        """Chooses the kernel backend and returns the name of the backend that will run on `device`."""
 
-    def compile_ahead(self, kernel: str, dtype: torch.dtype, device: torch.device) -> tuple[Future[Any], ...]: ...
+    def compile_ahead(self, kernel: str, dtype: torch.dtype, device: torch.device) -> tuple[Future[Any], ...]:
+        """Starts to compile the kernels for activations of `dtype`; returns futures to wait for."""
 
     # Inherited from nn.Module
 

@@ -83,6 +83,7 @@ class BranchPort:
         self.functions: list[tuple[str, Callable[[Tensor, Tensor, TokenLayout], Tensor]]] = []
 
     def add(self, owner: str, function: Callable[[Tensor, Tensor, TokenLayout], Tensor]) -> None:
+        """Adds `function` of the method `owner`."""
         self.functions.append((owner, function))
 
     def __call__(self, x: Tensor, out: Tensor, layout: TokenLayout) -> Tensor:
@@ -100,9 +101,11 @@ class TapPort:
         self.readers: list[tuple[str, Callable[[Tensor, TokenLayout], None]]] = []
 
     def add(self, owner: str, reader: Callable[[Tensor, TokenLayout], None]) -> None:
+        """Adds a reader of the method `owner`; it is called with each output."""
         self.readers.append((owner, reader))
 
     def remove(self, owner: str) -> None:
+        """Removes the reader of the method `owner`."""
         self.readers = [(name, reader) for name, reader in self.readers if name != owner]
 
     def __call__(self, tokens: Tensor, layout: TokenLayout) -> None:
@@ -181,6 +184,7 @@ class SidePort:
 
     @property
     def only_low_rank(self) -> bool:
+        """Whether fused products can compute all branches."""
         return all(isinstance(branch, LowRankBranch) for branch in self.branches)
 
     def __call__(self, x: Tensor, out: Tensor, training: bool) -> Tensor:
@@ -365,6 +369,7 @@ class Ported(nn.Module):
 
     @property
     def weight_ports(self) -> tuple[WeightPort, ...]:
+        """The ports of this module's parameters that have one."""
         return tuple(self._weight_ports.values())
 
     @torch.no_grad()

@@ -15,10 +15,12 @@ class ScanModel(TimmModel):
 
     @property
     def blocks(self) -> list[Any]:
+        """The blocks, first to last."""
         return list(self.block_list)
 
     @property
     def mixers(self) -> list[Mixer]:
+        """The blocks' mixers, first to last."""
         return [block.mixer for block in self.blocks]
 
     @property

@@ -25,6 +25,7 @@ CLASSES = 100
 
 
 def build(backbone: str, kernel: str) -> AdaptedModel:
+    """A backbone with random weights and LoRA_p(X), on the GPU."""
     method = LoRA(targets="layers.*.mixer.in_proj.weight", rows="x", rank=64, dropout=0.1)
     model = adapt(create_backbone(NAMES[backbone], "random"), {"lora_p_x": method}, CLASSES).cuda()
     model.backbone.set_kernel(kernel, "cuda")
@@ -32,6 +33,7 @@ def build(backbone: str, kernel: str) -> AdaptedModel:
 
 
 def seconds_per_call(call: Callable[[], object], repeats: int) -> float:
+    """Mean seconds of a call over `repeats`, after a warm-up."""
     for _ in range(3):
         call()
     torch.cuda.synchronize()
@@ -43,6 +45,7 @@ def seconds_per_call(call: Callable[[], object], repeats: int) -> float:
 
 
 def training(model: AdaptedModel, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """Seconds of a training step, launched kernel by kernel."""
     model.train()
     optimizer = torch.optim.AdamW(model.param_groups(1e-3, 1e-4), fused=True)
     trained = list(model.trained().values())

@@ -13,6 +13,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def evaluate_one(cfg: DictConfig) -> None:
+    """Evaluates one composed config."""
     with imports_kept():  # PyTorch's, for which --help need not wait
         from mambapeft_vision.run.evaluate import evaluate
 

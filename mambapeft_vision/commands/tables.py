@@ -67,6 +67,7 @@ def results_below(places: Sequence[str]) -> list[Found]:
 
 
 def write_all(collections: list[Collection], folder: Path) -> None:
+    """Writes the report, the tables in all formats and the plots into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = pictures_of_collections(collections)
     write_text(folder / "report.html", report(collections, title="Results", pictures=pictures))

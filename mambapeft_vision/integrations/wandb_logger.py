@@ -26,6 +26,8 @@ _ENTITY = re.compile(r"[\w-]{1,128}")
 
 
 class RunLogger(Protocol):
+    """The protocol of loggers: receives the progress and the result of a run."""
+
     pictures: bool  # whether it wants the run's pictures
 
     def start(self, plan: "RunPlan") -> None:

@@ -149,6 +149,7 @@ def _is_evaluation(step: int, total: int | None, evaluations: int) -> bool:
 
 
 def describe_accuracies(accuracies: dict[str, float]) -> str:
+    """Accuracies of all sources in one line."""
     return ", ".join(f"{name} {100 * value:.1f} %" for name, value in accuracies.items())
 
 

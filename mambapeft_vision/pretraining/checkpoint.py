@@ -16,6 +16,7 @@ from mambapeft_vision.utils.identity import UNDECIDING_IN_PRETRAINING
 
 
 def checkpoint_file(config: PretrainConfig) -> Path:
+    """The file with the state of an unfinished run of this config."""
     out = Path(config.out)
     return out.with_name(f"{out.name}.checkpoint")
 

@@ -158,4 +158,5 @@ def check_overrides(overrides: Sequence[str]) -> None:
 
 
 def to_dict(config: PretrainConfig) -> dict[str, Any]:
+    """The config in plain containers."""
     return dataclasses.asdict(config)

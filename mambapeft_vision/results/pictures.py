@@ -43,6 +43,7 @@ def _write(content: bytes, path: Path) -> None:
 
 
 def run_title(record: RunRecord) -> str:
+    """The title of a run's pictures: methods, task and seed."""
     return f"{'+'.join(record.methods)} on {record.task}, seed {record.seed}"
 
 

@@ -38,6 +38,7 @@ MOST_NAMED_CLASSES = 40
 
 
 def png(figure: Figure, dpi: int = 130) -> bytes:
+    """A figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
@@ -49,6 +50,7 @@ def save(figure: Figure, path: str | Path) -> None:
 
 
 def save_png(content: bytes, path: str | Path) -> None:
+    """Writes the bytes of a PNG file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
 

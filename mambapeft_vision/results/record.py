@@ -88,6 +88,7 @@ def write_record(folder: Path, record: RunRecord) -> None:
 
 
 def is_finished(folder: Path) -> bool:
+    """Whether a run's folder holds a result."""
     return (folder / RESULT_FILE).is_file()
 
 

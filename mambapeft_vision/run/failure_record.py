@@ -45,4 +45,5 @@ def write_failure(folder: Path, error: str, kind: str, trace: str, overrides: Se
 
 
 def forget_failure(folder: Path) -> None:
+    """Deletes failure.json, if it is there."""
     (folder / FAILURE_FILE).unlink(missing_ok=True)

@@ -144,6 +144,7 @@ def output(out: Path | None, *, append: bool = False) -> Iterator[Callable[[Pred
 
 
 def format_of(out: Path) -> str:
+    """The format of an output by its ending. Raises UserError for any other ending."""
     kind = out.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
         raise UserError(f"--out {out}: expected a file that ends in {' or '.join(f'.{kind}' for kind in FORMATS)}")

@@ -63,11 +63,13 @@ def describe_sizes(plan: RunPlan, model: AdaptedModel) -> list[str]:
 
 
 def describe_counts(counts: dict[str, Any]) -> str:
+    """The numbers of trained and frozen parameters in one line."""
     parts = "" if len(counts["by_method"]) < 2 else _parts(counts["by_method"])
     return f"trained: {counts['trainable']:,}{parts} and the head {counts['head']:,}; frozen: {counts['frozen']:,}"
 
 
 def describe_recipe(recipe: TrainerConfig, batch_size: int) -> str:
+    """The recipe in one line."""
     clip = "no clipping" if recipe.clip_norm is None else f"clipping at {recipe.clip_norm:g}"
     return (
         f"recipe: AdamW, lr {recipe.learning_rate:g}, weight decay {recipe.weight_decay:g}, batch {batch_size}, "

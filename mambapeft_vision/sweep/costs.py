@@ -84,6 +84,7 @@ def cache_bytes(jobs: Sequence[Job], pixels: int) -> int:
 
 
 def cost_table(costs: Sequence[Cost], workers: int) -> Table:
+    """The costs as a table, a row for each backbone, with the time for `workers` at a time."""
     rows = [
         [
             cost.backbone,

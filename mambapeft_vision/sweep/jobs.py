@@ -93,6 +93,7 @@ def plan_jobs(arguments: Sequence[str], configs: Path) -> list[Job]:
 
 
 def state_of(plan: RunPlan, inputs: Inputs) -> State:
+    """The state of a planned run."""
     return _state(plan, inputs)[0]
 
 

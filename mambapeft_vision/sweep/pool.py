@@ -205,6 +205,7 @@ def _interrupts_ignored() -> Iterator[None]:
 
 
 def assignment_of(job: Job) -> Assignment:
+    """The job in the form that workers receive."""
     cfg = job.config()
     cfg.resume = True
     return Assignment(cfg, job.overrides, job.folder, job.outdated)

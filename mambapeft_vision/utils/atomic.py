@@ -149,11 +149,13 @@ def _remove_old_folders(folder: Path) -> None:
 
 
 def write_bytes(path: str | Path, content: bytes, *, flush: bool = True) -> None:
+    """Writes a file that is whole or absent, also if the process dies. flush: see `atomic_path`."""
     with atomic_path(path, flush=flush) as temporary:
         temporary.write_bytes(content)
 
 
 def write_text(path: str | Path, text: str, *, flush: bool = True) -> None:
+    """Writes a UTF-8 file as `write_bytes` does."""
     write_bytes(path, text.encode("utf-8"), flush=flush)
 
 

@@ -17,6 +17,7 @@ class Budget:
 
     @contextmanager
     def of(self, amount: int) -> Iterator[None]:
+        """Takes `amount` for the time of the context; waits until it is free."""
         with self._changed:
             self._changed.wait_for(lambda: not self._taken or self._taken + amount <= self._most)
             self._taken += amount

@@ -60,6 +60,7 @@ class ProgressMeter:
         self._start = self._last_report = clock()
 
     def advance(self, units: int = 1) -> None:
+        """Counts more units, and reports if a report is due."""
         self._done += units
         now = self._clock()
         finished = self._done == self._total

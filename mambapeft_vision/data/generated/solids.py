@@ -61,10 +61,12 @@ def sample(number: int, seed: int) -> list[list[Solid]]:
 
 
 def count_label(scene: list[Solid]) -> int:
+    """The class of a scene by its number of solids."""
     return len(scene) - FEWEST
 
 
 def distance_label(scene: list[Solid]) -> int:
+    """The class of a scene by the distance of the nearest solid."""
     nearest = min(float(np.linalg.norm(solid.centre - _CAMERA)) for solid in scene)
     return int(np.searchsorted(DISTANCE_EDGES, nearest))
 

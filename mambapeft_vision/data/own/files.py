@@ -31,6 +31,7 @@ def split_folders(folder: Path) -> dict[Path, str | None]:
 
 
 def visible_folders(folder: Path) -> list[Path]:
+    """The folders in `folder` that are not hidden, in the order of their names."""
     if not folder.is_dir():
         return []
     return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))

@@ -56,6 +56,7 @@ USUAL = Columns()
 
 
 def is_table(path: Path) -> bool:
+    """Whether a path is a table by its ending."""
     return path.suffix.lower() in (*_ENDINGS, PARQUET)
 
 

@@ -20,6 +20,7 @@ def tables_of(collection: Collection) -> list[Table]:
 
 
 def summary_table(collection: Collection) -> Table:
+    """A row for each method: parameters, and averages over groups of tasks."""
     columns = collection.columns()
     rows = [
         [
@@ -35,6 +36,7 @@ def summary_table(collection: Collection) -> Table:
 
 
 def task_table(collection: Collection) -> Table:
+    """A row for each method, a column for each task."""
     rows = [
         [
             collection.label(row),

@@ -145,13 +145,16 @@ class Row:
         return found
 
     def seeds(self, task: str) -> tuple[int, ...]:
+        """The seeds with which a task was run, in ascending order."""
         return tuple(self.percents.get(task, ()))
 
     @cached_property
     def most_seeds(self) -> int:
+        """The largest number of seeds of a task."""
         return max(map(len, self.percents.values()))
 
     def score(self, task: str) -> Cell:
+        """The mean over a task's seeds."""
         return self.average([[task]])
 
     def average(self, groups: Sequence[Sequence[str]]) -> Cell:
@@ -238,6 +241,7 @@ class Collection:
         return {**{g: [t] for g, t in groups.items()}, AVERAGE: [self.tasks], MEAN_OF_GROUPS: list(groups.values())}
 
     def label(self, row: Row) -> str:
+        """A row's name in tables: the preset and its changed settings."""
         names = {"learning_rate": "lr"}
         own = [f"{names.get(key, key)}={value}" for key, value in row.settings.items() if key not in self.shared]
         return f"{row.preset} ({', '.join(own)})" if own else row.preset
