@@ -34,7 +34,7 @@ class Column:
 
 
 def columns_of(records: Iterable[RunRecord], standard: Standard) -> tuple[list[Column], str]:
-    """A column a backbone, and of which runs it is: the tuned ones where every backbone has some, else the recipe's.
+    """A column for each backbone, and the kind of its runs: tuned ones if every backbone has some, else the recipe's.
 
     Raises: UserError where no run is one of the benchmark's.
     """
@@ -109,7 +109,7 @@ def correlations_table(columns: Sequence[Column]) -> Table:
     """Spearman's rank correlation of the methods' averages between every two backbones and with the published ones."""
     every = [*columns, published_column(name for column in columns for name in column.means)]
     rows = [[first.name, *(_correlation(first, second) for second in every)] for first in every]
-    notes = ["Spearman's rank correlation over the methods that both have; in brackets how many these are."]
+    notes = ["Spearman's rank correlation over the methods that both have; their number is in brackets."]
     return Table("Do the methods come in the same order?", ["", *(column.name for column in every)], rows, notes)
 
 

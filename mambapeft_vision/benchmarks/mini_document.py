@@ -72,7 +72,7 @@ def _sections(pictures: Path, records: Sequence[RunRecord], standard: Standard) 
 def recipe_and_tuned(
     records: Sequence[RunRecord], standard: Standard
 ) -> tuple[list[RunRecord], list[RunRecord], dict[str, Choice]]:
-    """The tested runs of the recipe, those at each method's chosen setting, and what was chosen from."""
+    """The tested runs of the recipe, those at each method's chosen setting, and the choices."""
     trials = [
         (record, trial)
         for record in records
@@ -174,7 +174,7 @@ def _choices_table(found: Mapping[str, Choice]) -> Table:
 
 
 def _refinements_table(found: Mapping[str, Choice]) -> Table:
-    """The trials after the rates, as many for each method, and what was chosen from all."""
+    """The trials after the rates, equally many for each method, and the choice among all."""
     rows = []
     for name, choice in found.items():
         more = [setting for setting in choice.means if setting not in {Setting(rate) for rate in choice.rates}]

@@ -55,7 +55,7 @@ def _overrides(changed: Mapping[str, float | None] | None) -> tuple[str, ...]:
 
 
 def memba_table(records: Sequence[RunRecord], standard: Standard, tasks: Sequence[str]) -> Table:
-    """Each variant's mean accuracy on val200 by rate, and its best; what is not done is left out."""
+    """Each variant's mean accuracy on val200 by rate, and its best; missing runs are left out."""
     found: dict[str, dict[float, dict[str, float]]] = {}
     for record in records:
         variant = _variant(record, standard)

@@ -243,7 +243,7 @@ def _parser() -> ArgumentParser:
         command.add_argument(
             "--max-minutes", type=float, default=float("inf"), help="stop in time and keep finished runs"
         )
-        command.add_argument("--dry-run", action="store_true", help="only say what would run")
+        command.add_argument("--dry-run", action="store_true", help="only list what would run")
         command.set_defaults(run=run_memba if stage == "memba" else run_stage)
     averaged = commands.add_parser(
         "ensemble", help="ensembles of the tuned runs of the best methods", parents=[benchmark]

@@ -104,7 +104,7 @@ def _parser() -> ArgumentParser:
     one.add_argument("--name", required=True, help="name of the task and its folder")
     one.add_argument("--group", choices=GROUPS, help="for tables (default: the table's, else custom)")
     one.add_argument("--max-test", type=int, default=2000, help="test images at most, where none are marked")
-    one.add_argument("--seed", type=int, default=0, help="of the splits, where none are marked")
+    one.add_argument("--seed", type=int, default=0, help="seed of the splits, where none are marked")
     one.set_defaults(run=import_one)
     every = commands.add_parser("all", parents=[common], help="the 13 npz files of a folder")
     every.add_argument("--from", dest="source", type=Path, required=True, metavar="DIR")

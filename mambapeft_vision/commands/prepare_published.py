@@ -31,7 +31,7 @@ def main(kind: str, arguments: Sequence[str]) -> None:
         f"mambapeft prepare {kind}",
         f"Makes published splits, over images that you have, a task; checks every image.\n\nexample:\n  {example}",
     )
-    parser.add_argument("task", choices=list(table), help="which of them")
+    parser.add_argument("task", choices=list(table), help="name of the benchmark's task")
     parser.add_argument("--lists", type=Path, required=True, metavar="DIR", help=f"folder with {lists}")
     parser.add_argument(
         "--images", type=Path, required=True, metavar="DIR", help="folder that the lists' paths start from"

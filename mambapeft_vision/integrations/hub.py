@@ -127,7 +127,7 @@ def model_card(config: dict[str, Any], result: RunRecord | None, repository: str
 
 
 def _classes(config: dict[str, Any]) -> str:
-    """How many, and the first ones by name."""
+    """The number of classes, and the first ones by name."""
     names = config.get("class_names")
     if not names:
         return str(config["num_classes"])
@@ -149,7 +149,7 @@ def _measured(result: RunRecord | None, measure: str) -> dict[str, str]:
 
 
 def _sides(img_size: Any) -> tuple[int, int]:
-    """Height and width, from what a config says. Raises UserError."""
+    """Height and width from a config. Raises UserError."""
     given = list(img_size) if isinstance(img_size, (list, tuple)) else [img_size] * 2
     if len(given) != 2 or any(type(side) is not int for side in given):
         raise UserError(f"{CONFIG_FILE}: img_size is {shown(img_size)}; expected one or two whole numbers")

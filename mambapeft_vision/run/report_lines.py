@@ -47,7 +47,7 @@ def dry_run_report(plan: RunPlan) -> str:
 
 
 def starting_lines(plan: RunPlan, model: AdaptedModel, batch_size: int) -> list[str]:
-    """What is trained, and by which recipe."""
+    """The trained parts and the recipe, in lines."""
     return [*describe_sizes(plan, model), describe_counts(model.counts()), describe_recipe(plan.recipe, batch_size)]
 
 
@@ -79,7 +79,7 @@ def describe_recipe(recipe: TrainerConfig, batch_size: int) -> str:
 
 
 def measure(record: RunRecord) -> str:
-    """What the record's accuracy is."""
+    """The name of the record's measure: accuracy, or mean average precision."""
     return "mean average precision" if record.config["dataset"].get("multi_label") else "accuracy"
 
 
