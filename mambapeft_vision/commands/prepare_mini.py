@@ -1,4 +1,4 @@
-"""Makes labelled images tasks of the mini benchmark: mambapeft prepare mini --help."""
+"""Makes tasks of the mini benchmark from labelled images: mambapeft prepare mini --help."""
 
 import argparse
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Makes benchmarks with published splits tasks: mambapeft prepare fgvc, mambapeft prepare few-shot."""
+"""Makes tasks from benchmarks with published splits: mambapeft prepare fgvc, mambapeft prepare few-shot."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -29,7 +29,7 @@ def main(kind: str, arguments: Sequence[str]) -> None:
     family = kind.replace("-", "")
     parser = ArgumentParser(
         f"mambapeft prepare {kind}",
-        f"Makes published splits, over images that you have, a task; checks every image.\n\nexample:\n  {example}",
+        f"Makes a task from published splits and your copy of the images; checks every image.\n\nexample:\n  {example}",
     )
     parser.add_argument("task", choices=list(table), help="name of the benchmark's task")
     parser.add_argument("--lists", type=Path, required=True, metavar="DIR", help=f"folder with {lists}")

@@ -25,7 +25,9 @@ def search_parser(prog: str, description: str | None, defaults: Mapping[str, str
     parser.add_argument("--space", metavar="NAME", help="a file of configs/search (default: %(default)s)")
     if tuned:
         parser.add_argument("--method", metavar="PRESET", help="the preset to tune")
-    parser.add_argument("--trials", type=positive, metavar="N", help="trials of all workers together (default: %(default)s)")
+    parser.add_argument(
+        "--trials", type=positive, metavar="N", help="trials of all workers together (default: %(default)s)"
+    )
     parser.add_argument("--protocol", choices=PROTOCOLS, help="images that trials are tested on (default: %(default)s)")
     parser.add_argument("--storage", metavar="URL", help="database that workers without a common disk share")
     parser.add_argument("--name", help="name of the study and its folder, searches/NAME")
