@@ -96,7 +96,7 @@ def _parser() -> ArgumentParser:
         "--out", type=Path, default=Path("data/mini"), help="folder of the task folders (default: %(default)s)"
     )
     parser = ArgumentParser(
-        "mambapeft prepare mini", f"Makes labelled images tasks in the layout of VTAB-1K.\n\n{EXAMPLES}"
+        "mambapeft prepare mini", f"Makes tasks in the layout of VTAB-1K from labelled images.\n\n{EXAMPLES}"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     one = commands.add_parser("import", parents=[common], help="one npz file or class-per-folder tree")
