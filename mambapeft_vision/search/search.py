@@ -188,7 +188,7 @@ def check_inputs(study: optuna.Study, jobs: Sequence[Job]) -> None:
 
 
 def _database(url: str) -> RDBStorage:
-    """Opens a database. Workers that start together on a new one all try to make its tables, and all but one fail."""
+    """Opens a database. Workers that start together on a new one all make its tables; all but one fail and retry."""
     if url.startswith("postgresql://"):  # SQLAlchemy takes this scheme for psycopg2, the older driver
         url = url.replace("postgresql://", "postgresql+psycopg://", 1)
     try:
