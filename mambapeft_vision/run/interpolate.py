@@ -46,7 +46,7 @@ class NotInterpolableError(UserError):
 
 @dataclass(frozen=True)
 class How:
-    """How a command opens a run: where it computes, and where files are. Fields are as in `open_trained`."""
+    """How a command opens a run: where it computes, and the folders of decoded images and of method files."""
 
     device: str = "auto"
     kernel: str | None = None
