@@ -1,11 +1,12 @@
-"""Backbones by their registered names: every file of this package that registers a model with timm is found."""
+"""Backbones by their registered names: those that the files of this package, or of one's own, register with timm."""
 
 import importlib
 import inspect
 import json
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import timm
@@ -49,11 +50,10 @@ def create_backbone(
         >>> backbone(torch.zeros(2, 3, 64, 64)).shape
         torch.Size([2, 192])
     """
-    if name not in registered():
-        raise UserError(f"backbone.name={shown(name)} is unknown; known: {', '.join(registered())}")
+    check_registered(name)
     if not 0 <= seed < 2**63:
         raise UserError(f"backbone.seed={seed}; expected 0 to 2^63 - 1")
-    kind: type[nn.Module] = get_type_hints(model_entrypoint(name))["return"]
+    kind = _kind_of(name)
     if weights_license not in (None, LICENSE_ACCEPTED):
         raise UserError(f"backbone.weights_license={weights_license!r}; expected {LICENSE_ACCEPTED!r}, or leave it out")
     check_sizes(kind, architecture)
@@ -92,19 +92,88 @@ def _count_parameters(name: str, architecture: str) -> int:
         return sum(p.numel() for p in timm.create_model(name, num_classes=0, **json.loads(architecture)).parameters())
 
 
+def add_backbones_folder(folder: str | Path) -> None:
+    """Makes the backbones known that the Python files of `folder` register with timm, whose code is run.
+
+    For backbones that live outside the package (`paths.backbones` in the config). A file `x.py` becomes the module
+    `mambapeft_vision.backbones.x`. Files and names of the package win.
+    Raises: UserError when there is no such folder.
+    """
+    path = Path(folder).expanduser().resolve()
+    if not path.is_dir():
+        raise UserError(
+            f"paths.backbones={str(folder)!r} is no folder; give the folder that holds your backbone's file"
+        )
+    if str(path) not in package.__path__:
+        package.__path__.append(str(path))
+        registered.cache_clear()
+
+
 @cache
 def registered() -> list[str]:
-    """Names of the backbones that the files of this package register with timm."""
-    files = [module.name for module in pkgutil.iter_modules(package.__path__)]
-    for file in files:
-        importlib.import_module(f"{package.__name__}.{file}")
-    names = sorted(name for file in files for name in timm.list_models(module=file))
-    return [name for name in names if model_entrypoint(name).__module__.startswith(f"{package.__name__}.")]
+    """Names of the backbones that the files of this package, and of the folders added to it, register with timm.
+
+    Raises: UserError for a file of one's own that cannot be imported, or registers a name of the package.
+    """
+    of_package = _registered_by_package()
+    own = [name for file in sorted(_files(package.__path__[1:])) for name in _registered_by_own(file)]
+    for name, file in of_package.items():
+        taken_by = model_entrypoint(name).__module__
+        if taken_by.rpartition(".")[2] != file:
+            raise UserError(f"{taken_by} registers {name}, which the package has; choose another name")
+    return sorted([*of_package, *own])
+
+
+@cache
+def _registered_by_package() -> dict[str, str]:
+    """Name → the file that registers it. Found before files of one's own are imported, which could take a name."""
+    return {name: file for file in _files(package.__path__[:1]) for name in _registered_by(file)}
+
+
+def _files(folders: Sequence[str]) -> set[str]:
+    return {module.name for module in pkgutil.iter_modules(folders)}
+
+
+def _registered_by(file: str) -> list[str]:
+    module = importlib.import_module(f"{package.__name__}.{file}").__name__
+    return [name for name in timm.list_models(module=file) if model_entrypoint(name).__module__ == module]
+
+
+def _registered_by_own(file: str) -> list[str]:
+    if file in _files(package.__path__[:1]):
+        return []  # the package's file wins
+    try:
+        return _registered_by(file)
+    except Exception as error:
+        raise UserError(
+            f"{file}.py of paths.backbones cannot be imported: {type(error).__name__}: {error}. Mend it, or move it away"
+        ) from error
+
+
+def check_registered(name: str) -> None:
+    """Raises UserError for a name that no backbone has."""
+    if name not in registered():
+        raise UserError(
+            f"backbone.name={shown(name)} is unknown; known: {', '.join(registered())}. If a file of your own defines "
+            f"it, name its folder: paths.backbones=DIR, --backbones DIR, or add_backbones_folder(DIR) in Python"
+        )
+
+
+def _kind_of(name: str) -> type[nn.Module]:
+    """The class of a registered backbone. Raises UserError where its file does not say it."""
+    entry = model_entrypoint(name)
+    kind = get_type_hints(entry).get("return")
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise UserError(
+            f"{entry.__module__}.{name} does not say what it returns; annotate it with the class of the model: "
+            f"def {name}(pretrained: bool = False, **kwargs: Any) -> MyBackbone"
+        )
+    return kind
 
 
 def one_block(name: str) -> dict[str, Any]:
     """Sizes with which a registered backbone has one block, or one in each of two stages."""
-    kind = get_type_hints(model_entrypoint(name))["return"]
+    kind = _kind_of(name)
     return {"depths": (1, 1)} if "depths" in inspect.signature(kind).parameters else {"depth": 1}
 
 

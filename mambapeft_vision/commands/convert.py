@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mambapeft_vision.run.arguments import ArgumentParser
+from mambapeft_vision.run.own_code import OwnCode
 
 if TYPE_CHECKING:
     from mambapeft_vision.adapter.model import AdaptedModel
@@ -30,6 +31,7 @@ def parser() -> ArgumentParser:
     peft = commands.add_parser("from-peft", help="convert an adapter of Hugging Face peft")
     peft.add_argument("folder", help="folder that peft saved")
     peft.add_argument("--backbone", required=True, help="registered name of the adapter's backbone")
+    peft.add_argument("--backbones", metavar="DIR", help="backbone files of your own, if it is one of them")
     peft.add_argument("--weights", default="official", help="official, random or a file with the backbone's weights")
     peft.add_argument("--out", required=True, help="folder to write")
 
@@ -57,6 +59,7 @@ def run(args: argparse.Namespace) -> None:
     if args.command == "from-reference":
         _say_written(args.out, from_reference(args.config, args.checkpoint, args.weights, args.out))
     elif args.command == "from-peft":
+        OwnCode(backbones=args.backbones).add()
         _say_written(args.out, convert_from_peft(args.folder, args.backbone, args.weights, args.out))
     elif args.command == "merge":
         print(*export(Request(args.adapter, args.out, args.weights), "official"), sep="\n")

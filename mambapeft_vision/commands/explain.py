@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mambapeft_vision.commands.predict import add_model_options
 from mambapeft_vision.run.arguments import ArgumentParser
+from mambapeft_vision.run.own_code import OwnCode
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.startup import imports_kept
 
@@ -17,7 +18,7 @@ Squares of the image are covered one by one; where that lowers the probability o
 
 
 def main(arguments: Sequence[str]) -> None:
-    options = _parser().parse_intermixed_args(arguments)
+    options = _parser().parse_intermixed_options(arguments)
     given = dict(word.partition("=")[::2] for word in options.words)
     if set(given) != {"run", "image"} or not all(given.values()) or len(options.words) != 2:
         raise UserError(f"{' '.join(options.words)}: expected run=DIR, the folder of a run, and image=FILE")
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
         weights=options.backbone_weights,
         device=options.device,
         kernel=options.kernel,
-        methods=options.methods,
+        own=OwnCode(options.methods, options.backbones),
     )
     found = explain(trained, image, grid=options.grid, class_name=options.class_name)
     out = Path(f"{image.stem}-explained.png") if options.out is None else options.out.expanduser()

@@ -14,6 +14,7 @@ onnx, torch-export, timm and peft are compared with the model. If their logits d
 from collections.abc import Sequence
 
 from mambapeft_vision.run.arguments import ArgumentParser, positive
+from mambapeft_vision.run.own_code import OwnCode, add_own_code_options
 
 FORMATS = ("onnx", "torch-export", "timm", "official", "peft", "lora")
 
@@ -24,7 +25,7 @@ def parser() -> ArgumentParser:
     top.add_argument("--to", required=True, choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS))
     top.add_argument("--out", required=True, help="file or new folder to write")
     top.add_argument("--weights", help="official, random or a file with the backbone's weights; default: the run's")
-    top.add_argument("--methods", help="a folder with method files of your own, if the run used one")
+    add_own_code_options(top)
     top.add_argument("--int8", action="store_true", help="onnx: also write a file with int8 weights, and test both")
     top.add_argument(
         "--energy", type=float, default=0.99, help="lora: share of each change's squared norm to keep (default 0.99)"
@@ -35,8 +36,8 @@ def parser() -> ArgumentParser:
 
 def main(arguments: Sequence[str]) -> None:
     options = vars(parser().parse_options(arguments))
-    to = options.pop("to")
+    to, own = options.pop("to"), OwnCode(options.pop("methods"), options.pop("backbones"))
     from mambapeft_vision.integrations.export import Request, export  # PyTorch's import, for which --help need not wait
 
-    for line in export(Request(**options), to):
+    for line in export(Request(**options, own=own), to):
         print(line)

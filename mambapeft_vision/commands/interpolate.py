@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mambapeft_vision.results.record import read_record
 from mambapeft_vision.run.arguments import ArgumentParser
+from mambapeft_vision.run.own_code import OwnCode, add_own_code_options
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.names import user_path
 from mambapeft_vision.utils.startup import imports_kept
@@ -31,14 +32,15 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--cache", metavar="DIR", help="folder of decoded images, such as data/cache")
-    parser.add_argument("--methods", metavar="DIR", help="folder with method files of your own, if the run used one")
+    add_own_code_options(parser)
     options = parser.parse_options(arguments)
     alphas = _numbers(options.alphas)
     chooser = user_path(options.select or options.run)
     with imports_kept():  # PyTorch's, for which --help need not wait
         from mambapeft_vision.run import interpolate as wise
 
-    how = wise.How(device=options.device, cache=options.cache, methods=options.methods)
+    own = OwnCode(options.methods, options.backbones)
+    how = wise.How(device=options.device, cache=options.cache, own=own)
     alpha, label, found = options.alpha, f"{options.alpha}", None
     if alpha is None:
         wise.check_unseen(read_record(chooser), options.split, chooser)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mambapeft_vision.run.arguments import ArgumentParser
+from mambapeft_vision.run.own_code import OwnCode, add_own_code_options
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.startup import imports_kept
 
@@ -22,7 +23,7 @@ whatever their size. Those that cannot be read are said and skipped; the exit co
 
 
 def main(arguments: Sequence[str]) -> int | None:
-    options = _parser().parse_intermixed_args(arguments)
+    options = _parser().parse_intermixed_options(arguments)
     run, images = run_and_images(options.words)
     out = None if options.out is None else options.out.expanduser()
     if options.top < 1 or (options.batch_size is not None and options.batch_size < 1):
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str]) -> int | None:
         weights=options.backbone_weights,
         device=options.device,
         kernel=options.kernel,
-        methods=options.methods,
+        own=OwnCode(options.methods, options.backbones),
     )
     how = {"top": options.top, "batch_size": options.batch_size}
     if options.watch is None:
@@ -80,9 +81,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--kernel", help="a kernel backend (default: the one that the run asked for)")
     parser.add_argument("--backbone-weights", metavar="FILE", help="place of the backbone's weights now")
-    parser.add_argument(
-        "--methods", metavar="DIR", help="method files of your own, if the run used some; runs their code"
-    )
+    add_own_code_options(parser)
 
 
 def _parser() -> ArgumentParser:

@@ -6,6 +6,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from mambapeft_vision.commands.hydra_app import run_app
+from mambapeft_vision.run.own_code import OwnCode
 from mambapeft_vision.run.overrides import prepare_multirun
 from mambapeft_vision.run.rerun import ROOT_CONFIG, split_flag, store_root_config
 from mambapeft_vision.utils.paths import configs_folder
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str]) -> None:
             return None if record is None else record.accuracy
         from mambapeft_vision.pretraining.run import run_pretraining
 
+        OwnCode(backbones=cfg.paths.backbones).add()
         run_pretraining(cfg, overrides)
         return None
 

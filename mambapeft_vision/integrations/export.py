@@ -17,10 +17,10 @@ from mambapeft_vision.engine.module import Normalise
 from mambapeft_vision.integrations import low_rank, program, timm_folder
 from mambapeft_vision.integrations.hub import make_folder, recorded_weights
 from mambapeft_vision.integrations.to_peft import to_peft
-from mambapeft_vision.methods import add_methods_folder
 from mambapeft_vision.results.record import is_finished, read_record
 from mambapeft_vision.run.build import build_dataset
 from mambapeft_vision.run.evaluate import recorded_config
+from mambapeft_vision.run.own_code import NO_OWN_CODE, OwnCode
 from mambapeft_vision.run.run_config import make_plan
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.names import user_path
@@ -33,7 +33,7 @@ class Request:
     run: folder of a run or adapter.
     out: the file or folder to write.
     weights: weights of the backbone; None: those that the run records, or the official ones.
-    methods: a folder with the user's own method files, if the run used one.
+    own: folders with the user's own Python files, if the run used some.
     int8: for ONNX, also a file with the weights in int8.
     energy, rank: for LoRA, see `low_rank.to_lora`.
     """
@@ -41,7 +41,7 @@ class Request:
     run: str | Path
     out: str | Path
     weights: str | None = None
-    methods: str | None = None
+    own: OwnCode = NO_OWN_CODE
     int8: bool = False
     energy: float = 0.99
     rank: int | None = None
@@ -64,8 +64,7 @@ class Source:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        if request.methods is not None:
-            add_methods_folder(request.methods)
+        request.own.add()
         self.folder = user_path(request.run)
         self.adapter: Adapter = read_adapter(self.folder)
         self.weights, self.seed = self._weights()
@@ -83,7 +82,7 @@ class Source:
 
     def test_images(self) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
         """Makes batches of the run's test split, normalised. Raises UserError where it is not at hand."""
-        task = build_dataset(make_plan(recorded_config(self.folder, cache=None, methods=self.request.methods)))
+        task = build_dataset(make_plan(recorded_config(self.folder, cache=None, own=self.request.own)))
         task.check(test_only=True)
         preprocessing = Preprocessing.from_timm(self.backbone().default_cfg)
         task.load_test(preprocessing, ConsoleProgress(f"decode {task.name}", "images"))

@@ -67,6 +67,10 @@ class ArgumentParser(argparse.ArgumentParser):
         """The options of a command that takes no overrides."""
         return self.parse_args(self._in_one_dialect(arguments))
 
+    def parse_intermixed_options(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """As `parse_options`, where words and options may come in any order."""
+        return self.parse_intermixed_args(self._in_one_dialect(arguments))
+
     def _options(self) -> list[str]:
         return [name for action in self._actions for name in action.option_strings if name.startswith("--")]
 

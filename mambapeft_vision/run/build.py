@@ -20,6 +20,7 @@ from mambapeft_vision.data import TaskDataModule
 from mambapeft_vision.integrations.wandb_logger import NoLogger, RunLogger, WandbLogger
 from mambapeft_vision.methods.method import Method
 from mambapeft_vision.run.config import OF_VIM_S
+from mambapeft_vision.run.own_code import OwnCode
 from mambapeft_vision.run.run_config import RunPlan
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.typed import check_arguments
@@ -69,7 +70,7 @@ def build_dataset(plan: RunPlan) -> TaskDataModule:
 
 def build_backbone(plan: RunPlan) -> Backbone:
     """The backbone of the section `backbone`, with its weights."""
-    return build("backbone", plan.backbone)
+    return _build_backbone(plan)
 
 
 def build_logger(plan: RunPlan) -> RunLogger:
@@ -121,7 +122,7 @@ def _whole_numbers(value: Any) -> Iterator[int]:
 
 def build_backbone_without_weights(plan: RunPlan) -> Backbone:
     """The backbone with random weights, or on PyTorch's meta device with none."""
-    return build("backbone", {**plan.backbone, "weights": "random", "weights_sha256": None})
+    return _build_backbone(plan, weights="random", weights_sha256=None)
 
 
 def build_backbone_offline(plan: RunPlan) -> tuple[Backbone, str]:
@@ -129,7 +130,7 @@ def build_backbone_offline(plan: RunPlan) -> tuple[Backbone, str]:
     section = plan.backbone
     if section.get("weights") != "official":
         return build_backbone(plan), f"weights: {section.get('weights')}"
-    backbone = build("backbone", {**section, "weights": "random"})
+    backbone = _build_backbone(plan, weights="random")
     repository, file = (backbone.default_cfg.get(key) for key in ("hf_hub_id", "hf_hub_filename"))
     if repository is None:  # in the package, or nowhere
         return build_backbone(plan), "weights: official"
@@ -138,6 +139,11 @@ def build_backbone_offline(plan: RunPlan) -> tuple[Backbone, str]:
         return backbone, "weights: random here, as the official ones have not been downloaded yet"
     load_weights(backbone, cached)
     return backbone, "weights: official"
+
+
+def _build_backbone(plan: RunPlan, **instead: Any) -> Backbone:
+    OwnCode(backbones=plan.paths.backbones).add()
+    return build("backbone", {**plan.backbone, **instead})
 
 
 def set_kernel(backbone: Backbone, kernel: str, device: torch.device) -> str:

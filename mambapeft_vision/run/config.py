@@ -27,12 +27,14 @@ class PathsConfig:
         outputs: folder of the runs' folders.
         cache: folder of decoded images, kept below 40 GiB; null decodes them in every run.
         methods: folder with method files of your own, whose code is run.
+        backbones: folder with backbone files of your own, whose code is run.
     """
 
     data: str = MISSING
     outputs: str = MISSING
     cache: str | None = MISSING
     methods: str | None = MISSING
+    backbones: str | None = MISSING
 
 
 @dataclass
@@ -77,10 +79,12 @@ class EvaluatePathsConfig:
     Args:
         cache: folder of decoded images; null decodes them. The run's own setting is ignored.
         methods: folder with method files of your own, whose code is run.
+        backbones: folder with backbone files of your own, whose code is run.
     """
 
     cache: str | None = MISSING
     methods: str | None = MISSING
+    backbones: str | None = MISSING
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """`evaluate.py run=...`: builds a finished run's model from its folder, merges it and tests it again."""
 
 import math
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from mambapeft_vision.adapter.load import apply_adapter, check_sizes
 from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.backbones.contract import Backbone
 from mambapeft_vision.engine.predict import Predictions
-from mambapeft_vision.methods import add_methods_folder
 from mambapeft_vision.results.claims import computed
 from mambapeft_vision.results.files import read_text
 from mambapeft_vision.results.layout import (
@@ -28,7 +28,8 @@ from mambapeft_vision.results.record import RunRecord, read_record
 from mambapeft_vision.run.assemble import Setup, assemble
 from mambapeft_vision.run.config import TrainConfig
 from mambapeft_vision.run.finish import save_predictions, test, versions_of
-from mambapeft_vision.run.inputs import Fingerprints, Inputs, changed, own_methods_sha256
+from mambapeft_vision.run.inputs import Fingerprints, Inputs, changed, own_backbone_sha256, own_methods_sha256
+from mambapeft_vision.run.own_code import OwnCode
 from mambapeft_vision.run.report_lines import measure
 from mambapeft_vision.run.run_config import RunPlan, make_plan
 from mambapeft_vision.utils.atomic import write_json
@@ -50,11 +51,11 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     Raises: UserError.
     """
     folder = user_path(cfg.run)
-    if cfg.paths.methods is not None:
-        add_methods_folder(cfg.paths.methods)
+    own = OwnCode(cfg.paths.methods, cfg.paths.backbones)
+    own.add()
     record = read_record(folder)
     adapter = read_adapter(folder)
-    config = recorded_config(folder, cache=cfg.paths.cache, methods=cfg.paths.methods)
+    config = recorded_config(folder, cache=cfg.paths.cache, own=own)
     if cfg.dataset_folder is not None:
         config.dataset.folder, config.dataset.path = cfg.dataset_folder, None
         config.dataset.num_classes = config.dataset.get("num_classes") or adapter.config["num_classes"]
@@ -72,7 +73,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         kernel=cfg.kernel,
         test_only=True,
     )
-    now = Fingerprints(Inputs().images(plan), setup.model.backbone_sha256, own_methods_sha256(plan))
+    now = Fingerprints(
+        Inputs().images(plan), setup.model.backbone_sha256, own_methods_sha256(plan), own_backbone_sha256(plan)
+    )
     other = changed(Fingerprints.of_record(record), now)
     if other:
         console.say(f"the {other} are not those that the run was made from")
@@ -95,11 +98,11 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     return evaluation
 
 
-def recorded_config(folder: Path, *, cache: str | None, methods: str | None) -> DictConfig:
+def recorded_config(folder: Path, *, cache: str | None, own: OwnCode) -> DictConfig:
     """What a run's config.yaml says of what was computed, checked against the schema; the rest from the command.
 
     Args:
-        cache, methods: the folders of `paths` that the command gives.
+        cache, own: the folders of `paths` that the command gives.
     """
     path = folder / RUN_CONFIG_FILE
     content = parse_yaml(read_text(path, "the folder of a finished run"), str(path))
@@ -107,7 +110,7 @@ def recorded_config(folder: Path, *, cache: str | None, methods: str | None) -> 
         raise UserError(f"{path} is no config of a run: expected keys and values; copy it again from where it was made")
     recorded = content.get("paths")
     data = recorded.get("data") if isinstance(recorded, dict) else None
-    paths = {"data": str(data), "outputs": str(folder), "cache": cache, "methods": methods}
+    paths = {"data": str(data), "outputs": str(folder), "cache": cache, **asdict(own)}
     command: dict[str, Any] = {"paths": paths, "logger": {"_target_": NO_LOGGER}, "resume": True, "dry_run": False}
     try:
         # Migrated like any config of an earlier release; what follows is checked by make_plan.

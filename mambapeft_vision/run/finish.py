@@ -17,7 +17,7 @@ from mambapeft_vision.results.predictions import read_labels
 from mambapeft_vision.results.record import RunRecord, write_record
 from mambapeft_vision.run.assemble import Setup
 from mambapeft_vision.run.failure_record import forget_failure
-from mambapeft_vision.run.inputs import OWN_METHODS, own_methods_sha256
+from mambapeft_vision.run.inputs import OWN_BACKBONES, OWN_METHODS, own_backbone_sha256, own_methods_sha256
 from mambapeft_vision.run.report_lines import summarise
 from mambapeft_vision.run.run_config import RunPlan
 from mambapeft_vision.utils.console import Console, say, warned_of
@@ -91,9 +91,9 @@ def _adapter_metadata(plan: RunPlan) -> dict[str, Any]:
 
 
 def versions_of(plan: RunPlan) -> dict[str, str]:
-    """Versions of the libraries behind a run's result, and the hash of the user's own method files."""
-    own = own_methods_sha256(plan)
-    return library_versions() | ({} if own is None else {OWN_METHODS: own})
+    """Versions of the libraries behind a run's result, and hashes of the user's own Python files."""
+    own = {OWN_METHODS: own_methods_sha256(plan), OWN_BACKBONES: own_backbone_sha256(plan)}
+    return library_versions() | {name: digest for name, digest in own.items() if digest is not None}
 
 
 def draw(plan: RunPlan, setup: Setup) -> None:

@@ -13,9 +13,9 @@ from mambapeft_vision.engine.config import STOP
 from mambapeft_vision.engine.distributed import other_ranks
 from mambapeft_vision.engine.loop import make_trainer, step_settings, train
 from mambapeft_vision.engine.module import FineTuning
-from mambapeft_vision.methods import add_methods_folder
 from mambapeft_vision.run.assemble import Setup, assemble
-from mambapeft_vision.run.inputs import Fingerprints, own_methods_sha256
+from mambapeft_vision.run.inputs import Fingerprints, own_backbone_sha256, own_methods_sha256
+from mambapeft_vision.run.own_code import OwnCode
 from mambapeft_vision.run.resume import settle_checkpoint
 from mambapeft_vision.run.run_config import RunPlan
 from mambapeft_vision.utils.console import Console
@@ -63,13 +63,14 @@ def fit(
 
 def inputs_of(plan: RunPlan, setup: Setup) -> Fingerprints:
     """Fingerprints of what an assembled run is made from."""
-    return Fingerprints(setup.task.manifest_hash, setup.model.backbone_sha256, own_methods_sha256(plan))
+    return Fingerprints(
+        setup.task.manifest_hash, setup.model.backbone_sha256, own_methods_sha256(plan), own_backbone_sha256(plan)
+    )
 
 
 def fit_rank(plan: RunPlan, rank: int) -> None:
     """The work of a rank above 0, in a process of its own. It writes nothing but a log."""
-    if plan.paths.methods is not None:
-        add_methods_folder(plan.paths.methods)
+    OwnCode(plan.paths.methods, plan.paths.backbones).add()
     with (
         open(os.devnull, "w", encoding="utf-8") as nowhere,
         Console(plan.folder / f"rank{rank}.log", stream=nowhere) as console,

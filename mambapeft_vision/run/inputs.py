@@ -1,4 +1,4 @@
-"""Fingerprints of what a result is made from: images, weights and the user's own method files.
+"""Fingerprints of what a result is made from: images, weights and the user's own Python files.
 
 Code that continues from something older (a finished run, a checkpoint, a search, an evaluation) asks `changed` whether
 its inputs are still the same.
@@ -7,6 +7,7 @@ its inputs are still the same.
 import ast
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +21,8 @@ from mambapeft_vision.run.build import build_backbone_offline, build_backbone_wi
 from mambapeft_vision.run.run_config import RunPlan
 from mambapeft_vision.utils.names import user_path
 
-OWN_METHODS = "method files"  # among a result's versions
-_PACKAGE = "mambapeft_vision.methods."
+OWN_METHODS, OWN_BACKBONES = "method files", "backbone files"  # among a result's versions
+_METHODS, _BACKBONES = "mambapeft_vision.methods.", "mambapeft_vision.backbones."
 
 
 @dataclass(frozen=True)
@@ -32,20 +33,31 @@ class Fingerprints:
         images: the hash of the task (`TaskDataModule.manifest_hash`).
         weights: sha256 of the backbone's tensors.
         methods: sha256 of the user's own method files; None if the run uses the package's methods only.
+        backbones: sha256 of the user's own backbone files; None if the run uses the package's, or if not recorded.
     """
 
     images: str | None
     weights: str | None
     methods: str | None
+    backbones: str | None = None
 
     @classmethod
     def of_record(cls, record: RunRecord) -> "Fingerprints":
-        return cls(record.data_manifest, record.backbone_sha256, record.versions.get(OWN_METHODS))
+        return cls(
+            record.data_manifest,
+            record.backbone_sha256,
+            *(record.versions.get(own) for own in (OWN_METHODS, OWN_BACKBONES)),
+        )
 
 
 def changed(then: Fingerprints, now: Fingerprints) -> str:
     """The inputs that differ, in words ("images and weights"), or "". Unknown inputs are not compared."""
-    words = {"images": "images", "weights": "weights of the backbone", "methods": "method files"}
+    words = {
+        "images": "images",
+        "weights": "weights of the backbone",
+        "methods": OWN_METHODS,
+        "backbones": OWN_BACKBONES,
+    }
     before, present = asdict(then), asdict(now)
     return " and ".join(
         word for key, word in words.items() if None not in (before[key], present[key]) and before[key] != present[key]
@@ -68,7 +80,7 @@ class Inputs:
         with_weights: whether to build the backbone and hash its tensors; otherwise they stay unknown.
         """
         weights = self._weights(plan) if with_weights else None
-        return Fingerprints(self.images(plan), weights, own_methods_sha256(plan))
+        return Fingerprints(self.images(plan), weights, own_methods_sha256(plan), own_backbone_sha256(plan))
 
     def images(self, plan: RunPlan) -> str | None:
         """The hash of the task; None where its lists are not there."""
@@ -88,7 +100,36 @@ def own_methods_sha256(plan: RunPlan) -> str | None:
     """sha256 of the files in `paths.methods` that define the plan's methods, and of files there that they import."""
     if plan.paths.methods is None:
         return None
-    files = _files_of(plan.method_specs.values(), user_path(plan.paths.methods))
+    targets = [str(spec.get("_target_", "")) for spec in plan.method_specs.values() if isinstance(spec, dict)]
+    return _files_sha256(user_path(plan.paths.methods), _METHODS, _modules_of(targets, _METHODS))
+
+
+def own_backbone_sha256(plan: RunPlan) -> str | None:
+    """sha256 of the file of `paths.backbones` that defines the plan's backbone, and of those that it imports there.
+
+    The file is found by its text: no code is run. If none has a function of the backbone's name, all count.
+    """
+    if plan.paths.backbones is None or not (folder := user_path(plan.paths.backbones)).is_dir():
+        return None
+    defines = re.compile(rb"^def " + re.escape(str(plan.backbone.get("name")).encode()) + rb"\b", re.MULTILINE)
+    files = sorted(folder.glob("*.py"))
+    defining = [file for file in files if file.is_file() and defines.search(file.read_bytes())]
+    return _files_sha256(folder, _BACKBONES, [file.stem for file in defining or files])
+
+
+def _files_sha256(folder: Path, package: str, names: Iterable[str]) -> str | None:
+    """sha256 of the modules `names` of a folder and of those that these import there; None where there is none.
+
+    package: under whose name, with a dot, the folder's modules are imported.
+    """
+    files: dict[str, bytes] = {}
+    left = list(names)
+    while left:
+        name = left.pop()
+        file = folder / f"{name}.py"
+        if name not in files and file.is_file():
+            files[name] = file.read_bytes()
+            left += _imported(files[name], package)
     if not files:
         return None
     digest = hashlib.sha256()
@@ -98,21 +139,8 @@ def own_methods_sha256(plan: RunPlan) -> str | None:
     return digest.hexdigest()
 
 
-def _files_of(specs: Iterable[Any], folder: Path) -> dict[str, bytes]:
-    targets = [str(spec.get("_target_", "")) for spec in specs if isinstance(spec, dict)]
-    names = [target.removeprefix(_PACKAGE).partition(".")[0] for target in targets if target.startswith(_PACKAGE)]
-    files: dict[str, bytes] = {}
-    while names:
-        name = names.pop()
-        file = folder / f"{name}.py"
-        if name not in files and file.is_file():
-            files[name] = file.read_bytes()
-            names += _imported(files[name])
-    return files
-
-
-def _imported(source: bytes) -> list[str]:
-    """Names of the modules in `mambapeft_vision.methods` that a file imports, absolutely or relatively."""
+def _imported(source: bytes, package: str) -> list[str]:
+    """Names of the modules of `package` that a file imports, absolutely or relatively."""
     try:
         nodes = list(ast.walk(ast.parse(source)))
     except (SyntaxError, ValueError):  # for Python to say when the file is imported
@@ -120,9 +148,14 @@ def _imported(source: bytes) -> list[str]:
     modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     for node in nodes:
         if isinstance(node, ast.ImportFrom):
-            base = f"{_PACKAGE}{node.module or ''}" if node.level else node.module or ""
+            base = f"{package}{node.module or ''}" if node.level else node.module or ""
             modules += [f"{base.rstrip('.')}.{alias.name}" for alias in node.names]
-    return [module.removeprefix(_PACKAGE).partition(".")[0] for module in modules if module.startswith(_PACKAGE)]
+    return _modules_of(modules, package)
+
+
+def _modules_of(dotted: Iterable[str], package: str) -> list[str]:
+    """Names of the modules inside `package` that dotted names begin with."""
+    return [name.removeprefix(package).partition(".")[0] for name in dotted if name.startswith(package)]
 
 
 def _key(section: dict[str, Any], without: str = "") -> str:

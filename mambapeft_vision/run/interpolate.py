@@ -22,13 +22,13 @@ from mambapeft_vision.adapter.load import apply_adapter
 from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.backbones.contract import Backbone
 from mambapeft_vision.engine.predict import Predictions
-from mambapeft_vision.methods import add_methods_folder
 from mambapeft_vision.results.layout import PREDICTIONS_FILE
 from mambapeft_vision.results.record import RunRecord, read_record, write_record
 from mambapeft_vision.run.assemble import FRESH, Setup, Sources, assemble
 from mambapeft_vision.run.ensemble import derived_record
 from mambapeft_vision.run.evaluate import check_same_backbone, recorded_config
 from mambapeft_vision.run.finish import save_predictions, test
+from mambapeft_vision.run.own_code import NO_OWN_CODE, OwnCode
 from mambapeft_vision.run.run_config import make_plan, make_run_folder
 from mambapeft_vision.utils.atomic import write_text
 from mambapeft_vision.utils.console import Console
@@ -51,7 +51,7 @@ class How:
     device: str = "auto"
     kernel: str | None = None
     cache: str | None = None
-    methods: str | None = None
+    own: OwnCode = NO_OWN_CODE
     sources: Sources = FRESH
 
 
@@ -85,10 +85,9 @@ def open_interpolation(run: str | Path, split: str, how: How, probe: str | Path 
         UserError: for a run that cannot be read, or a probe of another task.
     """
     folder = user_path(run)
-    if how.methods is not None:
-        add_methods_folder(how.methods)
+    how.own.add()
     record, adapter = read_record(folder), read_adapter(folder)
-    config = recorded_config(folder, cache=how.cache, methods=how.methods)
+    config = recorded_config(folder, cache=how.cache, own=how.own)
     config.dataset.test_split = split
     plan = make_plan(config)
     check_same_backbone(adapter, plan)

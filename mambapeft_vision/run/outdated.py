@@ -18,7 +18,7 @@ _OF_THE_PROGRAM = ("official", "random")  # weights that users do not change; th
 def outdated_note(found: Iterable[Found]) -> str:
     """How many results were made from other inputs than those present now; "" if none is known to be.
 
-    Only results in run folders are compared: with the lists of images, the weights and the method files that their
+    Only results in run folders are compared: with the lists of images, the weights and the Python files that their
     configs name. Of weights, only the user's own files are compared. Bundled results and missing inputs are not.
     """
     results = list(found)
@@ -49,9 +49,10 @@ def _key(record: RunRecord) -> str:
 
 def _now(record: RunRecord, inputs: Inputs) -> Fingerprints:
     try:
-        paths = {name: record.config["paths"].get(name) for name in ("data", "outputs", "methods")}
+        paths = {name: record.config["paths"].get(name) for name in ("data", "outputs", "methods", "backbones")}
         config = {**record.config, "paths": {**paths, "cache": None}}
         plan = RunPlan(config, TrainerConfig(), record.fingerprint, Path(str(paths["outputs"])))
-        return inputs.of(plan, with_weights=plan.backbone.get("weights") not in _OF_THE_PROGRAM)
+        builds = plan.backbone.get("weights") not in _OF_THE_PROGRAM and paths["backbones"] is None  # runs no code
+        return inputs.of(plan, with_weights=builds)
     except (UserError, OSError, KeyError, TypeError, AttributeError):  # an older layout, or a file that cannot be read
-        return Fingerprints(None, None, None)
+        return Fingerprints(None, None, None, None)

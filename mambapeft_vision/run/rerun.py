@@ -140,14 +140,15 @@ def _paths(record: RunRecord, overrides: set[str], current: Mapping[str, Any]) -
     """The section `paths`. A record only says where data are read; nothing is written to a place that it names."""
     then = record.config.get("paths")
     then = then if isinstance(then, Mapping) else {}
-    if then.get("methods") is not None and "paths.methods" not in overrides:
-        raise UserError(
-            f"the recorded run had method files of its own in {shown(then['methods'])}; a record is data and runs no "
-            f"code: give paths.methods=DIR if you trust them"
-        )
+    for key in ("methods", "backbones"):
+        if then.get(key) is not None and f"paths.{key}" not in overrides:
+            raise UserError(
+                f"the recorded run had {key.removesuffix('s')} files of its own in {shown(then[key])}; a record is "
+                f"data and runs no code: give paths.{key}=DIR if you trust them"
+            )
     data = current["data"] if _lays_out(record) else _plain(then.get("data", current["data"]))
     outputs, cache = f"{current['outputs']}-again", f"{current['data']}/cache"
-    return {**current, "data": data, "outputs": outputs, "cache": cache, "methods": None}
+    return {**current, "data": data, "outputs": outputs, "cache": cache, "methods": None, "backbones": None}
 
 
 def _lays_out(record: RunRecord) -> bool:

@@ -13,7 +13,6 @@ from omegaconf import DictConfig, OmegaConf
 from mambapeft_vision.adapter.files import ADAPTER_FILE
 from mambapeft_vision.adapter.files import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from mambapeft_vision.engine.errors import readable_errors
-from mambapeft_vision.methods import add_methods_folder
 from mambapeft_vision.results.layout import (
     CHECKPOINT_FILE,
     FAILURE_FILE,
@@ -32,6 +31,7 @@ from mambapeft_vision.run.failure_record import failures_noted
 from mambapeft_vision.run.finish import draw, finish, finished_before, versions_of
 from mambapeft_vision.run.fit import fit
 from mambapeft_vision.run.inputs import Fingerprints, Inputs, changed
+from mambapeft_vision.run.own_code import OwnCode
 from mambapeft_vision.run.report_lines import dry_run_report, starting_lines, summarise
 from mambapeft_vision.run.rerun import check_inputs, compare, differences
 from mambapeft_vision.run.run_config import RunPlan, make_plan, set_aside
@@ -81,8 +81,7 @@ def train(
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise UserError("torchrun starts this command many times; start it once, with trainer.devices=N for N GPUs")
-    if cfg.paths.methods is not None:
-        add_methods_folder(cfg.paths.methods)
+    OwnCode(cfg.paths.methods, cfg.paths.backbones).add()
     plan = make_plan(cfg)
     if plan.dry_run:
         say(dry_run_report(plan))

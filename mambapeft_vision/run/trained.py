@@ -19,10 +19,10 @@ from mambapeft_vision.engine.device import resolve_device
 from mambapeft_vision.engine.module import Normalise
 from mambapeft_vision.engine.precision import apply_precision, compute_dtype, resolve_precision
 from mambapeft_vision.engine.predict import Forward
-from mambapeft_vision.methods import add_methods_folder
 from mambapeft_vision.results.layout import RUN_CONFIG_FILE
 from mambapeft_vision.run.build import build_backbone, set_kernel
 from mambapeft_vision.run.evaluate import check_same_backbone, recorded_config
+from mambapeft_vision.run.own_code import NO_OWN_CODE, OwnCode
 from mambapeft_vision.run.run_config import RunPlan, make_plan
 from mambapeft_vision.utils.names import user_path
 
@@ -62,7 +62,7 @@ def open_trained(
     weights: str | None = None,
     device: str = "auto",
     kernel: str | None = None,
-    methods: str | None = None,
+    own: OwnCode = NO_OWN_CODE,
 ) -> TrainedModel:
     """The merged model of a run's folder, or of a folder that holds an adapter alone.
 
@@ -70,15 +70,14 @@ def open_trained(
         weights: where the backbone's weights are now; None: where the run's config says, else the official ones.
         device: auto, cpu, cuda or cuda:N.
         kernel: a backend; None: the one that the run asked for.
-        methods: a folder with method files of your own, if the run used one.
+        own: folders with the user's own Python files, if the run used some.
 
     Raises: UserError.
     """
     folder = user_path(run)
-    if methods is not None:
-        add_methods_folder(methods)
+    own.add()
     adapter = read_adapter(folder)
-    plan = _plan_of(folder, weights, methods) if (folder / RUN_CONFIG_FILE).exists() else None
+    plan = _plan_of(folder, weights, own) if (folder / RUN_CONFIG_FILE).exists() else None
     place = resolve_device(device)
     precision = resolve_precision("auto" if plan is None else plan.recipe.precision, place)
     apply_precision(precision)
@@ -91,8 +90,8 @@ def open_trained(
     return TrainedModel(model, preprocessing, place, precision, Forward(model, normalise, precision, captures=False))
 
 
-def _plan_of(folder: Path, weights: str | None, methods: str | None) -> RunPlan:
-    config = recorded_config(folder, cache=None, methods=methods)
+def _plan_of(folder: Path, weights: str | None, own: OwnCode) -> RunPlan:
+    config = recorded_config(folder, cache=None, own=own)
     if weights is not None:
         config.backbone.weights = weights
     return make_plan(config)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from docs.snippets import Place, Snippet, pages, snippets_of
 
-import mambapeft_vision.methods as methods
+from mambapeft_vision import backbones, methods
+from mambapeft_vision.backbones.registry import registered
 from mambapeft_vision.data import module
 from mambapeft_vision.data.image_list import ImageList
 from mambapeft_vision.data.module import TaskDataModule
@@ -38,13 +39,15 @@ def place(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
     monkeypatch.setattr(module, "cached_list", first_images)
     monkeypatch.setattr(TaskDataModule, "prefetch_test", lambda self: None)  # a process that would decode all
-    found, known = list(methods.__path__), set(sys.modules)
+    found, known = [(package, list(package.__path__)) for package in (backbones, methods)], set(sys.modules)
     folder, pipes = tmp_path / "folder", tmp_path / "pipes"
     folder.mkdir()
     (folder / "data").symlink_to(data)
     pipes.mkdir()
     yield Place(folder, pipes)
-    methods.__path__[:] = found
+    for package, folders in found:
+        package.__path__[:] = folders
+    registered.cache_clear()
     for name in set(sys.modules) - known:
         if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]

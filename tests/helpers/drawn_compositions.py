@@ -84,7 +84,7 @@ def draw(number: int) -> Composition:
         "resume": True,
         "dry_run": False,
         "sweep": None,
-        "paths": {"data": "data", "outputs": "outputs", "cache": None, "methods": None},
+        "paths": {"data": "data", "outputs": "outputs", "cache": None, "methods": None, "backbones": None},
     }
     return Composition(number, presets, config, classes=rng.randint(2, 6), images=rng.randint(2, 4))
 

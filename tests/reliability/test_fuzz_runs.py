@@ -34,6 +34,7 @@ from mambapeft_vision.run.evaluate import recorded_config
 from mambapeft_vision.run.exit import describe_error, is_mistake
 from mambapeft_vision.run.overrides import prepare_multirun
 from mambapeft_vision.run.rerun import store_root_config
+from mambapeft_vision.run.own_code import NO_OWN_CODE
 from mambapeft_vision.run.run_config import make_plan
 from mambapeft_vision.search.search import JOURNAL, Search, export, open_study, release_dead_trials
 from mambapeft_vision.search.space import Range, Space, read_space
@@ -168,7 +169,9 @@ CONFIG = yaml.safe_load(OmegaConf.to_yaml(OmegaConf.create(RECORD["config"])))
     | mutated(yaml.safe_dump(CONFIG).encode())
 )
 def test_configs_of_runs(content):
-    read_or_refused("config.yaml", content, lambda folder: make_plan(recorded_config(folder, cache=None, methods=None)))
+    read_or_refused(
+        "config.yaml", content, lambda folder: make_plan(recorded_config(folder, cache=None, own=NO_OWN_CODE))
+    )
 
 
 SPACE = CONFIGS / "search" / "tune.yaml"
