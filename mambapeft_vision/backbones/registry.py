@@ -146,7 +146,7 @@ def _registered_by_own(file: str) -> list[str]:
         return _registered_by(file)
     except Exception as error:
         raise UserError(
-            f"{file}.py of paths.backbones cannot be imported: {type(error).__name__}: {error}. Mend it, or move it away"
+            f"{file}.py of paths.backbones cannot be imported: {type(error).__name__}: {error}. Mend or move it"
         ) from error
 
 

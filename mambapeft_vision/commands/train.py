@@ -6,8 +6,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from mambapeft_vision.commands.hydra_app import run_app
-from mambapeft_vision.run.own_code import OwnCode
 from mambapeft_vision.run.overrides import prepare_multirun
+from mambapeft_vision.run.own_code import OwnCode
 from mambapeft_vision.run.rerun import ROOT_CONFIG, split_flag, store_root_config
 from mambapeft_vision.utils.paths import configs_folder
 from mambapeft_vision.utils.startup import imports_kept

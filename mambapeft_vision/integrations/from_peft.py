@@ -25,7 +25,6 @@ _PREFIX = "base_model.model."
 
 # Options of peft that change the meaning of its tensors: key → the values with which they mean the same as ours.
 _PLAIN: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
     "lora_bias": (False, None),
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
@@ -42,12 +41,17 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False, None),
     "use_bdlora": (None,),
 }
-_ONE_SIZE: dict[str, tuple[Any, ...]] = {"rank_pattern": ({}, None), "alpha_pattern": ({}, None)}  # but for LoRA
+# But for LoRA:
+_ONE_SIZE: dict[str, tuple[Any, ...]] = {
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "use_dora": (False, None),
+}
 _MOVES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
 
 
 def from_peft(folder: str | Path, backbone: TimmModel) -> AdaptedModel:
-    """The model of an adapter that peft wrote: LoRA, or one of `FORMS`, and the head.
+    """The model of an adapter that peft wrote: LoRA, DoRA or one of `FORMS`, and the head.
 
     Args:
         folder: with adapter_config.json and adapter_model.safetensors.
@@ -113,33 +117,35 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 _Methods = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]  # name → spec, tensors by their saved names
 
 
+_LORA: dict[str, Any] = {
+    "_target_": "mambapeft_vision.methods.lora.LoRA",
+    "space": "weight",  # weights inside of mixers have no port on activations
+}
+_DORA: dict[str, Any] = {"_target_": "mambapeft_vision.methods.dora.DoRA", "magnitudes": "rows"}
+
+
 def _lora_methods(config: Mapping[str, Any], state: Mapping[str, Tensor], backbone: TimmModel) -> _Methods:
-    """One method of ours for each pair of rank and scale."""
+    """One method of ours for each pair of rank and scale: LoRA, or DoRA with magnitudes of output rows."""
     methods: _Methods = {}
+    kind, spec_of = "lora", _LORA
+    names = ("lora_A.weight", "lora_B.weight")
+    if config.get("use_dora"):
+        kind, spec_of, names = "dora", _DORA, (*names, "lora_magnitude_vector")
     alphas = _by_name(config.get("alpha_pattern") or {})
-    for path, own in _by_module(state, ("lora_A.weight", "lora_B.weight"), backbone).items():
+    for path, own in _by_module(state, names, backbone).items():
         down, up = own["lora_A.weight"], own["lora_B.weight"]
         rank = down.shape[0]
-        names = _names_of(path)
-        alpha = next((value for name, value in alphas.items() if name in names), config["lora_alpha"])
+        called = _names_of(path)
+        alpha = next((value for name, value in alphas.items() if name in called), config["lora_alpha"])
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-        name = f"lora_r{rank}_s{scale:.6g}".replace(".", "_").replace("-", "m").replace("+", "p")
-        spec, tensors = methods.setdefault(
-            name,
-            (
-                {
-                    "_target_": "mambapeft_vision.methods.lora.LoRA",
-                    "targets": [],
-                    "rank": rank,
-                    "scale": scale,
-                    "space": "weight",  # weights inside of mixers have no port on activations
-                },
-                {},
-            ),
-        )
+        name = f"{kind}_r{rank}_s{scale:.6g}".replace(".", "_").replace("-", "m").replace("+", "p")
+        spec, tensors = methods.setdefault(name, ({**spec_of, "targets": [], "rank": rank, "scale": scale}, {}))
         spec["targets"].append(f"{path}.weight")
         tensors[f"{path}.weight.down"], tensors[f"{path}.weight.up"] = down, up
-    return methods if len(methods) > 1 else dict(zip(["lora"], methods.values()))
+        if kind == "dora":
+            magnitude = own["lora_magnitude_vector"]
+            tensors[f"{path}.weight.magnitude"] = magnitude.reshape(-1, *[1] * (down.ndim - 1))
+    return methods if len(methods) > 1 else dict(zip([kind], methods.values()))
 
 
 def _methods_of_form(kind: str, config: Mapping[str, Any], state: dict[str, Tensor], backbone: TimmModel) -> _Methods:

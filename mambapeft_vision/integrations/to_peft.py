@@ -4,7 +4,7 @@ A model of peft's takes our tensors, computes the same logits as ours, and write
 files as they like.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,9 @@ from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.backbones.timm_model import TimmModel
 from mambapeft_vision.integrations.peft_forms import FORMS, Form
 from mambapeft_vision.integrations.same_logits import TOLERANCE, difference
+from mambapeft_vision.methods.dora import ROWS, Decomposed, DoRA
 from mambapeft_vision.methods.lora import LoRA, LowRank
+from mambapeft_vision.methods.method import Method
 from mambapeft_vision.utils.atomic import atomic_folder
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.tensor_files import system_errors
@@ -34,7 +36,8 @@ def to_peft(model: AdaptedModel, base: TimmModel, out: str | Path) -> float:
     Raises: UserError for methods that peft lacks or defines in another way.
     """
     peft = _peft()
-    config, tensors, shared = _as_lora(model) if _only_lora(model) else _by_form(model)
+    kinds = {type(method) for method in model.methods.values()}
+    config, tensors, shared = (_LOW_RANK.get(kinds.pop(), _by_form) if len(kinds) == 1 else _by_form)(model)
     base.reset_classifier(model.backbone.num_classes)
     base.head.load_state_dict(model.backbone.head.state_dict())
     kind, arguments = config
@@ -66,27 +69,66 @@ _Config = tuple[str, dict[str, Any]]
 _Tensors = dict[str, dict[str, Tensor]]  # path of a module → name in peft → tensor
 
 
-def _only_lora(model: AdaptedModel) -> bool:
-    return bool(model.methods) and all(type(method) is LoRA for method in model.methods.values())
-
-
 def _as_lora(model: AdaptedModel) -> tuple[_Config, _Tensors, dict[str, Tensor]]:
     """All LoRA methods of a model as one of peft's, whose scale is one: several on a weight lie side by side."""
-    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for method in cast(Mapping[str, LoRA], model.methods).values():
-        for parameter, (pair, rows) in method.pairs().items():
-            path = _module_of(model, parameter, method.name)
-            full = model.backbone.get_submodule(path).get_parameter("weight")
-            pairs.setdefault(path, []).extend(_factors(pair, rows, full.shape[0]))
+    tensors = {path: _side_by_side(pairs, _weight(model, path)) for path, pairs in _pairs(model).items()}
+    return ("LoraConfig", _sizes(tensors)), tensors, {}
+
+
+def _as_dora(model: AdaptedModel) -> tuple[_Config, _Tensors, dict[str, Tensor]]:
+    """All DoRA methods of a model as one of peft's. Rows of a weight that have none keep their norm and direction."""
+    for method in cast(Mapping[str, DoRA], model.methods).values():
+        if method.magnitudes != ROWS:
+            raise UserError(
+                f"{method.name}: its magnitudes are of input columns, as in MambaPEFT, and peft's are of output rows; "
+                f"train with magnitudes: {ROWS}, or {_AS_LORA}"
+            )
     tensors: _Tensors = {}
-    for path, several in pairs.items():
-        down, up = torch.cat([d for d, _ in several]), torch.cat([u for _, u in several], dim=1)
-        tensors[path] = {"lora_A.*.weight": down, "lora_B.*.weight": up}
+    for path, pairs in _pairs(model).items():
+        weight = _weight(model, path)
+        magnitude, taken = weight.flatten(1).norm(dim=1), torch.zeros(len(weight), dtype=torch.bool)
+        tensors[path] = {**_side_by_side(pairs, weight), "lora_magnitude_vector.*.weight": magnitude}
+        for pair, rows in pairs:
+            place = slice(None) if rows is None else rows
+            if taken[place].any():
+                raise UserError(f"several DoRA methods change the same rows of {path}, and peft has one; {_AS_LORA}")
+            taken[place], magnitude[place] = True, cast(Decomposed, pair).magnitude.detach().flatten()
+    return ("LoraConfig", {**_sizes(tensors), "use_dora": True}), tensors, {}
+
+
+#: Methods that peft has as its LoRA, whatever their sizes.
+_LOW_RANK: dict[type[Method], Callable[[AdaptedModel], tuple[_Config, _Tensors, dict[str, Tensor]]]] = {
+    LoRA: _as_lora,
+    DoRA: _as_dora,
+}
+_Pairs = list[tuple[LowRank, slice | None]]
+
+
+def _pairs(model: AdaptedModel) -> dict[str, _Pairs]:
+    """The pairs of all methods and the rows that they are for, by the path of their module."""
+    pairs: dict[str, _Pairs] = {}
+    for method in cast(Mapping[str, LoRA | DoRA], model.methods).values():
+        for parameter, found in method.pairs().items():
+            pairs.setdefault(_module_of(model, parameter, method.name), []).append(found)
+    return pairs
+
+
+def _weight(model: AdaptedModel, path: str) -> Tensor:
+    return model.backbone.get_submodule(path).get_parameter("weight").detach()
+
+
+def _side_by_side(pairs: _Pairs, weight: Tensor) -> dict[str, Tensor]:
+    several = [factors for pair, rows in pairs for factors in _factors(pair, rows, len(weight))]
+    down, up = torch.cat([d for d, _ in several]), torch.cat([u for _, u in several], dim=1)
+    return {"lora_A.*.weight": down, "lora_B.*.weight": up}
+
+
+def _sizes(tensors: _Tensors) -> dict[str, Any]:
+    """The arguments of peft's config for pairs of these ranks, with scale one."""
     ranks = {path: own["lora_A.*.weight"].shape[0] for path, own in tensors.items()}
     rank = max(ranks.values())
     others = {path: r for path, r in ranks.items() if r != rank}
-    arguments = {"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": dict(others)}
-    return ("LoraConfig", arguments), tensors, {}
+    return {"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": dict(others)}
 
 
 def _factors(pair: LowRank, rows: slice | None, out_features: int) -> list[tuple[Tensor, Tensor]]:
@@ -113,7 +155,7 @@ def _by_form(model: AdaptedModel) -> tuple[_Config, _Tensors, dict[str, Tensor]]
     methods: list[Any] = list(model.methods.values())
     kinds = sorted({type(method).__name__ for method in methods})
     if len(kinds) != 1 or kinds[0] not in FORMS:
-        listed, known = ", ".join(kinds) or "none", ", ".join(["LoRA", *FORMS])
+        listed, known = ", ".join(kinds) or "none", ", ".join(["LoRA", "DoRA", *FORMS])
         raise UserError(
             f"this adapter has methods of kind {listed}; peft's format holds one of {known}. For other methods of "
             f"weights {_AS_LORA}"

@@ -15,7 +15,7 @@ from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.typed import build
 from mambapeft_vision.utils.untrusted import parse_json
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 REMEDY = "Run again with resume=false"
 #: Section of the config of a result that was made from finished runs without training: kind, label, members (their
 #: fingerprints). Tables show the label as a setting of that name.
@@ -24,7 +24,8 @@ DERIVED_KINDS = ("ensemble", "interpolation")
 
 # Limits on which every reader of a result relies; a file may come from anybody.
 _LONGEST_TEXT = 10_000  # characters
-_MOST_ITEMS = 1_000  # items of a list or mapping beside the config
+_MOST_ITEMS = 1_000  # items of a list or mapping beside the config and the names of classes
+_MOST_CLASSES = 100_000
 _LARGEST = 2**63
 _TASK = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
 _METHOD = re.compile(r"\w+")
@@ -36,7 +37,7 @@ _SPLITS = ("train_split", "test_split")
 class RunRecord:
     """The outcome of one run, and what it was made from.
 
-    Schema 2. Accuracies are shares (0 to 1), times seconds, memory bytes. A change of a field's meaning, a new field or
+    Schema 3. Accuracies are shares (0 to 1), times seconds, memory bytes. A change of a field's meaning, a new field or
     a removed one gets a new schema version.
     """
 
@@ -74,6 +75,8 @@ class RunRecord:
     versions: dict[str, str]
     finished_at: str  # ISO 8601, UTC
     config: dict[str, Any]  # resolved
+    class_names: list[str] | None = None  # by label; None: the data have none, or they were not recorded
+    multi_label: bool = False  # whether an image may have several labels
     schema_version: int = SCHEMA_VERSION
 
 
@@ -137,10 +140,9 @@ def _check_sizes(content: Mapping[str, Any], where: str) -> None:
         if name == "config":
             continue
         items = value if isinstance(value, list) else [*value, *value.values()] if isinstance(value, dict) else [value]
-        if len(items) > 2 * _MOST_ITEMS:
-            raise UserError(
-                f"{where}: {plain(name)} has {len(items):,} items; expected at most {_MOST_ITEMS}. {REMEDY}"
-            )
+        most = _MOST_CLASSES if name == "class_names" else _MOST_ITEMS
+        if len(items) > 2 * most:
+            raise UserError(f"{where}: {plain(name)} has {len(items):,} items; expected at most {most}. {REMEDY}")
         if any(isinstance(item, str) and len(item) > _LONGEST_TEXT for item in items):
             raise UserError(f"{where}: {plain(name)} has a text of more than {_LONGEST_TEXT:,} characters. {REMEDY}")
 

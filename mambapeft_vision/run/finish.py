@@ -172,4 +172,6 @@ def _make_record(
         versions=versions_of(plan),
         finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         config=plan.config,
+        class_names=None if setup.task.class_names is None else list(setup.task.class_names),
+        multi_label=setup.task.multi_label,
     )

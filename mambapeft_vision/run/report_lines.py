@@ -80,7 +80,7 @@ def describe_recipe(recipe: TrainerConfig, batch_size: int) -> str:
 
 def measure(record: RunRecord) -> str:
     """The name of the record's measure: accuracy, or mean average precision."""
-    return "mean average precision" if record.config["dataset"].get("multi_label") else "accuracy"
+    return "mean average precision" if record.multi_label else "accuracy"
 
 
 def summarise(record: RunRecord, folder: Path) -> str:

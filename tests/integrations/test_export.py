@@ -32,6 +32,7 @@ from mambapeft_vision.integrations.export import FORMATS, Request, Source, expor
 from mambapeft_vision.integrations.from_peft import from_peft
 from mambapeft_vision.integrations.low_rank import to_lora
 from mambapeft_vision.integrations.peft_forms import FORMS
+from mambapeft_vision.methods.dora import DoRA
 from mambapeft_vision.results.record import write_record
 from mambapeft_vision.utils.errors import UserError
 
@@ -238,11 +239,47 @@ def test_adapters_become_those_of_peft_and_come_back(tmp_path, peft, presets):
     close(logits(tmp_path / "back"), expected)
 
 
-def test_a_lora_that_peft_made_becomes_ours(tmp_path, peft):
+def test_dora_of_rows_becomes_pefts_and_comes_back(tmp_path, peft):
+    """Whole weights, blocks of rows of one weight with a rank each, and a convolution."""
+    methods = {
+        "x": DoRA(targets="in_proj", rank=2, rows="x", scale=0.7, magnitudes="rows"),
+        "z": DoRA(targets="in_proj", rank=3, rows="z", magnitudes="rows"),
+        "b": DoRA(targets="x_proj", rank=2, rows="b", magnitudes="rows"),
+        "whole": DoRA(targets=["out_proj", "patch_embed"], rank=2, magnitudes="rows"),
+    }
+    folder = tmp_path / "run"
+    move(adapt(backbone(), methods, CLASSES, 3)).save(folder, {"task": "tiny"})
+    expected = logits(folder)
+    assert "logits differ" in run(folder, "peft", tmp_path / "peft")
+    theirs = timm.create_model(VIM, num_classes=CLASSES, **SMALL)
+    theirs.load_state_dict({**backbone().state_dict(), **theirs.head.state_dict(prefix="head.")})
+    with torch.no_grad():
+        plain = theirs.eval()(IMAGES)
+        loaded = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "peft")).eval()
+        close(loaded(IMAGES), expected)
+    assert loaded.peft_config["default"].use_dora and not torch.allclose(plain, expected, atol=1e-3)
+    convert_from_peft(tmp_path / "peft", VIM, "random", tmp_path / "back", **SMALL)
+    close(logits(tmp_path / "back"), expected)
+    assert all(spec["magnitudes"] == "rows" for spec in read_adapter(tmp_path / "back").config["methods"].values())
+
+
+def test_peft_has_one_dora_for_a_row(tmp_path, peft):
+    methods = {name: DoRA(targets="in_proj", rank=2, rows=rows, magnitudes="rows") for name, rows in ROWS.items()}
+    move(adapt(backbone(), methods, CLASSES, 3)).save(tmp_path / "run", {"task": "tiny"})
+    with pytest.raises(UserError, match="several DoRA methods change the same rows of layers.0.mixer.in_proj"):
+        run(tmp_path / "run", "peft", tmp_path / "peft")
+
+
+ROWS = {"of_x": "x", "of_all": None}
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_lora_that_peft_made_becomes_ours(tmp_path, peft, use_dora):
     """With patterns of ranks and scales, which only peft's own users write."""
     theirs = timm.create_model(VIM, num_classes=CLASSES, **SMALL)
     theirs.load_state_dict({**backbone().state_dict(), **theirs.head.state_dict(prefix="head.")})
     config = peft.LoraConfig(
+        use_dora=use_dora,
         target_modules=["in_proj", "out_proj"],
         modules_to_save=["head"],
         r=4,
@@ -266,7 +303,8 @@ def test_a_lora_that_peft_made_becomes_ours(tmp_path, peft):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_dora": True}, "use_dora=True, which changes what its tensors mean"),
+        ({"use_dora": True}, "does not fit its tensors"),  # which have no magnitudes
+        ({"peft_type": "HRA", "use_dora": True}, "use_dora=True, which changes what its tensors mean"),
         ({"init_lora_weights": "pissa"}, "changes the backbone's weights too"),
         ({"peft_type": "TRAINABLE_TOKENS"}, "peft_type 'TRAINABLE_TOKENS'; expected one of LoRA"),
         ({"alpha_pattern": {"(a+)+$": 2}}, "is a regular expression"),
@@ -325,7 +363,10 @@ def peft_folder(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("presets", "message"),
     [
-        (("dora_p_x",), "methods of kind DoRA"),  # its magnitudes are of columns, peft's of rows
+        (
+            ("dora_p_x",),
+            "magnitudes are of input columns, .* and peft's are of output rows; train with magnitudes: rows",
+        ),
         (("lora_p_x", "affix"), "methods of kind Affix, LoRA"),
         (("lora_dt_proj", "vera"), "methods of kind LoRA, VeRA"),
     ],

@@ -64,18 +64,20 @@ def test_dora_on_rows_takes_each_directions_own_magnitude(rows):
     check(actual, weights)
 
 
+@pytest.mark.parametrize("magnitudes", ["columns", "rows"])
 @pytest.mark.parametrize(
     "target", ["patch_embed.proj", "layers.*.mixer.in_proj", "layers.*.mixer.out_proj", "layers.*.mixer.dt_proj_b"]
 )
-def test_dora_on_whole_weights(target):
-    method = DoRA(targets=f"{target}.weight", rank=2, scale=0.7)
+def test_dora_on_whole_weights(target, magnitudes):
+    method = DoRA(targets=f"{target}.weight", rank=2, scale=0.7, magnitudes=magnitudes)
+    axis = 0 if magnitudes == "columns" else 1
     model, weights, actual = built(method)
     names = {key.rpartition(".")[0] for key in method.owned()}
     assert len(names) == (1 if target.startswith("patch") else 2)
     for name in names:
         own = {key.rpartition(".")[2]: p for key, p in method.owned().items() if key.startswith(name + ".")}
         adapted = weights[name].flatten(1) + 0.7 * own["up"].flatten(1) @ own["down"].flatten(1)
-        adapted = own["magnitude"].flatten(1) * adapted / adapted.pow(2).sum(0).sqrt()
+        adapted = own["magnitude"].flatten(1) * adapted / adapted.pow(2).sum(axis, keepdim=True).sqrt()
         weights[name] = adapted.view_as(weights[name])
     check(actual, weights)
     assert model.merge() == {}

@@ -164,6 +164,7 @@ METHODS = {
     "lora": lambda: LoRA(targets=WEIGHTS, rank=2, space="weight"),
     "lora on rows": lambda: LoRA(targets="x_proj", rank=2, rows="b", space="weight"),
     "dora": lambda: DoRA(targets=WEIGHTS, rank=2),
+    "dora of rows": lambda: DoRA(targets=WEIGHTS, rank=2, magnitudes="rows"),
     "dora on rows": lambda: DoRA(targets="x_proj", rank=2, rows="d"),
     "offset": lambda: Offset(targets=[*WEIGHTS, "A_log"]),
     "additional scan": lambda: AdditionalScan(states=2),

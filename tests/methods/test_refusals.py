@@ -46,6 +46,7 @@ def test_two_owners_of_one_place_are_refused_with_both_names(make):
     ("make", "words"),
     [
         (lambda: DoRA(targets=IN_PROJ, rank=0), "rank=0"),
+        (lambda: DoRA(targets=IN_PROJ, rank=2, magnitudes="cols"), "magnitudes='cols'; expected 'columns' or 'rows'"),
         (lambda: ParallelAdapter(rank=4, dropout=1.0), "dropout=1.0"),
         (lambda: ParallelAdapter(rank=True), "rank=True"),
         (lambda: Affix(tokens=2, position="middle"), "around_class"),

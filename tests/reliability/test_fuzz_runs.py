@@ -33,8 +33,8 @@ from mambapeft_vision.results.report import report
 from mambapeft_vision.run.evaluate import recorded_config
 from mambapeft_vision.run.exit import describe_error, is_mistake
 from mambapeft_vision.run.overrides import prepare_multirun
-from mambapeft_vision.run.rerun import store_root_config
 from mambapeft_vision.run.own_code import NO_OWN_CODE
+from mambapeft_vision.run.rerun import store_root_config
 from mambapeft_vision.run.run_config import make_plan
 from mambapeft_vision.search.search import JOURNAL, Search, export, open_study, release_dead_trials
 from mambapeft_vision.search.space import Range, Space, read_space

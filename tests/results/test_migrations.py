@@ -7,7 +7,7 @@ from helpers import runs
 
 from mambapeft_vision.results.bundle import read_bundle
 from mambapeft_vision.results.migrations import migrated_config, migrated_result
-from mambapeft_vision.results.record import read_record
+from mambapeft_vision.results.record import read_record, record_of
 from mambapeft_vision.run.build import build_dataset, build_logger
 from mambapeft_vision.run.config import TrainConfig, TrainerConfig
 from mambapeft_vision.run.run_config import RunPlan
@@ -32,8 +32,18 @@ def test_older_results_do_not_say_how_images_are_encoded():
     written = json.loads(OLD[0].read_text())
     assert written["schema_version"] == 1 and "image_format" not in written
     record = read_record(OLD[0])
-    assert record.image_format is None and record.schema_version == 2
+    assert record.image_format is None and record.schema_version == 3
     assert migrated_result({**written, "image_format": "png", "schema_version": 2})["image_format"] == "png"
+
+
+@pytest.mark.parametrize("given", [True, False, None])
+def test_older_results_name_no_classes_and_say_in_their_config_whether_an_image_has_several_labels(given):
+    written = json.loads(OLD[0].read_text())
+    if given is not None:
+        written["config"]["dataset"]["multi_label"] = given
+    record = record_of({**written, "image_format": "png", "schema_version": 2}, "there")
+    assert (record.class_names, record.multi_label) == (None, given is True)
+    assert (record.image_format, record.fingerprint) == ("png", written["fingerprint"])
 
 
 def test_classes_that_moved_are_found():

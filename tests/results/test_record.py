@@ -112,7 +112,7 @@ def test_every_field_is_needed(tmp_path, name):
         ({"config": {}}, "config.backbone=None; expected keys and values"),
         ({"config": None}, "config=None"),
         ({"config": RECORD.config | {"dataset": {}}}, "config.dataset.train_split=None"),
-        ({"schema_version": 3}, "schema_version is 3"),
+        ({"schema_version": 4}, "schema_version is 4"),
     ],
 )
 def test_wrong_fields_are_named(tmp_path, changes, message):

@@ -90,6 +90,8 @@ def test_a_record_of_others_records_splits_below_ones_own_data_alone(at, record,
 
 def test_names_of_classes_and_images_are_in_all_that_a_run_leaves(folder):
     assert json.loads((folder / "adapter_config.json").read_text())["class_names"] == list(CLASSES)
+    record = json.loads((folder / "result.json").read_text())
+    assert (record["class_names"], record["multi_label"], record["schema_version"]) == (list(CLASSES), False, 3)
     with np.load(folder / "predictions.npz") as file:
         assert file["class_names"].tolist() == list(CLASSES) and len(file["names"]) == 9
         assert file["names"][0].startswith("images/a cat/")
@@ -102,6 +104,8 @@ def test_an_evaluation_keeps_what_was_predicted_of_each_image(folder, record):
     cfg.run = str(folder)
     found = evaluate(cfg)
     assert found["accuracy"] == record.accuracy and found["class_names"] == list(CLASSES)
+    record = json.loads((folder / "result.json").read_text())
+    assert (record["class_names"], record["multi_label"], record["schema_version"]) == (list(CLASSES), False, 3)
     with np.load(folder / "evaluation.npz") as now, np.load(folder / "predictions.npz") as then:
         assert {*now} == {*then} and all((now[name] == then[name]).all() for name in ("predicted", "names", "labels"))
 
@@ -279,6 +283,7 @@ def test_images_with_several_labels_are_learned(tmp_path):
     more = ["dataset.multi_label=true", "trainer.max_epochs=30"]
     record = runs.run(overrides(tmp_path / "labels.csv", tmp_path, *more))
     assert record is not None and record.accuracy > 0.6 and 0 <= record.train_accuracy <= 1
+    assert record.multi_label and record.class_names == ["a", "b", "c", "even"]
     folder = runs.only_run_folder(tmp_path / "runs")
     assert "mAP" in (folder / "train.log").read_text()
     (found,) = load_adapter(folder, "random").predict(tmp_path / "images" / "0.png", top=4)
