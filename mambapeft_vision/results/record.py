@@ -69,14 +69,14 @@ class RunRecord:
     backbone_sha256: str
     data_manifest: str  # hash of the task's files
     image_format: str | None  # how the images are encoded, such as "jpeg", "png" or "jpeg+png"; None: not recorded
+    class_names: list[str] | None  # by label; None: the data have none, or they were not recorded
+    multi_label: bool  # whether an image may have several labels
     fingerprint: str  # sha256 of everything in the config that decides the result
     git_commit: str | None
     git_dirty: bool | None
     versions: dict[str, str]
     finished_at: str  # ISO 8601, UTC
     config: dict[str, Any]  # resolved
-    class_names: list[str] | None = None  # by label; None: the data have none, or they were not recorded
-    multi_label: bool = False  # whether an image may have several labels
     schema_version: int = SCHEMA_VERSION
 
 

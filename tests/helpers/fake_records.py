@@ -58,6 +58,8 @@ def fake_record(task: str, preset: str, seed: int, accuracy: float, **changes) -
         "backbone_sha256": "b" * 64,
         "data_manifest": f"manifest of {task}",
         "image_format": "jpeg",
+        "class_names": None,
+        "multi_label": False,
         "fingerprint": f"{task}/{preset}/{seed}",
         "git_commit": None,
         "git_dirty": None,

@@ -67,7 +67,7 @@ def test_tables_read_bundles_beside_folders(tmp_path):
         (lambda content: content["runs"][3].pop(), "run 4 has"),
         (
             lambda content: content["common"].update(num_test="many"),
-            "run 1 is no result of schema 2: num_test='many'",
+            "run 1 is no result of schema 3: num_test='many'",
         ),
         (lambda content: content["common"].pop("device"), "device is missing"),
         (lambda content: content["common"].update(colour=1), "colour is unknown"),

@@ -57,7 +57,7 @@ def test_todays_results_stay_as_they_are():
     config = {
         "method_sizes": "of_vim_s",
         "sweep": "mine",
-        "paths": {"cache": "x"},
+        "paths": {"cache": "x", "backbones": None},
         "trainer": {"micro_batch": 4, "cuda_graph": False, "devices": 2, "on_nonfinite": "skip_run"},
         "method": {"a": {"_target_": "mambapeft_vision.methods.offset.Offset"}},
     }
