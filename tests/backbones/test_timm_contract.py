@@ -187,6 +187,17 @@ def test_records_are_timms(name):
     assert timm.models.get_pretrained_cfg(name).input_size == (3, own, own)
 
 
+@pytest.mark.parametrize("name", registered())
+def test_every_name_has_a_record_that_says_where_its_weights_are(name):
+    record = timm.models.get_pretrained_cfg(name)
+    _, height, width = record.input_size
+    assert (record.architecture, width, record.classifier) == (name, height, "head")
+    assert name.startswith("vmamba_") or name.endswith(f"_{height}")
+    assert any((record.url, record.file, record.hf_hub_id)) == timm.is_model_pretrained(name)
+    assert not record.file or Path(record.file).is_file()
+    assert bool(record.hf_hub_id) == bool(record.hf_hub_filename)
+
+
 def test_only_models_with_weights_are_listed_as_pretrained():
     listed = {name for name in timm.list_models(pretrained=True) if name.split(".")[0] in registered()}
     published = {"vim", "videomamba", "mambareg", "ported", "vmamba"}
