@@ -188,12 +188,13 @@ def _logits(difference: float) -> str:
 def _notes(source: Source, model: AdaptedModel) -> dict[str, str]:
     """For the file's metadata: how images are prepared, and what the model is."""
     record = model.backbone.default_cfg
+    preprocessing = Preprocessing.from_timm(record)
     return {
         "task": str(source.adapter.config.get("task") or ""),
         "backbone": record["architecture"],
         "class_names": json.dumps(list(model.class_names or [])),
         "input_size": str(list(record["input_size"])),
-        "mean": str(list(record["mean"])),
-        "std": str(list(record["std"])),
-        "interpolation": str(record["interpolation"]),
+        "mean": str(list(preprocessing.mean)),
+        "std": str(list(preprocessing.std)),
+        "interpolation": preprocessing.interpolation,
     }

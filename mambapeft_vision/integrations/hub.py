@@ -8,6 +8,7 @@ import timm
 from timm.models import PretrainedCfg
 
 from mambapeft_vision.adapter.files import ADAPTER_FILE, CONFIG_FILE, read_adapter
+from mambapeft_vision.data.preprocessing import MAX_CHANNELS, Preprocessing
 from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.utils.atomic import write_bytes, write_text
 from mambapeft_vision.utils.errors import UserError
@@ -16,6 +17,7 @@ from mambapeft_vision.utils.text import markdown, plain, shown
 from mambapeft_vision.utils.untrusted import read_bytes
 
 PLACEHOLDER = "USER/NAME"  # in a card whose repository is not known yet
+_COLOURS = {1: "grey", 3: "RGB"}
 _NAMED_CLASSES = 20  # a card names at most so many
 
 
@@ -91,6 +93,8 @@ def model_card(config: dict[str, Any], result: RunRecord | None, repository: str
         "licence of the images": "ask where the images come from; it is not recorded",
     }
     height, width = _sides(base["architecture"].get("img_size") or record.input_size[1:])
+    channels = _channels(base["architecture"].get("in_chans", 3))
+    preprocessing = Preprocessing.from_timm({**record.to_dict(), "input_size": (channels, height, width)})
     arguments = f'"{plain(repository)}", weights="{weights}"' + (f", seed={seed}" if weights == "random" else "")
     lines = [
         "---",
@@ -112,9 +116,9 @@ def model_card(config: dict[str, Any], result: RunRecord | None, repository: str
         "import mambapeft_vision as mv",
         "",
         f"model = mv.load_adapter({arguments})",
-        f"images = torch.rand(1, 3, {height}, {width})  # RGB from 0 to 1",
-        "record = model.backbone.pretrained_cfg",
-        'mean, std = (torch.tensor(record[key]).view(3, 1, 1) for key in ("mean", "std"))',
+        f"images = torch.rand(1, {channels}, {height}, {width})  # {_COLOURS.get(channels, 'channels')} from 0 to 1",
+        f"mean = torch.tensor({list(preprocessing.mean)}).view(-1, 1, 1)",
+        f"std = torch.tensor({list(preprocessing.std)}).view(-1, 1, 1)",
         "logits = model((images - mean) / std)",
         "```",
         "",
@@ -146,6 +150,15 @@ def _measured(result: RunRecord | None, measure: str) -> dict[str, str]:
         "head": f"{result.head:,}",
         "seed": str(result.seed),
     }
+
+
+def _channels(in_chans: Any) -> int:
+    """Raises UserError for what is no number of channels."""
+    if type(in_chans) is not int or not 1 <= in_chans <= MAX_CHANNELS:
+        raise UserError(
+            f"{CONFIG_FILE}: in_chans is {shown(in_chans)}; expected a whole number from 1 to {MAX_CHANNELS}"
+        )
+    return in_chans
 
 
 def _sides(img_size: Any) -> tuple[int, int]:

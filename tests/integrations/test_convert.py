@@ -99,6 +99,8 @@ def test_a_card_names_the_classes_and_the_measure_of_several_labels():
     assert "test accuracy" not in card
     many = model_card({**config, "num_classes": 50, "class_names": [f"c{k}" for k in range(50)]}, record)
     assert "| classes | 50: c0, c1, " in many and "c19, … |" in many and "c20" not in many
+    with pytest.raises(UserError, match="in_chans is '3'"):
+        model_card({**config, "backbone": {**config["backbone"], "architecture": {"in_chans": "3"}}}, record)
     assert "| classes | 2 |" in model_card(config, record) and "test accuracy" in model_card(config, record)
 
 

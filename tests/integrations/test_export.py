@@ -28,8 +28,9 @@ from mambapeft_vision.commands import convert
 from mambapeft_vision.commands import export as command
 from mambapeft_vision.integrations import timm_folder
 from mambapeft_vision.integrations.convert import convert_from_peft
-from mambapeft_vision.integrations.export import FORMATS, Request, Source, export
+from mambapeft_vision.integrations.export import FORMATS, Request, Source, _notes, export
 from mambapeft_vision.integrations.from_peft import from_peft
+from mambapeft_vision.integrations.hub import to_hub_folder
 from mambapeft_vision.integrations.low_rank import to_lora
 from mambapeft_vision.integrations.peft_forms import FORMS
 from mambapeft_vision.methods.dora import DoRA
@@ -110,6 +111,25 @@ class Scaled:
 
     def module(self) -> Callable[[Tensor], Tensor]:
         return lambda images: self.factor * self.model(images)
+
+
+@pytest.mark.parametrize(
+    ("channels", "mean"), [(1, [0.449]), (3, [0.485, 0.456, 0.406]), (4, [0.485, 0.456, 0.406, 0.485])]
+)
+def test_cards_and_notes_know_the_channels(tmp_path, channels, mean):
+    """Grey and images of more channels, whose statistics are not those of timm's record."""
+    small = create_backbone(VIM, "random", in_chans=channels, **SMALL)
+    model = move(adapt(small, methods_of(specs(("lora_out_proj",))), CLASSES, 3))
+    model.save(tmp_path / "run", {"task": "tiny"})
+    result = fake_record("custom/tiny", "lora_out_proj", 0, 0.5, backbone={"weights": "random", "seed": 0})
+    to_hub_folder(tmp_path / "run", tmp_path / "hub", result, repository=str(tmp_path / "hub"))
+    (snippet,) = re.findall(r"```python\n(.*?)```", (tmp_path / "hub" / "README.md").read_text(), flags=re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(snippet, found)
+    assert found["images"].shape == (1, channels, 32, 32) and found["logits"].shape == (1, CLASSES)
+    assert found["mean"].flatten().tolist() == pytest.approx(mean)
+    source = Source(Request(tmp_path / "run", tmp_path / "x", "random"))
+    assert json.loads(_notes(source, model)["mean"]) == pytest.approx(mean)
 
 
 @pytest.mark.slow  # the exporters take seconds for each
