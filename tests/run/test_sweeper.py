@@ -1,4 +1,4 @@
-"""A sweeper of one's own, in a config folder of one's own, searches with the accuracy that `mambapeft train` returns."""
+"""A sweeper in a config folder of one's own searches with the accuracy that `mambapeft train` returns."""
 
 import sys
 from collections.abc import Callable, Sequence
