@@ -1,5 +1,6 @@
 """Where a run reports to, beside its own folder: the targets of configs/logger/*.yaml."""
 
+import os
 import re
 import sys
 import uuid
@@ -168,10 +169,25 @@ class WandbLogger:
 
         own = Path(settings["dir"])
         refuse_links(own / "wandb", own)
+        _refuse_settings_of_the_folder()
         try:
             return wandb.init(**self._settings, **settings, resume="allow", settings=wandb.Settings(silent=True))
         except Exception as error:
             raise UserError(f"logger=wandb: {_translated(error)}") from error
+
+
+def _refuse_settings_of_the_folder() -> None:
+    """Raises UserError for settings of W&B in the current folder, which may be anybody's.
+
+    W&B takes the address of its server from them, where it sends the user's key.
+    """
+    for file in (Path("wandb", "settings"), Path(".wandb", "settings")):
+        if os.path.lexists(file):
+            raise UserError(
+                f"logger=wandb: {plain(file.absolute(), 1_000)} would choose the server that gets your key; expected "
+                f"none in the current folder. Delete it or start elsewhere; your own settings can be WANDB_* in the "
+                f"environment, or in ~/.config/wandb/settings"
+            )
 
 
 def _translated(error: Exception) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -35,6 +36,15 @@ MOST_TASKS = 60
 MOST_CLASSES = 200
 MOST_NUMBERED_CLASSES = 20
 MOST_NAMED_CLASSES = 40
+
+
+def _without_latex() -> None:
+    """Undoes what Matplotlib took from a file in the current folder, which may be anybody's: LaTeX runs what it says."""
+    if not Path(mpl.matplotlib_fname()).is_absolute():
+        mpl.rcParams["text.usetex"] = False
+
+
+_without_latex()  # when this is imported: each text that is drawn asks for it
 
 
 def png(figure: Figure, dpi: int = 130) -> bytes:

@@ -2,7 +2,6 @@
 
 import csv
 import glob
-import io
 import json
 import os
 import sys
@@ -26,7 +25,7 @@ from mambapeft_vision.utils.names import user_path
 from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.utils.progress import ConsoleProgress, ProgressMeter
 from mambapeft_vision.utils.text import csv_cell, plain
-from mambapeft_vision.utils.untrusted import open_plain
+from mambapeft_vision.utils.untrusted import MAX_TEXT_BYTES, read_lines
 
 CSV, JSON_LINES = FORMATS = ("csv", "jsonl")
 _BATCH = {"cuda": 256}  # images; of a batch that does not fit a GPU's memory the halves are taken
@@ -157,9 +156,11 @@ def files_in(out: Path) -> set[str]:
         return set()
     kind = format_of(out)
     try:
-        with io.TextIOWrapper(open_plain(out, max_bytes=_MAX_OUTPUT_BYTES), encoding="utf-8", newline="") as stream:
-            rows = csv.DictReader(stream) if kind == CSV else (json.loads(line) for line in stream if line.strip())
-            names = {row["file"] for row in rows}
+        lines = read_lines(out, max_bytes=_MAX_OUTPUT_BYTES, max_line_bytes=MAX_TEXT_BYTES)
+        rows = csv.DictReader(lines) if kind == CSV else (json.loads(line) for line in lines if line.strip())
+        names = {row["file"] for row in rows}
+    except UserError as error:
+        raise _damaged(out, plain(error, 1_000)) from None
     except (ValueError, TypeError, KeyError, RecursionError, csv.Error) as error:
         raise _damaged(out, f"{type(error).__name__}: {plain(error)}") from None
     if not all(isinstance(name, str) for name in names):
