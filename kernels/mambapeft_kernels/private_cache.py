@@ -70,9 +70,7 @@ def check_private(folder: str, variable: str) -> None:
     for above in place.parents:
         status = above.stat()
         if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
-            raise ValueError(
-                f"{above} can be written by all users, who can put another {place.name} there. {remedy}"
-            )
+            raise ValueError(f"{above} can be written by all users, who can put another {place.name} there. {remedy}")
 
 
 def _others_write(status: os.stat_result) -> bool:

@@ -14,6 +14,7 @@ onnx, torch-export, timm and peft are compared with the model. If their logits d
 from collections.abc import Sequence
 
 from mambapeft_vision.run.arguments import ArgumentParser, positive
+from mambapeft_vision.utils.console import say
 
 FORMATS = ("onnx", "torch-export", "timm", "official", "peft", "lora")
 
@@ -39,4 +40,4 @@ def main(arguments: Sequence[str]) -> None:
     from mambapeft_vision.integrations.export import Request, export  # PyTorch's import, for which --help need not wait
 
     for line in export(Request(**options), to):
-        print(line)
+        say(line)

@@ -39,7 +39,7 @@ MOST_NAMED_CLASSES = 40
 
 
 def _without_latex() -> None:
-    """Undoes what Matplotlib took from a file in the current folder, which may be anybody's: LaTeX runs what it says."""
+    """Undoes what Matplotlib took from a file in the current folder, which may be anybody's: LaTeX would run it."""
     if not Path(mpl.matplotlib_fname()).is_absolute():
         mpl.rcParams["text.usetex"] = False
 

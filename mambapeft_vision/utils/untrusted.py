@@ -112,7 +112,9 @@ def read_lines(
             if number > max_lines:
                 raise UserError(f"{plain(file)} has more than {max_lines:,} lines; expected fewer. {_AGAIN}")
             if len(line) > max_line_bytes:
-                raise UserError(f"{plain(file)}:{number} has more than {max_line_bytes:,} bytes; expected fewer. {_AGAIN}")
+                raise UserError(
+                    f"{plain(file)}:{number} has more than {max_line_bytes:,} bytes; expected fewer. {_AGAIN}"
+                )
             try:
                 yield line.decode("utf-8")
             except UnicodeDecodeError as error:

@@ -7,9 +7,7 @@ from typing import Any
 import pytest
 
 
-def hub_with(
-    monkeypatch: pytest.MonkeyPatch, repositories: Mapping[str, Mapping[str, int | None]]
-) -> None:
+def hub_with(monkeypatch: pytest.MonkeyPatch, repositories: Mapping[str, Mapping[str, int | None]]) -> None:
     """The hub has these files (their sizes in bytes), at any revision; of other repositories it does not answer.
 
     Its commits are called "commit of REVISION".

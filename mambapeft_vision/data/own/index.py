@@ -49,7 +49,8 @@ def read_index(folder: Path) -> list[IndexedFile] | None:
     except UserError as error:
         raise UserError(f"{error}, or delete {plain(folder)}; it is made again.") from None
     except (ValueError, csv.Error) as error:
-        raise UserError(f"{plain(file)} is damaged ({plain(error)}). Delete {plain(folder)}; it is made again.") from None
+        problem = f"{plain(file)} is damaged ({plain(error)})"
+        raise UserError(f"{problem}. Delete {plain(folder)}; it is made again.") from None
 
 
 def _indexed_file(row: Sequence[str]) -> IndexedFile:
