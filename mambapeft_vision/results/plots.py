@@ -38,13 +38,13 @@ MOST_NUMBERED_CLASSES = 20
 MOST_NAMED_CLASSES = 40
 
 
-def _without_latex() -> None:
+def without_latex() -> None:
     """Undoes what Matplotlib took from a file in the current folder, which may be anybody's: LaTeX would run it."""
     if not Path(mpl.matplotlib_fname()).is_absolute():
         mpl.rcParams["text.usetex"] = False
 
 
-_without_latex()  # when this is imported: each text that is drawn asks for it
+without_latex()  # when this is imported: each text that is drawn asks for it
 
 
 def png(figure: Figure, dpi: int = 130) -> bytes:
