@@ -222,6 +222,25 @@ def _(world: World, run: Path) -> Action:
     return lambda: train(cfg, expected=record)
 
 
+@attack("records of images that would be downloaded, to be done again", [])
+def _(world: World, run: Path) -> Action:
+    library = {"_target_": "mambapeft_vision.data.own.library.LibraryDataModule", "folder": None}
+    hub = library | {"library": "hf", "source": "theirs/endless"}
+    other = library | {"library": "torchvision", "source": "ImageNet", "download": True}
+    record = (run / "result.json").read_text()
+
+    def act() -> None:
+        for section in (hub, other):
+            (run / "result.json").write_text(record)
+            changed_json(run / "result.json", lambda r, section=section: r["config"]["dataset"].update(section))
+            with pytest.raises(UserError, match=f"would be downloaded.*dataset.source={section['source']}"):
+                store_root_config(run, [], runs.CONFIGS)
+            store_root_config(run, [f"dataset.source={section['source']}"], runs.CONFIGS)
+            store_root_config(run, ["dataset=vtab/cifar"], runs.CONFIGS)
+
+    return act
+
+
 # Adapters
 
 
