@@ -407,7 +407,6 @@ def confusion_matrix(run: Path, title: str, classes: int | None = None) -> Figur
     predicted, labels = read_labels(run)
     class_names = read_class_names(run)
     count = max(classes or 0, int(max(predicted.max(), labels.max())) + 1)
-    shown = np.arange(count)
     if count > MOST_CLASSES:
         names, images = np.unique(labels, return_counts=True)
         shown = np.sort(names[np.argsort(-images, kind="stable")][:MOST_CLASSES])
@@ -416,6 +415,7 @@ def confusion_matrix(run: Path, title: str, classes: int | None = None) -> Figur
         sizes = np.maximum(np.bincount(np.searchsorted(shown, labels[np.isin(labels, shown)]), minlength=len(shown)), 1)
         predicted, labels = np.searchsorted(shown, predicted[inside]), np.searchsorted(shown, labels[inside])
     else:
+        shown = np.arange(count)
         sizes = np.maximum(np.bincount(labels, minlength=count), 1)
     counts = np.zeros((len(shown), len(shown)), dtype=np.int64)
     np.add.at(counts, (labels, predicted), 1)

@@ -54,11 +54,28 @@ def find_images(given: Sequence[str]) -> list[Path]:
         elif path.exists():
             files = [path]
         else:
-            files = sorted(file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file())
+            files = _matching(path)
         if not files:
             raise UserError(f"images={plain(text)}: no image is there; expected a folder, files or a pattern (*.jpg)")
         found |= dict.fromkeys(files)
     return list(found)
+
+
+def _matching(pattern: Path) -> list[Path]:
+    """The files of a pattern, sorted. `**` stands for folders at any depth, without links, which may lead in circles."""
+    parts = pattern.parts
+    depth = parts.index("**") if "**" in parts else len(parts)
+    places = map(Path, glob.glob(str(Path(*parts[:depth])))) if depth else [Path()]
+    if depth < len(parts):
+        rest = str(Path(*parts[depth:], *(["*"] if parts[-1] == "**" else [])))
+        found = [file for place in places for file in place.glob(rest) if not _is_hidden(file.relative_to(place))]
+    else:
+        found = list(places)
+    return sorted({file for file in found if file.is_file()})
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def predict_files(
@@ -215,7 +232,8 @@ def _writer(stream: TextIO, kind: str, header: bool) -> Callable[[Prediction], N
             "labels": list(prediction.labels),
             "top": [{"class": name, "probability": share} for name, share in prediction.top],
         }
-        stream.write(json.dumps(content, ensure_ascii=False) + "\n")
+        line = json.dumps(content, ensure_ascii=False)
+        stream.write((line if line.isprintable() else json.dumps(content)) + "\n")  # ASCII has no hidden characters
         stream.flush()
 
     if kind == CSV and header:

@@ -8,7 +8,7 @@ from torch import Tensor
 from mambapeft_vision.utils.errors import NotFiniteError, UserError
 from mambapeft_vision.utils.text import plain
 
-_BLOCK = 1 << 24  # values
+_BLOCK = 1 << 22  # values
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:

@@ -20,6 +20,7 @@ from helpers.hostile import Action, World
 from PIL import Image
 from safetensors.torch import save_file
 
+from mambapeft_vision.adapter.predict import Prediction
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.data.encoding import encoding_of
 from mambapeft_vision.data.own.index import INDEX_FILE, read_index
@@ -29,8 +30,9 @@ from mambapeft_vision.data.prepare.published import FGVC, _read_list_labels, pre
 from mambapeft_vision.integrations.from_peft import from_peft
 from mambapeft_vision.results.layout import METRICS_FILE, PREDICTIONS_FILE
 from mambapeft_vision.results.metrics import read_metrics
+from mambapeft_vision.results.plots import confusion_matrix
 from mambapeft_vision.run.ensemble import Member, ensemble
-from mambapeft_vision.run.predict import files_in
+from mambapeft_vision.run.predict import files_in, find_images, output
 from mambapeft_vision.run.run_config import make_run_folder
 from mambapeft_vision.utils.errors import UserError
 
@@ -287,6 +289,41 @@ def _(world: World) -> Action:
 
     def act() -> None:
         assert encoding_of([world.folder / "a.png"]) == "other"
+
+    return act
+
+
+@attack("a pattern that links lead in circles", seconds=2)
+def _(world: World) -> Action:
+    (world.folder / "a" / ".b").mkdir(parents=True)
+    for name in ("a.png", "a/b.png", "a/.b/c.png", ".d.png"):
+        (world.folder / name).write_bytes(b"x")
+    for name in ("l", "m", "a/n"):
+        (world.folder / name).symlink_to(world.folder)
+
+    def act() -> None:
+        for pattern in ("**/*.png", "**", "*/*.png", "a/**"):
+            found = {file.name for file in find_images([f"{world.folder}/{pattern}"])}
+            assert {"b.png"} <= found <= {"a.png", "b.png"}
+
+    return act
+
+
+@attack("confusions of two thousand million classes", mib=100)
+def _(world: World) -> Action:
+    classes = np.array([0, 2**31 - 1])
+    np.savez(world.folder / PREDICTIONS_FILE, predicted=classes, labels=classes[::-1])
+    return lambda: confusion_matrix(world.folder, "title")
+
+
+@attack("predictions with names that a terminal would obey")
+def _(world: World) -> Action:
+    name, out = "a\x1b[2J\x9b2J\u202e.png", world.folder / "o.jsonl"
+
+    def act() -> None:
+        with output(out) as write:
+            write(Prediction(name, 0, name, 1.0, ((name, 1.0),), (name,)))
+        assert out.read_text().rstrip("\n").isprintable() and files_in(out) == {name}
 
     return act
 
