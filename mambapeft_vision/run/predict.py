@@ -62,7 +62,7 @@ def find_images(given: Sequence[str]) -> list[Path]:
 
 
 def _matching(pattern: Path) -> list[Path]:
-    """The files of a pattern, sorted. `**` stands for folders at any depth, without links, which may lead in circles."""
+    """The files of a pattern, sorted. `**` stands for folders at any depth, but not for links, which may loop."""
     parts = pattern.parts
     depth = parts.index("**") if "**" in parts else len(parts)
     places = map(Path, glob.glob(str(Path(*parts[:depth])))) if depth else [Path()]
