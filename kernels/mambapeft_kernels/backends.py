@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mambapeft_kernels.derivatives import transformed
+from mambapeft_kernels.private_cache import check_caches
 
 # Name → what it is, best first for the devices it supports. `auto` never chooses the last two.
 BACKENDS: dict[str, str] = {
@@ -88,9 +89,17 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype | 
 
     On a CPU "auto" is `numba` where it is installed, else `torch`. Triton's interpreter is for checks and runs only
     when asked for by name.
-    Raises: ValueError naming what was asked, what can run, and the remedy.
+    Raises: ValueError naming what was asked, what can run, and the remedy; also where other users can write to the
+        folder of compiled kernels.
     """
     device = torch.device(device)
+    resolved = _resolved(name, device, dtype)
+    if resolved == "numba" or not interpreted(device):
+        check_caches(resolved)
+    return resolved
+
+
+def _resolved(name: str, device: torch.device, dtype: torch.dtype | None) -> str:
     if name == "auto":
         order = ("cuda", "triton", "torch") if device.type == "cuda" else ("numba", "torch")
         return next(choice for choice in order if _can_run(choice, device) and _takes(choice, dtype))

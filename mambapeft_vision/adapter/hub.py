@@ -1,11 +1,11 @@
 """Adapters on the Hugging Face hub, from its cache or downloaded."""
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 from mambapeft_vision.adapter.files import MAX_BYTES
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.hub import measure
 from mambapeft_vision.utils.text import plain
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -27,34 +27,22 @@ def fetch_adapter(repository: str, revision: str | None = None) -> Path:
         revision: a branch, tag or commit; None: the main branch.
     Raises: UserError for files that are too large, and if neither the hub nor the cache has them.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    info, reason = None, None
+    commit, reason = measure(repository, MAX_BYTES, revision)
     try:
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
-    except Exception as error:  # the hub's client raises many kinds
-        reason = error
-    if info is not None:
-        _check_sizes(repository, {file.rfilename: file.size for file in info.siblings or ()})
-    commit = revision if info is None else info.sha  # the fetched commit is the one whose sizes were checked
-    try:
+        # What is fetched is what was measured.
         return Path(
-            snapshot_download(repository, revision=commit, allow_patterns=[*MAX_BYTES], local_files_only=info is None)
+            snapshot_download(
+                repository,
+                revision=commit or revision,
+                allow_patterns=[*MAX_BYTES],
+                local_files_only=commit is None,
+            )
         )
-    except Exception as error:
+    except Exception as error:  # the hub's client raises many kinds
         at = "" if revision is None else f" at revision {plain(revision)}"
         raise UserError(
             f"{repository}{at} is no folder here, and could not be fetched from the Hugging Face hub "
             f"({type(reason or error).__name__}). Check the name; a private one needs HF_TOKEN or `hf auth login`"
         ) from error
-
-
-def _check_sizes(repository: str, sizes: Mapping[str, int | None]) -> None:
-    for name, limit in MAX_BYTES.items():
-        size = sizes.get(name, 0)
-        if size is None or size > limit:
-            bytes_there = "an unknown number of" if size is None else f"{size:,}"
-            raise UserError(
-                f"{repository}: {name} has {bytes_there} bytes; expected at most {limit:,}. Nothing was downloaded; "
-                f"check the name"
-            )

@@ -1,6 +1,7 @@
 """From a registered name to a model, through timm's builder; every registered backbone calls `build`."""
 
 import inspect
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from mambapeft_vision.backbones.timm_model import TimmModel
 
 Model = TypeVar("Model", bound=TimmModel)
 EMBEDDED_WEIGHTS = Path(__file__).parent / "weights"  # weights made by this project, shipped with the package
+_OF_OTHERS = ("local-dir", "hf-hub")  # timm's words for models whose sizes a folder's config.json names
 # Arguments of timm's builder that are no sizes of a model.
 _BUILDER = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only", "out_indices", "feature_cls")
 
@@ -53,6 +55,8 @@ def build(kind: type[Model], name: str, pretrained: bool, sizes: dict[str, Any],
     builder = {key: kwargs.pop(key) for key in _BUILDER if key in kwargs}
     record = resolve_pretrained_cfg(name, builder.get("pretrained_cfg"), builder.get("pretrained_cfg_overlay"))
     sizes = {**sizes, **kwargs}
+    if record.source in _OF_OTHERS:
+        _check_sizes(kind, name, sizes)
 
     def make(device: Any = None, dtype: torch.dtype | None = None, **arguments: Any) -> Model:
         with nullcontext() if device is None else torch.device(device):
@@ -72,6 +76,15 @@ def build(kind: type[Model], name: str, pretrained: bool, sizes: dict[str, Any],
     inner: Model = getattr(model, "model", model)
     inner.pretrained_cfg["input_size"] = (inner.in_chans, *inner.patch_embed.img_size)
     return model
+
+
+def _check_sizes(kind: type[nn.Module], name: str, sizes: Mapping[str, Any]) -> None:
+    """Raises UserError for sizes out of range or beyond a machine's memory, before anything is made of them."""
+    from mambapeft_vision.backbones import registry  # which imports the files that import this one
+
+    architecture = {key: value for key, value in sizes.items() if key in _sizes_of(kind)}
+    registry.check_sizes(kind, architecture)
+    registry.check_parameters(name, architecture)
 
 
 def _sizes_of(kind: type[nn.Module]) -> set[str]:

@@ -57,7 +57,7 @@ def create_backbone(
     if weights_license not in (None, LICENSE_ACCEPTED):
         raise UserError(f"backbone.weights_license={weights_license!r}; expected {LICENSE_ACCEPTED!r}, or leave it out")
     check_sizes(kind, architecture)
-    _check_parameters(name, architecture)
+    check_parameters(name, architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # `architecture` holds sizes alone by now: timm has arguments that read files and fetch weights.
@@ -73,7 +73,7 @@ def create_backbone(
     return model
 
 
-def _check_parameters(name: str, architecture: Mapping[str, Any]) -> None:
+def check_parameters(name: str, architecture: Mapping[str, Any]) -> None:
     """Raises UserError for sizes that each are in range, but together take the memory of a machine."""
     if not architecture:
         return

@@ -22,10 +22,11 @@ from mambapeft_vision.backbones.timm_model import TimmModel
 from mambapeft_vision.utils.atomic import write_bytes
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.hashing import sha256_file
+from mambapeft_vision.utils.hub import measure
 from mambapeft_vision.utils.names import user_path
 from mambapeft_vision.utils.state_dict_checks import check_finite, check_state
-from mambapeft_vision.utils.tensor_files import metadata_of, read_tensors, tensors_sha256
-from mambapeft_vision.utils.text import shown
+from mambapeft_vision.utils.tensor_files import MAX_BYTES, metadata_of, read_tensors, tensors_sha256
+from mambapeft_vision.utils.text import plain, shown
 
 LICENSE_ACCEPTED = "accepted"
 
@@ -99,7 +100,10 @@ def _download(record: Mapping[str, Any]) -> Path:
 
 
 def _fetch(record: Mapping[str, Any], license_accepted: str | None) -> Path:
-    """The file on the hub that a record names, from the hub's cache or downloaded. Its licence is printed first."""
+    """The file on the hub that a record names, from the hub's cache or downloaded. Its licence is printed first.
+
+    The hub is asked for its size first; where it does not answer, its client's cache is used.
+    """
     name, repository = record["architecture"], record["hf_hub_id"]
     file = record.get("hf_hub_filename") or "model.safetensors"
     licence = record.get("license")
@@ -112,14 +116,16 @@ def _fetch(record: Mapping[str, Any], license_accepted: str | None) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     if not isinstance(try_to_load_from_cache(repository, file), str):
-        shown = licence or "none found, accepted by weights_license"
-        print(f"fetching {file} of {name} from {repository}; licence: {shown}", file=sys.stderr)
+        shown_licence = plain(licence or "none found, accepted by weights_license")
+        print(f"fetching {plain(file)} of {name} from {plain(repository)}; licence: {shown_licence}", file=sys.stderr)
+    commit, reason = measure(repository, {file: MAX_BYTES})
     try:
-        return Path(hf_hub_download(repository, file))
+        # What is fetched is what was measured.
+        return Path(hf_hub_download(repository, file, revision=commit, local_files_only=commit is None))
     except Exception as error:  # the hub's client raises many kinds when offline
         raise UserError(
             f"the weights {file} of {name} could not be fetched from the Hugging Face repository {repository} "
-            f"({type(error).__name__}). Download the file elsewhere and give backbone.weights=PATH"
+            f"({type(reason or error).__name__}). Download the file elsewhere and give backbone.weights=PATH"
         ) from error
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mambapeft_vision.data.cache import clean, entries
 from mambapeft_vision.run.arguments import ArgumentParser
+from mambapeft_vision.utils.console import say
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.progress import format_duration
 
@@ -25,8 +26,8 @@ def main(arguments: Sequence[str]) -> None:
         if not options.keep_gib >= 0:
             raise UserError(f"--keep-gib {options.keep_gib}: expected at least 0")
         deleted = clean(options.folder, int(options.keep_gib * 2**30))
-        print(f"deleted {len(deleted)} files, {sum(size for _, size in deleted) / 2**30:.2f} GiB")
+        say(f"deleted {len(deleted)} files, {sum(size for _, size in deleted) / 2**30:.2f} GiB")
     left = entries(options.folder)
     for file, size, used in left:
-        print(f"{size / 2**20:10,.0f} MiB  used {format_duration(time.time() - used)} ago  {file.name}")
-    print(f"{len(left)} files, {sum(size for _, size, _ in left) / 2**30:.2f} GiB in {options.folder}")
+        say(f"{size / 2**20:10,.0f} MiB  used {format_duration(time.time() - used)} ago  {file.name}")
+    say(f"{len(left)} files, {sum(size for _, size, _ in left) / 2**30:.2f} GiB in {options.folder}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from mambapeft_vision.run.arguments import ArgumentParser
 from mambapeft_vision.run.own_code import OwnCode
+from mambapeft_vision.utils.console import say
 
 if TYPE_CHECKING:
     from mambapeft_vision.adapter.model import AdaptedModel
@@ -62,17 +63,17 @@ def run(args: argparse.Namespace) -> None:
         OwnCode(backbones=args.backbones).add()
         _say_written(args.out, convert_from_peft(args.folder, args.backbone, args.weights, args.out))
     elif args.command == "merge":
-        print(*export(Request(args.adapter, args.out, args.weights), "official"), sep="\n")
+        say("\n".join(export(Request(args.adapter, args.out, args.weights), "official")))
     else:
         record = read_record(args.adapter) if is_finished(Path(args.adapter)) else None
         folder = to_hub_folder(args.adapter, args.out, record, args.push or PLACEHOLDER)
-        print(f"wrote {folder}")
+        say(f"wrote {folder}")
         if args.push:
-            print(push_to_hub(folder, args.push, args.private, args.revision))
+            say(push_to_hub(folder, args.push, args.private, args.revision))
 
 
 def _say_written(out: str, model: "AdaptedModel") -> None:
-    print(f"wrote {out}: {', '.join(model.methods) or 'linear probe'}, {model.counts()['trainable']:,} trained")
+    say(f"wrote {out}: {', '.join(model.methods) or 'linear probe'}, {model.counts()['trainable']:,} trained")
 
 
 def main(arguments: Sequence[str]) -> None:

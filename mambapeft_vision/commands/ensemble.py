@@ -18,6 +18,7 @@ from mambapeft_vision.results.record import is_derived
 from mambapeft_vision.results.tables import find_results
 from mambapeft_vision.run.arguments import ArgumentParser
 from mambapeft_vision.run.ensemble import Member, ensemble
+from mambapeft_vision.utils.console import say
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain
 
@@ -35,11 +36,11 @@ def main(arguments: Sequence[str]) -> None:
     made = 0
     for name, members in grouped(find_members(places), by_seed=options.by == "seed").items():
         if len(members) < 2:
-            print(f"{name}: one run, so no ensemble")
+            say(f"{name}: one run, so no ensemble")
             continue
         folder, record = ensemble(members, options.out.expanduser(), options.label)
         alone = ", ".join(f"{100 * member.record.accuracy:.2f}" for member in members)
-        print(f"{name}: {100 * record.accuracy:.2f} % of {len(members)} runs ({alone}); {folder}")
+        say(f"{name}: {100 * record.accuracy:.2f} % of {len(members)} runs ({alone}); {folder}")
         made += 1
     if not made:
         raise UserError("nothing was averaged; expected two or more runs of one task")

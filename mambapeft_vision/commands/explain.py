@@ -6,8 +6,10 @@ from pathlib import Path
 from mambapeft_vision.commands.predict import add_model_options
 from mambapeft_vision.run.arguments import ArgumentParser
 from mambapeft_vision.run.own_code import OwnCode
+from mambapeft_vision.utils.console import say
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.startup import imports_kept
+from mambapeft_vision.utils.text import plain
 
 EXAMPLES = """\
 example:
@@ -37,8 +39,8 @@ def main(arguments: Sequence[str]) -> None:
     found = explain(trained, image, grid=options.grid, class_name=options.class_name)
     out = Path(f"{image.stem}-explained.png") if options.out is None else options.out.expanduser()
     draw(found, out)
-    top = ", ".join(f"{name} {share:.1%}" for name, share in found.prediction.top)
-    print(f"{image}: {top}. The evidence for {found.class_name} is drawn in {out}")
+    top = ", ".join(f"{plain(name)} {share:.1%}" for name, share in found.prediction.top)
+    say(f"{image}: {top}. The evidence for {plain(found.class_name)} is drawn in {out}")
 
 
 def _parser() -> ArgumentParser:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from mambapeft_vision.run.arguments import ArgumentParser, positive
 from mambapeft_vision.run.own_code import OwnCode, add_own_code_options
+from mambapeft_vision.utils.console import say
 
 FORMATS = ("onnx", "torch-export", "timm", "official", "peft", "lora")
 
@@ -40,4 +41,4 @@ def main(arguments: Sequence[str]) -> None:
     from mambapeft_vision.integrations.export import Request, export  # PyTorch's import, for which --help need not wait
 
     for line in export(Request(**options, own=own), to):
-        print(line)
+        say(line)

@@ -15,6 +15,7 @@ from pathlib import Path
 from mambapeft_vision.results.record import read_record
 from mambapeft_vision.run.arguments import ArgumentParser
 from mambapeft_vision.run.own_code import OwnCode, add_own_code_options
+from mambapeft_vision.utils.console import say
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.names import user_path
 from mambapeft_vision.utils.startup import imports_kept
@@ -50,12 +51,12 @@ def main(arguments: Sequence[str]) -> None:
         found = wise.curve(wise.open_interpolation(chooser, options.split, how, probe), alphas)
         alpha, label = wise.best_of(found), f"chosen on {options.split}"
         for one, accuracy in found.items():
-            print(f"α {one:<5g} {100 * accuracy:6.2f} % on {options.split}{'  <- chosen' if one == alpha else ''}")
+            say(f"α {one:<5g} {100 * accuracy:6.2f} % on {options.split}{'  <- chosen' if one == alpha else ''}")
     folder, record = wise.interpolate(
         options.run, alpha, options.out.expanduser(), how, label=label, probe=options.probe, curve=found
     )
     before = read_record(user_path(options.run)).accuracy
-    print(f"α {alpha:g}: {100 * record.accuracy:.2f} % on test, {100 * before:.2f} % recorded for the run; {folder}")
+    say(f"α {alpha:g}: {100 * record.accuracy:.2f} % on test, {100 * before:.2f} % recorded for the run; {folder}")
 
 
 def _numbers(text: str) -> list[float]:

@@ -11,6 +11,7 @@ from mambapeft_vision.data.prepare.torchvision_tasks import FETCHED, fetch_task
 from mambapeft_vision.data.prepare.verify import TaskReport
 from mambapeft_vision.data.tasks import GROUPS, Task, select_tasks
 from mambapeft_vision.run.arguments import ArgumentParser
+from mambapeft_vision.utils.console import say
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import command, override
 
@@ -35,14 +36,14 @@ def import_one(options: argparse.Namespace) -> None:
     group = options.group or (known.group if known else "custom")
     sizes = {"max_test": options.max_test, "seed": options.seed}
     report = import_task(options.path, options.name, options.out, group=group, **sizes)
-    print(_summary(report))
+    say(_summary(report))
     if known is None:
         folder = options.out / options.name
         train = command(
             *("mambapeft", "train", "dataset=folder", f"dataset.name=mini/{options.name}"),
             *(override("dataset.folder", folder), f"dataset.num_classes={report.task.num_classes}"),
         )
-        print(f"Train with: {train}")
+        say(f"Train with: {train}")
 
 
 def import_all(options: argparse.Namespace) -> None:
@@ -52,7 +53,7 @@ def import_all(options: argparse.Namespace) -> None:
         raise UserError(f"{options.source} lacks {', '.join(f'{name}.npz' for name in missing)}. Correct --from.")
     for name, task in IMPORTED.items():
         if not _is_there(task, options.out):
-            print(_summary(import_task(options.source / f"{name}.npz", name, options.out, group=task.group)))
+            say(_summary(import_task(options.source / f"{name}.npz", name, options.out, group=task.group)))
 
 
 def fetch(options: argparse.Namespace) -> None:
@@ -62,7 +63,7 @@ def fetch(options: argparse.Namespace) -> None:
         if _is_there(task, options.out):
             continue
         try:
-            print(_summary(fetch_task(FETCHED[task.folder], options.out, options.downloads)))
+            say(_summary(fetch_task(FETCHED[task.folder], options.out, options.downloads)))
         except UserError as error:
             failed.append(str(error))
     if failed:
@@ -72,13 +73,13 @@ def fetch(options: argparse.Namespace) -> None:
 def generate(options: argparse.Namespace) -> None:
     for task in GENERATED.values():
         lay_out_generated(task, options.out / task.folder)
-        print(f"{task.name}: laid out")
+        say(f"{task.name}: laid out")
 
 
 def _is_there(task: Task, out: Path) -> bool:
     there = read_entry(out, task.folder) is not None and (out / task.folder).is_dir()
     if there:
-        print(f"{task.name}: laid out before")
+        say(f"{task.name}: laid out before")
     return there
 
 

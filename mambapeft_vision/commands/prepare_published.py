@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mambapeft_vision.data.prepare.published import FEW_SHOT, FGVC, prepare_few_shot, prepare_fgvc
 from mambapeft_vision.run.arguments import ArgumentParser
+from mambapeft_vision.utils.console import say
 from mambapeft_vision.utils.text import command, override
 
 _KINDS = {
@@ -42,11 +43,11 @@ def main(kind: str, arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     folder = options.root.expanduser() / options.task
     for note in prepare(table[options.task], options.lists.expanduser(), options.images.expanduser(), folder):
-        print(note)
+        say(note)
     train = ["mambapeft", "train", f"dataset={family}/{options.task}"]
     if options.root != Path("data") / family:
         train.append(override("dataset.folder", folder))
-    print(f"Train with: {command(*train)}")
+    say(f"Train with: {command(*train)}")
 
 
 fgvc, few_shot = partial(main, "fgvc"), partial(main, "few-shot")

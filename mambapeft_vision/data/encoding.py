@@ -8,6 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from mambapeft_vision.data.own.files import known_suffix
+from mambapeft_vision.data.preprocessing import MAX_IMAGE_BYTES
+from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.untrusted import open_plain
 
 SAMPLE = 32  # images that are looked at, evenly spread over the lists
 UNKNOWN = "other"
@@ -23,7 +26,8 @@ def encoding_of(files: Sequence[Path]) -> str:
     places = {len(files) * number // SAMPLE for number in range(SAMPLE)} if files else set()
     found = set()
     for place in places:
-        with suppress(OSError), open(files[place], "rb") as file:
-            suffix = known_suffix(file.read(_READ))
+        with suppress(OSError, UserError):
+            with open_plain(files[place], max_bytes=MAX_IMAGE_BYTES, follow_links=True) as file:
+                suffix = known_suffix(file.read(_READ))
             found.add(UNKNOWN if suffix is None else _NAMES.get(suffix, suffix[1:]))
     return "+".join(sorted(found)) or UNKNOWN

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain, shown
-from mambapeft_vision.utils.untrusted import read_bytes
+from mambapeft_vision.utils.untrusted import MAX_LINES, read_bytes
 
 MAX_LIST_BYTES = 200_000_000
-MAX_LINES = 2_000_000
 MAX_PROBLEMS = 10_000  # bad lines that are named; of more there is only the number
 _SHOWN = 80  # characters of a bad line
 _LABEL = re.compile(r"[+-]?[0-9]+")

@@ -1,5 +1,6 @@
 """Where a run reports to, beside its own folder: the targets of configs/logger/*.yaml."""
 
+import os
 import re
 import sys
 import uuid
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from mambapeft_vision.run.run_config import RunPlan
 
 LONGEST_TAG = 64  # characters, by W&B's rule; so are the names
+_FOLDERS = ("wandb", ".wandb")  # W&B's names of its own, the second where there is one
 _PROJECT = re.compile(r"[^/\\#?%:\x00-\x1f]{1,128}")
 _ENTITY = re.compile(r"[\w-]{1,128}")
 
@@ -167,11 +169,27 @@ class WandbLogger:
         import wandb  # slow to import, and needed with this logger alone
 
         own = Path(settings["dir"])
-        refuse_links(own / "wandb", own)
+        for name in _FOLDERS:
+            refuse_links(own / name, own)
+        _refuse_settings_of_the_folder()
         try:
             return wandb.init(**self._settings, **settings, resume="allow", settings=wandb.Settings(silent=True))
         except Exception as error:
             raise UserError(f"logger=wandb: {_translated(error)}") from error
+
+
+def _refuse_settings_of_the_folder() -> None:
+    """Raises UserError for settings of W&B in the current folder, which may be anybody's.
+
+    W&B takes the address of its server from them, where it sends the user's key.
+    """
+    for file in (Path(name, "settings") for name in _FOLDERS):
+        if os.path.lexists(file):
+            raise UserError(
+                f"logger=wandb: {plain(file.absolute(), 1_000)} would choose the server that gets your key; expected "
+                f"none in the current folder. Delete it or start elsewhere; your own settings can be WANDB_* in the "
+                f"environment, or in ~/.config/wandb/settings"
+            )
 
 
 def _translated(error: Exception) -> str:

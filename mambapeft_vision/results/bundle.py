@@ -12,7 +12,7 @@ from typing import Any
 
 from mambapeft_vision.results.files import read_text
 from mambapeft_vision.results.layout import BUNDLE_SUFFIX
-from mambapeft_vision.results.record import SCHEMA_VERSION, RunRecord, record_of
+from mambapeft_vision.results.record import SCHEMA_VERSION, RunRecord, config_size, record_of
 from mambapeft_vision.utils.atomic import write_text
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain
@@ -21,6 +21,7 @@ from mambapeft_vision.utils.untrusted import parse_json
 FORMAT = 1
 MOST_RUNS = 200_000
 MOST_VALUES = 10_000_000
+MOST_CONFIG_BYTES = 1_000_000_000  # of all runs together, each by itself
 ABSENT = {"absent": True}  # stands for a section of the config that a run does not have
 
 
@@ -63,10 +64,16 @@ def read_bundle(path: Path) -> list[RunRecord]:
         # Equal lines would be the same run twice; so few columns cannot tell so many runs apart.
         if len(lines) > (MOST_RUNS if columns else 1):
             raise ValueError(f"{len(lines):,} runs in {len(columns)} columns")
-        return [
-            record_of(_nested(_row(number, line, columns, values, common)), f"{path}, run {number}")
-            for number, line in enumerate(lines, start=1)
-        ]
+        records: list[RunRecord] = []
+        sizes: dict[int, int] = {}
+        total = 0
+        for number, line in enumerate(lines, start=1):
+            row = _nested(_row(number, line, columns, values, common))
+            total += config_size(row["config"], sizes)
+            if total > MOST_CONFIG_BYTES:  # which sections that runs share hide
+                raise ValueError(f"configs of more than {MOST_CONFIG_BYTES:,} bytes")
+            records.append(record_of(row, f"{path}, run {number}", sizes))
+        return records
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:

@@ -146,9 +146,11 @@ def _confusion(folder: Path) -> dict[str, Any] | None:
         np.add.at(matrix, (labels, predicted), 1)
         return {"matrix": matrix.tolist(), "names": words or [str(number) for number in range(count)]}
     wrong = labels != predicted
-    pairs, counts = np.unique(np.stack((labels[wrong], predicted[wrong])), axis=1, return_counts=True)
+    # Both in one number: classes are below 2^31.
+    pairs, counts = np.unique(labels[wrong] * count + predicted[wrong], return_counts=True)
     most = np.argsort(-counts, kind="stable")[:MOST_CONFUSIONS]
-    return {"pairs": [[_name(words, pairs[0, i]), _name(words, pairs[1, i]), int(counts[i])] for i in most]}
+    found = [(*divmod(int(pairs[i]), count), int(counts[i])) for i in most]
+    return {"pairs": [[_name(words, label), _name(words, said), number] for label, said, number in found]}
 
 
 def _name(words: Sequence[str] | None, number: int) -> str:

@@ -1,16 +1,16 @@
 """metrics.csv: the measurements of each epoch of a run."""
 
 import csv
-import io
 import math
 from pathlib import Path
 
-from mambapeft_vision.results.files import read_text
+from mambapeft_vision.results.files import MOST_BYTES
 from mambapeft_vision.results.layout import METRICS_FILE
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain
+from mambapeft_vision.utils.untrusted import read_lines
 
-_MOST_ROWS, _MOST_COLUMNS = 100_000, 100
+_MOST_ROWS, _MOST_LINE_BYTES, _MOST_NUMBERS = 100_000, 10_000, 2_000_000
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
@@ -19,15 +19,18 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     Raises: UserError where the file is missing or is no table of finite numbers with an epoch in each line.
     """
     file = folder / METRICS_FILE
-    text = read_text(file, "the folder of a run")
-    columns = text.partition("\n")[0].count(",") + 1
-    if text.count("\n") > _MOST_ROWS or text.count("\r") > _MOST_ROWS or columns > _MOST_COLUMNS:
-        raise UserError(
-            f"{file}: expected at most {_MOST_ROWS:,} lines of {_MOST_COLUMNS} numbers. Run again with resume=false"
-        )
-    reader = csv.DictReader(io.StringIO(text))
+    lines = read_lines(file, max_bytes=MOST_BYTES, max_lines=_MOST_ROWS, max_line_bytes=_MOST_LINE_BYTES)
+    reader = csv.DictReader(lines)
+    rows: list[dict[str, float]] = []
     try:
-        rows = [{str(name): float(value) for name, value in row.items()} for row in reader]
+        for row in reader:
+            rows.append({str(name): float(value) for name, value in row.items()})
+            if len(rows) * len(row) > _MOST_NUMBERS:
+                raise UserError(f"{file}: expected at most {_MOST_NUMBERS:,} numbers. Run again with resume=false")
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); expected the folder of a run") from error
     except (csv.Error, TypeError, ValueError) as error:
         raise UserError(f"{file}: {plain(error)}; expected a table of numbers. Run again with resume=false") from error
     if any("epoch" not in row or not all(map(math.isfinite, row.values())) for row in rows):

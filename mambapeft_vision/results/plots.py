@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -35,6 +36,15 @@ MOST_TASKS = 60
 MOST_CLASSES = 200
 MOST_NUMBERED_CLASSES = 20
 MOST_NAMED_CLASSES = 40
+
+
+def without_latex() -> None:
+    """Undoes what Matplotlib took from a file in the current folder, which may be anybody's: LaTeX would run it."""
+    if not Path(mpl.matplotlib_fname()).is_absolute():
+        mpl.rcParams["text.usetex"] = False
+
+
+without_latex()  # when this is imported: each text that is drawn asks for it
 
 
 def png(figure: Figure, dpi: int = 130) -> bytes:
@@ -397,7 +407,6 @@ def confusion_matrix(run: Path, title: str, classes: int | None = None) -> Figur
     predicted, labels = read_labels(run)
     class_names = read_class_names(run)
     count = max(classes or 0, int(max(predicted.max(), labels.max())) + 1)
-    shown = np.arange(count)
     if count > MOST_CLASSES:
         names, images = np.unique(labels, return_counts=True)
         shown = np.sort(names[np.argsort(-images, kind="stable")][:MOST_CLASSES])
@@ -406,6 +415,7 @@ def confusion_matrix(run: Path, title: str, classes: int | None = None) -> Figur
         sizes = np.maximum(np.bincount(np.searchsorted(shown, labels[np.isin(labels, shown)]), minlength=len(shown)), 1)
         predicted, labels = np.searchsorted(shown, predicted[inside]), np.searchsorted(shown, labels[inside])
     else:
+        shown = np.arange(count)
         sizes = np.maximum(np.bincount(labels, minlength=count), 1)
     counts = np.zeros((len(shown), len(shown)), dtype=np.int64)
     np.add.at(counts, (labels, predicted), 1)

@@ -11,11 +11,11 @@ import numpy as np
 
 from mambapeft_vision.results.layout import PREDICTIONS_FILE
 from mambapeft_vision.utils.errors import UserError
-from mambapeft_vision.utils.untrusted import read_arrays
+from mambapeft_vision.utils.untrusted import MAX_LINES, read_arrays
 
 MOST_CLASSES = 2**31
 MOST_PROBABILITIES = 200_000_000  # all images of a file together
-MOST_IMAGES = 10_000_000
+MOST_IMAGES = MAX_LINES  # as lists of images have
 
 
 def read_labels(folder: Path) -> tuple[np.ndarray, np.ndarray]:

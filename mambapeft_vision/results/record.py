@@ -11,6 +11,7 @@ from mambapeft_vision.results.layout import RESULT_FILE
 from mambapeft_vision.results.migrations import migrated_result
 from mambapeft_vision.utils.atomic import write_json
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.names import LONGEST, MOST_PARTS
 from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.typed import build
 from mambapeft_vision.utils.untrusted import parse_json
@@ -26,6 +27,7 @@ DERIVED_KINDS = ("ensemble", "interpolation")
 _LONGEST_TEXT = 10_000  # characters
 _MOST_ITEMS = 1_000  # items of a list or mapping beside the config and the names of classes
 _MOST_CLASSES = 100_000
+_LARGEST_CONFIG = 4_000_000  # bytes, as `config_size` counts them; a run's has 5,000
 _LARGEST = 2**63
 _TASK = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
 _METHOD = re.compile(r"\w+")
@@ -106,14 +108,19 @@ def read_record(path: str | Path) -> RunRecord:
     return record_of(parse_json(text, str(path)), str(path))
 
 
-def record_of(content: Any, where: str) -> RunRecord:
+def record_of(content: Any, where: str, sizes: dict[int, int] | None = None) -> RunRecord:
     """The result that was written as `content`.
 
     The content is checked as untrusted data: names are names (no paths), sizes are bounded, and the sections of the
     config that tables and reports read are there. Text is only bounded in length: code that shows it uses `utils.text`.
 
+    sizes: see `config_size`.
+
     Raises: UserError naming `where` and what is wrong.
     """
+    config = content.get("config") if isinstance(content, dict) else None
+    if isinstance(config, dict) and config_size(config, sizes) > _LARGEST_CONFIG:
+        raise UserError(f"{where} is no result: its config has more than {_LARGEST_CONFIG:,} bytes. {REMEDY}")
     content = migrated_result(content)
     if not isinstance(content, dict):
         raise UserError(f"{where} is no result of schema {SCHEMA_VERSION}: expected an object. {REMEDY}")
@@ -135,6 +142,31 @@ def record_of(content: Any, where: str) -> RunRecord:
     return record
 
 
+def config_size(config: Mapping[str, Any], sizes: dict[int, int] | None = None) -> int:
+    """About as many bytes as a config takes in memory, or in a file of its own.
+
+    sizes: of sections by their identity, for configs that share them; more are added.
+    """
+    sizes = {} if sizes is None else sizes
+    for section in config.values():
+        if id(section) not in sizes:
+            sizes[id(section)] = _size(section)
+    return sum(sizes[id(section)] for section in config.values())
+
+
+def _size(value: Any) -> int:
+    total, stack = 0, [value]
+    while stack:
+        value = stack.pop()
+        total += 64 + (len(value) if isinstance(value, str) else 0)
+        if isinstance(value, dict):
+            total += sum(map(len, value))
+            stack.extend(value.values())
+        elif isinstance(value, list):
+            stack.extend(value)
+    return total
+
+
 def _check_sizes(content: Mapping[str, Any], where: str) -> None:
     for name, value in content.items():
         if name == "config":
@@ -149,11 +181,14 @@ def _check_sizes(content: Mapping[str, Any], where: str) -> None:
 
 def _wrong_values(record: RunRecord) -> list[str]:
     problems = []
-    if not _TASK.fullmatch(record.task) or len(record.task) > 200:
+    parts = record.task.split("/")
+    if not _TASK.fullmatch(record.task) or len(parts) > MOST_PARTS or any(len(p.encode()) > LONGEST for p in parts):
         problems.append(f"task={shown(record.task)}; expected names in parts split by '/'")
     for name in record.methods:
-        if not _METHOD.fullmatch(name) or len(name) > 100:
+        if not _METHOD.fullmatch(name) or len(name.encode()) > LONGEST:
             problems.append(f"methods: {shown(name)}; expected letters, digits and underscores")
+    if not record.fingerprint.isprintable() or not record.fingerprint.isascii() or len(record.fingerprint) > 200:
+        problems.append(f"fingerprint={shown(record.fingerprint)}; expected a hash")
     for name in ("accuracy", "train_accuracy"):
         if not 0 <= getattr(record, name) <= 1:
             problems.append(f"{name}={getattr(record, name)}; expected 0 to 1")

@@ -100,7 +100,8 @@ def _keep_to_ourselves(folder: Path, submitit: bool) -> None:
 def _take_failures() -> list[Failure]:
     failures = []
     for folder in _launches:
-        files = sorted(folder.glob("failure-*.json"), key=lambda file: int(file.stem.partition("-")[2]))
+        found = [(file.stem.partition("-")[2], file) for file in folder.glob("failure-*.json")]
+        files = [file for number, file in sorted(found, key=lambda one: one[0].zfill(10)) if number.isdecimal()]
         failures += [Failure(**read_json(file)) for file in files]
         shutil.rmtree(folder, ignore_errors=True)
     _launches.clear()

@@ -2,7 +2,6 @@
 
 import csv
 import glob
-import io
 import json
 import os
 import sys
@@ -26,7 +25,7 @@ from mambapeft_vision.utils.names import user_path
 from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.utils.progress import ConsoleProgress, ProgressMeter
 from mambapeft_vision.utils.text import csv_cell, plain
-from mambapeft_vision.utils.untrusted import open_plain
+from mambapeft_vision.utils.untrusted import MAX_TEXT_BYTES, read_lines
 
 CSV, JSON_LINES = FORMATS = ("csv", "jsonl")
 _BATCH = {"cuda": 256}  # images; of a batch that does not fit a GPU's memory the halves are taken
@@ -55,11 +54,28 @@ def find_images(given: Sequence[str]) -> list[Path]:
         elif path.exists():
             files = [path]
         else:
-            files = sorted(file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file())
+            files = _matching(path)
         if not files:
             raise UserError(f"images={plain(text)}: no image is there; expected a folder, files or a pattern (*.jpg)")
         found |= dict.fromkeys(files)
     return list(found)
+
+
+def _matching(pattern: Path) -> list[Path]:
+    """The files of a pattern, sorted. `**` stands for folders at any depth, but not for links, which may loop."""
+    parts = pattern.parts
+    depth = parts.index("**") if "**" in parts else len(parts)
+    places = map(Path, glob.glob(str(Path(*parts[:depth])))) if depth else [Path()]
+    if depth < len(parts):
+        rest = str(Path(*parts[depth:], *(["*"] if parts[-1] == "**" else [])))
+        found = [file for place in places for file in place.glob(rest) if not _is_hidden(file.relative_to(place))]
+    else:
+        found = list(places)
+    return sorted({file for file in found if file.is_file()})
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def predict_files(
@@ -157,9 +173,11 @@ def files_in(out: Path) -> set[str]:
         return set()
     kind = format_of(out)
     try:
-        with io.TextIOWrapper(open_plain(out, max_bytes=_MAX_OUTPUT_BYTES), encoding="utf-8", newline="") as stream:
-            rows = csv.DictReader(stream) if kind == CSV else (json.loads(line) for line in stream if line.strip())
-            names = {row["file"] for row in rows}
+        lines = read_lines(out, max_bytes=_MAX_OUTPUT_BYTES, max_line_bytes=MAX_TEXT_BYTES)
+        rows = csv.DictReader(lines) if kind == CSV else (json.loads(line) for line in lines if line.strip())
+        names = {row["file"] for row in rows}
+    except UserError as error:
+        raise _damaged(out, plain(error, 1_000)) from None
     except (ValueError, TypeError, KeyError, RecursionError, csv.Error) as error:
         raise _damaged(out, f"{type(error).__name__}: {plain(error)}") from None
     if not all(isinstance(name, str) for name in names):
@@ -214,7 +232,8 @@ def _writer(stream: TextIO, kind: str, header: bool) -> Callable[[Prediction], N
             "labels": list(prediction.labels),
             "top": [{"class": name, "probability": share} for name, share in prediction.top],
         }
-        stream.write(json.dumps(content, ensure_ascii=False) + "\n")
+        line = json.dumps(content, ensure_ascii=False)
+        stream.write((line if line.isprintable() else json.dumps(content)) + "\n")  # ASCII has no hidden characters
         stream.flush()
 
     if kind == CSV and header:

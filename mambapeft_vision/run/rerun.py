@@ -20,7 +20,7 @@ from mambapeft_vision.results.record import RunRecord, is_derived, read_record
 from mambapeft_vision.run.config import TrainConfig
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.identity import undeciding
-from mambapeft_vision.utils.text import plain, shown
+from mambapeft_vision.utils.text import command, override, plain, shown
 
 FLAG = "--from-result"
 ROOT_CONFIG = "from_result"  # its name in Hydra's store
@@ -125,11 +125,25 @@ def _root_config(record: RunRecord, arguments: Sequence[str], configs: Path) -> 
     groups: list[dict[str, str | None]] = [{group: None} for group in _GROUPS if group != "logger"]
     groups.append({"logger": "none"})  # whom a run tells is the command's decision, and never the record's
     values = {key: value for key, value in computed(record.config).items() if key not in chosen}
+    if "dataset" in values and "dataset.source" not in overrides:
+        _check_nothing_is_downloaded(record)
     defaults = ["train_schema", "_self_", *groups]
     overriding = [entry for entry in root["defaults"] if isinstance(entry, dict) and next(iter(entry)).startswith("ov")]
     kept = {key: root[key] for key in root if key not in ("defaults", "paths")}
     paths = _paths(record, overrides, root["paths"])
     return {"defaults": [*defaults, *overriding], **kept, **_movable(values, record), **_fresh(), "paths": paths}
+
+
+def _check_nothing_is_downloaded(record: RunRecord) -> None:
+    """Raises UserError for a record of images that a library would download, however many those are."""
+    dataset = record.config["dataset"]
+    source = str(dataset.get("source"))
+    on_the_hub = dataset.get("library") == "hf" and not Path(source).is_dir()
+    if dataset.get("_target_") == EXPORTS and (on_the_hub or dataset.get("download")):
+        raise UserError(
+            f"the record's images are the data set {shown(source)}, which would be downloaded; a record does not "
+            f"decide that: add {command(override('dataset.source', source))} if you want it"
+        )
 
 
 def _fresh() -> dict[str, Any]:

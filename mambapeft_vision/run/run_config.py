@@ -19,13 +19,12 @@ from mambapeft_vision.run.config import GIVEN, METHOD_SIZES, PathsConfig, TrainC
 from mambapeft_vision.run.exit import nearest
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.identity import fingerprint, identity
-from mambapeft_vision.utils.names import check_method_names, check_name, user_path
+from mambapeft_vision.utils.names import MOST_PARTS, check_method_names, check_name, user_path
 from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.untrusted import refuse_links
 
-# Characters in a folder's name that is made of methods' names; file systems allow 255 bytes.
+# Bytes in a folder's name that is made of methods' names; file systems allow 255.
 LONGEST_NAME = 120
-MOST_PARTS = 8  # parts of a task's name; each is a folder below paths.outputs
 
 
 @dataclass(frozen=True)
@@ -218,9 +217,10 @@ def _with(tree: dict[str, Any], path: Sequence[str], value: Any) -> dict[str, An
 def _folder_name(methods: list[str]) -> str:
     """The methods joined by +; a long hybrid's name is cut, for file systems, and told apart by a hash."""
     name = "+".join(methods)
-    if len(name) <= LONGEST_NAME:
+    if len(name.encode()) <= LONGEST_NAME:
         return name
-    return f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    cut = name.encode()[: LONGEST_NAME - 9].decode(errors="ignore")
+    return f"{cut}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def set_aside(folder: Path) -> Path | None:

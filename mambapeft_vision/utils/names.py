@@ -10,6 +10,7 @@ from mambapeft_vision.utils.text import plain, shown
 
 _METHOD = re.compile(r"[A-Za-z]\w*")
 _PART = re.compile(r"\w[\w.-]*")
+MOST_PARTS = 8  # parts of a task's name; each is a folder below paths.outputs
 MOST_METHODS = 50  # methods of one model; each costs time on every parameter
 LONGEST = 100  # bytes of one part: file systems take 255, and endings are added
 

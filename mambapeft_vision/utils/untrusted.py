@@ -31,6 +31,8 @@ MAX_YAML_BYTES = 1_000_000
 MAX_VALUES = 2_000_000  # values of a JSON file, counted by its commas and brackets
 MAX_YAML_VALUES = 50_000
 MAX_DEPTH = 64
+MAX_LINES = 2_000_000
+MAX_LINE_BYTES = 1_000_000
 MAX_ARRAY_BYTES = 1_000_000_000
 _MAX_MEMBERS = 100
 _BEST_COMPRESSION = 200  # times; what unpacks to more than this is a bomb, unless it is small
@@ -85,6 +87,38 @@ def read_text(file: Path | str, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
         return read_bytes(file, max_bytes=max_bytes).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{plain(file)} is not UTF-8 text ({error.reason}). {_AGAIN}") from None
+
+
+def read_lines(
+    file: Path | str,
+    *,
+    max_bytes: int,
+    max_lines: int = MAX_LINES,
+    max_line_bytes: int = MAX_LINE_BYTES,
+    follow_links: bool = False,
+) -> Iterator[str]:
+    """The lines of a UTF-8 file, each with its line end; one of them is in memory at a time.
+
+    Raises:
+        UserError: as `open_plain`, and for lines that are too many, too long or no text.
+        OSError: for a file that is missing or not permitted.
+    """
+    with open_plain(file, max_bytes=max_bytes, follow_links=follow_links) as opened:
+        read = number = 0
+        while line := opened.readline(max_line_bytes + 1):
+            read, number = read + len(line), number + 1
+            if read > max_bytes:  # it has grown
+                raise _too_large(file, read, max_bytes)
+            if number > max_lines:
+                raise UserError(f"{plain(file)} has more than {max_lines:,} lines; expected fewer. {_AGAIN}")
+            if len(line) > max_line_bytes:
+                raise UserError(
+                    f"{plain(file)}:{number} has more than {max_line_bytes:,} bytes; expected fewer. {_AGAIN}"
+                )
+            try:
+                yield line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{plain(file)}:{number} is not UTF-8 text ({error.reason}). {_AGAIN}") from None
 
 
 # JSON

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from helpers.golden_values import GOLDEN
+from helpers.hub import hub_with
 from safetensors.torch import load_file, save_file
 
 from mambapeft_vision.adapter.load import load_adapter
@@ -224,6 +225,7 @@ def hub(monkeypatch):
         raise OSError("offline")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    hub_with(monkeypatch, {})
     return asked
 
 
@@ -250,6 +252,29 @@ def test_a_licence_is_shown_before_a_download(hub, capsys):
         create_backbone("videomamba_tiny_patch16_448", depth=1)
     assert hub == [("OpenGVLab/VideoMamba", "videomamba_t16_in1k_res224to448.pth")]
     assert "licence: apache-2.0" in capsys.readouterr().err
+
+
+def test_weights_that_are_too_large_are_not_downloaded(hub, monkeypatch):
+    hub_with(monkeypatch, {"OpenGVLab/VideoMamba": {"videomamba_t16_in1k_res224to448.pth": 10**11}})
+    with pytest.raises(UserError, match="pth has 100,000,000,000 bytes; expected at most 16,000,000,000. Nothing was"):
+        create_backbone("videomamba_tiny_patch16_448", depth=1)
+    assert hub == []
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_what_is_downloaded_is_what_was_measured(monkeypatch, answers):
+    """Where the hub does not answer, only its client's cache is asked."""
+    asked = {}
+
+    def download(repository, file, **options):
+        asked.update(options)
+        raise OSError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    hub_with(monkeypatch, {"OpenGVLab/VideoMamba": {"videomamba_t16_in1k_res224to448.pth": 10**8}} if answers else {})
+    with pytest.raises(UserError, match="could not be fetched"):
+        create_backbone("videomamba_tiny_patch16_448", depth=1)
+    assert asked == {"revision": "commit of None" if answers else None, "local_files_only": not answers}
 
 
 def test_weights_whose_names_are_not_known_need_a_path(hub, tmp_path):

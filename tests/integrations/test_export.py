@@ -15,6 +15,7 @@ import timm
 import torch
 from helpers import runs
 from helpers.fake_records import fake_record
+from helpers.hub import hub_with
 from helpers.method_cases import CLASSES, methods_of, move, specs
 from safetensors.torch import save_file
 from torch import Tensor
@@ -498,27 +499,24 @@ def in_the_hubs_cache(folder: Path, cache: Path) -> Path:
 def hub(tmp_path, monkeypatch) -> list[tuple[str, str | None]]:
     """The hub and its client's cache. What was downloaded is noted."""
     asked = []
-    files = [SimpleNamespace(rfilename="adapter.safetensors", size=1_000), SimpleNamespace(rfilename="x", size=10**12)]
     folder = saved(tmp_path / "run", "lora_p_x")
     write_record(folder, fake_record("vtab/cifar", "lora_p_x", 0, 0.625, backbone={"weights": "random"}))
     convert.main(["to-hub", str(folder), "--out", str(tmp_path / "hub")])
     cache = in_the_hubs_cache(tmp_path / "hub", tmp_path / "cache")
 
-    def model_info(self: Any, repository: str, revision: str | None, files_metadata: bool) -> SimpleNamespace:
-        assert files_metadata
-        if repository not in ("USER/NAME", "USER/LARGE"):
-            raise OSError("offline")
-        large = SimpleNamespace(rfilename="adapter.safetensors", size=10**11 if revision is None else None)
-        return SimpleNamespace(sha=f"commit of {revision}", siblings=[large] if repository == "USER/LARGE" else files)
-
     def snapshot(repository: str, revision: str | None, allow_patterns: list[str], local_files_only: bool) -> str:
         asked.append((repository, revision))
-        assert local_files_only == (repository not in ("USER/NAME", "USER/LARGE"))
+        assert local_files_only == (repository != "USER/NAME")
         if repository == "someone/else":
             raise ValueError("not in the cache")
         return str(cache)
 
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    sizes = {
+        "USER/NAME": {"adapter.safetensors": 1_000, "x": 10**12},
+        "USER/LARGE": {"adapter.safetensors": 10**11},
+        "USER/UNKNOWN": {"adapter.safetensors": None},
+    }
+    hub_with(monkeypatch, sizes)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     return asked
 
@@ -542,9 +540,9 @@ def test_links_of_the_hubs_cache_stay_in_their_repository(tmp_path):
 
 
 def test_an_adapter_that_is_too_large_is_not_downloaded(hub):
-    for revision, size in (None, "100,000,000,000"), ("v1", "an unknown number of"):
+    for name, size in ("USER/LARGE", "100,000,000,000"), ("USER/UNKNOWN", "an unknown number of"):
         with pytest.raises(UserError, match=f"has {size} bytes; expected at most 4,000,000,000. Nothing was"):
-            load_adapter("USER/LARGE", "random", revision=revision)
+            load_adapter(name, "random")
     assert hub == []
 
 

@@ -4,6 +4,7 @@ tests/helpers/hostile.py says how to add a row; test_hostile_files.py has the ot
 """
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +20,21 @@ from helpers.hostile import Action, World
 from PIL import Image
 from safetensors.torch import save_file
 
+from mambapeft_vision.adapter.predict import Prediction
 from mambapeft_vision.backbones import create_backbone
-from mambapeft_vision.data.own.layout import OwnImages, lay_out
+from mambapeft_vision.data.encoding import encoding_of
+from mambapeft_vision.data.own.index import INDEX_FILE, read_index
+from mambapeft_vision.data.own.layout import CLASSES_FILE, RECORD_FILE, OwnImages, lay_out, read_classes, read_notes
 from mambapeft_vision.data.own.table import Columns, read_table
-from mambapeft_vision.data.prepare.published import FGVC, prepare_fgvc
+from mambapeft_vision.data.prepare.published import FGVC, _read_list_labels, prepare_fgvc
 from mambapeft_vision.integrations.from_peft import from_peft
-from mambapeft_vision.results.layout import PREDICTIONS_FILE
+from mambapeft_vision.results.layout import METRICS_FILE, PREDICTIONS_FILE
+from mambapeft_vision.results.metrics import read_metrics
+from mambapeft_vision.results.plots import confusion_matrix
 from mambapeft_vision.run.ensemble import Member, ensemble
+from mambapeft_vision.run.predict import files_in, find_images, output
 from mambapeft_vision.run.run_config import make_run_folder
+from mambapeft_vision.utils.errors import UserError
 
 TABLE, attack = hostile.table()
 
@@ -226,6 +234,98 @@ for name, (config, words) in PEFT.items():
 @attack("peft: names, addresses and patterns that nothing follows")
 def _(world: World) -> Action:
     return peft_folder(world, IGNORED)
+
+
+# What is kept of own images, and is read when they are used again
+
+
+def endless(file: Path, size: int = 900_000_000) -> None:
+    """One line as long as a limit of bytes lets it be; on the disk it takes nothing."""
+    with open(file, "wb") as opened:
+        opened.truncate(size)
+
+
+KEPT: dict[str, tuple[str, Callable[[Path], object], Callable[[Path], object], str]] = {
+    "an index of one line": (INDEX_FILE, endless, read_index, "more than 100,000 bytes"),
+    "a sparse index of 1 TB": (INDEX_FILE, lambda f: endless(f, 1 << 40), read_index, "bytes; expected at most"),
+    "a pipe for an index": (INDEX_FILE, os.mkfifo, read_index, "pipe"),
+    "classes of one line": (CLASSES_FILE, lambda f: endless(f, 60_000_000), read_classes, "more than 1,000,000 bytes"),
+    "a million classes and one": (CLASSES_FILE, lambda f: f.write_text("a\n" * 1_000_001), read_classes, "lines"),
+    "notes of a terabyte": (RECORD_FILE, lambda f: endless(f, 1 << 40), read_notes, "bytes; expected at most"),
+    "a published list of one line": (
+        "train.txt",
+        lambda f: endless(f, 90_000_000),
+        lambda folder: _read_list_labels(folder / "train.txt", FGVC["cub"], []),
+        "more than 1,000,000 bytes",
+    ),
+    "epochs of one line": (METRICS_FILE, lambda f: endless(f, 60_000_000), read_metrics, "more than 10,000 bytes"),
+    "predictions of one line": (
+        "o.jsonl",
+        lambda f: endless(f, 1_900_000_000),
+        lambda folder: files_in(folder / "o.jsonl"),
+        "more than 16,000,000 bytes",
+    ),
+}
+
+
+@attack("what is kept in lists of lines", mib=150, disk_mib=20)
+def _(world: World) -> Action:
+    places = {name: world.folder / str(number) for number, name in enumerate(KEPT)}
+    for name, (file, make, _, _) in KEPT.items():
+        places[name].mkdir()
+        make(places[name] / file)
+
+    def act() -> None:
+        for name, (_, _, read, words) in KEPT.items():
+            with pytest.raises(UserError, match=words):
+                read(places[name])
+
+    return act
+
+
+@attack("an image that is a pipe, whose encoding is asked for")
+def _(world: World) -> Action:
+    os.mkfifo(world.folder / "a.png")
+
+    def act() -> None:
+        assert encoding_of([world.folder / "a.png"]) == "other"
+
+    return act
+
+
+@attack("a pattern that links lead in circles", seconds=2)
+def _(world: World) -> Action:
+    (world.folder / "a" / ".b").mkdir(parents=True)
+    for name in ("a.png", "a/b.png", "a/.b/c.png", ".d.png"):
+        (world.folder / name).write_bytes(b"x")
+    for name in ("l", "m", "a/n"):
+        (world.folder / name).symlink_to(world.folder)
+
+    def act() -> None:
+        for pattern in ("**/*.png", "**", "*/*.png", "a/**"):
+            found = {file.name for file in find_images([f"{world.folder}/{pattern}"])}
+            assert {"b.png"} <= found <= {"a.png", "b.png"}
+
+    return act
+
+
+@attack("confusions of two thousand million classes", mib=100)
+def _(world: World) -> Action:
+    classes = np.array([0, 2**31 - 1])
+    np.savez(world.folder / PREDICTIONS_FILE, predicted=classes, labels=classes[::-1])
+    return lambda: confusion_matrix(world.folder, "title")
+
+
+@attack("predictions with names that a terminal would obey")
+def _(world: World) -> Action:
+    name, out = "a\x1b[2J\x9b2J\u202e.png", world.folder / "o.jsonl"
+
+    def act() -> None:
+        with output(out) as write:
+            write(Prediction(name, 0, name, 1.0, ((name, 1.0),), (name,)))
+        assert out.read_text().rstrip("\n").isprintable() and files_in(out) == {name}
+
+    return act
 
 
 # Where ensembles, interpolations and unpacked bundles write

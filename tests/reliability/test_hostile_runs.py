@@ -4,6 +4,8 @@ The rows are as those of test_hostile_files.py (tests/helpers/hostile.py says wh
 finished run, which it changes.
 """
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -11,17 +13,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from helpers import hostile, runs
 from helpers.hostile import Action, Attack, World
+from helpers.hub import hub_with
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save_file
+from timm.models import save_for_hf
 
 from mambapeft_vision.adapter.files import ADAPTER_FILE, CONFIG_FILE, read_adapter
 from mambapeft_vision.adapter.load import load_adapter
+from mambapeft_vision.commands import explain, explore, export, interpolate, mini, reproduce
 from mambapeft_vision.integrations.convert import read_reference_config
 from mambapeft_vision.methods.targets import fits
 from mambapeft_vision.results.record import read_record
@@ -31,6 +39,7 @@ from mambapeft_vision.run.outdated import outdated_note
 from mambapeft_vision.run.rerun import store_root_config
 from mambapeft_vision.run.run import train
 from mambapeft_vision.utils.atomic import write_json
+from mambapeft_vision.utils.errors import UserError
 
 Prepare = Callable[[World, Path], Action]
 Change = Callable[[Any], object]
@@ -213,6 +222,25 @@ def _(world: World, run: Path) -> Action:
     return lambda: train(cfg, expected=record)
 
 
+@attack("records of images that would be downloaded, to be done again", [])
+def _(world: World, run: Path) -> Action:
+    library = {"_target_": "mambapeft_vision.data.own.library.LibraryDataModule", "folder": None}
+    hub = library | {"library": "hf", "source": "theirs/endless"}
+    other = library | {"library": "torchvision", "source": "ImageNet", "download": True}
+    record = (run / "result.json").read_text()
+
+    def act() -> None:
+        for section in (hub, other):
+            (run / "result.json").write_text(record)
+            changed_json(run / "result.json", lambda r, section=section: r["config"]["dataset"].update(section))
+            with pytest.raises(UserError, match=f"would be downloaded.*dataset.source={section['source']}"):
+                store_root_config(run, [], runs.CONFIGS)
+            store_root_config(run, [f"dataset.source={section['source']}"], runs.CONFIGS)
+            store_root_config(run, ["dataset=vtab/cifar"], runs.CONFIGS)
+
+    return act
+
+
 # Adapters
 
 
@@ -354,6 +382,183 @@ def test_patterns_mean_what_their_regular_expressions_meant(pattern, name):
 
     expression = re.escape(pattern).replace(r"\*\*", ".+").replace(r"\*", r"[^.]*")
     assert fits(pattern, name) == (re.fullmatch(expression, name) is not None)
+
+
+# Commands: several attacks share a child process
+
+
+def saying(command: Callable[[Sequence[str]], object], *arguments: object) -> str:
+    """What a command prints; it may not end otherwise."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        assert not command([str(argument) for argument in arguments])
+    return said.getvalue()
+
+
+def refusing(words: str, command: Callable[[Sequence[str]], object], *arguments: object) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        command([str(argument) for argument in arguments])
+    assert len(str(caught.value)) < hostile.LONGEST_MESSAGE
+
+
+NAMES = ["\x1b[2J$x^{$", "=cmd|' /C calc'!A0\u202e", "<script>alert(1)</script>" + "y" * 100_000]
+
+
+@attack("explain: an image that is none, names of classes that are more, other sizes", [], seconds=15, disk_mib=30)
+def _(world: World, run: Path) -> Action:
+    changed_json(run / CONFIG_FILE, lambda c: c.update(class_names=NAMES))
+    os.mkfifo(world.folder / "pipe.png")
+    image = world.folder / "image.png"
+    Image.new("RGB", (8, 8)).save(image)
+    large = shutil.copytree(run, world.folder / "large")
+    changed_yaml(large / "config.yaml", lambda c: c["backbone"].update(depth=24, embed_dim=8192))
+    given = f"run={run}", "--device", "cpu", "--grid", "2", "--out", world.folder / "out.png"
+
+    def act() -> None:
+        refusing("pipe", explain.main, *given, f"image={world.folder / 'pipe.png'}")
+        refusing("different backbones", explain.main, f"run={large}", f"image={image}", "--device", "cpu")
+        said = saying(explain.main, *given, f"image={image}")
+        assert said.replace("\n", "").isprintable() and len(said) < 2_000
+
+    return act
+
+
+@attack("export: weights and seeds that a record names", [], disk_mib=30)
+def _(world: World, run: Path) -> Action:
+    given = "--run", run, "--to", "official", "--out", world.folder / "o.pth"
+    changes: dict[str, dict[str, Any]] = {
+        "do not exist": {"weights": "/dev/zero"},
+        "expected a whole number": {"weights": "random", "seed": "x"},
+        "expected 0 to": {"weights": "random", "seed": -5},
+    }
+    record = (run / "result.json").read_text()
+
+    def act() -> None:
+        for words, change in changes.items():
+            (run / "result.json").write_text(record)
+            changed_json(run / "result.json", lambda c, change=change: c["config"]["backbone"].update(change))
+            refusing(words, export.main, *given)
+        assert not (world.folder / "o.pth").exists()
+
+    return act
+
+
+@attack("explore: millions of predictions, odd settings and names", [], disk_mib=30, seconds=8)
+def _(world: World, run: Path) -> Action:
+    def odd(record: Any) -> None:
+        record["config"]["backbone"].update(name={"a": [1]})
+        record["config"]["method"]["lora_p_x"].update(_target_=[1, 2])
+        record["config"].update(derived={"kind": "ensemble", "label": "</script>", "members": "\x1b"})
+
+    many, more = (shutil.copytree(run, world.folder / name) for name in ("many", "more"))
+    labels, zeros = np.arange(2_000_000, dtype=np.int32), np.zeros(50_000_000, np.int8)
+    np.savez(many / "predictions.npz", predicted=np.zeros(2_000_000, np.int8), labels=labels)
+    np.savez_compressed(more / "predictions.npz", predicted=zeros, labels=zeros)
+    changed_json(run / "result.json", odd)
+    page = world.folder / "page.html"
+
+    def act() -> None:
+        saying(explore.main, run, many, more, "--out", page)
+        assert "</script>" not in page.read_text().partition("application/json")[2].partition("</script>")[0]
+
+    return act
+
+
+@attack("interpolate: names of folders, a head of a hundred million numbers", [], disk_mib=400, seconds=15, mib=600)
+def _(world: World, run: Path) -> Action:
+    given = "--alpha", "0.5", "--device", "cpu", "--out", world.folder / "out"
+    probe = shutil.copytree(run, world.folder / "probe")
+    changed_json(probe / "result.json", lambda r: r.update(trainable=0, trainable_by_method={}))
+    save_file({"head.weight": torch.zeros(3, 30_000_000, dtype=torch.int8)}, probe / ADAPTER_FILE)
+    changes: dict[str, dict[str, Any]] = {
+        "expected a hash": {"fingerprint": "\x1b[2J"},
+        "expected names in parts": {"task": "/".join("a" * 20)},
+        "task='é": {"task": "é" * 100},
+    }
+    record = (run / "result.json").read_text()
+
+    def act() -> None:
+        refusing("no pretrained counterpart", interpolate.main, run, *given, "--probe", probe)
+        for words, change in changes.items():
+            (run / "result.json").write_text(record)
+            changed_json(run / "result.json", lambda r, change=change: r.update(change))
+            refusing(words, interpolate.main, run, *given)
+
+    return act
+
+
+@attack("reproduce: outputs with damaged results and a pipe", [], seconds=15)
+def _(world: World, run: Path) -> Action:
+    outputs = world.folder / "outputs"
+    for name in ("deep", "pipe", "odd"):
+        shutil.copytree(run, outputs / name)
+        (outputs / name / "result.json").unlink()
+    (outputs / "deep" / "result.json").write_text("[" * 200_000)
+    os.mkfifo(outputs / "pipe" / "result.json")
+    (outputs / "odd" / "result.json").write_text(json.dumps({"schema_version": "\x1b[2J"}))
+
+    def act() -> None:
+        options = "--dry-run", f"paths.outputs={outputs}", "backbone=vim_s", "method=lora_p_x", "dataset=vtab/cifar"
+        said = saying(reproduce.main, *options)
+        assert said.count("left out of the estimates") == 3 and said.replace("\n", "").isprintable()
+
+    return act
+
+
+@attack("mini unpack: runs that share a large config, and a link", [], seconds=10, mib=700)
+def _(world: World, run: Path) -> Action:
+    record = json.loads((run / "result.json").read_text())
+    config = record.pop("config")
+    del record["seed"]
+    common = record | {f"config.{name}": section for name, section in config.items()}
+    bundle = {"format": 1, "schema_version": 2, "values": {}, "columns": ["seed"]}
+    large = {f"k{n}": n for n in range(1_000)}
+    files = {
+        "configs of more than": bundle | {"common": common | {"config.x": large}, "runs": [[n] for n in range(50_000)]},
+        "config has more than": bundle | {"common": common | {"config.x": ["x" * 5_000_000]}, "runs": [[0]]},
+        "is a link": bundle | {"common": common, "runs": [[0]]},
+    }
+    for number, content in enumerate(files.values()):
+        (world.folder / f"{number}.runs.json").write_text(json.dumps(content))
+    (world.folder / "out").mkdir()
+    (world.folder / "out" / "custom").symlink_to(world.victim.parent)
+
+    def act() -> None:
+        for number, words in enumerate(files):
+            refusing(words, mini.main, "unpack", world.folder / f"{number}.runs.json", "--out", world.folder / "out")
+
+    return act
+
+
+@attack("an adapter in the hub's cache: pipes, links elsewhere, sizes", [])
+def _(world: World, run: Path) -> Action:
+    (snapshot := world.folder / "models--a--b" / "snapshots" / "0").mkdir(parents=True)
+    blobs = world.folder / "models--a--b" / "blobs"
+    shutil.copytree(run, blobs)
+    world.link("models--a--b/blobs/elsewhere")
+
+    def act() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            hub_with(patch, {})
+            patch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(snapshot))
+            for words, config in {"pipe": "pipe", "is a link": "elsewhere", "parameters; expected": "large"}.items():
+                for name, target in (CONFIG_FILE, config), (ADAPTER_FILE, ADAPTER_FILE):
+                    (snapshot / name).unlink(missing_ok=True)
+                    (snapshot / name).symlink_to(f"../../blobs/{target}")
+                with pytest.raises(UserError, match=words):
+                    load_adapter("a/b", "random")
+
+    os.mkfifo(blobs / "pipe")
+    shutil.copy(run / CONFIG_FILE, blobs / "large")
+    changed_json(blobs / "large", lambda c: c["backbone"]["architecture"].update(depth=24, embed_dim=8192))
+    return act
+
+
+@attack("a folder of timm's that names a backbone of gigabytes", ["parameters; expected at most"])
+def _(world: World, run: Path) -> Action:
+    model = timm.create_model("vim_pico_patch8_32", embed_dim=16, depth=1)
+    save_for_hf(model, str(world.folder / "timm"), model_args={"embed_dim": 8192, "depth": 24}, safe_serialization=True)
+    return lambda: timm.create_model(f"local-dir:{world.folder / 'timm'}", pretrained=True)
 
 
 # Tables

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib as mpl
 import pytest
 from helpers import hostile, runs
 from helpers.hostile import Action, World
@@ -20,6 +21,7 @@ from omegaconf import OmegaConf
 from mambapeft_vision.data.manifest import TaskEntry, drop_entry, read_entry, write_entry
 from mambapeft_vision.integrations.wandb_logger import WandbLogger
 from mambapeft_vision.results.layout import LOG_FILE, SWEEP_LOGS
+from mambapeft_vision.results.plots import without_latex
 from mambapeft_vision.run.exit import RememberLaunch
 from mambapeft_vision.run.run_config import make_plan
 from mambapeft_vision.search.search import JOURNAL, Search, open_study
@@ -168,12 +170,44 @@ def test_submitits_folder_is_private(tmp_path, monkeypatch, capsys):
     assert "belongs to another user" in capsys.readouterr().err
 
 
-def test_wandbs_files_are_not_written_through_a_link(tmp_path):
+@pytest.mark.parametrize("name", ["wandb", ".wandb"])
+def test_wandbs_files_are_not_written_through_a_link(tmp_path, name):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "wandb").symlink_to(tmp_path)
+    (tmp_path / "run" / name).symlink_to(tmp_path)
     logger = WandbLogger(project="p", entity=None, mode="offline", tags=[], pictures=False)
     with pytest.raises(UserError, match="is a link to"):
         logger._begin(id="a", dir=str(tmp_path / "run"))
+
+
+# The current folder, where libraries look for settings of their own
+
+
+@pytest.mark.parametrize("name", ["wandb", ".wandb"])
+def test_settings_in_the_current_folder_do_not_choose_who_gets_the_users_key(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "settings").write_text("[default]\nbase_url = http://theirs.example\n")
+    logger = WandbLogger(project="p", entity=None, mode="offline", tags=[], pictures=False)
+    with pytest.raises(UserError, match="would choose the server that gets your key"):
+        logger._begin(id="a", dir=str(tmp_path / "run"))
+
+
+def test_settings_in_the_current_folder_do_not_make_texts_programs(tmp_path, monkeypatch):
+    """Matplotlib has read the file when it was imported."""
+    monkeypatch.chdir(tmp_path)
+    with mpl.rc_context({"text.usetex": True}):
+        without_latex()
+        assert mpl.rcParams["text.usetex"]  # the user's own
+        (tmp_path / "matplotlibrc").write_text("text.usetex: True")
+        without_latex()
+        assert not mpl.rcParams["text.usetex"]
+
+
+def test_numbas_settings_in_the_current_folder_are_a_mistake_of_the_users(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".numba_config.yaml").write_text("cache_dir: theirs")
+    with pytest.raises(UserError, match="would tell Numba which code to run"):
+        runs.run(command(tmp_path / "outputs"))
 
 
 # Searches

@@ -40,16 +40,17 @@ from mambapeft_vision.sweep.estimates import COLUMNS as RATE_COLUMNS
 from mambapeft_vision.sweep.estimates import read_rates
 from mambapeft_vision.utils.errors import UserError
 
-SECONDS, BYTES = 20, 2**30
+SECONDS, BYTES = 30, 2**30
 
 
 def within_bounds(function) -> str:
-    """What `function` says when it refuses, run in a process that may take 20 s and 1 GiB more than this one."""
+    """What `function` says when it refuses, in a process that may take 30 s of CPU and 1 GiB more than this one."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
-            signal.alarm(SECONDS)
+            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+            signal.alarm(10 * SECONDS)  # for what waits and computes nothing
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, used + BYTES))
             try:

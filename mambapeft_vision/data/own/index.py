@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from mambapeft_vision.utils.errors import UserError
-from mambapeft_vision.utils.untrusted import read_bytes
+from mambapeft_vision.utils.text import plain
+from mambapeft_vision.utils.untrusted import MAX_LINES, read_lines
 
 INDEX_FILE = "files.csv"
-_MAX_INDEX_BYTES = 8_000_000_000
+_MAX_BYTES = 1_000_000_000  # as many images as a list may have, with paths of 300 bytes
+_MAX_LINE_BYTES = 100_000  # a path, and the labels of an image that has many
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,19 @@ class IndexedFile:
 
 def read_index(folder: Path) -> list[IndexedFile] | None:
     """The lines of files.csv; None where there is no whole record."""
+    file = folder / INDEX_FILE
     try:
-        text = read_bytes(folder / INDEX_FILE, max_bytes=_MAX_INDEX_BYTES).decode()
-        rows = list(csv.reader(io.StringIO(text, newline="")))
-        return [_indexed_file(row) for row in rows[1:]]
+        lines = read_lines(file, max_bytes=_MAX_BYTES, max_lines=MAX_LINES + 1, max_line_bytes=_MAX_LINE_BYTES)
+        rows = csv.reader(lines)
+        next(rows, None)  # the header
+        return [_indexed_file(row) for row in rows]
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except UserError as error:
+        raise UserError(f"{error}, or delete {plain(folder)}; it is made again.") from None
     except (ValueError, csv.Error) as error:
-        raise UserError(f"{folder / INDEX_FILE} is damaged ({error}). Delete {folder}; it is made again.") from None
+        problem = f"{plain(file)} is damaged ({plain(error)})"
+        raise UserError(f"{problem}. Delete {plain(folder)}; it is made again.") from None
 
 
 def _indexed_file(row: Sequence[str]) -> IndexedFile:

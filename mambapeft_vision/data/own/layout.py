@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mambapeft_vision.data.image_list import MOST_CLASSES
 from mambapeft_vision.data.manifest import TaskEntry, drop_entry, task_sha256, write_entry
 from mambapeft_vision.data.own.draw import TEST, TRAIN, VAL, draw_splits, strata_of
 from mambapeft_vision.data.own.index import INDEX_FILE, IndexedFile, index_text, per_class, read_index
@@ -29,7 +30,7 @@ from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.lock import one_at_a_time
 from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.utils.progress import ConsoleProgress, ProgressMeter
-from mambapeft_vision.utils.untrusted import read_bytes, read_json
+from mambapeft_vision.utils.untrusted import read_json, read_lines
 
 CLASSES_FILE, RECORD_FILE, IMAGES = "classes.txt", "task.json", "images"
 # List file → the splits whose images it holds; the names are those of VTAB-1K, whatever the numbers.
@@ -122,10 +123,11 @@ def read_classes(folder: Path) -> tuple[str, ...] | None:
     if not file.is_file():
         return None
     try:
-        text = read_bytes(file, max_bytes=64_000_000, follow_links=True).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read ({error}). Write a class name a line, in UTF-8.") from None
-    return tuple(line.rstrip("\r") for line in text.removesuffix("\n").split("\n"))
+        lines = read_lines(file, max_bytes=64_000_000, max_lines=MOST_CLASSES, follow_links=True)
+        names = tuple(line.removesuffix("\n").rstrip("\r") for line in lines)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}). Write a class name a line, in UTF-8.") from None
+    return (names[0].removeprefix("\ufeff"), *names[1:]) if names else ("",)
 
 
 def read_notes(folder: Path) -> list[str]:

@@ -9,8 +9,9 @@ import hashlib
 import inspect
 import io
 import json
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +28,12 @@ from mambapeft_vision.utils.names import user_path
 from mambapeft_vision.utils.progress import ConsoleProgress, ProgressMeter
 from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.typed import check_arguments, nearest
-from mambapeft_vision.utils.untrusted import read_bytes
+from mambapeft_vision.utils.untrusted import MAX_LINES, MAX_TEXT_BYTES, files_below, open_plain, read_bytes
 
 HF, TORCHVISION = LIBRARIES = ("hf", "torchvision")
 TABLE = "labels.csv"
+_UNPICKLES = ("LSUN", "LSUNClass")  # what lies in the current folder
+_MAX_TABLE_BYTES = 100_000_000_000  # mapped, not read; far beyond any data set that is copied as a task
 _SPLITS = ("train", "val", "valid", "validation", "test")
 
 
@@ -128,8 +131,13 @@ def hub_items(source: str, config: str | None, image_column: str | None, label_c
         import datasets
     except ImportError:
         raise UserError("dataset=hf needs the package datasets. Install it: pip install datasets") from None
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(source) if Path(source).is_dir() else None
+    if folder is not None:
+        _check_files(folder)
     try:
-        found = datasets.load_from_disk(source) if Path(source).is_dir() else datasets.load_dataset(source, config)
+        found = datasets.load_dataset(source, config) if folder is None else datasets.load_from_disk(source)
     except Exception as error:  # network, hub and file formats each raise their own classes
         raise UserError(
             f"dataset.source={shown(source)}: {type(error).__name__}: {plain(error, 500)}. Expected the name of a data "
@@ -141,18 +149,66 @@ def hub_items(source: str, config: str | None, image_column: str | None, label_c
     label = _column(
         first.features, label_column, datasets.ClassLabel, "label", ("label", "labels", "class", "fine_label")
     )
-    named = getattr(first.features[label], "names", None)
-    names = None if named is None else _unique(named)
+    names = None
+    if isinstance(first.features[label], datasets.ClassLabel):
+        names = _unique(first.features[label].names)
+    elif not isinstance(first.features[label], datasets.Value):  # sounds, say, which would be decoded
+        raise UserError(f"dataset.label_column={shown(label)} holds no labels; expected classes, texts or numbers")
     used = {name: part for name, part in parts.items() if name.lower() in _SPLITS} or parts
+    images = sum(map(len, used.values()))
+    if images > MAX_LINES:
+        raise UserError(
+            f"{shown(source)} has {images:,} images; expected at most {MAX_LINES:,}. Choose another data set"
+        )
+    places = [folder] if folder is not None else [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE]
     for name, part in used.items():
         split = split_word(name, source) if name.lower() in _SPLITS else ""
-        for row in part.select_columns([image, label]).cast_column(image, datasets.Image(decode=False)):
+        rows = iter(part.select_columns([image, label]).cast_column(image, datasets.Image(decode=False)))
+        for number in range(len(part)):
+            try:
+                row = next(rows)
+            except Exception as error:  # of Arrow's, on files that are damaged
+                raise UserError(
+                    f"{shown(source)}: image {number} cannot be read ({plain(error)}). Get it again"
+                ) from error
             if row[label] is None or row[label] == -1:  # test images with secret labels
                 continue
-            content = row[image]["bytes"] or read_bytes(
-                row[image]["path"], max_bytes=MAX_IMAGE_BYTES, follow_links=True
-            )
-            yield Item(content, str(row[label]) if names is None else names[row[label]], split)
+            where = f"{shown(source)}: image {number}"
+            yield Item(_content(row[image], places, where), _named(row[label], names, where), split)
+
+
+def _check_files(folder: Path) -> None:
+    """Raises UserError for a folder of `save_to_disk` with a file that the library would wait for, or be filled by."""
+    for file in files_below(folder):
+        open_plain(
+            file, max_bytes=MAX_TEXT_BYTES if file.suffix == ".json" else _MAX_TABLE_BYTES, follow_links=True
+        ).close()
+
+
+def _content(image: Any, places: Sequence[str | Path], where: str) -> bytes:
+    """The file of an image: in the table itself, or below one of `places`. Raises UserError."""
+    content, path = (image or {}).get("bytes"), (image or {}).get("path")
+    if content:
+        if len(content) > MAX_IMAGE_BYTES:
+            raise UserError(f"{where} has {len(content):,} bytes; expected at most {MAX_IMAGE_BYTES:,}")
+        return bytes(content)
+    full = os.path.abspath(os.path.join(places[0], path or ""))
+    if not path or not any(Path(full).is_relative_to(os.path.abspath(place)) for place in places):
+        raise UserError(f"{where} is {shown(path)}; expected a file of the data set. Choose another data set")
+    try:
+        return read_bytes(full, max_bytes=MAX_IMAGE_BYTES, follow_links=True)
+    except OSError as error:
+        raise UserError(f"{where}: {plain(full, 1_000)} cannot be read ({error.strerror}). Get it again") from error
+
+
+def _named(label: Any, names: Sequence[str] | None, where: str) -> str:
+    if names is None:
+        return str(label)
+    if not isinstance(label, int) or not 0 <= label < len(names):
+        raise UserError(
+            f"{where} has the label {shown(label)}; expected 0 to {len(names) - 1}. Choose another data set"
+        )
+    return names[label]
 
 
 def torchvision_items(source: str, root: Path, download: bool) -> Iterator[Item]:
@@ -162,7 +218,7 @@ def torchvision_items(source: str, root: Path, download: bool) -> Iterator[Item]
     known = {
         name: kind
         for name, kind in vars(torchvision.datasets).items()
-        if inspect.isclass(kind) and issubclass(kind, torchvision.datasets.VisionDataset)
+        if inspect.isclass(kind) and issubclass(kind, torchvision.datasets.VisionDataset) and name not in _UNPICKLES
     }
     if source not in known:
         raise UserError(f"dataset.source={shown(source)} is no data set of torchvision; {nearest(source, known)}")
@@ -191,10 +247,16 @@ def torchvision_items(source: str, root: Path, download: bool) -> Iterator[Item]
         names = getattr(part, "classes", None)
         names = _unique(names) if isinstance(names, (list, tuple)) else None
         for index in range(len(part)):
-            image, label = part[index]
+            where = f"torchvision's {source}: image {index}"
+            try:
+                image, label = part[index]
+            except MemoryError:
+                raise
+            except Exception as error:  # Pillow's readers raise far more than OSError on damaged files
+                raise UserError(f"{where} cannot be read ({plain(error)}). Get it again") from error
             if not isinstance(image, Image.Image) or not isinstance(label, int):
                 raise UserError(f"torchvision's {source} has other labels than one class an image; choose another")
-            yield Item(_png(image), str(label) if names is None else names[label], split)
+            yield Item(_png(image), _named(label, names, where), split)
     if len(missing) == len(choices):
         raise UserError(f"torchvision's {source} has none of the splits train, val and test: {plain(missing[0], 500)}")
 
@@ -210,7 +272,7 @@ def _column(features: Any, given: str | None, kind: type, what: str, usual: tupl
     if by_name or len(of_kind) == 1:
         return (by_name or of_kind)[0]
     raise UserError(
-        f"the data set has the columns {', '.join(features)}; expected one {what} column. Give "
+        f"the data set has the columns {shown(list(features))}; expected one {what} column. Give "
         f"dataset.{what}_column=NAME"
     )
 

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.hub import measure
 from mambapeft_vision.utils.text import plain
 
 ARCHIVE_NAME = "vtab-1k.zip"
 HUB_DATASET = "XiN0919/VTAB-1k"
 HUB_PAGE = f"https://huggingface.co/datasets/{HUB_DATASET}/resolve/main/{ARCHIVE_NAME}"
+_MAX_BYTES = 20_000_000_000
 DRIVE_PAGE = "https://drive.google.com/file/d/1yZKwiKdsBzTfBgnStRveYMokc7GMMd5p"
 
 
@@ -17,7 +19,7 @@ def fetch_archive(folder: Path) -> Path:
     A complete archive is not downloaded again. huggingface_hub continues a partial one and shows its own progress.
 
     Raises:
-        UserError: with the reason and the ways to download by hand.
+        UserError: with the reason and the ways to download by hand; for an archive of more than 20 GB.
     """
     archive = folder / ARCHIVE_NAME
     if archive.is_file():
@@ -27,8 +29,13 @@ def fetch_archive(folder: Path) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     print(f"Downloading {ARCHIVE_NAME} from {HUB_PAGE} …")
+    commit, reason = measure(HUB_DATASET, {ARCHIVE_NAME: _MAX_BYTES}, repo_type="dataset")
     try:
-        hf_hub_download(repo_id=HUB_DATASET, filename=ARCHIVE_NAME, repo_type="dataset", local_dir=folder)
+        if reason is not None:
+            raise reason
+        hf_hub_download(
+            repo_id=HUB_DATASET, filename=ARCHIVE_NAME, repo_type="dataset", revision=commit, local_dir=folder
+        )
     except Exception as error:  # the hub client's own, its HTTP library's and the system's errors, by version
         raise UserError(
             f"VTAB-1K could not be downloaded ({type(error).__name__}: {plain(error)}).\n"

@@ -23,7 +23,7 @@ from mambapeft_vision.data.own.source import Source, check_paths, named
 from mambapeft_vision.utils.atomic import write_bytes
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain, shown
-from mambapeft_vision.utils.untrusted import read_bytes, read_json
+from mambapeft_vision.utils.untrusted import read_json, read_lines
 
 SHOTS, SEEDS = (1, 2, 4, 8, 16), (0, 1, 2)
 _MAX_LIST_BYTES = 100_000_000
@@ -242,26 +242,23 @@ def _is_label(value: object) -> bool:
 
 def _read_list_labels(file: Path, task: Published, notes: list[str]) -> Labels:
     """The labels of a list. Some published lists name every image twice, which is noted."""
-    try:
-        lines = read_bytes(file, max_bytes=_MAX_LIST_BYTES).decode().split("\n")
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}). Correct --lists.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text ({error.reason}). Get it again.") from None
     labels: Labels = {}
     repeated = 0
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        path, _, label = line.strip().rpartition(" ")
-        if not path or not label.isascii() or not label.isdecimal() or int(label[:9]) >= task.num_classes:
-            raise UserError(
-                f"{file}:{number}: {shown(line.strip())}; expected a path and a label of 0 to {task.num_classes - 1}. "
-                f"Get it again."
-            )
-        repeated += path in labels
-        if labels.setdefault(path, int(label)) != int(label):
-            raise UserError(f"{file}:{number}: {plain(path)} has another label above. Get it again.")
+    try:
+        for number, line in enumerate(read_lines(file, max_bytes=_MAX_LIST_BYTES), 1):
+            if not line.strip():
+                continue
+            path, _, label = line.strip().rpartition(" ")
+            if not path or not label.isascii() or not label.isdecimal() or int(label[:9]) >= task.num_classes:
+                raise UserError(
+                    f"{file}:{number}: {shown(line.strip())}; expected a path and a label of 0 to "
+                    f"{task.num_classes - 1}. Get it again."
+                )
+            repeated += path in labels
+            if labels.setdefault(path, int(label[:9])) != int(label[:9]):
+                raise UserError(f"{file}:{number}: {plain(path)} has another label above. Get it again.")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}). Correct --lists.") from error
     if repeated:
         notes.append(f"{file.name} names {repeated:,} images a second time; they count once.")
     return labels

@@ -16,6 +16,7 @@ from mambapeft_vision.data.prepare.download import ARCHIVE_NAME, fetch_archive
 from mambapeft_vision.data.prepare.verify import TaskReport, verify_task
 from mambapeft_vision.data.tasks import TASKS, Task, prepare_command, select_tasks
 from mambapeft_vision.utils.atomic import write_text
+from mambapeft_vision.utils.console import say
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.hashing import sha256_file
 from mambapeft_vision.utils.processes import available_cpus
@@ -176,7 +177,7 @@ def _report(options: argparse.Namespace, reports: Sequence[TaskReport]) -> int:
         f"To get them anew, delete what there is of {folders}",
         f"and run `{prepare_command(root)}` again. The other tasks stay as they are.",
     ]
-    print("\n".join(lines), file=sys.stderr)
+    say("\n".join(lines), sys.stderr)
     return BAD
 
 

@@ -1,6 +1,7 @@
 """Data sets of other libraries, all of them on this disk."""
 
 import io
+import os
 
 import pytest
 from helpers.own_images import draw, tree
@@ -48,6 +49,57 @@ def test_a_data_set_of_hugging_face_on_this_disk_is_a_task(tmp_path):
         task(tmp_path, "hf", tmp_path / "flowers", label_column="x").check()
 
 
+def hostile(tmp_path, images, labels, kind, names=("rose", "lily")):
+    """A folder of save_to_disk. images: as Arrow holds them, so that a file need not be there."""
+    import datasets
+    import pyarrow as pa
+
+    struct = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    table = pa.table({"image": pa.array(images, struct), "label": pa.array(labels, type=kind)})
+    label = datasets.ClassLabel(names=list(names)) if kind == pa.int64() else datasets.Value(str(kind))
+    features = datasets.Features({"image": datasets.Image(), "label": label})
+    one = datasets.Dataset.from_dict({"image": [{"bytes": b"x", "path": None}], "label": [None]}, features)
+    one.save_to_disk(tmp_path / "theirs")
+    (file,) = (tmp_path / "theirs").glob("*.arrow")
+    with pa.ipc.new_stream(str(file), table.schema) as stream:  # the library itself would put the files into the table
+        stream.write_table(table)
+    return task(tmp_path, "hf", tmp_path / "theirs")
+
+
+def test_a_data_set_that_was_sent_names_no_file_elsewhere_and_no_class_that_it_does_not_have(tmp_path):
+    import pyarrow as pa
+
+    image = draw(tmp_path / "a.png", 0, 0).read_bytes()
+    (tmp_path / "key").write_text("precious")
+    cases = {
+        "expected a file of the data set": ([{"path": str(tmp_path / "key")}], [0], pa.int64()),
+        "is '../../key'; expected a file of the data set": ([{"path": "../../key"}], [0], pa.int64()),
+        "is None; expected a file": ([None], [0], pa.int64()),
+        "has the label 7; expected 0 to 1": ([{"bytes": image}], [7], pa.int64()),
+        "has the label -2; expected 0 to 1": ([{"bytes": image}], [-2], pa.int64()),
+        "has 2,000,001 images; expected at most": ([None] * 2_000_001, [None] * 2_000_001, pa.string()),
+    }
+    for number, (words, (images, labels, kind)) in enumerate(cases.items()):
+        (tmp_path / str(number)).mkdir()
+        data = hostile(tmp_path / str(number), images, labels, kind)
+        with pytest.raises(UserError, match=words):
+            data.check()
+        assert not data.exported.exists()
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "too large"])
+def test_a_folder_of_a_data_set_holds_plain_files_within_limits(tmp_path, kind):
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    if kind == "a pipe":
+        os.mkfifo(folder / "dataset_info.json")
+    else:
+        with open(folder / "state.json", "wb") as file:
+            file.truncate(1 << 40)
+    with pytest.raises(UserError, match="pipe" if kind == "a pipe" else "bytes; expected at most"):
+        task(tmp_path, "hf", folder).check()
+
+
 def test_what_the_hub_library_cannot_load_is_said(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"dataset\.source=.*save_to_disk"):
@@ -75,6 +127,8 @@ def test_a_data_set_of_torchvision_is_a_task(tmp_path, monkeypatch):
             return Image.open(io.BytesIO(file.read_bytes())), index % 3
 
     monkeypatch.setattr(torchvision.datasets, "Pairs", Pairs, raising=False)
+    with pytest.raises(UserError, match="LSUN' is no data set of torchvision"):  # it unpickles files of the folder
+        task(tmp_path, "torchvision", "LSUN").check()
     data = task(tmp_path, "torchvision", "Pairs")
     data.load(PREPROCESSING)
     assert data.class_names == ("crane (0)", "crane (1)", "egret") and counts(data) == {"train800val200": 12, "test": 3}

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from helpers.hub import hub_with
 
 from mambapeft_vision.data.manifest import read_entry
 from mambapeft_vision.data.prepare import vtab1k as prepare
+from mambapeft_vision.data.prepare.download import HUB_DATASET
 from mambapeft_vision.data.prepare.vtab1k import BAD, GOOD, INTERRUPTED, main
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "prepare_vtab1k.py"
@@ -165,6 +167,7 @@ def test_offline_fails_with_one_message(run, root, capsys, monkeypatch):
     def offline(*arguments, **options):
         raise OSError("no network")
 
+    hub_with(monkeypatch, {})
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     assert run() == BAD
     assert "ownload by hand" in capsys.readouterr().err
@@ -175,6 +178,7 @@ def test_a_download_is_laid_out_and_the_manual_next_run_needs_no_network(run, ro
     def deliver(**arguments):
         (arguments["local_dir"] / arguments["filename"]).write_bytes(archive.read_bytes())
 
+    hub_with(monkeypatch, {HUB_DATASET: {}})
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", deliver)
     assert run("--tasks", "toy") == GOOD
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
