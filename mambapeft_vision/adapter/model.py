@@ -224,8 +224,8 @@ class AdaptedModel(nn.Module):
             changed = None if backbone_sha256(self.backbone) == self.backbone_sha256 else "the backbone"
         if changed is not None:
             raise UserError(
-                f"{changed} was trained or changed after adapt(), but no method owns it: the adapter would not hold it. "
-                f"Train it through the method Unfreeze(targets=…), or save the whole model: "
+                f"{changed} was trained or changed after adapt(), and no method owns it: the adapter would be without "
+                f"that. Train it through the method Unfreeze(targets=…), or save the whole model: "
                 f"torch.save(model.state_dict(), path)"
             )
 

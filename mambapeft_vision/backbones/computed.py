@@ -1,4 +1,4 @@
-"""Tensors that are computed anew before each use, where there was a parameter: pruned, normalised, parametrized ones."""
+"""Tensors that are computed anew before each use, in the place of a parameter: pruned, normalised, parametrized."""
 
 from collections.abc import Iterator
 

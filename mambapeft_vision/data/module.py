@@ -1,6 +1,7 @@
 """One task for the trainer: its splits, its batches and its fingerprint."""
 
 import functools
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from mambapeft_vision.data.encoding import encoding_of
 from mambapeft_vision.data.image_list import MOST_CLASSES, ImageList, missing_images, read_list
 from mambapeft_vision.data.images import ImageSet
 from mambapeft_vision.data.loaders import DecodingLoader, MemoryLoader, TrainLoader, epoch_order
-from mambapeft_vision.data.manifest import manifest_hash
+from mambapeft_vision.data.manifest import UNVERIFIED, images_digest, manifest_hash
 from mambapeft_vision.data.own.draw import draw_shots
 from mambapeft_vision.data.own.layout import OwnImages, is_recorded, lay_out, read_classes, read_notes
 from mambapeft_vision.data.own.table import Columns
@@ -359,6 +360,22 @@ class TaskDataModule(LightningDataModule):
         if not all((self.folder / f"{split}.txt").is_file() for split in splits):
             return None
         return manifest_hash(self.folder, [self._read_list(split, MOST_CLASSES) for split in splits])
+
+    @functools.cached_property
+    def content_hash(self) -> str | None:
+        """sha256 over the content of all images of a task that is not verified; reads them, once a process.
+
+        None for a verified task, whose fingerprint says it, and where images are not there.
+        """
+        splits = (self.train_split, self.test_split)
+        if not all((self.folder / f"{split}.txt").is_file() for split in splits):
+            return None
+        listings = [self._read_list(split, MOST_CLASSES) for split in splits]
+        if any(missing_images(listing) for listing in listings):
+            return None
+        if not manifest_hash(self.folder, listings).startswith(UNVERIFIED):
+            return None
+        return hashlib.sha256(b"".join(map(images_digest, listings))).hexdigest()
 
     @functools.cached_property
     def image_format(self) -> str:

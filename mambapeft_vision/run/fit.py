@@ -63,7 +63,8 @@ def fit(
 
 def inputs_of(plan: RunPlan, setup: Setup) -> Fingerprints:
     """Fingerprints of what an assembled run is made from."""
-    return Fingerprints(setup.task.manifest_hash, setup.model.backbone_sha256, own_methods_sha256(plan))
+    task = setup.task
+    return Fingerprints(task.manifest_hash, setup.model.backbone_sha256, own_methods_sha256(plan), task.content_hash)
 
 
 def fit_rank(plan: RunPlan, rank: int) -> None:

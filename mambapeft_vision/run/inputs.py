@@ -20,7 +20,9 @@ from mambapeft_vision.run.build import build_backbone_offline, build_backbone_wi
 from mambapeft_vision.run.run_config import RunPlan
 from mambapeft_vision.utils.names import user_path
 
-OWN_METHODS = "method files"  # among a result's versions
+# Among a result's versions.
+OWN_METHODS = "method files"
+CONTENT = "image content"
 _PACKAGE = "mambapeft_vision.methods."
 
 
@@ -30,6 +32,7 @@ class Fingerprints:
 
     Args:
         images: the hash of the task (`TaskDataModule.manifest_hash`).
+        content: the hash of the images of a task that is not verified (`TaskDataModule.content_hash`).
         weights: sha256 of the backbone's tensors.
         methods: sha256 of the user's own method files; None if the run uses the package's methods only.
     """
@@ -37,18 +40,24 @@ class Fingerprints:
     images: str | None
     weights: str | None
     methods: str | None
+    content: str | None = None
 
     @classmethod
     def of_record(cls, record: RunRecord) -> "Fingerprints":
-        return cls(record.data_manifest, record.backbone_sha256, record.versions.get(OWN_METHODS))
+        versions = record.versions
+        return cls(record.data_manifest, record.backbone_sha256, versions.get(OWN_METHODS), versions.get(CONTENT))
 
 
 def changed(then: Fingerprints, now: Fingerprints) -> str:
     """The inputs that differ, in words ("images and weights"), or "". Unknown inputs are not compared."""
-    words = {"images": "images", "weights": "weights of the backbone", "methods": "method files"}
+    words = {"images": "images", "content": "images", "weights": "weights of the backbone", "methods": "method files"}
     before, present = asdict(then), asdict(now)
     return " and ".join(
-        word for key, word in words.items() if None not in (before[key], present[key]) and before[key] != present[key]
+        dict.fromkeys(
+            word
+            for key, word in words.items()
+            if None not in (before[key], present[key]) and before[key] != present[key]
+        )
     )
 
 
@@ -62,19 +71,29 @@ class Inputs:
         """Whether `record` was made from the present inputs. An input that is not there counts as the same."""
         return not changed(Fingerprints.of_record(record), self.of(plan))
 
-    def of(self, plan: RunPlan, *, with_weights: bool = True) -> Fingerprints:
-        """The fingerprints of a plan's inputs.
+    def of(self, plan: RunPlan, *, with_weights: bool = True, with_content: bool = True) -> Fingerprints:
+        """The fingerprints of a plan's inputs; what is costly can be left out, and stays unknown then.
 
-        with_weights: whether to build the backbone and hash its tensors; otherwise they stay unknown.
+        Args:
+            with_weights: whether to build the backbone and hash its tensors.
+            with_content: whether to read all images of a task that is not verified.
         """
         weights = self._weights(plan) if with_weights else None
-        return Fingerprints(self.images(plan), weights, own_methods_sha256(plan))
+        content = self.content(plan) if with_content else None
+        return Fingerprints(self.images(plan), weights, own_methods_sha256(plan), content)
 
     def images(self, plan: RunPlan) -> str | None:
         """The hash of the task; None where its lists are not there."""
         key = _key(plan.dataset, without="seed")
         if key not in self._known:
             self._known[key] = _images_hash(plan)
+        return self._known[key]
+
+    def content(self, plan: RunPlan) -> str | None:
+        """The hash of the images of a task that is not verified; None where they are not there."""
+        key = f"content {_key(plan.dataset, without='seed')}"
+        if key not in self._known:
+            self._known[key] = build_dataset(plan).content_hash
         return self._known[key]
 
     def _weights(self, plan: RunPlan) -> str | None:

@@ -52,6 +52,7 @@ def _now(record: RunRecord, inputs: Inputs) -> Fingerprints:
         paths = {name: record.config["paths"].get(name) for name in ("data", "outputs", "methods")}
         config = {**record.config, "paths": {**paths, "cache": None}}
         plan = RunPlan(config, TrainerConfig(), record.fingerprint, Path(str(paths["outputs"])))
-        return inputs.of(plan, with_weights=plan.backbone.get("weights") not in _OF_THE_PROGRAM)
+        with_weights = plan.backbone.get("weights") not in _OF_THE_PROGRAM
+        return inputs.of(plan, with_weights=with_weights, with_content=False)
     except (UserError, OSError, KeyError, TypeError, AttributeError):  # an older layout, or a file that cannot be read
         return Fingerprints(None, None, None)

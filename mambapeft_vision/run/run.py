@@ -195,6 +195,6 @@ def _compare_inputs(plan: RunPlan, setup: Setup, expected: RunRecord, console: C
     """Raises UserError for other images or weights than those of `expected`; reports all other differences."""
     images = setup.task.fingerprint(check_images=True)  # a manifest that came with the images proves nothing
     check_inputs(expected, plan.config, images, setup.model.backbone_sha256)
-    versions = versions_of(plan)
+    versions = versions_of(plan, setup.task.content_hash)
     others = differences(expected, versions, git_state()[0], device_name(setup.device))
     console.say(f"not as recorded: {', '.join(others)}" if others else "versions and device are as recorded")
