@@ -280,9 +280,8 @@ class TaskDataModule(LightningDataModule):
 
     def _few(self, listing: ImageList, shots: int) -> ImageList:
         """Training images such that each class has `shots` of them; says where a class has fewer."""
-        labels = [entry.labels if self.multi_label else (entry.label,) for entry in listing.entries]
-        few = listing.chosen(draw_shots(labels, shots, self.split_seed))
-        counts = Counter(label for of_image in labels for label in of_image)
+        few = self._drawn(listing)
+        counts = Counter(label for of_image in self._labels(listing) for label in of_image)
         short = [self.class_name(label) for label, count in sorted(counts.items()) if count < shots]
         what = f"; fewer of {', '.join(short[:5])}{' …' if len(short) > 5 else ''}" if short else ""
         self.notes.append(
@@ -290,6 +289,15 @@ class TaskDataModule(LightningDataModule):
             f"{self.split_seed}{what}."
         )
         return few
+
+    def _drawn(self, listing: ImageList) -> ImageList:
+        """Of a list of training images those to train on."""
+        if self.shots is None:
+            return listing
+        return listing.chosen(draw_shots(self._labels(listing), self.shots, self.split_seed))
+
+    def _labels(self, listing: ImageList) -> list[tuple[int, ...]]:
+        return [entry.labels if self.multi_label else (entry.label,) for entry in listing.entries]
 
     def class_name(self, label: int) -> str:
         """The name of a class, or its number where the task has no names."""
@@ -359,7 +367,8 @@ class TaskDataModule(LightningDataModule):
         splits = (self.train_split, self.test_split)
         if not all((self.folder / f"{split}.txt").is_file() for split in splits):
             return None
-        return manifest_hash(self.folder, [self._read_list(split, MOST_CLASSES) for split in splits])
+        train, test = (self._read_list(split, MOST_CLASSES) for split in splits)
+        return manifest_hash(self.folder, [self._drawn(train), test])
 
     @functools.cached_property
     def content_hash(self) -> str | None:

@@ -142,6 +142,13 @@ def test_a_run_begins_afresh_where_its_checkpoint_is_damaged(task, tmp_path, cap
     assert resumed.epochs == 2 and len(runs.read_metrics(folder)) == 2
 
 
+def test_a_run_on_some_of_the_images_is_found_again(task, tmp_path, capsys):
+    command = [*command_of(task, tmp_path / "out"), "dataset.shots=2"]
+    runs.run(command)
+    runs.run(command)
+    assert "was finished before" in capsys.readouterr().out
+
+
 def test_method_files_of_ones_own_count(task, tmp_path, capsys):
     code = tmp_path / "code"
     code.mkdir()
