@@ -10,7 +10,6 @@ A manifest can come with foreign data, so it proves nothing when somebody's resu
 import hashlib
 import os
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from typing import Any
 from mambapeft_vision.data.image_list import Entry, ImageList, parse_list
 from mambapeft_vision.data.preprocessing import MAX_IMAGE_BYTES
 from mambapeft_vision.utils.atomic import write_json
+from mambapeft_vision.utils.console import warn
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.lock import one_at_a_time
 from mambapeft_vision.utils.processes import available_cpus
@@ -116,10 +116,9 @@ def manifest_hash(task_folder: Path, listings: Iterable[ImageList], *, check_ima
         changed = [listing.file for listing in listings if entry.lists.get(listing.file.stem) != listing.sha256]
         if not changed:
             return _checked(task_folder, entry) if check_images else entry.sha256
-        warnings.warn(
+        warn(
             f"{', '.join(map(str, changed))}: not as verified in {task_folder.parent / MANIFEST_FILE}, so that the "
-            "data count as other data; verify them again if the change is meant",
-            stacklevel=2,
+            "data count as other data; verify them again if the change is meant"
         )
     hashes = {listing.file.name: listing.sha256 for listing in listings}
     for listing in listings:

@@ -272,6 +272,10 @@ def _override_error(error: OverrideParseException) -> str:
     if not equals or not re.fullmatch(r"[+~]{0,2}[\w./@-]+", key):
         return f"{plain(error.override)} is no override; expected key=value"
     quoted = command(override(key, value))
+    if quoted == str(error.override):  # so it is the key
+        return (
+            f"{plain(error.override)}: {plain(key)} is no key; expected names, split by dots, that begin with letters"
+        )
     return f"{plain(error.override)} cannot be read; if the value is text, write {plain(quoted)}"
 
 
