@@ -45,6 +45,7 @@ class AdaptedModel(nn.Module):
         super().__init__()
         if num_classes < 1:
             raise UserError(f"num_classes={num_classes!r}; expected a whole number >= 1")
+        _require_backbone(backbone)
         _refuse_computed(cast(nn.Module, backbone))
         _require_roles(backbone)
         _claim(backbone)
@@ -208,8 +209,19 @@ class AdaptedModel(nn.Module):
                 f"weights. Save before merge(), or write the merged model with export_official(model.backbone, path)"
             )
         _refuse_computed(self)
+        self._check_head()
         self._check_frozen()
         write_adapter(folder, self.adapter_state(), {**self.config(), **metadata})
+
+    def _check_head(self) -> None:
+        """Raises UserError for a head that `load_adapter` would not build."""
+        head = self.backbone.head
+        if not isinstance(head, nn.Linear) or head.out_features != self.backbone.num_classes:
+            raise UserError(
+                f"the head is a {type(head).__name__} of somebody's own; expected the linear one of "
+                f"{self.backbone.num_classes} classes, which load_adapter builds. Set another number of classes with "
+                f"model.backbone.reset_classifier(...), or save the whole model: torch.save(model.state_dict(), path)"
+            )
 
     def _check_frozen(self) -> None:
         """Raises UserError where weights of the backbone that are not saved are not those that were adapted."""
@@ -322,6 +334,15 @@ def _refuse_computed(model: nn.Module) -> None:
         )
 
 
+def _require_backbone(backbone: Any) -> None:
+    """Raises UserError for models that have no ports, such as timm's, and for modules around a backbone."""
+    if not isinstance(backbone, nn.Module) or not hasattr(backbone, "roles"):
+        raise UserError(
+            f"{type(backbone).__name__} is no backbone of this package; expected one from create_backbone(...), or a "
+            f"model that keeps the contract of mambapeft_vision/backbones/contract.py. Adapt it before it is wrapped"
+        )
+
+
 def _require_roles(backbone: Backbone) -> None:
     """Raises UserError where a weight is no parameter any more, as in a sharded or quantised model."""
     parameters = {name for name, _ in backbone.named_parameters()}
@@ -329,7 +350,7 @@ def _require_roles(backbone: Backbone) -> None:
     if name is not None:
         raise UserError(
             f"{name} is no parameter of this backbone any more; expected a backbone as create_backbone makes it. "
-            f"Adapt it first, and shard or quantise the model then"
+            f"Adapt it first, and compile, shard or quantise the model then"
         )
 
 

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -43,6 +44,21 @@ def test_a_loaded_model_is_in_evaluation_mode(tmp_path):
     assert torch.equal(loaded(IMAGES), model.eval()(IMAGES))
 
 
+def test_a_trained_adapter_can_have_a_new_head(tmp_path):
+    model = adapted()
+    model.class_names, model.multi_label = ("a", "b", "c"), True
+    model.save(tmp_path, {})
+    loaded = load_adapter(tmp_path, "random", num_classes=5)
+    assert (loaded.class_names, loaded.multi_label) == (None, False)
+    assert all(torch.equal(loaded.owned()[name], p) for name, p in model.owned().items())
+    assert torch.equal(loaded(IMAGES), torch.zeros(2, 5))
+    assert {name for name, p in loaded.trained().items() if p.requires_grad} == model.trained().keys()
+    loaded.save(tmp_path / "other", {})
+    assert load_adapter(tmp_path / "other", "random").backbone.num_classes == 5
+    with pytest.raises(UserError, match="num_classes=0"):
+        load_adapter(tmp_path, "random", num_classes=0)
+
+
 def test_a_merged_model_is_in_evaluation_mode():
     model = adapted(lora=LoRA(targets="in_proj", rank=2), affix=Affix(tokens=2)).train()
     model.merge()
@@ -56,6 +72,25 @@ def test_a_method_that_was_folded_cannot_be_saved(tmp_path):
     with pytest.raises(UserError, match=r"lora cannot be saved as an adapter.*export_official"):
         model.save(tmp_path / "adapter", {})
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("head", [nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 3)), nn.Linear(32, 4)])
+def test_a_head_that_nobody_could_load_is_not_saved(tmp_path, head):
+    model = adapted()
+    model.backbone.head = head
+    with pytest.raises(UserError, match="the head is a .*expected the linear one of 3 classes"):
+        model.save(tmp_path / "adapter", {})
+    model.backbone.reset_classifier(4)
+    model.save(tmp_path, {})
+    assert load_adapter(tmp_path, "random")(IMAGES).shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    "wrapped", [nn.Sequential, lambda m: timm.create_model("vit_tiny_patch16_224"), lambda m: None]
+)
+def test_what_is_no_backbone_is_refused(wrapped):
+    with pytest.raises(UserError, match=r"is no backbone of this package.*create_backbone"):
+        adapt(wrapped(backbone()), {"lora": LoRA(targets="in_proj", rank=2)}, 3)
 
 
 CHANGES = {

@@ -624,6 +624,11 @@ def test_a_merge_of_peft_is_seen() -> None:
     assert not torch.allclose(autocast_logits(vim()), apart, rtol=0.1, atol=0.2), "an adapter that does nothing"
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_batch_without_images(name: str) -> None:
+    assert family(name).float()(images()[:0]).shape == (0, 4)
+
+
 def test_training_after_an_evaluation_in_inference_mode() -> None:
     model = vim().requires_grad_(False)
     model.pos_embed.requires_grad_(True)

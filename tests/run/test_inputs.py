@@ -149,6 +149,16 @@ def test_a_run_on_some_of_the_images_is_found_again(task, tmp_path, capsys):
     assert "was finished before" in capsys.readouterr().out
 
 
+def test_more_epochs_are_a_run_of_their_own_which_says_so(task, tmp_path, capsys):
+    command = [*command_of(task, tmp_path / "out"), "trainer.max_epochs=1", "trainer.warmup_epochs=0"]
+    runs.run(command)
+    folder = runs.only_run_folder(tmp_path / "out")
+    assert "another number of epochs" not in capsys.readouterr().out
+    assert runs.run([*command, "trainer.max_epochs=2"]).epochs == 2
+    assert f"{folder} holds these settings with another number of epochs" in capsys.readouterr().out
+    assert read_record(folder).epochs == 1
+
+
 def test_method_files_of_ones_own_count(task, tmp_path, capsys):
     code = tmp_path / "code"
     code.mkdir()

@@ -272,7 +272,8 @@ def _draw_splits(labelled: LabelledImages, max_test: int, seed: int) -> list[np.
     left = len(pool) - 1000
     if left < 0 or (not len(test) and left == 0):
         raise UserError(
-            f"{labelled.source} has {len(pool)} images to train on: expected 1,000 (800 + 200), and some more to test."
+            f"{labelled.source} has {len(pool)} images to train on: expected 1,000 (800 + 200), and some more to test. "
+            f"Fewer are trained on where they lie: dataset=folder dataset.path=DIR"
         )
     train, val, rest = (pool[part] for part in stratified_splits(labelled.labels[pool], [800, 200, left], seed))
     candidates = test if len(test) else rest
