@@ -37,7 +37,7 @@ ALLOWED["cli"] = {"commands", "package", "run", "utils"}
 
 
 # Modules of backbones/ that methods may know.
-CONTRACT = {"contract", "layout", "ports"}
+CONTRACT = {"computed", "contract", "layout", "ports"}
 
 
 def unit_of(module: str) -> str:

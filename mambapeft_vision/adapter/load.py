@@ -1,6 +1,7 @@
 """From an adapter's files to a model."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,12 @@ from mambapeft_vision.utils.errors import UserError
 
 
 def load_adapter(
-    folder: str | Path, weights: str = "official", seed: int = 0, revision: str | None = None
+    folder: str | Path,
+    weights: str = "official",
+    seed: int = 0,
+    revision: str | None = None,
+    *,
+    num_classes: int | None = None,
 ) -> AdaptedModel:
     """Builds the backbone that an adapter names, attaches the adapter, and returns the model in evaluation mode.
 
@@ -29,6 +35,7 @@ def load_adapter(
         weights: the backbone's weights: "official", "random" (drawn from `seed`) or a file. Their hash must be the
             adapter's.
         revision: a branch, tag or commit of the repository; None: its main branch.
+        num_classes: gives the model a new zero head of so many classes, to be trained on another task; None: its own.
     Raises: UserError for files that are missing, damaged or do not fit, and for other weights than those trained on.
 
     Example:
@@ -41,7 +48,21 @@ def load_adapter(
         raise UserError(f"revision={revision}, but {folder} is a folder; expected user/name on the hub, or no revision")
     else:
         adapter = read_adapter(folder)
+    if num_classes is not None:
+        adapter = with_new_head(adapter, num_classes)
     return apply_adapter(adapter, load_backbone(adapter, weights, seed)).to(_dtype(adapter))
+
+
+def with_new_head(adapter: Adapter, num_classes: int) -> Adapter:
+    """The adapter with a zero head for other classes, which have no names."""
+    if num_classes < 1:
+        raise UserError(f"num_classes={num_classes!r}; expected a whole number >= 1")
+    others = {"class_names", "multi_label"}
+    config = {**{key: value for key, value in adapter.config.items() if key not in others}, "num_classes": num_classes}
+    head = {
+        name: t.new_zeros(num_classes, *t.shape[1:]) for name, t in adapter.state.items() if name.startswith("head.")
+    }
+    return replace(adapter, config=config, state={**adapter.state, **head})
 
 
 def load_backbone(adapter: Adapter, weights: str = "official", seed: int = 0) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mambapeft_vision.adapter.files import FORMAT_VERSION, write_adapter
+from mambapeft_vision.backbones.computed import computed_tensors
 from mambapeft_vision.backbones.contract import Backbone, bake_weights
 from mambapeft_vision.backbones.weights import backbone_sha256
 from mambapeft_vision.methods.method import Method
@@ -44,9 +45,13 @@ class AdaptedModel(nn.Module):
         super().__init__()
         if num_classes < 1:
             raise UserError(f"num_classes={num_classes!r}; expected a whole number >= 1")
+        _require_backbone(backbone)
+        _refuse_computed(cast(nn.Module, backbone))
+        _require_roles(backbone)
         _claim(backbone)
         self.backbone = backbone
         self.backbone_sha256 = backbone_sha256(backbone)
+        self._dtypes = {p.dtype for n, p in backbone.named_parameters() if not n.startswith("head.")}
         for parameter in backbone.parameters():
             parameter.requires_grad_(False)
         backbone.reset_classifier(num_classes)
@@ -195,14 +200,46 @@ class AdaptedModel(nn.Module):
 
         Args:
             metadata: recorded as it is: task, git commit, versions, … (JSON-safe).
-        Raises: UserError after a merge that folded a method into the weights: the tensors are no adapter any more.
+        Raises: UserError for what an adapter cannot hold: methods that a merge folded, tensors of methods that are
+            computed from others, weights of the backbone that were trained beside the methods.
         """
         if self._folded:
             raise UserError(
                 f"{', '.join(self._folded)} cannot be saved as an adapter: merge() made it a part of the backbone's "
                 f"weights. Save before merge(), or write the merged model with export_official(model.backbone, path)"
             )
+        _refuse_computed(self)
+        self._check_head()
+        self._check_frozen()
         write_adapter(folder, self.adapter_state(), {**self.config(), **metadata})
+
+    def _check_head(self) -> None:
+        """Raises UserError for a head that `load_adapter` would not build."""
+        head = self.backbone.head
+        if not isinstance(head, nn.Linear) or head.out_features != self.backbone.num_classes:
+            raise UserError(
+                f"the head is a {type(head).__name__} of somebody's own; expected the linear one of "
+                f"{self.backbone.num_classes} classes, which load_adapter builds. Set another number of classes with "
+                f"model.backbone.reset_classifier(...), or save the whole model: torch.save(model.state_dict(), path)"
+            )
+
+    def _check_frozen(self) -> None:
+        """Raises UserError where weights of the backbone that are not saved are not those that were adapted."""
+        owned = {id(p) for p in self.owned().values()}
+        parameters = {n: p for n, p in self.backbone.named_parameters() if not n.startswith("head.")}
+        if any(id(p) in owned for p in parameters.values()):  # the hash is not that of the others alone
+            unowned = (n for n, p in parameters.items() if id(p) not in owned and n not in self.backbone.not_in_file)
+            changed = next((name for name in unowned if parameters[name].requires_grad), None)
+        elif self._dtypes != {p.dtype for p in parameters.values()} or any(p.is_meta for p in parameters.values()):
+            return  # cast, or kept elsewhere: other bits may be the same weights
+        else:
+            changed = None if backbone_sha256(self.backbone) == self.backbone_sha256 else "the backbone"
+        if changed is not None:
+            raise UserError(
+                f"{changed} was trained or changed after adapt(), and no method owns it: the adapter would be without "
+                f"that. Train it through the method Unfreeze(targets=…), or save the whole model: "
+                f"torch.save(model.state_dict(), path)"
+            )
 
     def config(self) -> dict[str, Any]:
         """The contents of adapter_config.json: what builds this model again (backbone, methods, classes)."""
@@ -285,6 +322,36 @@ def _claim(backbone: Backbone) -> None:
             "Make another one with create_backbone(...), give all methods at once, or merge() the model first"
         )
     setattr(backbone, _ADAPTED, True)
+
+
+def _refuse_computed(model: nn.Module) -> None:
+    """Raises UserError where a tensor is computed from others: an adapter is of fixed weights, and holds parameters."""
+    name = next(computed_tensors(model), None)
+    if name is not None:
+        raise UserError(
+            f"{name} is computed (pruned, normalised or parametrized); expected a parameter. Make it permanent first: "
+            f"torch.nn.utils.prune.remove, or torch.nn.utils.parametrize.remove_parametrizations"
+        )
+
+
+def _require_backbone(backbone: Any) -> None:
+    """Raises UserError for models that have no ports, such as timm's, and for modules around a backbone."""
+    if not isinstance(backbone, nn.Module) or not hasattr(backbone, "roles"):
+        raise UserError(
+            f"{type(backbone).__name__} is no backbone of this package; expected one from create_backbone(...), or a "
+            f"model that keeps the contract of mambapeft_vision/backbones/contract.py. Adapt it before it is wrapped"
+        )
+
+
+def _require_roles(backbone: Backbone) -> None:
+    """Raises UserError where a weight is no parameter any more, as in a sharded or quantised model."""
+    parameters = {name for name, _ in backbone.named_parameters()}
+    name = next((name for names in backbone.roles.values() for name in names if name not in parameters), None)
+    if name is not None:
+        raise UserError(
+            f"{name} is no parameter of this backbone any more; expected a backbone as create_backbone makes it. "
+            f"Adapt it first, and compile, shard or quantise the model then"
+        )
 
 
 def _release(backbone: Backbone) -> None:

@@ -15,6 +15,7 @@ from mambapeft_kernels.derivatives import transformed
 from mambapeft_kernels.low_rank.linear import LowRankFactors, add_low_rank, low_rank_linear
 from torch import Tensor, nn
 
+from mambapeft_vision.backbones.computed import make_permanent
 from mambapeft_vision.backbones.layout import TokenLayout
 from mambapeft_vision.utils.errors import UserError
 
@@ -376,6 +377,7 @@ class Ported(nn.Module):
     def bake(self) -> None:
         """Sets every parameter that has a port to its present value, and removes the ports."""
         for name in list(self._weight_ports):
+            make_permanent(self, name)
             value = self.read(name).detach().clone()
             del self._weight_ports[name]
             setattr(self, name, nn.Parameter(value, requires_grad=False))

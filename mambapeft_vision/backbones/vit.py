@@ -32,7 +32,7 @@ class Attention(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         batch, length, dim = h.shape
-        q, k, v = self.qkv(h).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(h).view(batch, length, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
         out = attention(q, k, v)
         return self.proj(out.transpose(1, 2).reshape(batch, length, dim))
 

@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +27,7 @@ from mambapeft_vision.data.image_list import ImageList
 from mambapeft_vision.data.images import ImageSet, decode_into, decode_list
 from mambapeft_vision.data.manifest import images_digest
 from mambapeft_vision.data.preprocessing import Preprocessing
+from mambapeft_vision.utils.console import warn
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.lock import remove_abandoned, sole_writer
 from mambapeft_vision.utils.processes import available_cpus
@@ -55,7 +55,12 @@ def is_cacheable(listing: ImageList, preprocessing: Preprocessing) -> bool:
 
 
 def cached_list(
-    listing: ImageList, preprocessing: Preprocessing, folder: Path | None, progress: ProgressCallback | None = None
+    listing: ImageList,
+    preprocessing: Preprocessing,
+    folder: Path | None,
+    progress: ProgressCallback | None = None,
+    *,
+    must_keep: bool = False,
 ) -> ImageSet:
     """The decoded images of a list: from the cache, or decoded and put there.
 
@@ -64,9 +69,10 @@ def cached_list(
     Args:
         folder: the cache's folder; None: no cache.
         progress: called while images are decoded.
+        must_keep: nothing is decoded that the cache cannot take.
 
     Raises:
-        UserError: for an image that is missing or damaged.
+        UserError: for an image that is missing or damaged; with `must_keep` for a cache that takes nothing.
     """
     if folder is None or not is_cacheable(listing, preprocessing):
         return decode_list(listing, preprocessing, progress=progress)
@@ -78,7 +84,9 @@ def cached_list(
         if obstacle is None:
             obstacle = _fill(file, shape, listing, preprocessing, progress)
         if obstacle is not None:
-            warnings.warn(f"decoded images are not kept: {obstacle}", stacklevel=2)
+            if must_keep:
+                raise UserError(obstacle)
+            warn(f"decoded images are not kept: {obstacle}")
             return decode_list(listing, preprocessing, progress=progress)
         images = _open(file, shape)
         clean(folder, LARGEST)
@@ -203,7 +211,7 @@ def _open(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
         return None
     except (OSError, UserError):
         pass  # a disk that cannot read it, or no file of ours
-    warnings.warn(f"{file} was damaged; its images are decoded again", stacklevel=2)
+    warn(f"{file} was damaged; its images are decoded again")
     with suppress(OSError):
         file.unlink(missing_ok=True)
     return None

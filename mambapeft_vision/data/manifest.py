@@ -10,7 +10,6 @@ A manifest can come with foreign data, so it proves nothing when somebody's resu
 import hashlib
 import os
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from typing import Any
 from mambapeft_vision.data.image_list import Entry, ImageList, parse_list
 from mambapeft_vision.data.preprocessing import MAX_IMAGE_BYTES
 from mambapeft_vision.utils.atomic import write_json
+from mambapeft_vision.utils.console import warn
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.lock import one_at_a_time
 from mambapeft_vision.utils.processes import available_cpus
@@ -28,6 +28,7 @@ from mambapeft_vision.utils.typed import build
 from mambapeft_vision.utils.untrusted import open_plain, read_json
 
 MANIFEST_FILE = "manifest.json"
+UNVERIFIED = "unverified:"  # begins the fingerprint of a task without an entry
 _FORMAT = 1
 _REMEDY = "Delete it and verify the data again to write a new one."
 _BLOCK = 1 << 20
@@ -102,7 +103,8 @@ def manifest_hash(task_folder: Path, listings: Iterable[ImageList], *, check_ima
     """Fingerprint of a task for result files; this function alone decides whether data are the same.
 
     The verified sha256 where the manifest has an entry for exactly these list files; else `unverified:` and a
-    sha256 over the list files and the sizes of their images, which is quick but blind to changed pixels.
+    sha256 over the list files and the sizes of their images, which is quick but blind to changed pixels (these are
+    for `images_digest`).
 
     Args:
         check_images: read and hash all files of a verified task again instead of trusting its entry, for data that
@@ -114,20 +116,19 @@ def manifest_hash(task_folder: Path, listings: Iterable[ImageList], *, check_ima
         changed = [listing.file for listing in listings if entry.lists.get(listing.file.stem) != listing.sha256]
         if not changed:
             return _checked(task_folder, entry) if check_images else entry.sha256
-        warnings.warn(
+        warn(
             f"{', '.join(map(str, changed))}: not as verified in {task_folder.parent / MANIFEST_FILE}, so that the "
-            "data count as other data; verify them again if the change is meant",
-            stacklevel=2,
+            "data count as other data; verify them again if the change is meant"
         )
     hashes = {listing.file.name: listing.sha256 for listing in listings}
     for listing in listings:
         folder = os.fspath(listing.folder)
         hashes |= {item.path: str(os.path.getsize(f"{folder}/{item.path}")) for item in listing.entries}
-    return f"unverified:{task_sha256(hashes)}"
+    return f"{UNVERIFIED}{task_sha256(hashes)}"
 
 
 def images_digest(listing: ImageList) -> bytes:
-    """Fingerprint of the content of a list's images, in list order; reads them all, at the disk's speed.
+    """Fingerprint of the content of a list's images, in list order; reads them all, once a process.
 
     Raises:
         UserError: naming the image that cannot be read.
@@ -136,8 +137,29 @@ def images_digest(listing: ImageList) -> bytes:
     def digest(entry: Entry) -> bytes:
         return _image_hash(listing, entry, "blake2b")
 
-    with ThreadPoolExecutor(available_cpus()) as pool:
-        return hashlib.sha256(b"".join(pool.map(digest, listing.entries))).digest()
+    state = _state_of(listing)
+    if state not in _digests:
+        with ThreadPoolExecutor(available_cpus()) as pool:
+            _digests[state] = hashlib.sha256(b"".join(pool.map(digest, listing.entries))).digest()
+    return _digests[state]
+
+
+_digests: dict[bytes, bytes] = {}  # state of the images → `images_digest`
+
+
+def _state_of(listing: ImageList) -> bytes:
+    """Changes with the paths, sizes and times of change of a list's images."""
+    state = hashlib.sha256()
+    for entry in listing.entries:
+        path = listing.path(entry)
+        try:
+            found = os.stat(path)
+        except OSError as error:
+            raise listing.error(entry, f"cannot be read ({error.strerror}).") from error
+        state.update(
+            f"{path} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}\n".encode(errors="surrogateescape")
+        )
+    return state.digest()
 
 
 def _checked(task_folder: Path, entry: TaskEntry) -> str:

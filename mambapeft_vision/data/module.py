@@ -1,6 +1,7 @@
 """One task for the trainer: its splits, its batches and its fingerprint."""
 
 import functools
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from mambapeft_vision.data.encoding import encoding_of
 from mambapeft_vision.data.image_list import MOST_CLASSES, ImageList, missing_images, read_list
 from mambapeft_vision.data.images import ImageSet
 from mambapeft_vision.data.loaders import DecodingLoader, MemoryLoader, TrainLoader, epoch_order
-from mambapeft_vision.data.manifest import manifest_hash
+from mambapeft_vision.data.manifest import UNVERIFIED, images_digest, manifest_hash
 from mambapeft_vision.data.own.draw import draw_shots
 from mambapeft_vision.data.own.layout import OwnImages, is_recorded, lay_out, read_classes, read_notes
 from mambapeft_vision.data.own.table import Columns
@@ -279,9 +280,8 @@ class TaskDataModule(LightningDataModule):
 
     def _few(self, listing: ImageList, shots: int) -> ImageList:
         """Training images such that each class has `shots` of them; says where a class has fewer."""
-        labels = [entry.labels if self.multi_label else (entry.label,) for entry in listing.entries]
-        few = listing.chosen(draw_shots(labels, shots, self.split_seed))
-        counts = Counter(label for of_image in labels for label in of_image)
+        few = self._drawn(listing)
+        counts = Counter(label for of_image in self._labels(listing) for label in of_image)
         short = [self.class_name(label) for label, count in sorted(counts.items()) if count < shots]
         what = f"; fewer of {', '.join(short[:5])}{' …' if len(short) > 5 else ''}" if short else ""
         self.notes.append(
@@ -289,6 +289,15 @@ class TaskDataModule(LightningDataModule):
             f"{self.split_seed}{what}."
         )
         return few
+
+    def _drawn(self, listing: ImageList) -> ImageList:
+        """Of a list of training images those to train on."""
+        if self.shots is None:
+            return listing
+        return listing.chosen(draw_shots(self._labels(listing), self.shots, self.split_seed))
+
+    def _labels(self, listing: ImageList) -> list[tuple[int, ...]]:
+        return [entry.labels if self.multi_label else (entry.label,) for entry in listing.entries]
 
     def class_name(self, label: int) -> str:
         """The name of a class, or its number where the task has no names."""
@@ -358,7 +367,24 @@ class TaskDataModule(LightningDataModule):
         splits = (self.train_split, self.test_split)
         if not all((self.folder / f"{split}.txt").is_file() for split in splits):
             return None
-        return manifest_hash(self.folder, [self._read_list(split, MOST_CLASSES) for split in splits])
+        train, test = (self._read_list(split, MOST_CLASSES) for split in splits)
+        return manifest_hash(self.folder, [self._drawn(train), test])
+
+    @functools.cached_property
+    def content_hash(self) -> str | None:
+        """sha256 over the content of all images of a task that is not verified; reads them, once a process.
+
+        None for a verified task, whose fingerprint says it, and where images are not there.
+        """
+        splits = (self.train_split, self.test_split)
+        if not all((self.folder / f"{split}.txt").is_file() for split in splits):
+            return None
+        listings = [self._read_list(split, MOST_CLASSES) for split in splits]
+        if any(missing_images(listing) for listing in listings):
+            return None
+        if not manifest_hash(self.folder, listings).startswith(UNVERIFIED):
+            return None
+        return hashlib.sha256(b"".join(map(images_digest, listings))).hexdigest()
 
     @functools.cached_property
     def image_format(self) -> str:

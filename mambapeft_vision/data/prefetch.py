@@ -7,7 +7,6 @@ would contend with the training loop for Python's lock; a process does not.
 import multiprocessing
 import os
 import time
-import warnings
 from contextlib import suppress
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
@@ -57,7 +56,6 @@ def _decode(
     def count(progress: Progress) -> None:
         done.value = progress.done
 
-    with suppress(Exception), warnings.catch_warnings():
-        # A cache that cannot be filled is warned of, before the images are decoded for nothing.
-        warnings.filterwarnings("error", message="decoded images are not kept")
-        cached_list(parse_list(file, num_classes, several=several)[0], preprocessing, folder, count)
+    with suppress(Exception):
+        listing, _ = parse_list(file, num_classes, several=several)
+        cached_list(listing, preprocessing, folder, count, must_keep=True)

@@ -110,7 +110,7 @@ def _command(record: RunRecord, preset: str, settings: Mapping[str, Any], standa
     ]
     if record.task not in names.tasks:
         words += [override("dataset.name", record.task), override("dataset.folder", dataset.get("folder", "DIR"))]
-    words += [override(_key(key, standard), _value(value)) for key, value in settings.items()]
+    words += [override(_key(key, standard), value) for key, value in settings.items()]
     return command("mambapeft", "train", *words)
 
 
@@ -121,12 +121,6 @@ def _key(name: str, standard: Standard) -> str:
     if name in standard.trainer:
         return f"trainer.{name}"
     return f"dataset.{name}" if name in standard.protocol else name
-
-
-def _value(value: Any) -> Any:
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, value) if not isinstance(value, (list, dict)) else value
-    )
 
 
 def _confusion(folder: Path) -> dict[str, Any] | None:

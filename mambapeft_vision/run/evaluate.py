@@ -73,15 +73,20 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         kernel=cfg.kernel,
         test_only=True,
     )
+    inputs = Inputs()
     now = Fingerprints(
-        Inputs().images(plan), setup.model.backbone_sha256, own_methods_sha256(plan), own_backbone_sha256(plan)
+        inputs.images(plan),
+        setup.model.backbone_sha256,
+        own_methods_sha256(plan),
+        content=inputs.content(plan),
+        backbones=own_backbone_sha256(plan),
     )
     other = changed(Fingerprints.of_record(record), now)
     if other:
         console.say(f"the {other} are not those that the run was made from")
     unmerged = setup.model.merge()
     predictions = test(setup, console)
-    evaluation = _evaluation(plan, setup, record, predictions, unmerged)
+    evaluation = _evaluation(plan, setup, record, predictions, unmerged, now.content)
     evaluation["data_manifest"] = now.images or setup.task.manifest_hash
     save_predictions(setup, predictions, folder / EVALUATION_PREDICTIONS_FILE)
     file = folder / EVALUATION_FILE
@@ -156,7 +161,12 @@ def _apply(adapter: Adapter, backbone: Backbone, num_classes: int) -> AdaptedMod
 
 
 def _evaluation(
-    plan: RunPlan, setup: Setup, record: RunRecord, predictions: Predictions, unmerged: dict[str, str]
+    plan: RunPlan,
+    setup: Setup,
+    record: RunRecord,
+    predictions: Predictions,
+    unmerged: dict[str, str],
+    content: str | None,
 ) -> dict[str, Any]:
     commit, dirty = git_state()
     return {
@@ -178,6 +188,6 @@ def _evaluation(
         "precision": setup.precision,
         "git_commit": commit,
         "git_dirty": dirty,
-        "versions": versions_of(plan),
+        "versions": versions_of(plan, content),
         "evaluated_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

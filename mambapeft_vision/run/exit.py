@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -273,7 +274,20 @@ def _override_error(error: OverrideParseException) -> str:
     if not equals or not re.fullmatch(r"[+~]{0,2}[\w./@-]+", key):
         return f"{plain(error.override)} is no override; expected key=value"
     quoted = command(override(key, value))
+    if not _is_readable(override(key, "text")):
+        return (
+            f"{plain(error.override)}: {plain(key)} is no key; expected names, split by dots, that begin with letters"
+        )
     return f"{plain(error.override)} cannot be read; if the value is text, write {plain(quoted)}"
+
+
+def _is_readable(text: str) -> bool:
+    """Whether Hydra can read an override."""
+    try:
+        OverridesParser.create().parse_overrides([text])
+    except OverrideParseException:
+        return False
+    return True
 
 
 def _config_error(error: OmegaConfBaseException) -> str:

@@ -17,7 +17,7 @@ from mambapeft_vision.results.predictions import read_labels
 from mambapeft_vision.results.record import RunRecord, write_record
 from mambapeft_vision.run.assemble import Setup
 from mambapeft_vision.run.failure_record import forget_failure
-from mambapeft_vision.run.inputs import OWN_BACKBONES, OWN_METHODS, own_backbone_sha256, own_methods_sha256
+from mambapeft_vision.run.inputs import CONTENT, OWN_BACKBONES, OWN_METHODS, own_backbone_sha256, own_methods_sha256
 from mambapeft_vision.run.report_lines import summarise
 from mambapeft_vision.run.run_config import RunPlan
 from mambapeft_vision.utils.console import Console, say, warned_of
@@ -33,7 +33,7 @@ def finish(plan: RunPlan, setup: Setup, history: History, console: Console, *, s
 
     Raises: NotFiniteError for a test loss that is NaN or infinite.
     """
-    setup.model.save(plan.folder, _adapter_metadata(plan))
+    setup.model.save(plan.folder, _adapter_metadata(plan, setup.task.content_hash))
     counts = setup.model.counts()
     unmerged = setup.model.merge()
     predictions = test(setup, console)
@@ -78,7 +78,7 @@ def remove_leftovers(folder: Path) -> None:
         forget_failure(folder)
 
 
-def _adapter_metadata(plan: RunPlan) -> dict[str, Any]:
+def _adapter_metadata(plan: RunPlan, content: str | None) -> dict[str, Any]:
     commit, dirty = git_state()
     return {
         "task": plan.task,
@@ -86,14 +86,14 @@ def _adapter_metadata(plan: RunPlan) -> dict[str, Any]:
         "fingerprint": plan.fingerprint,
         "git_commit": commit,
         "git_dirty": dirty,
-        "versions": versions_of(plan),
+        "versions": versions_of(plan, content),
     }
 
 
-def versions_of(plan: RunPlan) -> dict[str, str]:
-    """Versions of the libraries behind a run's result, and hashes of the user's own Python files."""
-    own = {OWN_METHODS: own_methods_sha256(plan), OWN_BACKBONES: own_backbone_sha256(plan)}
-    return library_versions() | {name: digest for name, digest in own.items() if digest is not None}
+def versions_of(plan: RunPlan, content: str | None) -> dict[str, str]:
+    """Versions of the libraries behind a run's result; hashes of the user's own files of code and of the images."""
+    hashes = {OWN_METHODS: own_methods_sha256(plan), OWN_BACKBONES: own_backbone_sha256(plan), CONTENT: content}
+    return library_versions() | {name: digest for name, digest in hashes.items() if digest is not None}
 
 
 def draw(plan: RunPlan, setup: Setup) -> None:
@@ -169,7 +169,7 @@ def _make_record(
         fingerprint=plan.fingerprint,
         git_commit=commit,
         git_dirty=dirty,
-        versions=versions_of(plan),
+        versions=versions_of(plan, setup.task.content_hash),
         finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         config=plan.config,
         class_names=None if setup.task.class_names is None else list(setup.task.class_names),

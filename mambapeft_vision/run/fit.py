@@ -63,8 +63,13 @@ def fit(
 
 def inputs_of(plan: RunPlan, setup: Setup) -> Fingerprints:
     """Fingerprints of what an assembled run is made from."""
+    task = setup.task
     return Fingerprints(
-        setup.task.manifest_hash, setup.model.backbone_sha256, own_methods_sha256(plan), own_backbone_sha256(plan)
+        task.manifest_hash,
+        setup.model.backbone_sha256,
+        own_methods_sha256(plan),
+        content=task.content_hash,
+        backbones=own_backbone_sha256(plan),
     )
 
 

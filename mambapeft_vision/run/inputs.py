@@ -21,7 +21,8 @@ from mambapeft_vision.run.build import build_backbone_offline, build_backbone_wi
 from mambapeft_vision.run.run_config import RunPlan
 from mambapeft_vision.utils.names import user_path
 
-OWN_METHODS, OWN_BACKBONES = "method files", "backbone files"  # among a result's versions
+# Among a result's versions.
+OWN_METHODS, OWN_BACKBONES, CONTENT = "method files", "backbone files", "image content"
 _METHODS, _BACKBONES = "mambapeft_vision.methods.", "mambapeft_vision.backbones."
 
 
@@ -31,6 +32,7 @@ class Fingerprints:
 
     Args:
         images: the hash of the task (`TaskDataModule.manifest_hash`).
+        content: the hash of the images of a task that is not verified (`TaskDataModule.content_hash`).
         weights: sha256 of the backbone's tensors.
         methods: sha256 of the user's own method files; None if the run uses the package's methods only.
         backbones: sha256 of the user's own backbone files; None if the run uses the package's, or if not recorded.
@@ -39,14 +41,18 @@ class Fingerprints:
     images: str | None
     weights: str | None
     methods: str | None
+    content: str | None = None
     backbones: str | None = None
 
     @classmethod
     def of_record(cls, record: RunRecord) -> "Fingerprints":
+        versions = record.versions
         return cls(
             record.data_manifest,
             record.backbone_sha256,
-            *(record.versions.get(own) for own in (OWN_METHODS, OWN_BACKBONES)),
+            versions.get(OWN_METHODS),
+            content=versions.get(CONTENT),
+            backbones=versions.get(OWN_BACKBONES),
         )
 
 
@@ -54,13 +60,18 @@ def changed(then: Fingerprints, now: Fingerprints) -> str:
     """The inputs that differ, in words ("images and weights"), or "". Unknown inputs are not compared."""
     words = {
         "images": "images",
+        "content": "images",
         "weights": "weights of the backbone",
         "methods": OWN_METHODS,
         "backbones": OWN_BACKBONES,
     }
     before, present = asdict(then), asdict(now)
     return " and ".join(
-        word for key, word in words.items() if None not in (before[key], present[key]) and before[key] != present[key]
+        dict.fromkeys(
+            word
+            for key, word in words.items()
+            if None not in (before[key], present[key]) and before[key] != present[key]
+        )
     )
 
 
@@ -74,19 +85,33 @@ class Inputs:
         """Whether `record` was made from the present inputs. An input that is not there counts as the same."""
         return not changed(Fingerprints.of_record(record), self.of(plan))
 
-    def of(self, plan: RunPlan, *, with_weights: bool = True) -> Fingerprints:
-        """The fingerprints of a plan's inputs.
+    def of(self, plan: RunPlan, *, with_weights: bool = True, with_content: bool = True) -> Fingerprints:
+        """The fingerprints of a plan's inputs; what is costly can be left out, and stays unknown then.
 
-        with_weights: whether to build the backbone and hash its tensors; otherwise they stay unknown.
+        Args:
+            with_weights: whether to build the backbone and hash its tensors.
+            with_content: whether to read all images of a task that is not verified.
         """
-        weights = self._weights(plan) if with_weights else None
-        return Fingerprints(self.images(plan), weights, own_methods_sha256(plan), own_backbone_sha256(plan))
+        return Fingerprints(
+            self.images(plan),
+            self._weights(plan) if with_weights else None,
+            own_methods_sha256(plan),
+            content=self.content(plan) if with_content else None,
+            backbones=own_backbone_sha256(plan),
+        )
 
     def images(self, plan: RunPlan) -> str | None:
         """The hash of the task; None where its lists are not there."""
         key = _key(plan.dataset, without="seed")
         if key not in self._known:
             self._known[key] = _images_hash(plan)
+        return self._known[key]
+
+    def content(self, plan: RunPlan) -> str | None:
+        """The hash of the images of a task that is not verified; None where they are not there."""
+        key = f"content {_key(plan.dataset, without='seed')}"
+        if key not in self._known:
+            self._known[key] = build_dataset(plan).content_hash
         return self._known[key]
 
     def _weights(self, plan: RunPlan) -> str | None:

@@ -53,6 +53,6 @@ def _now(record: RunRecord, inputs: Inputs) -> Fingerprints:
         config = {**record.config, "paths": {**paths, "cache": None}}
         plan = RunPlan(config, TrainerConfig(), record.fingerprint, Path(str(paths["outputs"])))
         builds = plan.backbone.get("weights") not in _OF_THE_PROGRAM and paths["backbones"] is None  # runs no code
-        return inputs.of(plan, with_weights=builds)
+        return inputs.of(plan, with_weights=builds, with_content=False)
     except (UserError, OSError, KeyError, TypeError, AttributeError):  # an older layout, or a file that cannot be read
-        return Fingerprints(None, None, None, None)
+        return Fingerprints(None, None, None)

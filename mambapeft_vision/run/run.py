@@ -1,9 +1,10 @@
 """One run from its config to its result: plan → assemble → fit → finish."""
 
+import heapq
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from mambapeft_vision.run.inputs import Fingerprints, Inputs, changed
 from mambapeft_vision.run.own_code import OwnCode
 from mambapeft_vision.run.report_lines import dry_run_report, starting_lines, summarise
 from mambapeft_vision.run.rerun import check_inputs, compare, differences
-from mambapeft_vision.run.run_config import RunPlan, make_plan, set_aside
+from mambapeft_vision.run.run_config import RunPlan, fingerprint_of, make_plan, set_aside
 from mambapeft_vision.utils.atomic import remove_leftovers, write_text
 from mambapeft_vision.utils.console import Console, say
 from mambapeft_vision.utils.environment import device_name, git_state
@@ -43,6 +44,7 @@ from mambapeft_vision.utils.lock import locked
 from mambapeft_vision.utils.names import user_path
 from mambapeft_vision.utils.untrusted import refuse_links
 
+_BESIDE = 20  # runs that are looked at for one of fewer epochs
 _FILES = (
     *(RESULT_FILE, RUN_CONFIG_FILE, OVERRIDES_FILE, LOG_FILE, METRICS_FILE, PREDICTIONS_FILE, CHECKPOINT_FILE),
     *(FAILURE_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE),
@@ -127,6 +129,12 @@ def run_training(plan: RunPlan, context: RunContext, outdated: str = "") -> RunR
         setup = assemble(plan, console, sources=context.sources)
         if context.expected is not None:
             _compare_inputs(plan, setup, context.expected, console)
+        fewer = _finished_with_other_epochs(plan)
+        if fewer is not None:
+            console.say(
+                f"{fewer} holds these settings with another number of epochs; this is a run of its own, "
+                f"from its start, because the learning rate follows from that number"
+            )
         for line in starting_lines(plan, setup.model, setup.task.batch_size):
             console.say(line)
         if setup.device.type == "cuda":  # on a CPU the two would share the cores
@@ -145,6 +153,21 @@ def run_training(plan: RunPlan, context: RunContext, outdated: str = "") -> RunR
         if context.expected is not None:
             console.say(compare(context.expected, record))
         return record
+
+
+def _finished_with_other_epochs(plan: RunPlan) -> Path | None:
+    """A finished run beside this one, of the newest, that differs in its number of epochs alone."""
+    name = plan.folder.name.partition("-")[0]  # the seed
+    beside = (
+        file for file in plan.folder.parent.glob(f"{name}-*/{RESULT_FILE}") if ".replaced-" not in str(file.parent)
+    )
+    for file in heapq.nlargest(_BESIDE, beside, key=lambda file: file.stat().st_mtime):
+        with suppress(UserError, OSError, KeyError, TypeError):  # of other releases
+            config = read_record(file).config
+            trainer = {**config["trainer"], "max_epochs": plan.recipe.max_epochs}
+            if fingerprint_of({**config, "trainer": trainer}) == plan.fingerprint:
+                return file.parent
+    return None
 
 
 @contextmanager
@@ -194,6 +217,6 @@ def _compare_inputs(plan: RunPlan, setup: Setup, expected: RunRecord, console: C
     """Raises UserError for other images or weights than those of `expected`; reports all other differences."""
     images = setup.task.fingerprint(check_images=True)  # a manifest that came with the images proves nothing
     check_inputs(expected, plan.config, images, setup.model.backbone_sha256)
-    versions = versions_of(plan)
+    versions = versions_of(plan, setup.task.content_hash)
     others = differences(expected, versions, git_state()[0], device_name(setup.device))
     console.say(f"not as recorded: {', '.join(others)}" if others else "versions and device are as recorded")

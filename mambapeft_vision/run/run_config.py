@@ -172,6 +172,11 @@ def _identity_of(config: dict[str, Any]) -> Mapping[str, Any]:
     return identity({**config, "method": in_old_words(config["method"])})
 
 
+def fingerprint_of(config: dict[str, Any]) -> str:
+    """The fingerprint of a run with this config, which is plain and resolved."""
+    return fingerprint(_identity_of(config))
+
+
 def _plan(config: dict[str, Any], deciding: Mapping[str, Any]) -> RunPlan:
     digest, outputs = fingerprint(deciding), user_path(config["paths"]["outputs"])
     folder = run_folder(outputs, config["dataset"]["name"], list(config["method"]), config["seed"], digest)

@@ -44,6 +44,8 @@ def parse(
     options, overrides = search_parser(prog, description, defaults, tuned).parse_with_overrides(arguments)
     presets = read_presets(configs / "method")
     preset = options.method if tuned else None
+    if tuned and preset is None:
+        raise UserError("tuning needs a preset; expected --method PRESET, such as --method lora_p_x")
     if tuned and preset not in presets:
         raise UserError(f"method={preset}: tuning needs one preset; {nearest(str(preset), presets)}")
     if options.seeds is not None:

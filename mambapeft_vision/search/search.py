@@ -173,7 +173,7 @@ def check_inputs(study: optuna.Study, jobs: Sequence[Job]) -> None:
     for job in jobs:
         found = inputs.of(job.plan)
         now |= {f"images of {job.plan.task}": found.images, "weights of the backbone": found.weights}
-        now |= {"method files": found.methods}
+        now |= {"method files": found.methods, f"content of the images of {job.plan.task}": found.content}
     recorded = study.user_attrs.get("inputs")
     then = recorded if isinstance(recorded, dict) else {}
     changed = [name for name, value in now.items() if None not in (value, then.get(name)) and then[name] != value]

@@ -1,6 +1,7 @@
 """The output of a run: lines on the terminal and in train.log, and one live line that is rewritten on a terminal."""
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,14 @@ def say(text: str, stream: TextIO | None = None) -> None:
     """
     with suppress(*CANNOT_WRITE):
         print(lines(text), file=sys.stdout if stream is None else stream, flush=True)
+
+
+def warn(text: str) -> None:
+    """A Python warning, which ends nothing: where warnings are errors (PYTHONWARNINGS=error), a line on stderr."""
+    try:
+        warnings.warn(text, stacklevel=3)
+    except UserWarning:
+        say(f"warning: {text}", sys.stderr)
 
 
 @contextmanager

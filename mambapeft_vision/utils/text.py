@@ -93,13 +93,27 @@ def command(*words: object) -> str:
 
 
 def override(key: str, value: object) -> str:
-    """`key=value` of Hydra's command line, the value quoted where Hydra's grammar would read it otherwise."""
+    """`key=value` of Hydra's command line, which reads the value as it is given: text as text, even `null` or `1e3`."""
+    return f"{key}={_for_hydra(value)}"
+
+
+def _for_hydra(value: object) -> str:
+    """A value in Hydra's grammar: text in quotes where it would be read otherwise."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(_for_hydra, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_for_hydra(item)}' for key, item in value.items())}}}"
     text = str(value)
-    if re.fullmatch(r"[A-Za-z0-9_./@%-]+", text):
-        return f"{key}={text}"
+    typed = _is_number(text) or text.lower() in ("null", "true", "false")
+    if re.fullmatch(r"[A-Za-z0-9_./@%-]+", text) and not typed:
+        return text
     # Inside of quotes a backslash stands for itself, unless a quote follows.
     escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + (r"\"" if found[2] else ""), text)
-    return f'{key}="{escaped}"'
+    return f'"{escaped}"'
 
 
 def _escaped(character: str) -> str:

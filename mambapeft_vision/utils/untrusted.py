@@ -386,11 +386,21 @@ def _too_large(file: Path | str, size: int, max_bytes: int) -> UserError:
 # Folders
 
 
+# What operating systems, network drives and archives of macOS put beside people's files.
+_OF_SYSTEMS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+_OF_SYSTEMS |= {"Thumbs.db", "desktop.ini"}
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is none that a person made to be seen."""
+    return name.startswith(".") or name in _OF_SYSTEMS
+
+
 def files_below(folder: Path, *, hidden: bool = True) -> list[Path]:
     """Everything below `folder` that is no folder, sorted. Linked folders are not entered; vanished ones are skipped.
 
     Args:
-        hidden: whether files and folders count whose names begin with a dot.
+        hidden: whether files and folders count that `is_hidden` says of.
 
     Raises:
         UserError: for folders nested deeper than anybody makes by hand, because each level costs time.
@@ -403,7 +413,7 @@ def files_below(folder: Path, *, hidden: bool = True) -> list[Path]:
             raise UserError(f"{plain(folder)} has folders in more than {MAX_DEPTH} levels; expected fewer. Clear it up")
         with suppress(OSError), os.scandir(place) as entries:
             for entry in entries:
-                if not hidden and entry.name.startswith("."):
+                if not hidden and is_hidden(entry.name):
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     todo.append((place / entry.name, depth + 1))

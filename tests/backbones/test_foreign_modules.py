@@ -145,6 +145,68 @@ def test_a_module_around_any_module_takes_part(name: str) -> None:
     assert torch.equal(model(x), expected)
 
 
+class Scaled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 1.5 * weight
+
+
+def replaced(module: Any, name: str) -> None:
+    """As sharding leaves it: a tensor in a parameter's place."""
+    weight = 1.5 * getattr(module, name).detach()
+    delattr(module, name)
+    setattr(module, name, weight)
+
+
+# Each puts what it computes in the place of a parameter that must not be one value (a mask of zeros changes nothing).
+COMPUTED: dict[str, Callable[[Any, str], Any]] = {
+    "pruned": lambda m, name: prune.l1_unstructured(m, name, 0.5),
+    "replaced": replaced,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.* of a mixer has a hook")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_computed_tensor_in_the_place_of_any_parameter_is_heard(name: str) -> None:
+    """So are those of no module of their own: VMamba's A_logs are zero where N = 1, and a mask of them changes none."""
+    model, x = family(name), images(torch.float64)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    expected = model(x)
+    paths = {re.sub(r"\d+", "N", path): path for path, _ in reversed(list(model.named_parameters()))}
+    for path in paths.values():  # the last block's need not be heard: of one token it may scan nothing
+        parent, _, own = path.rpartition(".")
+        if own == "weight":
+            continue  # see `test_a_module_around_any_module_takes_part`
+        for way, compute in COMPUTED.items():
+            other = copy.deepcopy(model)
+            compute(other.get_submodule(parent), own)
+            assert not torch.allclose(other(x), expected, rtol=1e-9, atol=0), (path, way)
+
+
+@pytest.mark.filterwarnings("ignore:.* of a mixer has a hook")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_merge_takes_computed_weights_as_they_are(name: str) -> None:
+    torch.manual_seed(0)
+    backbone: Any = create_backbone(name, "random", **FAMILIES[name]).double()
+    target = "qkv" if "vit" in name else "in_proj"
+    model = adapt(backbone, {"lora": LoRA(targets=target, rank=2)}, 4).double().eval()
+    with torch.no_grad():
+        for p in model.trained().values():
+            p.copy_(0.3 * torch.randn_like(p))
+    first, *_, last = (m for path, m in with_weights(backbone).items() if path.endswith(target))
+    prune.l1_unstructured(first, "weight", 0.5)
+    nn.utils.parametrize.register_parametrization(last, "weight", Scaled())
+    expected = model(images(torch.float64))
+    with torch.no_grad():
+        first.weight_orig.mul_(2)
+        last.parametrizations.weight.original.mul_(2)
+    changed_logits = model(images(torch.float64))
+    assert not torch.allclose(changed_logits, expected)
+    assert model.merge() == {}
+    torch.testing.assert_close(model(images(torch.float64)), changed_logits, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("position", ["prefix", "infix"])
 def test_with_methods_of_our_own(position: str) -> None:
     """Weight ports and affix tokens take part in a mixer that calls its modules."""
@@ -560,6 +622,11 @@ def test_a_merge_of_peft_is_seen() -> None:
     model.merge_adapter()
     torch.testing.assert_close(autocast_logits(model), apart, rtol=0.1, atol=0.2)  # bfloat16 rounds elsewhere
     assert not torch.allclose(autocast_logits(vim()), apart, rtol=0.1, atol=0.2), "an adapter that does nothing"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_batch_without_images(name: str) -> None:
+    assert family(name).float()(images()[:0]).shape == (0, 4)
 
 
 def test_training_after_an_evaluation_in_inference_mode() -> None:

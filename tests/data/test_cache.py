@@ -143,6 +143,8 @@ def test_where_nothing_can_be_kept_images_are_decoded_with_a_warning(listing, tm
     with pytest.warns(UserWarning, match="decoded images are not kept: .*set paths.cache to"):
         found = cached_list(listing, PREPROCESSING, folder)
     assert torch.equal(found.images, decode_list(listing, PREPROCESSING).images)
+    with pytest.raises(UserError, match=r"set paths\.cache to"):
+        cached_list(listing, PREPROCESSING, folder, must_keep=True)
 
 
 def test_small_splits_and_no_folder_go_without(listing, tmp_path, monkeypatch):

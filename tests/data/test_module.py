@@ -1,6 +1,7 @@
 """TaskDataModule: what load checks, which batches come in which order, and going on where a run was killed."""
 
 import os
+import warnings
 
 import lightning.pytorch as pl
 import pytest
@@ -333,12 +334,16 @@ def test_a_manifest_that_came_with_other_images_is_no_evidence(toy_folder, toy, 
     assert data.fingerprint(check_images=True).startswith("changed:")
 
 
-def test_a_list_that_is_not_the_verified_one_is_told_of(toy_folder, toy):
+def test_a_list_that_is_not_the_verified_one_is_told_of(toy_folder, toy, capsys):
     write_entry(toy_folder.parent, "toy", verify_task(toy, toy_folder).entry)
     file = toy_folder / "test.txt"
     file.write_text(file.read_text().replace("000000.jpg 0", "000000.jpg 1"))
     data = make(toy_folder)
     data.check()
+    with warnings.catch_warnings():  # as with PYTHONWARNINGS=error
+        warnings.simplefilter("error")
+        assert data.fingerprint().startswith("unverified:")
+    assert "test.txt: not as verified in" in capsys.readouterr().err
     with pytest.warns(UserWarning, match=r"test\.txt: not as verified in .*manifest\.json"):
         assert data.manifest_hash.startswith("unverified:")
 

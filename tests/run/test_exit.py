@@ -180,6 +180,12 @@ run("train")
     assert ended.returncode == INTERRUPTED and "Traceback" not in ended.stderr, ended.stderr
 
 
+def test_a_key_that_hydra_cannot_read_is_named_as_the_key():
+    with pytest.raises(OverrideParseException) as caught:
+        OverridesParser.create().parse_overrides(["+method.9a.rank=2"])
+    assert "+method.9a.rank is no key; expected names" in describe_error(caught.value)
+
+
 @pytest.mark.parametrize("value", ["sp/a=b", "a b", "a,b:c", "~/task"])
 def test_hydras_grammar_is_translated(value):
     key = "dataset.folder"

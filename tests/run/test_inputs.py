@@ -3,9 +3,11 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import faults, runs
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -13,7 +15,7 @@ from mambapeft_vision.adapter.files import ADAPTER_FILE, read_adapter
 from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE, AtomicCheckpointIO
 from mambapeft_vision.results.record import read_record
 from mambapeft_vision.run.evaluate import evaluate
-from mambapeft_vision.run.inputs import OWN_METHODS, Fingerprints, changed
+from mambapeft_vision.run.inputs import CONTENT, OWN_METHODS, Fingerprints, changed
 from mambapeft_vision.utils.errors import UserError
 
 SHORT = ("trainer.max_epochs=2", "paths.cache=null")
@@ -38,6 +40,17 @@ def relabel(task: Path, split: str) -> None:
     file.write_text("".join(f"{path} {(int(label) + 1) % runs.CLASSES}\n" for path, label in lines))
 
 
+def repaint(task: Path, split: str) -> None:
+    """Other pixels in files of the same names and sizes."""
+    for file in sorted((task / "images" / split).iterdir()):
+        with Image.open(file) as image:
+            pixels = np.asarray(image)
+        Image.fromarray(255 - pixels).save(file, compress_level=0)
+
+
+CHANGES = {"labels": relabel, "pixels": repaint}
+
+
 def interrupted(command: list[str]) -> Path:
     """A run that ended in its second epoch; returns its folder."""
     with pytest.raises(RuntimeError, match="interrupted"):
@@ -57,19 +70,25 @@ def command_of(task: Path, outputs: Path) -> list[str]:
         (("a", "b", "c"), (None, None, None), ""),
         (("a", "b", "c"), ("x", "b", "c"), "images"),
         (("a", "b", "c"), ("x", "y", "z"), "images and weights of the backbone and method files"),
+        (("a", "b", "c", "d"), ("a", "b", "c", "x"), "images"),
+        (("a", "b", "c", "d"), ("x", "b", "c", "x"), "images"),
+        (("a", "b", "c"), ("a", "b", "c", "x"), ""),
     ],
 )
 def test_only_what_both_know_is_compared(then, now, words):
     assert changed(Fingerprints(*then), Fingerprints(*now)) == words
 
 
-@pytest.mark.parametrize("split", ["test", "train800val200"])
-def test_a_finished_run_on_other_labels_is_set_aside_and_done_again(task, tmp_path, capsys, split):
+@pytest.mark.parametrize(("change", "split"), [("labels", "test"), ("labels", "train800val200"), ("pixels", "test")])
+def test_a_finished_run_on_other_images_is_set_aside_and_done_again(task, tmp_path, capsys, change, split):
+    repaint(task, split)
     command = command_of(task, tmp_path / "out")
     first = runs.run(command)
-    relabel(task, split)
+    CHANGES[change](task, split)
     again = runs.run(command)
-    assert (again.data_manifest, again.finished_at, again.loss) != (first.data_manifest, first.finished_at, first.loss)
+    assert (again.data_manifest == first.data_manifest) == (change == "pixels")
+    assert again.versions[CONTENT] != first.versions[CONTENT] or change == "labels"
+    assert again.loss != first.loss
     assert "made from other images" in capsys.readouterr().out
     folder = runs.only_run_folder(tmp_path / "out")
     assert read_record(folder.with_name(f"{folder.name}.replaced-1")) == first
@@ -77,9 +96,11 @@ def test_a_finished_run_on_other_labels_is_set_aside_and_done_again(task, tmp_pa
     assert "was finished before" in capsys.readouterr().out
 
 
-def test_a_checkpoint_of_other_images_is_set_aside(task, tmp_path, capsys):
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_checkpoint_of_other_images_is_set_aside(task, tmp_path, capsys, change):
+    repaint(task, "train800val200")
     folder = interrupted(command_of(task, tmp_path / "out"))
-    relabel(task, "train800val200")
+    CHANGES[change](task, "train800val200")
     resumed = runs.run(command_of(task, tmp_path / "out"))
     assert f"{folder / CHECKPOINT_FILE} was made from other images" in capsys.readouterr().out
     assert folder.with_name(f"{folder.name}.replaced-1").joinpath(CHECKPOINT_FILE).is_file()
@@ -121,6 +142,23 @@ def test_a_run_begins_afresh_where_its_checkpoint_is_damaged(task, tmp_path, cap
     assert resumed.epochs == 2 and len(runs.read_metrics(folder)) == 2
 
 
+def test_a_run_on_some_of_the_images_is_found_again(task, tmp_path, capsys):
+    command = [*command_of(task, tmp_path / "out"), "dataset.shots=2"]
+    runs.run(command)
+    runs.run(command)
+    assert "was finished before" in capsys.readouterr().out
+
+
+def test_more_epochs_are_a_run_of_their_own_which_says_so(task, tmp_path, capsys):
+    command = [*command_of(task, tmp_path / "out"), "trainer.max_epochs=1", "trainer.warmup_epochs=0"]
+    runs.run(command)
+    folder = runs.only_run_folder(tmp_path / "out")
+    assert "another number of epochs" not in capsys.readouterr().out
+    assert runs.run([*command, "trainer.max_epochs=2"]).epochs == 2
+    assert f"{folder} holds these settings with another number of epochs" in capsys.readouterr().out
+    assert read_record(folder).epochs == 1
+
+
 def test_method_files_of_ones_own_count(task, tmp_path, capsys):
     code = tmp_path / "code"
     code.mkdir()
@@ -154,8 +192,12 @@ def evaluated(folder: Path, *more: str) -> dict[str, object]:
     return evaluate(runs.compose_root("evaluate", [f"run={folder}", "device=cpu", *more]))
 
 
-def test_an_evaluation_says_that_the_images_are_others(task, finished, capsys):
-    relabel(task, "test")
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_evaluation_says_that_the_images_are_others(task, tmp_path, capsys, change):
+    repaint(task, "test")
+    runs.run(command_of(task, tmp_path / "out"))
+    finished = runs.only_run_folder(tmp_path / "out")
+    CHANGES[change](task, "test")
     evaluated(finished)
     assert "the images are not those that the run was made from" in capsys.readouterr().out
 

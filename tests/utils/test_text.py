@@ -66,14 +66,26 @@ def test_a_command_can_be_pasted(words):
 
 
 @pytest.mark.parametrize(
-    "value", ["plain/path-1.0", "my birds", "sp/a=b", 'quote"d', "back\\slash", "a,b", "{x}", "é", "~/x", "a~"]
+    "value",
+    [
+        *("plain/path-1.0", "my birds", "sp/a=b", 'quote"d', "back\\slash", "a,b", "{x}", "é", "~/x", "a~", ""),
+        *("null", "True", "1e3", "12", "-1", "1_000", "nan", "inf", "007", "1.", ".5", "0x1"),
+        *(None, True, False, 12, -1, 1e-05, 2.0, [1, "a", "1", None], ["a b", 'c"d'], {"rank": 8, "x": "8"}, []),
+    ],
 )
 def test_an_override_means_its_value_to_hydra(value):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
+    def plain_value(found):
+        if isinstance(found, list):
+            return [plain_value(item) for item in found]
+        if isinstance(found, dict):
+            return {key: plain_value(item) for key, item in found.items()}
+        return found.text if hasattr(found, "text") else found
+
     (parsed,) = OverridesParser.create().parse_overrides([override("dataset.folder", value)])
-    found = parsed.value()
-    assert (found.text if hasattr(found, "text") else found) == value
+    found = plain_value(parsed.value())
+    assert found == value and type(found) is type(value)
 
 
 @pytest.mark.parametrize("name", ["a", "vim_s", "a.b-c", "0", "ü"])

@@ -1,10 +1,11 @@
 """Files and folders of a tree of images: hidden files, images, and folders of splits."""
 
+import re
 from pathlib import Path
 
 from mambapeft_vision.data.preprocessing import MAX_IMAGE_BYTES
 from mambapeft_vision.utils.errors import UserError
-from mambapeft_vision.utils.untrusted import files_below, open_plain
+from mambapeft_vision.utils.untrusted import files_below, is_hidden, open_plain
 
 # First bytes of a file → its usual ending. Names are ignored: images are stored as .jfif, .JPG_1 or without an ending.
 _SIGNATURES = {
@@ -18,23 +19,41 @@ _SIGNATURES = {
 }
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 ARRAY_SUFFIX = ".npy"
-SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test"}
+SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_FOLDERS |= dict.fromkeys(("val", "valid", "validation"), "val")
 NAMED = 5  # files that a note names
 
 
 def split_folders(folder: Path) -> dict[Path, str | None]:
     """The folders of splits that were made already, with their words; empty where these are classes."""
-    found = {child: SPLIT_FOLDERS.get(child.name.lower()) for child in visible_folders(folder)}
+    found = {child: split_of(child.name) for child in visible_folders(folder)}
     split = "train" in found.values() and None not in found.values() and len(found) > 1
-    return found if split and all(any(visible_folders(part)) for part in found) else {}
+    if not split or not all(any(visible_folders(part)) for part in found):
+        return {}
+    return {_unwrapped(part): word for part, word in found.items()}
+
+
+def split_of(name: str) -> str | None:
+    """train, val or test for what a folder of images is called: `Training`, `test_set`, `seg_train`, `val2017`."""
+    parts = re.findall(r"[a-z]+", name.lower())
+    words = {
+        SPLIT_FOLDERS[bare] for part in parts for bare in (part, part.removesuffix("set")) if bare in SPLIT_FOLDERS
+    }
+    return words.pop() if len(words) == 1 else None
+
+
+def _unwrapped(folder: Path) -> Path:
+    """The folder with the classes, where one is wrapped in others of its own: `train/train/…`."""
+    while len(inside := visible_folders(folder)) == 1 and any(visible_folders(inside[0])):
+        folder = inside[0]
+    return folder
 
 
 def visible_folders(folder: Path) -> list[Path]:
     """The folders in `folder` that are not hidden, in the order of their names."""
     if not folder.is_dir():
         return []
-    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    return sorted(child for child in folder.iterdir() if child.is_dir() and not is_hidden(child.name))
 
 
 def visible_files(folder: Path) -> list[Path]:

@@ -12,11 +12,13 @@ from mambapeft_vision.data.own.files import (
     SPLIT_FOLDERS,
     is_image,
     split_folders,
+    split_of,
     visible_files,
     visible_folders,
 )
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain, shown
+from mambapeft_vision.utils.untrusted import is_hidden
 
 MAX_IMAGES = 20_000_000
 MAX_CLASSES = 100_000
@@ -52,17 +54,14 @@ def read_tree(folder: Path) -> Source:
 
     Raises: UserError for fewer than two classes, a class without images, and names that no list can hold.
     """
-    parts = _parts(folder)
+    parts = parts_of(folder)
     classes = natural_order({child.name for part in parts for child in visible_folders(part)})
     if len(classes) < 2:
-        raise UserError(
-            f"{folder} has {len(classes)} sub-folders: expected one folder of images for each class, at least two. "
-            f"Sort the images into folders, or give a table of paths and labels (CSV or Parquet)."
-        )
+        raise too_few_classes(folder, len(classes), "Sort the images into folders, or give a table of paths and labels")
     found: list[tuple[str, int, str | None]] = []
     others: list[Path] = []
     for part, split in parts.items():
-        others += sorted(file for file in part.iterdir() if file.is_file() and not file.name.startswith("."))
+        others += sorted(file for file in part.iterdir() if file.is_file() and not is_hidden(file.name))
         for label, name in enumerate(classes):
             for file in visible_files(part / name):
                 if is_image(file):
@@ -88,19 +87,32 @@ def read_tree(folder: Path) -> Source:
     )
 
 
-def _parts(folder: Path) -> dict[Path, str | None]:
+def parts_of(folder: Path) -> dict[Path, str | None]:
     """The folders of splits with their words, or the whole folder without one. Raises UserError for a mixture."""
     parts = split_folders(folder)
-    names = {child.name for child in visible_folders(folder)}
-    words = {SPLIT_FOLDERS[name.lower()] for name in names if name.lower() in SPLIT_FOLDERS}
-    if not parts and "train" in words and len(words) > 1:
-        others = sorted(name for name in names if name.lower() not in SPLIT_FOLDERS)
-        what = f"and beside them {named(others)}" if others else "one of them without a folder for each class"
+    children = visible_folders(folder)
+    exact = {SPLIT_FOLDERS[child.name.lower()] for child in children if child.name.lower() in SPLIT_FOLDERS}
+    splits = [child for child in children if split_of(child.name) is not None]
+    words = {split_of(child.name) for child in splits}
+    nested = any(any(visible_folders(child)) for child in splits)  # as folders of classes rarely are
+    if not parts and (("train" in exact and len(exact) > 1) or (nested and len(words) > 1)):
+        others = [child.name for child in children if child not in splits]
+        what = f"and beside them {named(others)}" if others else "without one to train, or one without classes"
         raise UserError(
-            f"{folder} has folders of splits {what}: expected folders of splits alone, each with a folder for each "
-            f"class, or folders of classes alone. Move what does not belong."
+            f"{folder} has folders of splits {what}: expected folders of splits alone, one of them to train, each with "
+            f"a folder for each class, or folders of classes alone. Move what does not belong."
         )
     return parts or {folder: None}
+
+
+def too_few_classes(folder: Path, count: int, remedy: str) -> UserError:
+    """That a folder has folders of `count` classes alone; and where they may be instead."""
+    inside = visible_folders(folder)
+    if len(inside) == 1 and any(visible_folders(inside[0])):
+        remedy = f"Give {inside[0]} if the classes are there"
+    return UserError(
+        f"{folder} has {count} sub-folders: expected one folder of images for each class, at least two. {remedy}."
+    )
 
 
 def natural_order(names: Iterable[str]) -> list[str]:

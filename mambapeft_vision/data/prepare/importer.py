@@ -16,11 +16,11 @@ from mambapeft_vision.data.own.files import (
     IMAGE_SUFFIXES,
     NAMED,
     known_suffix,
-    split_folders,
     suffix_of,
     visible_files,
     visible_folders,
 )
+from mambapeft_vision.data.own.source import parts_of, too_few_classes
 from mambapeft_vision.data.prepare.verify import TaskReport, verify_task
 from mambapeft_vision.data.preprocessing import MAX_IMAGE_BYTES
 from mambapeft_vision.data.splits import stratified_splits
@@ -102,12 +102,10 @@ def read_tree(folder: Path) -> LabelledImages:
     A tree that is split already, `folder/{train,val,test}/<class>/**/<image>`, keeps its splits. Hidden files and
     folders are skipped at any depth. Images are recognised by their content; other files are noted.
     """
-    parts = split_folders(folder) or {folder: None}
+    parts = parts_of(folder)
     classes = sorted({child.name for part in parts for child in visible_folders(part)})
     if len(classes) < 2:
-        raise UserError(
-            f"{folder} has {len(classes)} sub-folders: expected one folder of images for each class, at least two."
-        )
+        raise too_few_classes(folder, len(classes), "Sort the images into folders")
     paths: list[Path] = []
     labels: list[int] = []
     words: list[str | None] = []
@@ -274,7 +272,8 @@ def _draw_splits(labelled: LabelledImages, max_test: int, seed: int) -> list[np.
     left = len(pool) - 1000
     if left < 0 or (not len(test) and left == 0):
         raise UserError(
-            f"{labelled.source} has {len(pool)} images to train on: expected 1,000 (800 + 200), and some more to test."
+            f"{labelled.source} has {len(pool)} images to train on: expected 1,000 (800 + 200), and some more to test. "
+            f"Fewer are trained on where they lie: dataset=folder dataset.path=DIR"
         )
     train, val, rest = (pool[part] for part in stratified_splits(labelled.labels[pool], [800, 200, left], seed))
     candidates = test if len(test) else rest

@@ -12,7 +12,8 @@ from helpers.own_images import draw, tree
 from mambapeft_vision.data import Preprocessing, TaskDataModule
 from mambapeft_vision.data.manifest import read_entry
 from mambapeft_vision.data.own.draw import draw_shots, draw_splits, split_sizes
-from mambapeft_vision.data.own.source import natural_order
+from mambapeft_vision.data.own.source import natural_order, read_tree
+from mambapeft_vision.data.prepare.importer import read_labelled
 from mambapeft_vision.utils.errors import UserError
 
 PREPROCESSING = Preprocessing((8, 8), "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -112,6 +113,57 @@ def test_what_cannot_be_a_task_is_refused_with_the_remedy(make, words, tmp_path)
     message = problem(tmp_path / "photos", tmp_path / "own")
     assert all(word in message for word in words), message
     assert not list((tmp_path / "own").glob("*/")) if (tmp_path / "own").exists() else True
+
+
+SPLIT_TREES = {
+    ("train", "val"): "train val",
+    ("Training", "Testing"): "train test",
+    ("training_set", "test_set"): "train test",
+    ("seg_train/seg_train", "seg_test/seg_test"): "train test",
+    ("train2017", "val2017"): "train val",
+    ("Train Images", "Test Images"): "train test",
+    ("birds-train", "birds-valid", "birds-test"): "train val test",
+}
+
+
+@pytest.mark.parametrize("folders", SPLIT_TREES)
+def test_folders_of_splits_are_known_by_what_people_call_them(folders, tmp_path):
+    for folder in folders:
+        tree(tmp_path / folder, {"a": 2, "b": 2})
+    for source in (read_tree(tmp_path), read_labelled(tmp_path)):
+        assert source.class_names == ("a", "b")
+        assert set(source.splits) == set(SPLIT_TREES[folders].split())
+
+
+@pytest.mark.parametrize(
+    "names", [("train", "bus"), ("train ride", "test drive"), ("valid", "invalid"), ("latest", "a")]
+)
+def test_classes_may_be_called_as_splits_are(names, tmp_path):
+    source = read_tree(tree(tmp_path, dict.fromkeys(names, 2)))
+    assert source.class_names == tuple(sorted(names)) and source.splits is None
+
+
+@pytest.mark.parametrize("folders", [("val", "test"), ("seg_train", "seg_test", "seg_pred"), ("train", "test", "more")])
+def test_splits_that_cannot_be_used_do_not_become_classes(folders, tmp_path):
+    for folder in folders:
+        tree(tmp_path / folder, {"a": 2, "b": 2})
+    for read in (read_tree, read_labelled):
+        with pytest.raises(UserError, match=r"folders of splits .*Move what does not belong"):
+            read(tmp_path)
+
+
+def test_a_tree_inside_of_another_folder_is_named(tmp_path):
+    tree(tmp_path / "photos" / "photos", {"a": 2, "b": 2})
+    for read in (read_tree, read_labelled):
+        with pytest.raises(UserError, match=r"1 sub-folders.*Give .*photos/photos if the classes are there"):
+            read(tmp_path / "photos")
+
+
+def test_what_systems_and_archives_leave_is_no_class_and_no_image(tmp_path):
+    tree(tmp_path, {"a": 2, "b": 2, "__MACOSX": 1, "a/@eaDir/00.png": 1, "$RECYCLE.BIN": 1})
+    (tmp_path / "a" / "Thumbs.db").write_bytes(b"x")
+    for source in (read_tree(tmp_path), read_labelled(tmp_path)):
+        assert source.class_names == ("a", "b") and len(source.labels) == 4 and source.notes == ()
 
 
 # The draw
