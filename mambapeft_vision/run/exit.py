@@ -6,6 +6,7 @@ Light to import, as config.py is.
 import difflib
 import errno
 import functools
+import logging
 import os
 import re
 import shutil
@@ -36,7 +37,14 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from mambapeft_vision.adapter.specs import RENAMED
 from mambapeft_vision.utils.atomic import write_json
 from mambapeft_vision.utils.console import say
-from mambapeft_vision.utils.errors import DISK_REMEDIES, NotFiniteError, Preempted, SweepEnded, UserError
+from mambapeft_vision.utils.errors import (
+    DISK_REMEDIES,
+    WRITE_ERRORS,
+    NotFiniteError,
+    Preempted,
+    SweepEnded,
+    UserError,
+)
 from mambapeft_vision.utils.paths import configs_folder
 from mambapeft_vision.utils.progress import CANNOT_WRITE
 from mambapeft_vision.utils.text import command, override, plain
@@ -48,9 +56,6 @@ USER_MISTAKE = 2
 INTERRUPTED = 130  # as shells report Ctrl-C
 PREEMPTED = 143  # as shells report SIGTERM: the state is saved, start the same command again
 NO_READER = 141  # as shells report SIGPIPE: who read the output (`| head`) has gone
-
-# Errors of an output or a disk for which the system names no file.
-_OF_A_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
     # Where other programs want the cores too, PyTorch's spinning threads would make a step 30 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises what happened; it is described here
+    logging.raiseExceptions = False  # a log file of a library that cannot be written is worth no traceback
     code = _code_of(main)
     _give_up_streams()
     if code:
@@ -215,7 +221,7 @@ def is_mistake(error: Exception) -> bool:
         return True
     if not isinstance(error, OSError) or error.errno not in DISK_REMEDIES:
         return False
-    return error.filename is not None or error.errno in _OF_A_WRITE
+    return error.filename is not None or error.errno in WRITE_ERRORS
 
 
 def summary(error: Exception) -> str:
