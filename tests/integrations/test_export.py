@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -236,6 +237,25 @@ def test_adapters_become_those_of_peft_and_come_back(tmp_path, peft, presets):
     assert loaded.peft_config["default"].peft_type == IN_PEFT[presets]
     convert_from_peft(tmp_path / "peft", VIM, "random", tmp_path / "back", **SMALL)
     close(logits(tmp_path / "back"), expected)
+
+
+def test_a_folder_that_peft_could_not_complete_is_not_left(tmp_path, peft, monkeypatch):
+    """The disk is full when peft has written the tensors and half of its config."""
+    whole = peft.LoraConfig.save_pretrained
+
+    def half(self, folder, **options):
+        whole(self, folder, **options)
+        os.truncate(Path(folder) / "adapter_config.json", 100)
+        raise OSError(28, os.strerror(28))
+
+    folder, out = saved(tmp_path / "run", "lora_x_proj"), tmp_path / "peft"
+    with monkeypatch.context() as patch:
+        patch.setattr(peft.LoraConfig, "save_pretrained", half)
+        with pytest.raises(OSError, match="No space left") as error:
+            run(folder, "peft", out)
+    assert error.value.filename == str(out) and os.listdir(tmp_path) == ["run"]
+    run(folder, "peft", out)  # nothing is in the way
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(os.listdir(out))
 
 
 def test_a_lora_that_peft_made_becomes_ours(tmp_path, peft):
