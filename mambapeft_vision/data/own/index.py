@@ -11,7 +11,7 @@ from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.untrusted import read_bytes
 
 INDEX_FILE = "files.csv"
-_MAX_INDEX_BYTES = 8_000_000_000
+MAX_INDEX_BYTES = 8_000_000_000
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class IndexedFile:
 def read_index(folder: Path) -> list[IndexedFile] | None:
     """The lines of files.csv; None where there is no whole record."""
     try:
-        text = read_bytes(folder / INDEX_FILE, max_bytes=_MAX_INDEX_BYTES).decode()
+        text = read_bytes(folder / INDEX_FILE, max_bytes=MAX_INDEX_BYTES).decode()
         rows = list(csv.reader(io.StringIO(text, newline="")))
         return [_indexed_file(row) for row in rows[1:]]
     except (FileNotFoundError, NotADirectoryError):
