@@ -219,9 +219,21 @@ def is_mistake(error: Exception) -> bool:
     """Whether the user can repair the error. A traceback would then only hide the message."""
     if isinstance(error, (UserError, HydraException, OmegaConfBaseException)):  # some of Hydra's are OSErrors too
         return True
+    if _is_nowhere(error):
+        return True
     if not isinstance(error, OSError) or error.errno not in DISK_REMEDIES:
         return False
     return error.filename is not None or error.errno in WRITE_ERRORS
+
+
+def _is_nowhere(error: Exception) -> bool:
+    """Whether a file was not found because the current folder itself is no more."""
+    if isinstance(error, FileNotFoundError):
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            return True
+    return False
 
 
 def summary(error: Exception) -> str:
@@ -266,6 +278,8 @@ def _message(error: Exception) -> str:
         return _config_error(error)
     if isinstance(error, OverrideParseException):
         return _override_error(error)
+    if _is_nowhere(error):
+        return "the current folder has been deleted; change to one that is there (cd), and start the command again"
     if isinstance(error, OSError) and error.errno in DISK_REMEDIES:
         place = "the output" if error.filename is None else plain(error.filename)
         return f"{place}: {error.strerror}; {DISK_REMEDIES[error.errno]}"

@@ -90,7 +90,14 @@ def search(settings: Search, configs: Path) -> Path:
     kept = Kept(tasks=len(jobs))
     stop = optuna.study.MaxTrialsCallback(settings.trials, states=(TrialState.COMPLETE, TrialState.FAIL))
     if _ended(study) < settings.trials:
-        study.optimize(_objective(settings, jobs, kept), catch=(Exception,), callbacks=[_report, _give_up, stop])
+        try:
+            study.optimize(_objective(settings, jobs, kept), catch=(Exception,), callbacks=[_report, _give_up, stop])
+        except Exception as error:  # Optuna's own, of a kind that tells nothing
+            if settings.storage is None and not settings.folder.is_dir():
+                raise UserError(
+                    f"{settings.folder} was deleted while the search ran; the same command begins it anew"
+                ) from error
+            raise
     winner = export(settings, study)
     try:
         publish(settings, build_logger(jobs[0].plan), study)
