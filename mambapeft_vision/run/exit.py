@@ -174,6 +174,8 @@ def _code_of(main: Callable[[], int | None]) -> int | None:
     except Exception as error:
         if interrupted:  # while something was imported, which may turn Ctrl-C into an error of its own
             return _interrupted()
+        if _launches and isinstance(error, OSError) and error.errno in WRITE_ERRORS and error.filename is None:
+            error.filename = str(_launches[-1])  # Hydra's own files of a sweep
         say(ending(error), sys.stderr)
         return USER_MISTAKE if is_mistake(error) else CRASH
     finally:

@@ -57,6 +57,7 @@ COMMANDS: dict[str, Callable[[Path, Path, Path], list[str]]] = {
     ],
     "to peft": lambda run, out, tree: ["export", f"run={run}", "to=peft", *RANDOM, "--out", str(out / "peft")],
     "to lora": lambda run, out, tree: ["export", f"run={run}", "to=lora", *RANDOM, "--out", str(out / "lora")],
+    "train -m": lambda run, out, tree: ["train", "-m", *tiny(run, out), "seed=5,6"],
     "tune": lambda run, out, tree: ["tune", *tiny(run, out), "method=lora_p_x", "trials=2"],
     "pretrain": lambda run, out, tree: [
         *["pretrain", "folder", f"sources.mine.path={tree}", "sources.mine.holdout=0.01", f"out={out / 'weights'}"],
@@ -194,6 +195,7 @@ def check(arguments: Sequence[str], reason: str, out: Path, said: pytest.Capture
     code = _code_of(partial(main, arguments))
     error = said.readouterr().err
     assert code == USER_MISTAKE and reason in error and "Traceback" not in error, error
+    assert "error: the output:" not in error, "no file is named"
     assert len([line for line in error.splitlines() if line.startswith("error: ")]) == 1, error
     assert not [f for f in out.rglob("*") if f.is_file() and f.name != "ballast" and f.stat().st_size > LEAST]
 
