@@ -1,6 +1,8 @@
 """An adapter on disk: a folder with adapter.safetensors and adapter_config.json."""
 
+import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +26,9 @@ ADAPTER_FILE = "adapter.safetensors"
 CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 1
 MAX_BYTES = {CONFIG_FILE: 10_000_000, ADAPTER_FILE: 4_000_000_000}
-_CHECKSUM = "tensors_sha256"  # in the metadata of adapter.safetensors; tools that change the tensors leave it out
+# In the metadata of adapter.safetensors. Tools that change the tensors leave them out.
+_CHECKSUM, _CONFIG_CHECKSUM = "tensors_sha256", "config_sha256"
+_DECIDING = ("backbone", "methods", "num_classes")  # keys of the config on which predictions depend
 _DTYPES = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -43,12 +47,13 @@ class Adapter:
 
 
 def write_adapter(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Writes both files into `folder`, each atomically; the tensors with a checksum. config: JSON-safe."""
+    """Writes both files into `folder`, each atomically; beside the tensors checksums of both. config: JSON-safe."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
     # Unlike safetensors' save_file, write_bytes says what a disk has against it.
-    write_bytes(folder / ADAPTER_FILE, serialize(tensors, {_CHECKSUM: tensors_sha256(tensors)}))
+    checksums = {_CHECKSUM: tensors_sha256(tensors), _CONFIG_CHECKSUM: _config_sha256(config)}
+    write_bytes(folder / ADAPTER_FILE, serialize(tensors, checksums))
     write_json(folder / CONFIG_FILE, dict(config))
 
 
@@ -67,6 +72,8 @@ def file_of_adapter(folder: Path, name: str) -> Path:
 
 def read_adapter(folder: str | Path) -> Adapter:
     """Reads adapter_config.json and adapter.safetensors; nothing in them is executed.
+
+    It warns of a config that is not the one that was saved with the tensors: damaged, or changed by hand.
 
     Raises: UserError naming the file and what is wrong with it.
     """
@@ -90,7 +97,19 @@ def read_adapter(folder: str | Path) -> Adapter:
         )
     _check_adapter_config(config, path)
     refuse_references(config, str(path))
-    return Adapter(folder, config, read_state(tensors))
+    state, metadata = _read_state(tensors)
+    if metadata.get(_CONFIG_CHECKSUM, checksum := _config_sha256(config)) != checksum:
+        warnings.warn(
+            f"{plain(path)} is not as it was saved with {ADAPTER_FILE} ({', '.join(_DECIDING)}): damaged or changed by "
+            f"hand; if you have not changed it, {_AGAIN}",
+            stacklevel=2,
+        )
+    return Adapter(folder, config, state)
+
+
+def _config_sha256(config: Mapping[str, Any]) -> str:
+    deciding = {key: config.get(key) for key in _DECIDING}
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
 def read_state(file: Path) -> dict[str, Tensor]:
@@ -98,6 +117,11 @@ def read_state(file: Path) -> dict[str, Tensor]:
 
     Raises: UserError for a file that is missing, damaged or too large, and for tensors with NaN or infinity.
     """
+    return _read_state(file)[0]
+
+
+def _read_state(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As `read_state`; and the texts beside the tensors."""
     try:
         content = read_bytes(file, max_bytes=MAX_BYTES[ADAPTER_FILE])
         if int.from_bytes(content[:8], "little") > MAX_HEADER:
@@ -108,11 +132,12 @@ def read_state(file: Path) -> dict[str, Tensor]:
     odd = [name for name, tensor in state.items() if tensor.dtype not in _DTYPES]
     if odd:
         raise UserError(f"{file}: {shown(odd[0])} is of type {state[odd[0]].dtype}; expected numbers. {_AGAIN}")
-    recorded = _metadata(content).get(_CHECKSUM)
+    metadata = _metadata(content)
+    recorded = metadata.get(_CHECKSUM)
     if recorded is not None and recorded != tensors_sha256(state):
         raise UserError(f"{file} is damaged: its tensors are not those that were saved (sha256); {_AGAIN}")
     check_finite(state, str(file))
-    return state
+    return state, metadata
 
 
 def _metadata(content: bytes) -> dict[str, Any]:

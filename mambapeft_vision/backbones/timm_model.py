@@ -320,9 +320,12 @@ class TimmModel(Ported):
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that no optimiser should decay: tokens, positions, and A, of which a scan takes exponentials."""
-        tokens = ("cls_token", "pos_embed", "pos_embed_cls")
-        return {name for name, _ in self.named_parameters() if name in tokens or name.endswith(("_log", "A_logs"))}
+        """Parameters that no optimiser should decay: tokens, positions, and A, of which a scan takes exponentials.
+
+        So are biases; timm knows them by their one axis, but not those of VMamba's four directions.
+        """
+        tokens, ends = ("cls_token", "pos_embed", "pos_embed_cls"), ("_log", "A_logs", "dt_projs_bias")
+        return {name for name, _ in self.named_parameters() if name in tokens or name.endswith(ends)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's patterns of parameter names, from the input to the head, for layer-wise learning rates."""

@@ -34,7 +34,15 @@ from torch.utils.checkpoint import checkpoint
 
 from mambapeft_vision.backbones.build import EMBEDDED_WEIGHTS, build, cfg
 from mambapeft_vision.backbones.drop_path import BranchScales
-from mambapeft_vision.backbones.layers import Mlp, PortedConv2d, PortedLinear, both_sides, computes_as, zero_head
+from mambapeft_vision.backbones.layers import (
+    Mlp,
+    PortedConv2d,
+    PortedLinear,
+    both_sides,
+    computes_as,
+    zero_head,
+    zero_init,
+)
 from mambapeft_vision.backbones.layout import TokenLayout, select
 from mambapeft_vision.backbones.ports import BranchPort, InputPort, Port, Ported, PrefixPort, SidePort, TapPort
 from mambapeft_vision.backbones.timm_model import State, TimmModel
@@ -593,6 +601,7 @@ class VMamba(TimmModel):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, SS2D):
                 module.init_weights()
+        zero_init(self.head)
         self.branch_scales.fill()
 
     def convert_checkpoint(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:

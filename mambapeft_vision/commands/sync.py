@@ -36,23 +36,32 @@ def main(arguments: Sequence[str]) -> None:
     if not finished:
         raise UserError(f"no finished run below {', '.join(map(str, options.places))}; expected folders with runs")
     new = [folder for folder in finished if not (folder / WANDB_ID_FILE).exists() and SET_ASIDE not in folder.name]
+    failed = 0
     for folder in new:
-        upload(folder, make_logger(options))
-        say(f"uploaded {folder}")
-    print(f"{len(new)} runs uploaded, {len(finished) - len(new)} left alone")
+        taken = upload(folder, make_logger(options))
+        failed += not taken
+        say(f"{'uploaded' if taken else 'NOT uploaded'} {folder}")
+    print(f"{len(new) - failed} runs uploaded, {len(finished) - len(new)} left alone")
     if options.sweeps:
-        publish_sweeps([folder for folder in finished if SET_ASIDE not in folder.name], options)
+        failed += publish_sweeps([folder for folder in finished if SET_ASIDE not in folder.name], options)
+    if failed:
+        raise UserError(f"{failed} uploads failed; the warnings above say why, and the same command tries them again")
 
 
-def publish_sweeps(folders: list[Path], options: argparse.Namespace) -> None:
+def publish_sweeps(folders: list[Path], options: argparse.Namespace) -> int:
+    """Returns: how many of the sweeps W&B has not taken."""
     sweeps: dict[str, dict[Path, RunRecord]] = {}
     for folder in folders:
         record = read_record(folder)
         if record.config.get("sweep"):
             sweeps.setdefault(record.config["sweep"], {})[folder] = record
+    failed = 0
     for sweep, records in sweeps.items():
-        publish(make_logger(options), sweep, records, read_standard(configs_folder()), options.places[0])
-        say(f"uploaded {sweep}: {len(records)} runs")
+        logger = make_logger(options)
+        publish(logger, sweep, records, read_standard(configs_folder()), options.places[0])
+        failed += logger.has_failed
+        say(f"{'NOT uploaded' if logger.has_failed else 'uploaded'} {sweep}: {len(records)} runs")
+    return failed
 
 
 def make_logger(options: argparse.Namespace) -> WandbLogger:

@@ -13,7 +13,7 @@ from mambapeft_vision.results.claims import computed
 from mambapeft_vision.results.files import read_text
 from mambapeft_vision.results.layout import WANDB_ID_FILE
 from mambapeft_vision.results.record import RunRecord
-from mambapeft_vision.utils.atomic import write_text
+from mambapeft_vision.utils.atomic import temporary_path, write_text
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.untrusted import refuse_links
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 LONGEST_TAG = 64  # characters, by W&B's rule; so are the names
 _FOLDERS = ("wandb", ".wandb")  # W&B's names of its own, the second where there is one
+_LEAST_FREE = 1 << 20  # bytes that are to be free once W&B has written its files
 _PROJECT = re.compile(r"[^/\\#?%:\x00-\x1f]{1,128}")
 _ENTITY = re.compile(r"[\w-]{1,128}")
 
@@ -78,6 +79,7 @@ class WandbLogger:
                 raise UserError(f"logger.tags: {shown(tag)}; expected tags of 1 to {LONGEST_TAG} characters")
         self._settings: dict[str, Any] = {"project": project, "entity": entity, "mode": mode}
         self._tags = tags
+        self._folder = Path()
         self.pictures = pictures
         self._run: Any = None
         self.has_failed = False
@@ -117,6 +119,7 @@ class WandbLogger:
                 # All of result.json; its config is the run's config.
                 self._run.summary.update({name: value for name, value in vars(record).items() if name != "config"})
             self._run.finish(exit_code=0 if record is not None else 1)
+            self._check_disk()
 
     @contextmanager
     def _never_fatal(self) -> Iterator[None]:
@@ -158,6 +161,7 @@ class WandbLogger:
             )
             run.summary.update(dict(summary))
             run.finish()
+            self._check_disk()
 
     def _log_pictures(self, pictures: Mapping[str, Path]) -> None:
         import wandb
@@ -165,12 +169,21 @@ class WandbLogger:
         if self.pictures and pictures:
             self._run.log({f"pictures/{name}": wandb.Image(str(file)) for name, file in pictures.items()})
 
+    def _check_disk(self) -> None:
+        """Raises OSError where W&B's files of this run cannot be whole, as the disk is full. W&B itself is silent."""
+        if self._settings["mode"] == "offline":
+            probe = temporary_path(self._folder / "probe")
+            try:
+                probe.write_bytes(bytes(_LEAST_FREE))
+            finally:
+                probe.unlink(missing_ok=True)
+
     def _begin(self, **settings: Any) -> Any:
         import wandb  # slow to import, and needed with this logger alone
 
-        own = Path(settings["dir"])
+        self._folder = Path(settings["dir"])
         for name in _FOLDERS:
-            refuse_links(own / name, own)
+            refuse_links(self._folder / name, self._folder)
         _refuse_settings_of_the_folder()
         try:
             return wandb.init(**self._settings, **settings, resume="allow", settings=wandb.Settings(silent=True))

@@ -9,11 +9,12 @@ from mambapeft_vision.results.pictures import draw_from_files, pictures_of, run_
 from mambapeft_vision.results.record import read_record
 
 
-def upload(folder: Path, logger: WandbLogger) -> None:
+def upload(folder: Path, logger: WandbLogger) -> bool:
     """Sends the logger everything that the run in `folder` would have reported.
 
     The account, the project and the mode are the logger's, whatever the result's own config says.
 
+    Returns: whether W&B has taken all of it; if not, the logger has said why, and the upload can be made anew.
     Raises: UserError where the folder's files are no results, or W&B refuses the run.
     """
     record = read_record(folder)
@@ -29,3 +30,4 @@ def upload(folder: Path, logger: WandbLogger) -> None:
     except BaseException:
         (folder / WANDB_ID_FILE).unlink(missing_ok=True)  # an upload that broke off is made anew
         raise
+    return not logger.has_failed

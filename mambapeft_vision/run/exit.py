@@ -6,6 +6,7 @@ Light to import, as config.py is.
 import difflib
 import errno
 import functools
+import logging
 import os
 import re
 import shutil
@@ -37,7 +38,14 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from mambapeft_vision.adapter.specs import RENAMED
 from mambapeft_vision.utils.atomic import write_json
 from mambapeft_vision.utils.console import say
-from mambapeft_vision.utils.errors import DISK_REMEDIES, NotFiniteError, Preempted, SweepEnded, UserError
+from mambapeft_vision.utils.errors import (
+    DISK_REMEDIES,
+    WRITE_ERRORS,
+    NotFiniteError,
+    Preempted,
+    SweepEnded,
+    UserError,
+)
 from mambapeft_vision.utils.paths import configs_folder
 from mambapeft_vision.utils.progress import CANNOT_WRITE
 from mambapeft_vision.utils.text import command, override, plain
@@ -49,9 +57,6 @@ USER_MISTAKE = 2
 INTERRUPTED = 130  # as shells report Ctrl-C
 PREEMPTED = 143  # as shells report SIGTERM: the state is saved, start the same command again
 NO_READER = 141  # as shells report SIGPIPE: who read the output (`| head`) has gone
-
-# Errors of an output or a disk for which the system names no file.
-_OF_A_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
     # Where other programs want the cores too, PyTorch's spinning threads would make a step 30 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises what happened; it is described here
+    logging.raiseExceptions = False  # a log file of a library that cannot be written is worth no traceback
     code = _code_of(main)
     _give_up_streams()
     if code:
@@ -170,6 +176,8 @@ def _code_of(main: Callable[[], int | None]) -> int | None:
     except Exception as error:
         if interrupted:  # while something was imported, which may turn Ctrl-C into an error of its own
             return _interrupted()
+        if _launches and isinstance(error, OSError) and error.errno in WRITE_ERRORS and error.filename is None:
+            error.filename = str(_launches[-1])  # Hydra's own files of a sweep
         say(ending(error), sys.stderr)
         return USER_MISTAKE if is_mistake(error) else CRASH
     finally:
@@ -215,9 +223,21 @@ def is_mistake(error: Exception) -> bool:
     """Whether the user can repair the error. A traceback would then only hide the message."""
     if isinstance(error, (UserError, HydraException, OmegaConfBaseException)):  # some of Hydra's are OSErrors too
         return True
+    if _is_nowhere(error):
+        return True
     if not isinstance(error, OSError) or error.errno not in DISK_REMEDIES:
         return False
-    return error.filename is not None or error.errno in _OF_A_WRITE
+    return error.filename is not None or error.errno in WRITE_ERRORS
+
+
+def _is_nowhere(error: Exception) -> bool:
+    """Whether a file was not found because the current folder itself is no more."""
+    if isinstance(error, FileNotFoundError):
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            return True
+    return False
 
 
 def summary(error: Exception) -> str:
@@ -262,6 +282,8 @@ def _message(error: Exception) -> str:
         return _config_error(error)
     if isinstance(error, OverrideParseException):
         return _override_error(error)
+    if _is_nowhere(error):
+        return "the current folder has been deleted; change to one that is there (cd), and start the command again"
     if isinstance(error, OSError) and error.errno in DISK_REMEDIES:
         place = "the output" if error.filename is None else plain(error.filename)
         return f"{place}: {error.strerror}; {DISK_REMEDIES[error.errno]}"

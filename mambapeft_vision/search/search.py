@@ -37,7 +37,7 @@ from mambapeft_vision.search.plots import history, importances
 from mambapeft_vision.search.space import Point, Space
 from mambapeft_vision.sweep.jobs import Job, plan_jobs
 from mambapeft_vision.sweep.worker_cache import Kept
-from mambapeft_vision.utils.atomic import write_text
+from mambapeft_vision.utils.atomic import errors_name, write_text
 from mambapeft_vision.utils.console import say
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import command, plain
@@ -90,7 +90,14 @@ def search(settings: Search, configs: Path) -> Path:
     kept = Kept(tasks=len(jobs))
     stop = optuna.study.MaxTrialsCallback(settings.trials, states=(TrialState.COMPLETE, TrialState.FAIL))
     if _ended(study) < settings.trials:
-        study.optimize(_objective(settings, jobs, kept), catch=(Exception,), callbacks=[_report, _give_up, stop])
+        try:
+            study.optimize(_objective(settings, jobs, kept), catch=(Exception,), callbacks=[_report, _give_up, stop])
+        except Exception as error:  # Optuna's own, of a kind that tells nothing
+            if settings.storage is None and not settings.folder.is_dir():
+                raise UserError(
+                    f"{settings.folder} was deleted while the search ran; the same command begins it anew"
+                ) from error
+            raise
     winner = export(settings, study)
     try:
         publish(settings, build_logger(jobs[0].plan), study)
@@ -110,9 +117,7 @@ def open_study(settings: Search) -> optuna.Study:
         _drop_incomplete_line(journal)
     try:
         study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(journal)))
-            if settings.storage is None
-            else _database(settings.storage),
+            storage=JournalStorage(_Journal(str(journal))) if settings.storage is None else _database(settings.storage),
             sampler=optuna.samplers.TPESampler(multivariate=True),
             study_name=settings.name,
             direction="maximize",
@@ -137,6 +142,20 @@ def open_study(settings: Search) -> optuna.Study:
             f"cannot be compared with new ones; give this one another name with name=..."
         )
     return study
+
+
+class _Journal(JournalFileBackend):
+    """Optuna's journal. Errors name its file, and leave no part of a line, which the next line would continue."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        file = Path(self._file_path)
+        try:
+            with errors_name(file):
+                super().append_logs(logs)
+        except OSError:
+            with suppress(OSError, UserError):
+                _drop_incomplete_line(file)
+            raise
 
 
 def _refuse_endless_lock(lock: Path) -> None:

@@ -166,8 +166,8 @@ class Pool:
         watcher.ended(job, outcome)
         if outcome.ends_sweep:
             raise SweepError(
-                f"{job.label}: {outcome.error}\nThe sweep ends with it, and the same command continues. "
-                f"With trainer.on_nonfinite=skip_run, NaN or infinity in a run does not end it"
+                f"{job.label}: {outcome.error}\n"
+                f"The sweep ends with it: {outcome.ends_sweep}. The same command continues"
             )
 
     @contextmanager

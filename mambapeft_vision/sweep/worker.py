@@ -47,14 +47,14 @@ class Outcome:
     """How a run ended: with a record, or with an error in one line.
 
     last: the worker ends afterwards, because its process cannot be trusted after a crash.
-    ends_sweep: no other run may begin (trainer.on_nonfinite=stop, or the disk of all runs is full).
+    ends_sweep: why no other run may begin; empty where others may.
     elsewhere: another process, on this machine or another, works on the run; this is no failure.
     """
 
     record: RunRecord | None
     error: str = ""
     last: bool = False
-    ends_sweep: bool = False
+    ends_sweep: str = ""
     elsewhere: bool = False
 
 
@@ -98,15 +98,18 @@ def run(assignment: Assignment, kept: Kept) -> Outcome:
         with suppress(UserError):  # through a link nothing is written
             refuse_links(assignment.folder, user_path(assignment.cfg.paths.outputs))
             note_failure(assignment.folder, error, assignment.overrides)
-        ends_sweep = _is_full(error) or (isinstance(error, NotFiniteError) and error.ends_sweep)
-        return Outcome(None, summary(error), last=not is_mistake(error), ends_sweep=ends_sweep)
+        return Outcome(None, summary(error), last=not is_mistake(error), ends_sweep=_ends_sweep(error))
     return Outcome(record)
 
 
-def _is_full(error: Exception) -> bool:
-    """Whether every other run would fail for the same reason: the disk or quota is full, or nothing can be written."""
+def _ends_sweep(error: Exception) -> str:
+    """Why no other run is to be begun after this error; empty where others are."""
+    if isinstance(error, NotFiniteError) and error.ends_sweep:
+        return "with trainer.on_nonfinite=skip_run, NaN or infinity in a run does not end it"
     system = error if isinstance(error, OSError) else error.__cause__
-    return isinstance(system, OSError) and system.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    if isinstance(system, OSError) and system.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        return "every other run would write to the same disk"
+    return ""
 
 
 def _train(assignment: Assignment, kept: Kept) -> RunRecord:

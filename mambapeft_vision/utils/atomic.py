@@ -35,7 +35,7 @@ def atomic_path(path: str | Path, *, flush: bool = True) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = temporary_path(path)
-    with _named(path, temporary):
+    with errors_name(path, temporary):
         os.close(os.open(temporary, _CREATE, 0o666))
         try:
             yield temporary
@@ -51,13 +51,18 @@ def atomic_path(path: str | Path, *, flush: bool = True) -> Iterator[Path]:
 
 
 @contextmanager
-def _named(path: Path, temporary: Path) -> Iterator[None]:
-    """Makes errors of the system name the output: those of a write name no file, others the temporary one."""
+def errors_name(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Errors of the system name the file or folder that was to be written: those of a write name none.
+
+    temporary: where it is written; errors name it, or what is in it.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename in (None, str(temporary), temporary):
+        if error.errno is not None and error.filename is None:
             error.filename = str(path)
+        elif error.errno is not None and temporary is not None:
+            error.filename = str(error.filename).replace(str(temporary), str(path))
         raise
 
 
@@ -81,12 +86,13 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_old_folders(folder)
     temporary = temporary_path(folder)
-    temporary.mkdir()
-    try:
-        yield temporary
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with errors_name(folder, temporary):
+        temporary.mkdir()
+        try:
+            yield temporary
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def open_log(file: Path) -> int:

@@ -84,6 +84,10 @@ DISK_REMEDIES = {
 }
 
 
+# What can be wrong with a disk where the system names no file, and never with a network.
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+
+
 @contextmanager
 def disk_errors_of(place: str, choice: str, kept: str) -> Iterator[None]:
     """Turns errors of the disk into a DiskError.

@@ -400,7 +400,7 @@ def kinds() -> list[str]:
     return sorted((names - NO_ADAPTERS) | set(VARIANTS))
 
 
-def with_adapter(kind: str, targets: list[str], backbone: Any = None) -> Any:
+def with_adapter(kind: str, targets: list[str], backbone: Any = None, **more: Any) -> Any:
     """A model with a peft adapter whose tensors are not zero; None where peft refuses, or attaches to nothing."""
     from peft import get_peft_model
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -408,7 +408,7 @@ def with_adapter(kind: str, targets: list[str], backbone: Any = None) -> Any:
     name, *_ = kind.split()
     config = PEFT_TYPE_TO_CONFIG_MAPPING[name]
     known = inspect.signature(config).parameters
-    arguments = {"r": 2, **SETTINGS.get(name, {}), **VARIANTS.get(kind, {})}
+    arguments = {"r": 2, **SETTINGS.get(name, {}), **VARIANTS.get(kind, {}), **more}
     arguments = {key: value for key, value in arguments.items() if key in known}
     try:
         model: Any = get_peft_model(backbone or vim(), config(target_modules=targets, **arguments)).eval()
@@ -445,21 +445,58 @@ def test_adapters_of_peft_train_and_merge(kind: str) -> None:
             check_adapter(kind, model)
 
 
+def check_gradient(model: Any, x: Tensor) -> None:
+    """Each trained tensor has a gradient; that of all of them, in one direction, equals a central difference."""
+
+    def loss() -> Tensor:
+        return model(x).logsumexp(1).sum()
+
+    def shift(step: float) -> None:
+        with torch.no_grad():
+            for p, v in zip(trained, direction):
+                p.add_(step * v)
+
+    names, trained = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
+    gradient = torch.autograd.grad(loss(), trained, allow_unused=True)
+    assert [n for n, g in zip(names, gradient) if g is None or not g.any()] == []
+    generator = torch.Generator().manual_seed(4)
+    direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in trained]
+    found = sum((g * v).sum() for g, v in zip(gradient, direction))
+    values = []
+    with torch.no_grad():
+        for step in (STEP, -2 * STEP):
+            shift(step)
+            values.append(loss())
+        shift(STEP)
+    torch.testing.assert_close(found, (values[0] - values[1]) / (2 * STEP), rtol=1e-5, atol=1e-7)
+
+
+STEP = 1e-5
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith("vim")])
 def test_adapters_of_peft_on_other_backbones(name: str) -> None:
-    modules = with_weights(family(name))
+    """Of each sort of adapter one: of weights, of activations, rotations around a module, copies in its place.
+
+    Outputs are compared with those of the merged backbone, which has plain modules; gradients with differences.
+    """
+    modules, x = with_weights(family(name)), images(torch.float64)
     linear = [path for path, m in modules.items() if isinstance(m, nn.Linear)]
     convolutions = [path for path, m in modules.items() if isinstance(m, (nn.Conv1d, nn.Conv2d))]
     ungrouped = [path for path in convolutions if modules[path].groups == 1]  # peft's LoRA divides r into groups
-    for kind, targets in (
-        ("LORA", linear + ungrouped),
-        ("VERA", ["in_proj", "qkv"]),
-        ("IA3", [path for path in convolutions if "conv1d" not in path]),
+    others = [path for path in modules if path not in linear + ungrouped]
+    for kind, targets, copied in (
+        ("LORA", linear + ungrouped, others),
+        ("LOHA", linear, None),
+        ("IA3", linear + [path for path in convolutions if "conv1d" not in path], None),
+        ("ROAD", [path for path in linear if modules[path].out_features % 2 == 0], None),
     ):
-        model = with_adapter(kind, targets, family(name).float())
+        model = with_adapter(kind, targets, family(name), modules_to_save=copied).double()
         assert model is not None, (kind, targets)
-        check_adapter(kind, model)
+        check_gradient(model, x)
+        out = model(x)
+        torch.testing.assert_close(model.merge_and_unload()(x), out, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.filterwarnings("ignore")

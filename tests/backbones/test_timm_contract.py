@@ -342,6 +342,17 @@ def test_weight_decay_spares_what_it_must_not_touch(sequence):
     assert any(n.endswith("patch_embed.proj.weight") for n in names[1])
 
 
+@pytest.mark.parametrize("name", ["vmamba_pico_patch4_32", "vmamba_vanilla_tiny"])
+def test_weight_decay_spares_vmambas_biases(name):
+    """Those of its four directions have two axes, as weights have."""
+    model = timm.create_model(name, dims=16, depths=(1, 1), img_size=32)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in timm.optim.create_optimizer_v2(model, opt="adamw", weight_decay=0.05).param_groups:
+        found = {names[id(p)] for p in group["params"]}
+        kept = {name for name in found if name.endswith(("A_logs", "Ds", "bias"))}
+        assert kept == (set() if group["weight_decay"] else kept) and bool(kept) != bool(group["weight_decay"])
+
+
 def test_layers_learn_at_rates_that_fall_towards_the_input(sequence):
     optimiser = timm.optim.create_optimizer_v2(model_of(sequence), opt="sgd", lr=1.0, layer_decay=0.5)
     scale = {id(p): group["lr_scale"] for group in optimiser.param_groups for p in group["params"]}

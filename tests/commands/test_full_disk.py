@@ -1,6 +1,7 @@
 """A disk that takes no more: every command says so in one line, with code 2, and leaves no half file under its name."""
 
 import json
+import logging
 import os
 import resource
 import shutil
@@ -14,9 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import runs
+from helpers.fake_records import fake_record
 from PIL import Image
 
 from mambapeft_vision.cli import main
+from mambapeft_vision.data.prepare.published import FEW_SHOT, FGVC, SEEDS, SHOTS, Published
+from mambapeft_vision.data.tasks import TASKS, Task
+from mambapeft_vision.results.bundle import write_bundle
 from mambapeft_vision.run.exit import USER_MISTAKE, _code_of
 
 LEAST = 64  # bytes that the limit leaves to each file
@@ -52,6 +57,7 @@ COMMANDS: dict[str, Callable[[Path, Path, Path], list[str]]] = {
     ],
     "to peft": lambda run, out, tree: ["export", f"run={run}", "to=peft", *RANDOM, "--out", str(out / "peft")],
     "to lora": lambda run, out, tree: ["export", f"run={run}", "to=lora", *RANDOM, "--out", str(out / "lora")],
+    "train -m": lambda run, out, tree: ["train", "-m", *tiny(run, out), "seed=5,6"],
     "tune": lambda run, out, tree: ["tune", *tiny(run, out), "method=lora_p_x", "trials=2"],
     "pretrain": lambda run, out, tree: [
         *["pretrain", "folder", f"sources.mine.path={tree}", "sources.mine.holdout=0.01", f"out={out / 'weights'}"],
@@ -59,7 +65,27 @@ COMMANDS: dict[str, Callable[[Path, Path, Path], list[str]]] = {
         *["+architecture.embed_dim=16", "+architecture.depth=1", "+architecture.img_size=16"],
     ],
     "rerun": lambda run, out, tree: ["rerun", str(run / "result.json"), f"paths.outputs={out / 'again'}"],
+    "to onnx": lambda run, out, tree: ["export", f"run={run}", "to=onnx", *RANDOM, "--out", str(out / "o.onnx")],
+    "explain": lambda run, out, tree: [
+        *["explain", f"run={run}", f"image={tree / 'a' / '0.png'}", "--grid", "2", "--out", str(out / "e.png")]
+    ],
+    "reproduce": lambda run, out, tree: [
+        *["reproduce", *tiny(run, run.parents[3]), "method=lora_p_x", "--report", str(out / "r.html")]
+    ],
+    "vtab1k": lambda run, out, tree: [
+        *["prepare", "vtab1k", "--folder", str(run.parents[4]), "--tasks", "task", "--root", str(out / "vtab")],
+        *["--workers", "1"],
+    ],
+    "fgvc": lambda run, out, tree: ["prepare", "fgvc", "cars", *published(tree), "--root", str(out / "fgvc")],
+    "few-shot": lambda run, out, tree: ["prepare", "few-shot", "pets", *published(tree), "--root", str(out / "few")],
+    "generate": lambda run, out, tree: ["prepare", "mini", "generate", "--out", str(out / "mini")],
+    "mini pack": lambda run, out, tree: ["mini", "pack", bundle(tree), "--out", str(out / "a.runs.json")],
+    "mini unpack": lambda run, out, tree: ["mini", "unpack", bundle(tree), "--out", str(out / "unpacked")],
+    "mini document": lambda run, out, tree: ["mini", "document", bundle(tree), "--out", str(out / "d.md")],
+    "mini compare": lambda run, out, tree: ["mini", "compare", bundle(tree), "--out", str(out / "c.md")],
 }
+SAID = {"vtab1k": "bytes, but only 0 are free"}  # instead of the system's word, where the space is counted beforehand
+LONG = ("to onnx",)
 
 
 def tiny(run: Path, out: Path) -> list[str]:
@@ -71,9 +97,27 @@ SECOND = "seed1-copy"
 RANDOM = "--weights", "random"
 
 
+def published(tree: Path) -> list[str]:
+    """Options for lists that `tree` lays beside its images."""
+    return ["--lists", str(tree.parent / "lists"), "--images", str(tree)]
+
+
+def bundle(tree: Path) -> str:
+    return str(tree.parent / "vim_nano.runs.json")
+
+
+@pytest.fixture(autouse=True)
+def small_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published data sets have two classes, and one of VTAB-1K's tasks is that of the finished run."""
+    monkeypatch.setitem(FGVC, "cars", Published("cars", 2, {}))
+    monkeypatch.setitem(FEW_SHOT, "pets", Published("pets", 2, {}))
+    monkeypatch.setitem(TASKS, "task", Task("task", "natural", runs.CLASSES, runs.TEST_IMAGES))
+
+
 @pytest.fixture(autouse=True)
 def as_run_cli_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(logging, "raiseExceptions", False)
     monkeypatch.chdir(tmp_path)  # where a search keeps what it finds
 
 
@@ -95,14 +139,25 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1,200 images of two classes."""
-    folder = tmp_path_factory.mktemp("tree")
+    """1,200 images of two classes; beside them published lists of the first ones, and results of the mini benchmark."""
+    above = tmp_path_factory.mktemp("beside")
+    folder = above / "tree"
     for number in range(1200):
         pixels = np.full((2, 2, 3), number % 251, dtype=np.uint8)
         pixels[0, 0] = number // 251, number % 7, number % 5
         file = folder / "ab"[number % 2] / f"{number}.png"
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(file)
+    (above / "lists").mkdir()
+    names = [f"{'ab'[number % 2]}/{number}.png" for number in range(6)]
+    for split, pair in {"train": names[:2], "val": names[2:4], "test": names[4:]}.items():
+        (above / "lists" / f"{split}.json").write_text(json.dumps(dict(zip(pair, (0, 1)))))
+        lists = [f"train_meta.list.num_shot_{shots}.seed_{seed}" for shots in SHOTS for seed in SEEDS]
+        for name in lists if split == "train" else [f"{split}_meta.list"]:
+            (above / "lists" / name).write_text("".join(f"{path} {label}\n" for label, path in enumerate(pair)))
+    backbone = {"name": "vim_nano_patch8_64"}
+    records = [fake_record("mini/usps", preset, 0, 0.7, backbone=backbone) for preset in ("lora_p_x", "linear_probe")]
+    write_bundle(Path(bundle(folder)), records)
     return folder
 
 
@@ -140,11 +195,14 @@ def check(arguments: Sequence[str], reason: str, out: Path, said: pytest.Capture
     code = _code_of(partial(main, arguments))
     error = said.readouterr().err
     assert code == USER_MISTAKE and reason in error and "Traceback" not in error, error
+    assert "error: the output:" not in error, "no file is named"
     assert len([line for line in error.splitlines() if line.startswith("error: ")]) == 1, error
     assert not [f for f in out.rglob("*") if f.is_file() and f.name != "ballast" and f.stat().st_size > LEAST]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.exhaustive) if name in LONG else name for name in COMMANDS]
+)
 def test_no_file_of_this_size(
     name: str, finished: Path, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,5 +220,6 @@ def test_no_space_left(
     with full_disk(tmp_path):
         monkeypatch.chdir(tmp_path)  # the mounted one
         for name in COMMANDS:
-            if name != "evaluate":  # which writes into the run's folder
-                check(COMMANDS[name](finished, tmp_path, tree), os.strerror(28), tmp_path, capsys)
+            if name != "evaluate" and name not in LONG:  # evaluate writes into the run's folder
+                reason = SAID.get(name, os.strerror(28))
+                check(COMMANDS[name](finished, tmp_path, tree), reason, tmp_path, capsys)

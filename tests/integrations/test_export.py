@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -292,6 +293,25 @@ def test_peft_has_one_dora_for_a_row(tmp_path, peft):
 
 
 ROWS = {"of_x": "x", "of_all": None}
+
+
+def test_a_folder_that_peft_could_not_complete_is_not_left(tmp_path, peft, monkeypatch):
+    """The disk is full when peft has written the tensors and half of its config."""
+    whole = peft.LoraConfig.save_pretrained
+
+    def half(self, folder, **options):
+        whole(self, folder, **options)
+        os.truncate(Path(folder) / "adapter_config.json", 100)
+        raise OSError(28, os.strerror(28))
+
+    folder, out = saved(tmp_path / "run", "lora_x_proj"), tmp_path / "peft"
+    with monkeypatch.context() as patch:
+        patch.setattr(peft.LoraConfig, "save_pretrained", half)
+        with pytest.raises(OSError, match="No space left") as error:
+            run(folder, "peft", out)
+    assert error.value.filename == str(out) and os.listdir(tmp_path) == ["run"]
+    run(folder, "peft", out)  # nothing is in the way
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(os.listdir(out))
 
 
 @pytest.mark.parametrize("use_dora", [False, True])

@@ -1,5 +1,6 @@
 """What W&B refuses is said in a line with its remedy, and nothing it does later costs a run."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,8 @@ import wandb
 from helpers.fake_records import fake_record
 from helpers.wandb_files import offline_runs
 
+from mambapeft_vision.commands import sync
+from mambapeft_vision.integrations import wandb_logger
 from mambapeft_vision.integrations.wandb_logger import WandbLogger, known_id, run_id
 from mambapeft_vision.integrations.wandb_upload import upload
 from mambapeft_vision.results.record import write_record
@@ -72,6 +75,36 @@ def test_a_lost_connection_is_one_warning(tmp_path, monkeypatch, capsys):
     ours.log_epoch({"epoch": 0, "loss": 1.0})
     ours.finish(record, {})
     assert capsys.readouterr().err.count("warning: W&B: connection lost") == 1
+
+
+class Silent:
+    """A W&B run that takes everything, and writes what it can of it."""
+
+    summary = SimpleNamespace(update=lambda _: None)
+
+    def __getattr__(self, name):
+        return lambda *_, **__: None
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_a_full_disk_is_no_upload(tmp_path, monkeypatch, capsys, mode):
+    """W&B says nothing where the file for a later `wandb sync` could not be written."""
+
+    def full(*_):
+        raise OSError(28, os.strerror(28))
+
+    (tmp_path / "run").mkdir()
+    write_record(tmp_path / "run", fake_record("vtab/cifar", "a", 0, 0.5))
+    monkeypatch.setattr(wandb, "init", lambda **_: Silent())
+    monkeypatch.setattr(wandb_logger, "temporary_path", full)  # of the file that tries the disk out
+    options = ["--offline"] if mode == "offline" else []
+    if mode == "online":  # the network has taken it
+        sync.main([str(tmp_path), *options])
+    else:
+        with pytest.raises(UserError, match="1 uploads failed; the warnings above say why"):
+            sync.main([str(tmp_path), *options])
+        assert capsys.readouterr().err.count("warning: W&B: its files: No space left on device") == 1
+    assert (known_id(tmp_path / "run") is not None) == (mode == "online")
 
 
 def test_long_names_of_methods_are_cut_to_tags(tmp_path, monkeypatch):

@@ -122,6 +122,15 @@ def test_errors_of_a_write_name_the_file(tmp_path, monkeypatch, number):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_current_folder_that_is_no_more_is_named(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    assert code_of(os.getcwd) == code_of(lambda: write_text("table.md", "text")) == USER_MISTAKE
+    assert capsys.readouterr().err.count("error: the current folder has been deleted; change to one that is there") == 2
+
+
 def test_errors_that_no_table_knows_are_one_line():
     assert describe_error(FileNotFoundError(errno.ENOENT, "No such file", "a/b")) == "error: a/b: No such file (ENOENT)"
     assert describe_error(KeyError("x")) == "KeyError: 'x'"  # of one that was raised, with its traceback

@@ -1,6 +1,8 @@
 """Runs whose images, weights or method files have changed since: never a silent mixture of old and new."""
 
+import json
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mambapeft_vision.adapter.files import ADAPTER_FILE, read_adapter
+from mambapeft_vision.adapter.files import ADAPTER_FILE, CONFIG_FILE, read_adapter
 from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE, AtomicCheckpointIO
 from mambapeft_vision.results.record import read_record
 from mambapeft_vision.run.evaluate import evaluate
@@ -225,6 +227,22 @@ def test_zeroed_blocks_of_an_adapter_are_refused(finished):
     file.write_bytes(content[: -len(content) // 3] + bytes(len(content) - len(content[: -len(content) // 3])))
     with pytest.raises(UserError, match="is damaged"):
         evaluated(finished)
+
+
+def test_a_config_that_is_not_the_adapters_is_told_of(finished):
+    """One digit of a method's sizes would make other predictions; what is only shown may be changed."""
+    file = finished / CONFIG_FILE
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_adapter(finished)
+        file.write_text(file.read_text().replace('"task": "', '"task": "renamed ', 1))
+        read_adapter(finished)
+    (name, spec), *_ = read_adapter(finished).config["methods"].items()
+    config = json.loads(file.read_text())
+    config["methods"][name]["scale"] = 10 * spec.get("scale", 1)
+    file.write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match=r"adapter_config.json is not as it was saved .* damaged or changed by hand"):
+        read_adapter(finished)
 
 
 def test_tensors_that_somebody_changed_on_purpose_are_read(finished):

@@ -1,10 +1,12 @@
 """The journal of a search whose process was killed while it wrote."""
 
 import os
+import resource
 
 import optuna
+import pytest
 
-from mambapeft_vision.search.search import JOURNAL, _drop_incomplete_line
+from mambapeft_vision.search.search import JOURNAL, _drop_incomplete_line, _Journal
 
 
 def study_in(folder):
@@ -26,3 +28,20 @@ def test_an_incomplete_last_line_is_dropped(tmp_path):
     _drop_incomplete_line(file)
     _drop_incomplete_line(tmp_path / "none")
     assert file.read_bytes() == before and [found.name for found in tmp_path.iterdir()] == [JOURNAL]
+
+
+def test_a_line_that_the_disk_took_in_part_is_dropped_at_once(tmp_path):
+    """The next line would continue it, and no search could read the journal again."""
+    file = tmp_path / JOURNAL
+    journal = _Journal(str(file))
+    journal.append_logs([{"number": 1}])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 5, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            journal.append_logs([{"number": 2}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.filename == str(file)
+    journal.append_logs([{"number": 3}])
+    assert list(_Journal(str(file)).read_logs(0)) == [{"number": 1}, {"number": 3}]

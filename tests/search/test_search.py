@@ -219,6 +219,18 @@ def test_a_failed_trial_is_a_failed_trial(data, here, monkeypatch):
     assert trials[1].user_attrs["error"] == "RuntimeError: no luck"
 
 
+def test_a_search_whose_folder_is_deleted_says_so(data, here, monkeypatch):
+    folder = settings(data).folder
+
+    def deleting(*_):
+        shutil.rmtree(folder)
+        raise RuntimeError("no luck either")
+
+    monkeypatch.setattr(search_module, "train", deleting)
+    with pytest.raises(UserError, match="was deleted while the search ran; the same command begins it anew"):
+        search(settings(data), runs.CONFIGS)
+
+
 def test_a_search_in_which_nothing_succeeds_gives_up(data, here):
     with pytest.raises(UserError, match=r"first 5 trials all failed, the last with: .*nowhere"):
         search(settings(data, "trials=50", "paths.data=nowhere"), runs.CONFIGS)

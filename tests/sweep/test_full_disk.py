@@ -1,6 +1,7 @@
 """A disk that is full costs a sweep no worker and no word: one message with the reason, and outputs that cannot be
 written (Slurm's output file on a full home) end nothing."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -13,20 +14,75 @@ from helpers import crashes, runs
 from mambapeft_vision.results.record import is_finished
 from mambapeft_vision.sweep import worker
 from mambapeft_vision.sweep.jobs import plan_jobs
-from mambapeft_vision.sweep.pool import assignment_of
+from mambapeft_vision.sweep.pool import Pool, SweepError, _Worker
 from mambapeft_vision.sweep.worker_cache import Kept
+from mambapeft_vision.utils.errors import NotFiniteError
 
 
-def no_space(*_, **__):
-    raise OSError(28, os.strerror(28))
+class Watcher:
+    def started(self, job):
+        """Not looked at."""
+
+    def ended(self, job, outcome):
+        """Not looked at."""
+
+    def refresh(self):
+        """Not looked at."""
 
 
-def test_a_full_disk_ends_the_sweep_with_its_reason(task, tmp_path, monkeypatch):
-    (job,) = plan_jobs([*runs.overrides(task, tmp_path), "method=lora_p_x"], runs.CONFIGS)
-    monkeypatch.setattr("os.replace", no_space)
-    outcome = worker.run(assignment_of(job), Kept())
-    assert "No space left on device" in outcome.error and outcome.ends_sweep and not outcome.last
-    assert not is_finished(job.folder)
+class HereAndNow:
+    """A worker process and its connection, in one: what it is sent is run at once, in this process."""
+
+    def send(self, assignment):
+        self.outcome = assignment and worker.run(assignment, Kept())
+
+    def recv(self):
+        return self.outcome
+
+    def poll(self):
+        return True
+
+    def is_alive(self):
+        return True
+
+    def __getattr__(self, name):  # of a process that ends by itself
+        return lambda *_: None
+
+
+@pytest.fixture
+def one_sweep(task, tmp_path, monkeypatch):
+    """Runs a sweep of two seeds → the error that ends it."""
+
+    def sweep():
+        jobs = plan_jobs([*runs.overrides(task, tmp_path), "seed=0,1"], runs.CONFIGS)
+        monkeypatch.setattr(Pool, "_start", lambda *_: _Worker(*[HereAndNow()] * 2))
+        monkeypatch.setattr(Pool, "_wait", lambda *_: None)
+        with pytest.raises(SweepError) as ended:
+            Pool(1, [], tmp_path).run(jobs, Watcher())
+        assert not any(is_finished(job.folder) for job in jobs)
+        return str(ended.value)
+
+    return sweep
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
+def test_a_full_disk_ends_the_sweep_with_its_reason(one_sweep, monkeypatch, code):
+    def full(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("os.replace", full)
+    said = one_sweep()
+    assert os.strerror(code) in said and said.startswith("seed 0: ")
+    assert "every other run would write to the same disk" in said and "on_nonfinite" not in said
+
+
+def test_numbers_that_are_not_finite_end_the_sweep_with_another(one_sweep, monkeypatch):
+    def train(*_, **__):
+        raise NotFiniteError("the loss is nan")
+
+    monkeypatch.setattr(worker, "train", train)
+    said = one_sweep()
+    assert "the loss is nan" in said and "trainer.on_nonfinite=skip_run" in said and "disk" not in said
 
 
 def say_much_to_a_full_disk():

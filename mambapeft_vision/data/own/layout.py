@@ -5,20 +5,21 @@ the images are. Beside them stand `classes.txt` (the class names, one a line, by
 each image, see index.py) and `task.json` (where the images came from, how they were split, notes).
 
 Images that were added, removed, relabelled or changed are noticed, and the splits are drawn again; the former record is
-kept beside it.
+kept beside it. So is one whose own files are damaged or were changed.
 """
 
 import hashlib
 import json
 import os
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mambapeft_vision.data.image_list import MOST_CLASSES
-from mambapeft_vision.data.manifest import TaskEntry, drop_entry, task_sha256, write_entry
+from mambapeft_vision.data.image_list import MAX_LIST_BYTES, MOST_CLASSES
+from mambapeft_vision.data.manifest import TaskEntry, drop_entry, read_entry, task_sha256, write_entry
 from mambapeft_vision.data.own.draw import TEST, TRAIN, VAL, draw_splits, strata_of
 from mambapeft_vision.data.own.index import INDEX_FILE, IndexedFile, index_text, per_class, read_index
 from mambapeft_vision.data.own.notes import notes_of
@@ -30,7 +31,7 @@ from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.lock import one_at_a_time
 from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.utils.progress import ConsoleProgress, ProgressMeter
-from mambapeft_vision.utils.untrusted import read_json, read_lines
+from mambapeft_vision.utils.untrusted import read_bytes, read_json, read_lines
 
 CLASSES_FILE, RECORD_FILE, IMAGES = "classes.txt", "task.json", "images"
 # List file → the splits whose images it holds; the names are those of VTAB-1K, whatever the numbers.
@@ -94,6 +95,9 @@ def lay_out(own: OwnImages, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with one_at_a_time(folder):
         known = read_index(folder)
+        if known is not None and not _is_whole(folder, known):
+            warnings.warn(f"{folder}: its files are not as they were written; it is made again", stacklevel=2)
+            known = None
         if known is not None and _is_recorded(source, known, folder):
             return
         files = _indexed(source, own, known or [])
@@ -111,7 +115,7 @@ def lay_out(own: OwnImages, folder: Path) -> None:
 def is_recorded(own: OwnImages, folder: Path) -> bool:
     """Whether the record in `folder` describes the present images; nothing is written."""
     known = read_index(folder)
-    if known is None:
+    if known is None or not _is_whole(folder, known):
         return False
     source = own.read()
     return _is_recorded(source, known, folder) or _is_same(source, _indexed(source, own, known), known, folder)
@@ -138,6 +142,19 @@ def read_notes(folder: Path) -> list[str]:
     content = read_json(file)
     notes = content.get("notes", []) if isinstance(content, dict) else []
     return [str(note) for note in notes] if isinstance(notes, list) else []
+
+
+def _is_whole(folder: Path, known: Sequence[IndexedFile]) -> bool:
+    """Whether list files and index are those that the manifest's entry was written for."""
+    entry = read_entry(folder.parent, folder.name)
+    if entry is None:
+        return False
+    try:
+        lists = _hashes_of_lists(folder, entry.lists)
+    except (OSError, UserError):
+        return False
+    of_index = {name: hashlib.sha256(_list_text(known, splits)).hexdigest() for name, splits in LISTS.items()}
+    return lists == entry.lists == lists | of_index and task_sha256(_file_hashes(known, lists)) == entry.sha256
 
 
 def _is_recorded(source: Source, known: Sequence[IndexedFile], folder: Path) -> bool:
@@ -223,8 +240,7 @@ def _inspect(files: Sequence[Path]) -> list[FileFinding]:
 
 def _write(folder: Path, source: Source, own: OwnImages, files: Sequence[IndexedFile], *, again: bool) -> None:
     for name, splits in LISTS.items():
-        lines = [f"{IMAGES}/{file.path} {file.labels}\n" for file in files if file.split in splits]
-        (folder / f"{name}.txt").write_text("".join(lines), encoding="utf-8")
+        (folder / f"{name}.txt").write_bytes(_list_text(files, splits))
     (folder / CLASSES_FILE).write_text("".join(f"{name}\n" for name in source.class_names), encoding="utf-8")
     (folder / INDEX_FILE).write_text(index_text(files), encoding="utf-8")
     (folder / IMAGES).symlink_to(source.root.absolute(), target_is_directory=True)
@@ -237,6 +253,10 @@ def _write(folder: Path, source: Source, own: OwnImages, files: Sequence[Indexed
         "notes": [*_overview(source, own, files, again), *source.notes, *notes_of(source, files)],
     }
     write_json(folder / RECORD_FILE, record)
+
+
+def _list_text(files: Sequence[IndexedFile], splits: Sequence[str]) -> bytes:
+    return "".join(f"{IMAGES}/{file.path} {file.labels}\n" for file in files if file.split in splits).encode()
 
 
 def _overview(source: Source, own: OwnImages, files: Sequence[IndexedFile], again: bool) -> list[str]:
@@ -252,16 +272,25 @@ def _overview(source: Source, own: OwnImages, files: Sequence[IndexedFile], agai
 
 
 def _entry(folder: Path, files: Sequence[IndexedFile]) -> TaskEntry:
-    lists = {name: hashlib.sha256((folder / f"{name}.txt").read_bytes()).hexdigest() for name in LISTS}
-    hashes = {f"{IMAGES}/{file.path}": file.sha256 for file in files} | {f"{n}.txt": sha for n, sha in lists.items()}
+    lists = _hashes_of_lists(folder, LISTS)
     return TaskEntry(
-        sha256=task_sha256(hashes),
+        sha256=task_sha256(_file_hashes(files, lists)),
         lists=lists,
         images=len(files),
         bytes=sum(file.bytes for file in files),
         classes_seen={name: len(+per_class(files, splits)) for name, splits in LISTS.items()},
         decoded=True,
     )
+
+
+def _hashes_of_lists(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    files = {name: read_bytes(folder / f"{name}.txt", max_bytes=MAX_LIST_BYTES) for name in names}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+
+
+def _file_hashes(files: Sequence[IndexedFile], lists: Mapping[str, str]) -> dict[str, str]:
+    """sha256 by path, as a task's fingerprint takes them."""
+    return {f"{IMAGES}/{file.path}": file.sha256 for file in files} | {f"{n}.txt": sha for n, sha in lists.items()}
 
 
 def _content(files: Sequence[IndexedFile]) -> list[tuple[str, ...]]:

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.atomic import errors_name
+from mambapeft_vision.utils.errors import WRITE_ERRORS, UserError
 from mambapeft_vision.utils.hub import measure
 from mambapeft_vision.utils.text import plain
 
@@ -33,10 +34,13 @@ def fetch_archive(folder: Path) -> Path:
     try:
         if reason is not None:
             raise reason
-        hf_hub_download(
-            repo_id=HUB_DATASET, filename=ARCHIVE_NAME, repo_type="dataset", revision=commit, local_dir=folder
-        )
+        with errors_name(archive):
+            hf_hub_download(
+                repo_id=HUB_DATASET, filename=ARCHIVE_NAME, repo_type="dataset", revision=commit, local_dir=folder
+            )
     except Exception as error:  # the hub client's own, its HTTP library's and the system's errors, by version
+        if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
+            raise
         raise UserError(
             f"VTAB-1K could not be downloaded ({type(error).__name__}: {plain(error)}).\n"
             "Check the network and run the same command again: it continues where it stopped.\n"

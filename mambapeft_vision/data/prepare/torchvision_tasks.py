@@ -15,7 +15,8 @@ from mambapeft_vision.data.png import encode_png
 from mambapeft_vision.data.prepare.importer import LabelledImages, lay_out_task, split_labelled
 from mambapeft_vision.data.prepare.verify import TaskReport
 from mambapeft_vision.data.tasks import Task
-from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.atomic import errors_name
+from mambapeft_vision.utils.errors import WRITE_ERRORS, UserError
 
 MOST_TEST = 2000
 LONGEST_SIDE = 128  # pixels; uncompressed, the whole DTD would take gigabytes
@@ -81,8 +82,11 @@ def _open(fetched: Fetched, part: Part, downloads: Path) -> Any:
     from torchvision import datasets  # slow to import
 
     try:
-        return getattr(datasets, fetched.dataset)(root=str(downloads), download=True, **part)
-    except (OSError, RuntimeError) as error:  # no network, no space; torchvision's own word for a damaged archive
+        with errors_name(downloads):
+            return getattr(datasets, fetched.dataset)(root=str(downloads), download=True, **part)
+    except (OSError, RuntimeError) as error:  # no network; torchvision's own word for a damaged archive
+        if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
+            raise
         raise UserError(
             f"{fetched.task.name}: torchvision.datasets.{fetched.dataset} cannot be downloaded to {downloads} "
             f"({type(error).__name__}: {error}); expected a connection to the internet and {fetched.size} of space. "

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -192,6 +193,33 @@ def test_a_touched_image_is_the_same_and_a_changed_one_is_noticed(tmp_path):
     assert changed.manifest_hash != first.manifest_hash and "a/04.png" in split_of(changed)
     assert any("drawn again" in note for note in changed.notes)
     assert first.folder.with_name(f"{first.folder.name}.replaced-1").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("train800val200.txt", " 0\n", " 1\n"),  # a label
+        ("test.txt", "images/b", "images/a"),
+        ("files.csv", ",train,", ",test,"),
+        ("files.csv", "\n", "0\n"),  # a digit more of a checksum
+        ("val200.txt", None, None),
+        ("../manifest.json", '"sha256": "', '"sha256": "0'),  # of 64 digits the last goes
+    ],
+)
+def test_a_record_that_is_damaged_is_made_again(tmp_path, name, right, wrong):
+    photos = tree(tmp_path / "photos", {"a": 6, "b": 6})
+    first = checked(photos, tmp_path / "own")
+    files = {f.name: f.read_bytes() for f in first.folder.iterdir() if f.is_file()}
+    file = first.folder / name
+    if right is None:
+        file.unlink()
+    else:
+        changed = wrong.join(file.read_text().rsplit(right, 1))
+        file.write_text(re.sub(r"([0-9a-f]{64})[0-9a-f]\b", r"\1", changed) if file.suffix == ".json" else changed)
+    with pytest.warns(UserWarning, match="its files are not as they were written; it is made again") as told:
+        again = checked(photos, tmp_path / "own")
+    assert len(told) == 1 and again.manifest_hash == first.manifest_hash
+    assert {f.name: f.read_bytes() for f in again.folder.iterdir() if f.is_file()} == files
 
 
 def test_images_of_the_same_content_are_in_the_same_split():
