@@ -366,14 +366,15 @@ def test_cuda_graph(backend, device):
 
 
 @pytest.mark.parametrize(("backend", "device"), FUSED)
-def test_thirty_training_steps_match_the_definition(backend, device):
-    losses = {name: _train(name, device) for name in (backend, "naive")}
+def test_training_steps_match_the_definition(backend, device):
+    steps = 10 if (backend, device) == ("triton", "cpu") else 30  # the interpreter takes a third of a second for each
+    losses = {name: _train(name, device, steps) for name in (backend, "naive")}
     for a, b in zip(losses[backend], losses["naive"]):
         assert math.isclose(a, b, rel_tol=1e-5)
     assert losses["naive"][-1] < 0.8 * losses["naive"][0]
 
 
-def _train(backend: str, device: str) -> list[float]:
+def _train(backend: str, device: str, steps: int) -> list[float]:
     """Residual mixers and a linear head on a fixed regression task, all weights trained."""
     batch, length, width, channels, depth = (1, 6, 4, 6, 1) if device == "cpu" else (4, 33, 32, 64, 2)
     gen = torch.Generator().manual_seed(5)
@@ -390,7 +391,7 @@ def _train(backend: str, device: str) -> list[float]:
     weights = [head] + [t for a, b, ds in blocks for t in (a, b, *(w for d in ds for w in d[:-1] if w is not None))]
     optimizer = torch.optim.SGD(weights, lr=0.02)
     losses = []
-    for _ in range(30):
+    for _ in range(steps):
         h = tokens
         for into, back, directions in blocks:
             h = h + ssm_mixer(h @ into.T, directions, backend=backend) @ back.T
