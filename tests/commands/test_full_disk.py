@@ -17,7 +17,7 @@ from helpers import runs
 from PIL import Image
 
 from mambapeft_vision.cli import main
-from mambapeft_vision.run.exit import USER_MISTAKE, _code_of
+from mambapeft_vision.run.exit import USER_MISTAKE, code_of
 
 LEAST = 64  # bytes that the limit leaves to each file
 
@@ -137,7 +137,7 @@ def full_disk(folder: Path) -> Iterator[None]:
 
 def check(arguments: Sequence[str], reason: str, out: Path, said: pytest.CaptureFixture[str]) -> None:
     said.readouterr()
-    code = _code_of(partial(main, arguments))
+    code = code_of(partial(main, arguments))
     error = said.readouterr().err
     assert code == USER_MISTAKE and reason in error and "Traceback" not in error, error
     assert len([line for line in error.splitlines() if line.startswith("error: ")]) == 1, error

@@ -247,11 +247,11 @@ def test_prompts_move_what_is_read_and_are_not_read_themselves(backbone, positio
 
 def test_prompts_keep_their_places_in_arms_column_order():
     """A second implementation of the column order: all permutations are of patches among the places of patches."""
-    from mambapeft_vision.backbones.arm import _column_order
+    from mambapeft_vision.backbones.arm import column_order
 
     layout = tiny("arm_pico_patch8_32").layout  # 4 x 4 patches, class token at 8
     joined = layout.joined(layout.places("infix", 3))
-    order, inverse = _column_order(joined, torch.device("cpu"))
+    order, inverse = column_order(joined, torch.device("cpu"))
     for place in (*joined.special, *joined.prompts):
         assert order[place] == place
     patches = [joined.patches.index(i) for i in order[list(joined.patches)].tolist()]

@@ -9,6 +9,8 @@ from helpers import runs
 @pytest.fixture(scope="session")
 def whole(task, tmp_path_factory) -> Path:
     """The folder of a run of three epochs of three steps."""
-    outputs = tmp_path_factory.mktemp("whole")
+    outputs = (
+        tmp_path_factory.mktemp("whole") / "out"
+    )  # as deep as tests have theirs: where a task lies is relative to it
     runs.run(runs.overrides(task, outputs, "trainer.max_epochs=3"))
     return runs.only_run_folder(outputs)

@@ -227,7 +227,7 @@ def test_an_adapters_architecture_is_sizes_alone(tmp_path, key, value):
         (("backbone", "architecture", "embed_dim"), 10**9, "embed_dim"),
         (("backbone", "architecture", "depth"), 10**9, "depth"),
         (("methods", "lora", "rank"), 10**15, "rank"),
-        (("num_classes",), 10**15, "num_classes"),
+        (("num_classes",), 10**15, "head.weight"),
     ],
 )
 def test_an_adapters_sizes_cost_nothing_before_they_are_known_to_fit(tmp_path, path, value, message):

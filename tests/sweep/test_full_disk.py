@@ -30,7 +30,7 @@ def test_a_full_disk_ends_the_sweep_with_its_reason(task, tmp_path, monkeypatch)
 
 
 def say_much_to_a_full_disk():
-    worker._print_to(Path("/dev/full"))
+    worker.print_to(Path("/dev/full"))
     print("x" * 100_000)
     try:
         raise ZeroDivisionError

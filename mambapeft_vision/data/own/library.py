@@ -142,7 +142,7 @@ def hub_items(source: str, config: str | None, image_column: str | None, label_c
         first.features, label_column, datasets.ClassLabel, "label", ("label", "labels", "class", "fine_label")
     )
     named = getattr(first.features[label], "names", None)
-    names = None if named is None else _unique(named)
+    names = None if named is None else told_apart(named)
     used = {name: part for name, part in parts.items() if name.lower() in _SPLITS} or parts
     for name, part in used.items():
         split = split_word(name, source) if name.lower() in _SPLITS else ""
@@ -189,7 +189,7 @@ def torchvision_items(source: str, root: Path, download: bool) -> Iterator[Item]
                 f"files in {root}"
             ) from error
         names = getattr(part, "classes", None)
-        names = _unique(names) if isinstance(names, (list, tuple)) else None
+        names = told_apart(names) if isinstance(names, (list, tuple)) else None
         for index in range(len(part)):
             image, label = part[index]
             if not isinstance(image, Image.Image) or not isinstance(label, int):
@@ -215,7 +215,7 @@ def _column(features: Any, given: str | None, kind: type, what: str, usual: tupl
     )
 
 
-def _unique(names: Any) -> list[str]:
+def told_apart(names: Any) -> list[str]:
     """Class names, told apart by their number where two are the same."""
     texts = [" ".join(str(name).split()) for name in names]
     counts = Counter(texts)
