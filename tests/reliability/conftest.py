@@ -9,8 +9,7 @@ from helpers import runs
 @pytest.fixture(scope="session")
 def whole(task, tmp_path_factory) -> Path:
     """The folder of a run of three epochs of three steps."""
-    outputs = (
-        tmp_path_factory.mktemp("whole") / "out"
-    )  # as deep as tests have theirs: where a task lies is relative to it
+    # As deep as tests have theirs: where the task lies is told from there.
+    outputs = tmp_path_factory.mktemp("whole") / "out"
     runs.run(runs.overrides(task, outputs, "trainer.max_epochs=3"))
     return runs.only_run_folder(outputs)
