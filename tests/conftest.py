@@ -2,7 +2,6 @@
 
 import gc
 import os
-import sys
 from collections import Counter
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -120,16 +119,12 @@ def report_cpu_times(terminalreporter: Any) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Modules and tests live to the end: each look through them for garbage takes longer than most tests.
-
-    torch.manual_seed notes its calls for each kind of device that is not there, with a traceback: a millisecond.
-    """
+    """Modules and tests live to the end: each look through them for garbage takes longer than most tests."""
     gc.collect()
     gc.freeze()
-    torch = sys.modules.get("torch")
-    if torch is not None and not torch.cuda.is_available():
-        for devices in (torch.cuda, torch.xpu, torch.mtia):
-            devices._lazy_call = lambda *_, **__: None
+    from helpers.quick import skip_what_costs_time
+
+    skip_what_costs_time()
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 import pytest  # noqa: F401 (imported for the children)
 import torch
 from helpers import runs
+from helpers.quick import skip_what_costs_time
 
 from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.backbones import create_backbone
@@ -40,6 +41,7 @@ _CONTEXT.set_forkserver_preload(["helpers.crashes"])
 
 def _warm_up() -> None:
     """What every child would do first."""
+    skip_what_costs_time()
     git_state(), library_versions()
     runs.compose_train(runs.SMALL_BACKBONE)
     backbone = create_backbone("vim_pico_patch8_32", "random", depth=1, embed_dim=32)
