@@ -193,7 +193,7 @@ def test_a_sweep_killed_at_random_moments(tmp_path):
     command = runs.overrides(runs.lay_out_task(tmp_path / "task"), outputs, "trainer.max_epochs=2", "seed=0,1,2")
     planned, inputs = plan_jobs(command, runs.CONFIGS), Inputs()
     generator = random.Random(3)
-    kills, whole_sweep = 0, None
+    kills, whole_sweep, longest = 0, None, 0.0
     while whole_sweep is None or kills < KILLS:
         shutil.rmtree(outputs, ignore_errors=True)
         finished: dict[Path, int] = {}
@@ -202,12 +202,13 @@ def test_a_sweep_killed_at_random_moments(tmp_path):
             assert {job.folder for job in jobs if job.state is State.FINISHED} == {f.parent for f in finished}
             if len(finished) == len(jobs) == 3:
                 break
-            process = crashes.start(do_sweep, jobs, 2)
+            begun, process = time.monotonic(), crashes.start(do_sweep, jobs, 2)
             if whole_sweep is None:  # the first one is left alone
-                process.join(120)
+                process.join(300)
                 assert process.exitcode == 0
+                longest = time.monotonic() - begun
             else:
-                time.sleep(generator.uniform(0.1, 1.2))
+                time.sleep(generator.uniform(0, longest))
                 kills += kill_some(process, generator)
             check_files(outputs)
             now = {file: file.stat().st_mtime_ns for file in outputs.rglob(RESULT_FILE)}
