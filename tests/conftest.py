@@ -2,9 +2,11 @@
 
 import gc
 import os
+from collections import Counter
 from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-CPU_BUDGET_S = 5
+CPU_BUDGET_S, CPU_BUDGET_OF_A_FILE_S = 5, 15
 CPU_TIMES = pytest.StashKey[dict[str, float]]()
 
 # The project is imported inside the fixtures: tests/kernels chooses Triton's interpreter before its first import.
@@ -69,10 +71,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Notes the CPU time of a test, its fixtures included, and of the processes that it has waited for."""
-    before = sum(os.times()[:4])
+    before = cpu_time()
     result = yield
-    item.config.stash[CPU_TIMES][item.nodeid] = sum(os.times()[:4]) - before
+    item.config.stash[CPU_TIMES][item.nodeid] = cpu_time() - before
     return result
+
+
+def cpu_time() -> float:
+    """Of this process, the processes that it has waited for, and the same of its fork server (helpers/crashes.py)."""
+    server = forkserver._forkserver._forkserver_pid
+    try:
+        stat = Path(f"/proc/{server}/stat").read_text()
+    except OSError:  # there is none, or no /proc
+        return sum(os.times()[:4])
+    ticks = map(int, stat.rpartition(")")[2].split()[11:15])
+    return sum(os.times()[:4]) + sum(ticks) / os.sysconf("SC_CLK_TCK")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -94,16 +107,24 @@ def report_cpu_times(terminalreporter: Any) -> None:
     """The whole suite is to take six minutes on two cores: whatever takes long is said at the end of each run."""
     times = terminalreporter.config.stash[CPU_TIMES]
     long = sorted(((seconds, test) for test, seconds in times.items() if seconds > CPU_BUDGET_S), reverse=True)
+    files: Counter[str] = Counter()
+    for test, seconds in times.items():
+        files[test.partition("::")[0]] += seconds
+    long += [(seconds, file) for file, seconds in files.most_common() if seconds > CPU_BUDGET_OF_A_FILE_S]
     if long:
-        terminalreporter.section(f"tests over {CPU_BUDGET_S} s of CPU time (all tests: {sum(times.values()):.0f} s)")
-        for seconds, test in long:
-            terminalreporter.write_line(f"{seconds:6.1f} s  {test}")
+        budgets = f"tests over {CPU_BUDGET_S} s and files over {CPU_BUDGET_OF_A_FILE_S} s of CPU time"
+        terminalreporter.section(f"{budgets} (all tests: {sum(times.values()):.0f} s)")
+        for seconds, name in long:
+            terminalreporter.write_line(f"{seconds:6.1f} s  {name}")
 
 
 def pytest_collection_finish() -> None:
     """Modules and tests live to the end: each look through them for garbage takes longer than most tests."""
     gc.collect()
     gc.freeze()
+    from helpers.quick import skip_what_costs_time
+
+    skip_what_costs_time()
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -41,7 +41,7 @@ class FourWayMixer(Mixer):
         self.scale = 0.25
 
     def forward(self, h: Tensor, layout: TokenLayout) -> Tensor:
-        order, inverse = _column_order(layout, h.device)
+        order, inverse = column_order(layout, h.device)
 
         def both_orders(tokens: Tensor) -> tuple[Tensor, Tensor]:
             return tokens, _permuted(tokens, order, inverse)
@@ -71,7 +71,7 @@ class FourWayMixer(Mixer):
 
 
 @kept_tensors
-def _column_order(layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor]:
+def column_order(layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor]:
     """For each place of the column order, the token that stands there; and the inverse of that permutation."""
     rows, columns = layout.grid
     order = list(range(layout.length))

@@ -148,13 +148,13 @@ def run_cli(main: Callable[[], int | None]) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises what happened; it is described here
     logging.raiseExceptions = False  # a log file of a library that cannot be written is worth no traceback
-    code = _code_of(main)
+    code = code_of(main)
     _give_up_streams()
     if code:
         sys.exit(code)
 
 
-def _code_of(main: Callable[[], int | None]) -> int | None:
+def code_of(main: Callable[[], int | None]) -> int | None:
     """Calls a command and returns its exit code; an error is described on stderr."""
     interrupted = _remember_ctrl_c()
     failures: list[Failure] = []

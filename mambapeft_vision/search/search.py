@@ -114,7 +114,7 @@ def open_study(settings: Search) -> optuna.Study:
         journal = settings.folder.absolute() / JOURNAL  # Optuna's lock is a link to it
         refuse_links(journal, journal.parent)
         _refuse_endless_lock(journal.with_name(f"{JOURNAL}.lock"))
-        _drop_incomplete_line(journal)
+        drop_incomplete_line(journal)
     try:
         study = optuna.create_study(
             storage=JournalStorage(_Journal(str(journal))) if settings.storage is None else _database(settings.storage),
@@ -164,7 +164,7 @@ def _refuse_endless_lock(lock: Path) -> None:
         raise UserError(f"{lock} is a link to nothing; expected a lock of Optuna's. Delete it if no search is at work")
 
 
-def _drop_incomplete_line(journal: Path) -> None:
+def drop_incomplete_line(journal: Path) -> None:
     """Cuts off the last line if a killed process left it incomplete: Optuna would read no further."""
     if not os.path.lexists(journal):
         return

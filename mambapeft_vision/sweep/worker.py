@@ -72,7 +72,7 @@ def work(connection: Connection, environment: Mapping[str, str], threads: int, l
     """
     os.environ.update(environment)
     end_with_parent()
-    _print_to(log)
+    print_to(log)
     torch.set_num_threads(threads)
     kept = Kept(tasks)
     first = True
@@ -136,7 +136,7 @@ class _Forgiving(io.TextIOWrapper):
             super().flush()
 
 
-def _print_to(log: Path) -> None:
+def print_to(log: Path) -> None:
     """Sends what this process prints, and what libraries below Python print, to a file."""
     try:
         log.parent.mkdir(parents=True, exist_ok=True)

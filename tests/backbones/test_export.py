@@ -29,6 +29,7 @@ def test_a_program_takes_any_batch(model: nn.Module) -> None:
         torch.testing.assert_close(program(images(batch)), model(images(batch)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.exhaustive  # further sizes: integrations/test_export.py has a model that is adapted
 def test_onnx_takes_any_batch(model: nn.Module) -> None:
     import onnxruntime as runtime
 

@@ -22,7 +22,7 @@ from mambapeft_vision.cli import main
 from mambapeft_vision.data.prepare.published import FEW_SHOT, FGVC, SEEDS, SHOTS, Published
 from mambapeft_vision.data.tasks import TASKS, Task
 from mambapeft_vision.results.bundle import write_bundle
-from mambapeft_vision.run.exit import USER_MISTAKE, _code_of
+from mambapeft_vision.run.exit import USER_MISTAKE, code_of
 
 LEAST = 64  # bytes that the limit leaves to each file
 
@@ -192,7 +192,7 @@ def full_disk(folder: Path) -> Iterator[None]:
 
 def check(arguments: Sequence[str], reason: str, out: Path, said: pytest.CaptureFixture[str]) -> None:
     said.readouterr()
-    code = _code_of(partial(main, arguments))
+    code = code_of(partial(main, arguments))
     error = said.readouterr().err
     assert code == USER_MISTAKE and reason in error and "Traceback" not in error, error
     assert "error: the output:" not in error, "no file is named"

@@ -52,19 +52,6 @@ def test_backbone(name):
     assert backbone.embed_dim == 16
 
 
-@pytest.mark.parametrize("name", options("dataset"))
-def test_dataset(name):
-    needed = {
-        "folder": ["dataset.folder=somewhere", "dataset.num_classes=2"],
-        "hf": ["dataset.source=somewhere"],
-        "torchvision": ["dataset.source=GTSRB"],
-    }
-    plan = plan_of(f"dataset={name}", *needed.get(name, []))
-    dataset = build.build_dataset(plan)
-    assert isinstance(dataset, TaskDataModule)
-    assert dataset.name == plan.task and (name in needed or plan.task == name)
-
-
 # Those in part/ change a few keys of another: a backbone's config takes them in.
 @pytest.mark.parametrize("name", [name for name in options("trainer") if not name.startswith("part/")])
 def test_trainer(name):
@@ -84,11 +71,27 @@ def test_logger(name):
     assert type(build.build_logger(plan_of(f"logger={name}"))) is {"none": NoLogger, "wandb": WandbLogger}[name]
 
 
-@pytest.mark.parametrize("name", options("method"))
-def test_method(name):
+def methods_and_datasets() -> list[tuple[str, str]]:
+    """Each method and each dataset at least once: composing a config takes longer than what is asked of it."""
+    methods, datasets = options("method"), options("dataset")
+    return [(methods[n % len(methods)], datasets[n % len(datasets)]) for n in range(max(len(methods), len(datasets)))]
+
+
+NEEDED = {
+    "folder": ["dataset.folder=somewhere", "dataset.num_classes=2"],
+    "hf": ["dataset.source=somewhere"],
+    "torchvision": ["dataset.source=GTSRB"],
+}
+
+
+@pytest.mark.parametrize(("name", "data"), methods_and_datasets())
+def test_method_and_dataset(name, data):
     made_for = read_preset(runs.CONFIGS / "method" / f"{name}.yaml").backbone
     backbone = {"vit_s": runs.SMALL_VIT, "mambareg_s": runs.SMALL_MAMBAREG}.get(made_for, runs.SMALL_BACKBONE)
-    plan = plan_of(f"method={name}", *backbone)
+    plan = plan_of(f"method={name}", *backbone, f"dataset={data}", *NEEDED.get(data, []))
+    dataset = build.build_dataset(plan)
+    assert isinstance(dataset, TaskDataModule)
+    assert dataset.name == plan.task and (data in NEEDED or plan.task == data)
     model = build.build_model(plan, build.build_backbone(plan), num_classes=3)
     assert sorted(model.methods) == plan.methods
     measures_first = ("spt_lora", "gps")

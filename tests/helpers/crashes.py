@@ -1,5 +1,8 @@
 """Processes of tests that are killed: forked from one that has everything imported, so that each costs a fork.
 
+It has also composed a config and trained a step: what is imported, compiled or read for the first time then (Hydra's
+parser, Numba and its compiled loops) takes four times as long as a tiny run that finds it all there.
+
 `start` runs a function of a test module (or of this one) in such a process. `kill_at` lets the process kill itself
 before its n-th change of files, whichever code makes it: Python's audit events tell of all of them.
 """
@@ -22,14 +25,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest  # noqa: F401 (imported for the children)
+import torch
 from helpers import runs
+from helpers.quick import skip_what_costs_time
 
+from mambapeft_vision.adapter.model import adapt
+from mambapeft_vision.backbones import create_backbone
+from mambapeft_vision.methods.lora import LoRA
 from mambapeft_vision.sweep import pool, sweep  # noqa: F401 (imported for the children)
 from mambapeft_vision.utils.environment import git_state, library_versions
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["helpers.crashes"])
-git_state(), library_versions()  # asked once, not by every child
+
+
+def _warm_up() -> None:
+    """What every child would do first."""
+    skip_what_costs_time()
+    git_state(), library_versions()
+    runs.compose_train(runs.SMALL_BACKBONE)
+    backbone = create_backbone("vim_pico_patch8_32", "random", depth=1, embed_dim=32)
+    model = adapt(backbone, {"lora_p_x": LoRA(targets="in_proj", rank=4, rows="x")}, runs.CLASSES)
+    model(torch.zeros(2, 3, 32, 32)).sum().backward()
+
+
+_warm_up()
 gc.freeze()  # in the fork server: collections in its children need not look at what was imported
 
 

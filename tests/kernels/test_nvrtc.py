@@ -1,6 +1,8 @@
 """CUDA C++ kernels compile, and are compiled once a machine. NVRTC needs no GPU."""
 
 import importlib
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -25,13 +27,18 @@ def test_what_was_compiled_before_comes_from_the_disk(tmp_path, monkeypatch):
         assert nvrtc.machine_code(source, arch) != compiled
 
 
+def compiled_variants() -> Iterator[Any]:
+    """Numbers of states, dtypes, indices and GPUs: each at least once in a normal run, their product in a whole one."""
+    kinds = [(states, dtype, "int") for states in (5, 16, 22, 32) for dtype in (torch.float32, torch.bfloat16)]
+    variants = [(*kind, arch) for kind in [*kinds, (16, torch.bfloat16, "i64")] for arch in ("sm_80", "sm_90")]
+    normal = [*variants[:-2:5], variants[-1]]
+    for variant in variants:
+        yield pytest.param(*variant, marks=[] if variant in normal else [pytest.mark.exhaustive])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, tests run these kernels")
-@pytest.mark.parametrize(
-    ("states", "dtype", "index"),
-    [(states, dtype, "int") for states in (5, 16, 22, 32) for dtype in (torch.float32, torch.bfloat16)]
-    + [(16, torch.bfloat16, "i64")],
-)
-def test_interpreter_every_kernel_compiles(states, dtype, index, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("states", "dtype", "index", "arch"), compiled_variants())
+def test_interpreter_every_kernel_compiles(states, dtype, index, arch, tmp_path, monkeypatch):
     compiled = []
 
     def compile_only(files, name, macros, *_):
@@ -39,8 +46,7 @@ def test_interpreter_every_kernel_compiles(states, dtype, index, tmp_path, monke
         macros["INDEX"] = index
         more = {"conv_backward": {"NEED_W": 1}, "scan_backward": {"NEED_DA": 1, "HAS_SO": 1}}.get(name, {})
         for chosen in (macros, macros | more):
-            for arch in ("sm_80", "sm_90"):
-                assert name.encode() in nvrtc.machine_code(nvrtc.source_of(files, tuple(chosen.items())), arch)
+            assert name.encode() in nvrtc.machine_code(nvrtc.source_of(files, tuple(chosen.items())), arch)
         compiled.append(name)
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

@@ -77,14 +77,20 @@ def mambapeft(site: Path, work: Path, *arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def said(site, work) -> list[str]:
-    """Where an installed package has its parts, and what its command says of itself: in one process."""
+def said(site, work, command) -> list[str]:
+    """Where an installed package has its parts, what its command says of itself, and a training: in one process."""
+    own = work / "own"
+    (own / "configs" / "method").mkdir(parents=True)
+    (own / "shift.py").write_text(OWN_METHOD)
+    (own / "configs" / "method" / "shift.yaml").write_text("shift: {_target_: mambapeft_vision.methods.shift.Shift}\n")
+    options = [word for word in command if not word.startswith("method.")]
+    train = ["train", *options, "method=shift", f"paths.methods={own}", "--config-dir", f"{own}/configs"]
     code = (
         "import mambapeft_kernels, mambapeft_vision\n"
         "from mambapeft_vision.cli import main\n"
         "from mambapeft_vision.utils.paths import configs_folder\n"
         "print(mambapeft_vision.__file__, mambapeft_kernels.__file__, configs_folder(), sep='\\n')\n"
-        "for arguments in (['--help'], ['train', '--help'], ['--version']):\n"
+        f"for arguments in (['--help'], ['train', '--help'], ['--version'], {train!r}):\n"
         "    print('--8<--')\n"
         "    try:\n"
         "        main(arguments)\n"
@@ -106,7 +112,7 @@ def test_the_command_says_what_it_can_do(said):
     from mambapeft_vision import __version__
     from mambapeft_vision.cli import COMMANDS
 
-    _, listed, of_train, version = said
+    _, listed, of_train, version, _ = said
     assert all(f"\n  {name} " in listed for name in COMMANDS)
     assert version.strip() == __version__
     assert "method=[lora_out_proj,lora_p_x]" in of_train
@@ -114,18 +120,10 @@ def test_the_command_says_what_it_can_do(said):
 
 def test_training_by_the_command_then_a_prediction_and_a_training_from_python(site, work, command):
     assert "lora_p_x on custom/tiny" in mambapeft(site, work, "train", *command)
-    folder = runs.only_run_folder(work / "outputs")
+    (folder,) = (file.parent for file in (work / "outputs").glob("custom/tiny/lora_p_x/*/config.yaml"))
     out = python(site, work, TRAIN_AND_PREDICT, str(folder), *command, "seed=7")
     assert out.splitlines()[-1] == f"(2, {runs.CLASSES}) custom/tiny ['lora_p_x'] 7"
 
 
-def test_methods_and_configs_of_ones_own(site, work, command):
-    own = work / "own"
-    (own / "configs" / "method").mkdir(parents=True)
-    (own / "shift.py").write_text(OWN_METHOD)
-    (own / "configs" / "method" / "shift.yaml").write_text("shift: {_target_: mambapeft_vision.methods.shift.Shift}\n")
-    line = [word for word in command if not word.startswith("method.")]
-    out = mambapeft(
-        site, work, "train", *line, "method=shift", f"paths.methods={own}", "--config-dir", f"{own}/configs"
-    )
-    assert "shift on custom/tiny" in out
+def test_methods_and_configs_of_ones_own(said):
+    assert "shift on custom/tiny" in said[-1]

@@ -50,7 +50,7 @@ def wait_for_others(connection):
 WON, LEFT_TO_IT = 0, 9
 
 
-def do_run(connection, cfg, command):
+def train_with_others(connection, cfg, command):
     wait_for_others(connection)
     try:
         train(cfg, command)
@@ -62,7 +62,7 @@ def do_run(connection, cfg, command):
 def test_the_same_run_is_done_by_one(task, tmp_path, resume):
     command = runs.overrides(task, tmp_path, "trainer.max_epochs=4", f"resume={resume}")
     cfg = runs.compose_train(command)
-    codes = together(do_run, cfg, command)
+    codes = together(train_with_others, cfg, command)
     assert WON in codes and set(codes) <= {WON, LEFT_TO_IT}
     folder = make_plan(cfg).folder
     record = read_record(folder)

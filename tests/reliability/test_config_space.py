@@ -50,15 +50,16 @@ def test_a_composition_works_or_is_refused(first, tmp_path):
             raise AssertionError(f"{type(error).__name__} of {composition}") from error
 
 
-def test_most_compositions_are_not_refused():
-    """A space that is mostly refused would prove nothing. Of all draws: among twenty, chance decides."""
+@pytest.mark.parametrize("draws", [ALWAYS, pytest.param(DRAWS, marks=pytest.mark.exhaustive)])
+def test_most_compositions_are_not_refused(draws):
+    """A space that is mostly refused would prove nothing. Of many draws: among twenty, chance decides."""
     refused = 0
-    for number in range(DRAWS):
+    for number in range(draws):
         try:
             built(draw(number))
         except UserError:
             refused += 1
-    assert refused <= DRAWS / 2
+    assert refused <= draws / 2
 
 
 def built(composition: Composition) -> tuple[RunPlan, AdaptedModel]:

@@ -24,14 +24,7 @@ MORE = ["trainer.max_epochs=3"]
 FAILURES = 6
 
 
-@pytest.fixture(scope="module")
-def whole(task, tmp_path_factory):
-    outputs = tmp_path_factory.mktemp("disk") / "out"
-    runs.run(runs.overrides(task, outputs, *MORE))
-    return runs.only_run_folder(outputs)
-
-
-def do_run(cfg, command, message, root, number, error):
+def train_on_a_full_disk(cfg, command, message, root, number, error):
     """Leaves with the exit code of train.py and writes what it would print."""
     if number is not None:
         crashes.fail_from(number, root, error)
@@ -44,7 +37,7 @@ def do_run(cfg, command, message, root, number, error):
 
 def attempt(command, message, root=None, number=None, error=None):
     message.write_text("")
-    code = crashes.run_to_end(do_run, runs.compose_train(command), command, message, root, number, error)
+    code = crashes.run_to_end(train_on_a_full_disk, runs.compose_train(command), command, message, root, number, error)
     return code, message.read_text()
 
 

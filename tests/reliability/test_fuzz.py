@@ -81,7 +81,7 @@ def test_lists(content):
         assert len({entry.path for entry in listing.entries}) == len(listing.entries)
         assert problems or listing.entries
         if problems:
-            with pytest.raises(UserError):
+            with pytest.raises(UserError, match=r"test\.txt"):
                 read_list(file, 3, remedy="")
 
 

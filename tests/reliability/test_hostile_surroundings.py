@@ -28,7 +28,7 @@ from mambapeft_vision.search.search import JOURNAL, Search, open_study
 from mambapeft_vision.search.space import Space
 from mambapeft_vision.sweep.jobs import plan_jobs
 from mambapeft_vision.sweep.sweep import Command, sweep
-from mambapeft_vision.sweep.worker import Assignment, _print_to, run
+from mambapeft_vision.sweep.worker import Assignment, print_to, run
 from mambapeft_vision.sweep.worker_cache import Kept
 from mambapeft_vision.utils.atomic import atomic_folder, atomic_path, open_log, write_text
 from mambapeft_vision.utils.console import Console
@@ -69,7 +69,7 @@ for kind in KINDS:
         file = planted(world, "worker0.log", kind)
 
         def act() -> None:
-            _print_to(file)
+            print_to(file)
             print("text", flush=True)
             assert not (world.folder / "made").exists()
 

@@ -33,7 +33,7 @@ pytestmark = [
 KILLS = 20
 
 
-def do_run(cfg, command, root, kill=None, cut=False):
+def train_and_kill(cfg, command, root, kill=None, cut=False):
     cache.SMALLEST = 0  # the images are small, and are cached all the same
     if kill is not None:
         crashes.kill_at(kill, root, cut)
@@ -52,12 +52,12 @@ def count_changes(cfg, command, root, answer):
         before = state
 
     crashes.watch_changes(root, note)
-    do_run(cfg, command, root)
+    train_and_kill(cfg, command, root)
     answer.send(found)
     answer.send(time.process_time())
 
 
-class Whole:
+class Uninterrupted:
     """An uninterrupted run, and the command and the place that it was made with."""
 
     def __init__(self, folder: Path) -> None:
@@ -83,7 +83,7 @@ class Whole:
         self.root.mkdir()
 
     def go_on(self, *kill: object) -> int:
-        return crashes.run_to_end(do_run, self.cfg, self.command, self.root, *kill)
+        return crashes.run_to_end(train_and_kill, self.cfg, self.command, self.root, *kill)
 
     def check_end(self) -> None:
         """The run that was killed has ended as the whole one did, to the last bit, and left nothing else."""
@@ -94,35 +94,38 @@ class Whole:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return Whole(tmp_path_factory.mktemp("kill"))
+def uninterrupted(tmp_path_factory) -> Uninterrupted:
+    return Uninterrupted(tmp_path_factory.mktemp("kill"))
 
 
-def test_killed_before_every_change_of_files(whole):
+def test_killed_before_every_change_of_files(uninterrupted):
     """Also where half of a file is written: what is about to be renamed is cut in half."""
-    assert len(whole.changes) > 25 and sum(half for _, half in whole.changes) >= 12
-    for number, half in whole.changes:
-        whole.renew()
-        assert whole.go_on(number, half) == -signal.SIGKILL
-        check_files(whole.root)
-        assert whole.go_on() == 0, f"killed before change {number}"
-        whole.check_end()
+    assert len(uninterrupted.changes) > 25 and sum(half for _, half in uninterrupted.changes) >= 12
+    for number, half in uninterrupted.changes:
+        uninterrupted.renew()
+        assert uninterrupted.go_on(number, half) == -signal.SIGKILL
+        check_files(uninterrupted.root)
+        assert uninterrupted.go_on() == 0, f"killed before change {number}"
+        uninterrupted.check_end()
 
 
-def test_killed_at_random_moments(whole):
+def test_killed_at_random_moments(uninterrupted):
     """A run is killed up to five times and goes on to its end; then comes the next one."""
     kills = 0
-    moments = crashes.random_moments(seed=7, longest=whole.seconds)
+    moments = crashes.random_moments(seed=7, longest=uninterrupted.seconds)
     while kills < KILLS:
-        whole.renew()
+        uninterrupted.renew()
         for _ in range(5):
-            kills += crashes.kill_after(crashes.start(do_run, whole.cfg, whole.command, whole.root), next(moments))
-            check_files(whole.root)
-        assert whole.go_on() == 0
-        finished = (whole.root / whole.folder / RESULT_FILE).stat().st_mtime_ns
-        assert whole.go_on() == 0  # once more changes nothing
-        assert (whole.root / whole.folder / RESULT_FILE).stat().st_mtime_ns == finished
-        whole.check_end()
+            kills += crashes.kill_after(
+                crashes.start(train_and_kill, uninterrupted.cfg, uninterrupted.command, uninterrupted.root),
+                next(moments),
+            )
+            check_files(uninterrupted.root)
+        assert uninterrupted.go_on() == 0
+        finished = (uninterrupted.root / uninterrupted.folder / RESULT_FILE).stat().st_mtime_ns
+        assert uninterrupted.go_on() == 0  # once more changes nothing
+        assert (uninterrupted.root / uninterrupted.folder / RESULT_FILE).stat().st_mtime_ns == finished
+        uninterrupted.check_end()
 
 
 @pytest.mark.gpu
@@ -184,13 +187,13 @@ def children(pid: int) -> list[int]:
         return []
 
 
-def test_a_sweep_killed_at_random_moments(whole, tmp_path):
+def test_a_sweep_killed_at_random_moments(tmp_path):
     """SIGKILL to the sweep, to one of its workers or to all of them."""
     outputs = tmp_path / "out"
     command = runs.overrides(runs.lay_out_task(tmp_path / "task"), outputs, "trainer.max_epochs=2", "seed=0,1,2")
     planned, inputs = plan_jobs(command, runs.CONFIGS), Inputs()
     generator = random.Random(3)
-    kills, whole_sweep = 0, None
+    kills, whole_sweep, longest = 0, None, 0.0
     while whole_sweep is None or kills < KILLS:
         shutil.rmtree(outputs, ignore_errors=True)
         finished: dict[Path, int] = {}
@@ -199,12 +202,13 @@ def test_a_sweep_killed_at_random_moments(whole, tmp_path):
             assert {job.folder for job in jobs if job.state is State.FINISHED} == {f.parent for f in finished}
             if len(finished) == len(jobs) == 3:
                 break
-            process = crashes.start(do_sweep, jobs, 2)
+            begun, process = time.monotonic(), crashes.start(do_sweep, jobs, 2)
             if whole_sweep is None:  # the first one is left alone
-                process.join(120)
+                process.join(300)
                 assert process.exitcode == 0
+                longest = time.monotonic() - begun
             else:
-                time.sleep(generator.uniform(0.1, 1.2))
+                time.sleep(generator.uniform(0, longest))
                 kills += kill_some(process, generator)
             check_files(outputs)
             now = {file: file.stat().st_mtime_ns for file in outputs.rglob(RESULT_FILE)}

@@ -23,13 +23,6 @@ from mambapeft_vision.utils.errors import NotFiniteError, UserError
 EPOCHS = "trainer.max_epochs=3"  # of three steps each
 
 
-@pytest.fixture(scope="module")
-def whole(task, tmp_path_factory):
-    outputs = tmp_path_factory.mktemp("whole")
-    runs.run(runs.overrides(task, outputs, EPOCHS))
-    return runs.only_run_folder(outputs)
-
-
 def test_a_gradient_that_is_not_finite_ends_the_run(task, tmp_path, whole):
     """Step, task, method, module; the last good checkpoint, from which the same command goes on to the same weights."""
 

@@ -90,7 +90,7 @@ def bare_pickle(path: Path, content: object) -> None:
 def test_no_pickle_is_run(tmp_path, mark, write, read):
     path = tmp_path / "malice.pth"
     write(path, Malice(mark))
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="malice"):
         read(path)
     assert not mark.exists()
     pickle.loads(pickle.dumps(Malice(mark)))  # what would have happened
@@ -223,15 +223,15 @@ def test_an_adapters_architecture_is_sizes_alone(tmp_path, key, value):
 
 
 @pytest.mark.parametrize(
-    ("path", "value"),
+    ("path", "value", "message"),
     [
-        (("backbone", "architecture", "embed_dim"), 10**9),
-        (("backbone", "architecture", "depth"), 10**9),
-        (("methods", "lora", "rank"), 10**15),
-        (("num_classes",), 10**15),
+        (("backbone", "architecture", "embed_dim"), 10**9, "embed_dim"),
+        (("backbone", "architecture", "depth"), 10**9, "depth"),
+        (("methods", "lora", "rank"), 10**15, "rank"),
+        (("num_classes",), 10**15, "head.weight"),
     ],
 )
-def test_an_adapters_sizes_cost_nothing_before_they_are_known_to_fit(tmp_path, path, value):
+def test_an_adapters_sizes_cost_nothing_before_they_are_known_to_fit(tmp_path, path, value, message):
     folder = write_adapter(tmp_path)
     config = json.loads((folder / "adapter_config.json").read_text())
     place = config
@@ -239,7 +239,7 @@ def test_an_adapters_sizes_cost_nothing_before_they_are_known_to_fit(tmp_path, p
         place = place[key]
     place[path[-1]] = value
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=message):
         load_adapter(folder, "random")
 
 

@@ -15,7 +15,7 @@ from helpers.fake_records import fake_record
 from mambapeft_vision.adapter.load import load_adapter
 from mambapeft_vision.data.image_list import read_list
 from mambapeft_vision.data.images import decode_list
-from mambapeft_vision.data.own.table import _read_parquet
+from mambapeft_vision.data.own.table import read_parquet
 from mambapeft_vision.data.preprocessing import Preprocessing
 from mambapeft_vision.integrations.program import quantise
 from mambapeft_vision.results.record import read_record, write_record
@@ -64,13 +64,13 @@ def a_record_of_other_types(folder: Path, _: pytest.MonkeyPatch) -> None:
 
 def a_text_for_a_parquet_file(folder: Path, _: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pyarrow")
-    _read_parquet(written(folder, "labels.parquet", b"path,label\n"))
+    read_parquet(written(folder, "labels.parquet", b"path,label\n"))
 
 
 def no_pyarrow(folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setitem(sys.modules, "pyarrow.parquet", None)
     patch.setitem(sys.modules, "pyarrow", None)
-    _read_parquet(written(folder, "labels.parquet", b"PAR1"))
+    read_parquet(written(folder, "labels.parquet", b"PAR1"))
 
 
 def no_onnxruntime(folder: Path, patch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@ written (Slurm's output file on a full home) end nothing."""
 
 import errno
 import os
-import subprocess
+import runpy
 import sys
 import traceback
 from pathlib import Path
@@ -86,7 +86,7 @@ def test_numbers_that_are_not_finite_end_the_sweep_with_another(one_sweep, monke
 
 
 def say_much_to_a_full_disk():
-    worker._print_to(Path("/dev/full"))
+    worker.print_to(Path("/dev/full"))
     print("x" * 100_000)
     try:
         raise ZeroDivisionError
@@ -100,12 +100,17 @@ def test_a_worker_whose_log_cannot_be_written_goes_on():
     assert crashes.run_to_end(say_much_to_a_full_disk) == 7
 
 
-@pytest.mark.slow
+def sweep_to_a_full_disk(*command: str) -> None:
+    for descriptor in (1, 2):
+        os.dup2(os.open("/dev/full", os.O_WRONLY), descriptor)
+    script = str(runs.ROOT / "scripts" / "sweep_vtab1k.py")
+    sys.argv = [script, *command]
+    crashes.fork_workers()
+    runpy.run_path(script, run_name="__main__")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_an_output_that_cannot_be_written_ends_no_sweep(task, tmp_path):
     command = [*runs.overrides(task, tmp_path, "trainer.max_epochs=1", "trainer.warmup_epochs=0"), "workers=1"]
-    script = str(runs.ROOT / "scripts" / "sweep_vtab1k.py")
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, script, *command], stdout=full, stderr=full, timeout=300)
-    assert done.returncode == 0
+    assert crashes.run_to_end(sweep_to_a_full_disk, *command) == 0
     assert len(list(tmp_path.rglob("result.json"))) == 1

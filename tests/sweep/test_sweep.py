@@ -295,11 +295,11 @@ def test_killed_and_interrupted_the_same_command_goes_on(data, tmp_path):
     """6 methods x 2 tasks x 2 seeds, killed, then interrupted, then finished by the same command, started twice."""
     command = arguments(data, tmp_path, *SWEEP)
 
-    process = start([*command, "workers=2"])
+    process = crashes.begin(tmp_path, "scripts/sweep_vtab1k.py", *command, "workers=2").process
     wait_until(lambda: len(results(tmp_path)) >= 2)  # few: a busy machine may let this process wait for long
     workers = children(process.pid)
     process.kill()
-    process.communicate()
+    process.join()
     wait_until(lambda: not any(map(alive, workers)), seconds=60)
     after_kill = results(tmp_path)
     assert 2 <= len(after_kill) < 24

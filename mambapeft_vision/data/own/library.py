@@ -151,7 +151,7 @@ def hub_items(source: str, config: str | None, image_column: str | None, label_c
     )
     names = None
     if isinstance(first.features[label], datasets.ClassLabel):
-        names = _unique(first.features[label].names)
+        names = told_apart(first.features[label].names)
     elif not isinstance(first.features[label], datasets.Value):  # sounds, say, which would be decoded
         raise UserError(f"dataset.label_column={shown(label)} holds no labels; expected classes, texts or numbers")
     used = {name: part for name, part in parts.items() if name.lower() in _SPLITS} or parts
@@ -245,7 +245,7 @@ def torchvision_items(source: str, root: Path, download: bool) -> Iterator[Item]
                 f"files in {root}"
             ) from error
         names = getattr(part, "classes", None)
-        names = _unique(names) if isinstance(names, (list, tuple)) else None
+        names = told_apart(names) if isinstance(names, (list, tuple)) else None
         for index in range(len(part)):
             where = f"torchvision's {source}: image {index}"
             try:
@@ -277,7 +277,7 @@ def _column(features: Any, given: str | None, kind: type, what: str, usual: tupl
     )
 
 
-def _unique(names: Any) -> list[str]:
+def told_apart(names: Any) -> list[str]:
     """Class names, told apart by their number where two are the same."""
     texts = [" ".join(str(name).split()) for name in names]
     counts = Counter(texts)

@@ -71,7 +71,7 @@ def read_table(file: Path, root: Path | None = None, columns: Columns = USUAL, s
     Raises: UserError naming the line (or row) and what is wrong with it.
     """
     root = file.parent if root is None else root
-    header, rows = _read_parquet(file) if file.suffix.lower() == PARQUET else _read_csv(file)
+    header, rows = read_parquet(file) if file.suffix.lower() == PARQUET else _read_csv(file)
     places = _places(header, columns, file, several)
     if not rows:
         raise UserError(f"{file} has no rows; expected one for each image. Fill it.")
@@ -215,7 +215,7 @@ def _has_no_header(first: list[str]) -> bool:
     return len(first) in (2, 3) and PurePosixPath(first[0].strip()).suffix != ""
 
 
-def _read_parquet(file: Path) -> tuple[list[str], list[list[str]]]:
+def read_parquet(file: Path) -> tuple[list[str], list[list[str]]]:
     columns = _parquet_columns(file)
     header = list(columns)
     if len(header) > MAX_COLUMNS:

@@ -7,7 +7,7 @@ import pytest
 from helpers.own_images import draw, tree
 from PIL import Image
 
-from mambapeft_vision.data.own.library import LibraryDataModule, _unique
+from mambapeft_vision.data.own.library import LibraryDataModule, told_apart
 from mambapeft_vision.data.preprocessing import Preprocessing
 from mambapeft_vision.utils.errors import UserError
 
@@ -150,4 +150,4 @@ def test_what_torchvision_does_not_have_is_said(source, said, tmp_path):
 
 
 def test_names_of_classes_are_told_apart():
-    assert _unique(["a", "b", "a", ""]) == ["a (0)", "b", "a (2)", "(3)"]
+    assert told_apart(["a", "b", "a", ""]) == ["a (0)", "b", "a (2)", "(3)"]

@@ -109,7 +109,7 @@ def test_offline_the_command_says_so_and_the_rest_is_laid_out(tmp_path, monkeypa
     assert "mini/usps: natural, 10 classes, 800 + 200 to train, 50 to test" in capsys.readouterr().out
     for words in ("mini/fashion", "connection to the internet", "import PATH --name fashion"):
         assert words in str(offline.value)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="mini/fashion"):
         prepare_mini.main(command)
     assert "mini/usps: laid out before" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"Unknown tasks \['mnist'\]"):
