@@ -154,7 +154,7 @@ class _Journal(JournalFileBackend):
                 super().append_logs(logs)
         except OSError:
             with suppress(OSError, UserError):
-                _drop_incomplete_line(file)
+                drop_incomplete_line(file)
             raise
 
 
