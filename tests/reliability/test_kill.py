@@ -193,6 +193,7 @@ def test_a_sweep_killed_at_random_moments(tmp_path):
     command = runs.overrides(runs.lay_out_task(tmp_path / "task"), outputs, "trainer.max_epochs=2", "seed=0,1,2")
     planned, inputs = plan_jobs(command, runs.CONFIGS), Inputs()
     generator = random.Random(3)
+    assert crashes.run_to_end(time.monotonic) == 0  # from here on the fork server waits
     kills, whole_sweep, longest = 0, None, 0.0
     while whole_sweep is None or kills < KILLS:
         shutil.rmtree(outputs, ignore_errors=True)
