@@ -1,6 +1,7 @@
 """Tensors that are computed anew before each use, in the place of a parameter: pruned, normalised, parametrized."""
 
 from collections.abc import Iterator
+from typing import cast
 
 from torch import nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
@@ -32,7 +33,7 @@ def make_permanent(module: nn.Module, name: str) -> None:
 
 def _own(module: nn.Module) -> Iterator[str]:
     if parametrize.is_parametrized(module):
-        yield from module.parametrizations
+        yield from cast(nn.ModuleDict, module.parametrizations)
     for hook in module._forward_pre_hooks.values():
         name = _tensor_of(hook)
         if name is not None:

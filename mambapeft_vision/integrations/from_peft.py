@@ -128,7 +128,7 @@ def _lora_methods(config: Mapping[str, Any], state: Mapping[str, Tensor], backbo
     """One method of ours for each pair of rank and scale: LoRA, or DoRA with magnitudes of output rows."""
     methods: _Methods = {}
     kind, spec_of = "lora", _LORA
-    names = ("lora_A.weight", "lora_B.weight")
+    names: tuple[str, ...] = ("lora_A.weight", "lora_B.weight")
     if config.get("use_dora"):
         kind, spec_of, names = "dora", _DORA, (*names, "lora_magnitude_vector")
     alphas = _by_name(config.get("alpha_pattern") or {})

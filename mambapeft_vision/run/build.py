@@ -130,7 +130,7 @@ def build_backbone_offline(plan: RunPlan) -> tuple[Backbone, str]:
     section = plan.backbone
     if section.get("weights") != "official":
         return build_backbone(plan), f"weights: {section.get('weights')}"
-    backbone = _build_backbone(plan, weights="random")
+    backbone: Any = _build_backbone(plan, weights="random")
     repository, file = (backbone.default_cfg.get(key) for key in ("hf_hub_id", "hf_hub_filename"))
     if repository is None:  # in the package, or nowhere
         return build_backbone(plan), "weights: official"

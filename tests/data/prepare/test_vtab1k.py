@@ -15,7 +15,7 @@ from mambapeft_vision.data.manifest import read_entry
 from mambapeft_vision.data.prepare import vtab1k as prepare
 from mambapeft_vision.data.prepare.download import HUB_DATASET
 from mambapeft_vision.data.prepare.vtab1k import BAD, GOOD, INTERRUPTED, main
-from mambapeft_vision.run.exit import _code_of
+from mambapeft_vision.run.exit import code_of
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "prepare_vtab1k.py"
 
@@ -40,7 +40,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def run(table, root):
-    return lambda *arguments: _code_of(
+    return lambda *arguments: code_of(
         lambda: main(["--root", str(root), "--workers", "1", *map(str, arguments)], table)
     )
 
