@@ -105,8 +105,7 @@ class History(Callback):
             "seconds": seconds,
         }
         self.rows.append(row)
-        # The GPU idles here, so only the last epoch waits for the disk. A resumed run writes the rows again.
-        write_text(self._file, _csv(self.rows), flush=is_last_epoch(trainer))
+        write_text(self._file, _csv(self.rows))
         self._log(row)
 
     def state_dict(self) -> dict[str, Any]:
@@ -285,7 +284,8 @@ class Checkpoints(Callback):
         self._saved_epoch: int | None = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        due = is_last_epoch(trainer) or time.monotonic() - self._saved >= self._every_s
+        last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        due = last or time.monotonic() - self._saved >= self._every_s
         if due and _training(pl_module).can_be_saved:
             self.save(trainer)
 
@@ -322,11 +322,6 @@ class StopAtSigterm(Callback):
         if self._asked and module.can_be_saved:
             self._checkpoints.save(trainer)
             raise Preempted(f"terminated after {module.position}, which is saved")
-
-
-def is_last_epoch(trainer: Trainer) -> bool:
-    """Whether no epoch follows the one under way."""
-    return trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
 
 
 def _training(module: LightningModule) -> TrainingModule:

@@ -25,13 +25,10 @@ _DAY_S = 86_400.0
 
 
 @contextmanager
-def atomic_path(path: str | Path, *, flush: bool = True) -> Iterator[Path]:
+def atomic_path(path: str | Path) -> Iterator[Path]:
     """Gives the path of an empty temporary file beside `path`; on success it is flushed and renamed over `path`.
 
     A link at `path` is replaced, not followed.
-
-    Args:
-        flush: waits for the disk, so that the file also outlives a loss of power. Without, it outlives the process.
     """
     path = Path(path)
     temporary = temporary_path(path)
@@ -39,12 +36,10 @@ def atomic_path(path: str | Path, *, flush: bool = True) -> Iterator[Path]:
         os.close(os.open(temporary, _CREATE, 0o666))
         try:
             yield temporary
-            if flush:
-                with open(temporary, "rb+") as file:
-                    os.fsync(file.fileno())
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
             os.replace(temporary, path)
-            if flush:
-                _sync_folder(path.parent)
+            _sync_folder(path.parent)
         finally:
             with suppress(OSError):  # only the first error counts
                 temporary.unlink(missing_ok=True)
@@ -154,15 +149,15 @@ def _remove_old_folders(folder: Path) -> None:
                 shutil.rmtree(found)
 
 
-def write_bytes(path: str | Path, content: bytes, *, flush: bool = True) -> None:
-    """Writes a file that is whole or absent, also if the process dies. flush: see `atomic_path`."""
-    with atomic_path(path, flush=flush) as temporary:
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Writes a file that is whole or absent, also if the process dies."""
+    with atomic_path(path) as temporary:
         temporary.write_bytes(content)
 
 
-def write_text(path: str | Path, text: str, *, flush: bool = True) -> None:
+def write_text(path: str | Path, text: str) -> None:
     """Writes a UTF-8 file as `write_bytes` does."""
-    write_bytes(path, text.encode("utf-8"), flush=flush)
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: str | Path, value: Any) -> None:
