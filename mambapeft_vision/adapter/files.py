@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from mambapeft_vision.utils.atomic import write_bytes, write_json
+from mambapeft_vision.utils.console import warn
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.names import check_method_names
 from mambapeft_vision.utils.state_dict_checks import check_finite
@@ -26,8 +26,10 @@ ADAPTER_FILE = "adapter.safetensors"
 CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 1
 MAX_BYTES = {CONFIG_FILE: 10_000_000, ADAPTER_FILE: 4_000_000_000}
-# In the metadata of adapter.safetensors. Tools that change the tensors leave them out.
-_CHECKSUM, _CONFIG_CHECKSUM = "tensors_sha256", "config_sha256"
+# In the metadata of adapter.safetensors, whose writer puts several entries in random order. Tools that change the
+# tensors leave it out.
+_CHECKSUM = "tensors_sha256"
+_CONFIG_CHECKSUM = "config_sha256"  # in adapter_config.json
 _DECIDING = ("backbone", "methods", "num_classes")  # keys of the config on which predictions depend
 _DTYPES = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -47,14 +49,13 @@ class Adapter:
 
 
 def write_adapter(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Writes both files into `folder`, each atomically; beside the tensors checksums of both. config: JSON-safe."""
+    """Writes both files into `folder`, each atomically and with a checksum. config: JSON-safe."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
     # Unlike safetensors' save_file, write_bytes says what a disk has against it.
-    checksums = {_CHECKSUM: tensors_sha256(tensors), _CONFIG_CHECKSUM: _config_sha256(config)}
-    write_bytes(folder / ADAPTER_FILE, serialize(tensors, checksums))
-    write_json(folder / CONFIG_FILE, dict(config))
+    write_bytes(folder / ADAPTER_FILE, serialize(tensors, {_CHECKSUM: tensors_sha256(tensors)}))
+    write_json(folder / CONFIG_FILE, {**config, _CONFIG_CHECKSUM: _config_sha256(config)})
 
 
 def file_of_adapter(folder: Path, name: str) -> Path:
@@ -73,7 +74,7 @@ def file_of_adapter(folder: Path, name: str) -> Path:
 def read_adapter(folder: str | Path) -> Adapter:
     """Reads adapter_config.json and adapter.safetensors; nothing in them is executed.
 
-    It warns of a config that is not the one that was saved with the tensors: damaged, or changed by hand.
+    It warns of a config that is not as it was saved: damaged, or changed by hand.
 
     Raises: UserError naming the file and what is wrong with it.
     """
@@ -97,14 +98,13 @@ def read_adapter(folder: str | Path) -> Adapter:
         )
     _check_adapter_config(config, path)
     refuse_references(config, str(path))
-    state, metadata = _read_state(tensors)
-    if metadata.get(_CONFIG_CHECKSUM, checksum := _config_sha256(config)) != checksum:
-        warnings.warn(
-            f"{plain(path)} is not as it was saved with {ADAPTER_FILE} ({', '.join(_DECIDING)}): damaged or changed by "
-            f"hand; if you have not changed it, {_AGAIN}",
-            stacklevel=2,
+    checksum = _config_sha256(config)
+    if config.pop(_CONFIG_CHECKSUM, checksum) != checksum:
+        warn(
+            f"{plain(path)} is not as it was saved ({', '.join(_DECIDING)}): damaged or changed by hand; if you have "
+            f"not changed it, {_AGAIN}"
         )
-    return Adapter(folder, config, state)
+    return Adapter(folder, config, read_state(tensors))
 
 
 def _config_sha256(config: Mapping[str, Any]) -> str:
@@ -117,11 +117,6 @@ def read_state(file: Path) -> dict[str, Tensor]:
 
     Raises: UserError for a file that is missing, damaged or too large, and for tensors with NaN or infinity.
     """
-    return _read_state(file)[0]
-
-
-def _read_state(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """As `read_state`; and the texts beside the tensors."""
     try:
         content = read_bytes(file, max_bytes=MAX_BYTES[ADAPTER_FILE])
         if int.from_bytes(content[:8], "little") > MAX_HEADER:
@@ -132,12 +127,11 @@ def _read_state(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     odd = [name for name, tensor in state.items() if tensor.dtype not in _DTYPES]
     if odd:
         raise UserError(f"{file}: {shown(odd[0])} is of type {state[odd[0]].dtype}; expected numbers. {_AGAIN}")
-    metadata = _metadata(content)
-    recorded = metadata.get(_CHECKSUM)
+    recorded = _metadata(content).get(_CHECKSUM)
     if recorded is not None and recorded != tensors_sha256(state):
         raise UserError(f"{file} is damaged: its tensors are not those that were saved (sha256); {_AGAIN}")
     check_finite(state, str(file))
-    return state, metadata
+    return state
 
 
 def _metadata(content: bytes) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from mambapeft_vision.utils.atomic import write_text
 from mambapeft_vision.utils.errors import UserError
 
 CASES = (("vim_s", "lora_p_x", 32), ("vim_s", "lora_p_x", 256), ("vmamba_s", "lora_in_proj", 256))
-# Share of the images per reference, from which a run counts as slower. Two runs of one machine differ by less than 0.01;
-# the same code on two cards of one kind differed by 0.01 at batch 32 and by 0.05 at batch 256.
+# Share of the images per reference, from which a run counts as slower. Two runs of one machine differ by less than
+# 0.01; the same code on two cards of one kind differed by 0.01 at batch 32 and by 0.05 at batch 256.
 LOSS = 0.03
 MORE_MEMORY = 0.02
 _SIDE, _COPIED = 8192, 2**30  # side of the matrices; bytes of the tensor

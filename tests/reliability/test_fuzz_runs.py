@@ -17,7 +17,7 @@ import yaml
 from helpers import runs
 from helpers.fake_records import CONFIGS, fake_record
 from helpers.fuzz import JSON, bounded, changed_values, mutated
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -79,6 +79,7 @@ def shown_everywhere(folder: Path) -> None:
 
 @bounded(80)
 @given(content=as_json(changed_values(RECORD)) | mutated(json.dumps(RECORD).encode()))
+@example(content=json.dumps(RECORD).replace(', "batch_size": 32', "").encode())
 def test_records_and_tables_of_them(content):
     read_or_refused("result.json", content, shown_everywhere)
 

@@ -11,7 +11,6 @@ kept beside it. So is one whose own files are damaged or were changed.
 import hashlib
 import json
 import os
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from mambapeft_vision.data.own.source import Source, named, read_tree
 from mambapeft_vision.data.own.table import USUAL, Columns, is_table, read_table
 from mambapeft_vision.data.prepare.verify import FileFinding, inspect_file
 from mambapeft_vision.utils.atomic import atomic_folder, write_json, write_text
+from mambapeft_vision.utils.console import warn
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.lock import one_at_a_time
 from mambapeft_vision.utils.processes import available_cpus
@@ -96,7 +96,7 @@ def lay_out(own: OwnImages, folder: Path) -> None:
     with one_at_a_time(folder):
         known = read_index(folder)
         if known is not None and not _is_whole(folder, known):
-            warnings.warn(f"{folder}: its files are not as they were written; it is made again", stacklevel=2)
+            warn(f"{folder}: its files are not as they were written; it is made again")
             known = None
         if known is not None and _is_recorded(source, known, folder):
             return

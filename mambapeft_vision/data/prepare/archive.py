@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from mambapeft_vision.data.image_list import parse_list
 from mambapeft_vision.data.preprocessing import MAX_IMAGE_BYTES
@@ -22,7 +23,7 @@ from mambapeft_vision.data.tasks import SPLITS, Task
 from mambapeft_vision.utils.atomic import atomic_folder
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.progress import ProgressCallback, ProgressMeter
-from mambapeft_vision.utils.text import shown
+from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.untrusted import open_plain, open_zip
 
 MAX_BYTES = 20_000_000_000
@@ -74,14 +75,19 @@ def extract_tasks(
                     for member in files:
                         target = temporary / member.path
                         target.parent.mkdir(parents=True, exist_ok=True)
-                        with opened.open(member.info) as stream, open(target, "xb") as out:
+                        with _open_member(opened, member.info) as stream, open(target, "xb") as out:
                             shutil.copyfileobj(stream, out, _COPY_BLOCK)
                         meter.advance(member.info.file_size)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError) as error:
         raise _damaged(archive, error) from error
+
+
+def _open_member(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
+    try:
+        return opened.open(info)
     except OSError as error:
-        if error.errno == errno.EINVAL and error.filename is None:  # a member's place before the file's beginning
-            raise _damaged(archive, error) from error
+        if error.errno == errno.EINVAL:
+            raise zipfile.BadZipFile(f"{plain(info.filename)} begins before the file does") from error
         raise
 
 

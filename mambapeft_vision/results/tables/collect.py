@@ -66,7 +66,7 @@ class Standard:
             expected["method"] |= preset.methods_on(backbone)
             expected["trainer"] |= preset.overrides.get("trainer", {})
         given = {"trainer": config["trainer"], "method": config["method"]}
-        given |= {key: config["dataset"][key] for key in PROTOCOL_KEYS}
+        given |= {key: config["dataset"][key] for key in PROTOCOL_KEYS if key in config["dataset"]}
         if config.get("method_sizes", "given") != "given":
             given["method_sizes"] = config["method_sizes"]
         expected, given = ({**tree, "method": in_old_words(tree["method"])} for tree in (expected, given))
