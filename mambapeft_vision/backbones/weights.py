@@ -3,7 +3,7 @@
 import io
 import math
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,10 @@ from mambapeft_vision.utils.tensor_files import MAX_BYTES, metadata_of, read_ten
 from mambapeft_vision.utils.text import plain, shown
 
 LICENSE_ACCEPTED = "accepted"
+
+#: Where checkpoints hold their tensors: official files under "model"; those of timm's train.py under the other two, of
+#: which timm, too, takes the averaged weights first.
+STATE_KEYS = ("model", "state_dict_ema", "state_dict")
 
 
 @dataclass(frozen=True)
@@ -67,23 +71,25 @@ def load_pretrained(model: TimmModel, license_accepted: str | None = None) -> No
     """Loads the weights that a model's timm record names, and the head among them where it has as many classes.
 
     The record may have been changed by `pretrained_cfg_overlay`. As in timm, the first of state_dict, file, url and
-    hf_hub_id that is set decides.
+    hf_hub_id that is set decides; and where the record has num_classes -1 (`--pretrained-path` of timm's train.py), the
+    head stays new.
     """
     record = model.pretrained_cfg
+    with_head = record.get("num_classes") != -1
     source: Any
     kind, source = _resolve_pretrained_source(record)
     if kind == "state_dict":
-        load_state(model, Checkpoint(dict(source)), "pretrained_cfg.state_dict", with_head=True)
+        load_state(model, Checkpoint(dict(source)), "pretrained_cfg.state_dict", with_head=with_head)
     elif kind == "file":
-        load_weights(model, source, with_head=True)
+        load_weights(model, source, with_head=with_head)
     elif kind == "url":
-        load_weights(model, _download(record), with_head=True)
+        load_weights(model, _download(record), with_head=with_head)
     elif kind == "local-dir":
         names = ("model.safetensors", "pytorch_model.bin")  # as timm.models.save_for_hf writes them
         paths = [Path(source) / name for name in names]
-        load_weights(model, next((path for path in paths if path.is_file()), paths[0]), with_head=True)
+        load_weights(model, next((path for path in paths if path.is_file()), paths[0]), with_head=with_head)
     elif kind == "hf-hub":
-        load_weights(model, _fetch(record, license_accepted), with_head=True)
+        load_weights(model, _fetch(record, license_accepted), with_head=with_head)
     else:
         load_official(model)  # raises with the reason
 
@@ -175,8 +181,8 @@ def load_state(model: TimmModel, checkpoint: Checkpoint, source: str, with_head:
     model.loaded = Loaded.of(model, in_file)
 
 
-def read_checkpoint(path: str | Path, key: str = "model") -> Checkpoint:
-    """The tensors of a checkpoint file, under their names there; from `content[key]` where there is such a key.
+def read_checkpoint(path: str | Path, keys: Sequence[str] = STATE_KEYS) -> Checkpoint:
+    """The tensors of a checkpoint file, under their names there; from the first of `keys` that it has, if any.
 
     Nothing in the file is executed (`read_tensors`). Raises UserError.
     """
@@ -189,15 +195,17 @@ def read_checkpoint(path: str | Path, key: str = "model") -> Checkpoint:
         raise UserError(
             f"backbone weights {shown(str(path))} cannot be read ({error.strerror}); give a .pth or .safetensors file"
         ) from error
-    state = content.get(key, content) if isinstance(content, dict) else content
+    state = next((content[key] for key in keys if key in content), content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise UserError(f"{shown(str(path))} holds no state dict of tensors (under {key!r} or at top level)")
+        raise UserError(
+            f"{shown(str(path))} holds no state dict of tensors (under {' or '.join(keys)}, or at top level)"
+        )
     return Checkpoint(state, _made_for({**content, **metadata_of(path)}, path.stem))
 
 
-def read_state_dict(path: str | Path, key: str = "model") -> dict[str, Tensor]:
+def read_state_dict(path: str | Path, keys: Sequence[str] = STATE_KEYS) -> dict[str, Tensor]:
     """The tensors of `read_checkpoint`."""
-    return read_checkpoint(path, key).state
+    return read_checkpoint(path, keys).state
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def from_reference(config: str | Path, checkpoint: str | Path, weights: str | Pa
         out: folder for adapter.safetensors and adapter_config.json.
     """
     peft_kwargs, module_kwargs = read_reference_config(config)
-    state = read_state_dict(checkpoint, key="state_dict")
+    state = read_state_dict(checkpoint, keys=["state_dict"])
     head = next((v for k, v in state.items() if k.endswith(("head.weight", "head.layers.head.weight"))), None)
     if head is None:
         raise UserError(f"{checkpoint} holds no head.weight; expected a checkpoint of the reference's trainer")

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import textwrap
 import xml.etree.ElementTree as ElementTree
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,25 @@ def test_pretrained_cfg_overlay_is_heeded(tmp_path):
     missing = {"file": str(tmp_path / "no.pth")}
     with pytest.raises(UserError, match="do not exist"):
         timm.create_model("vim_nano_patch8_64", pretrained=True, pretrained_cfg_overlay=missing)
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_checkpoints_of_timms_train_script_are_pretrained_weights(tmp_path, averaged):
+    """As its `--pretrained-path FILE` gives them: averaged weights where there are some, and a new head."""
+    name = "vim_pico_patch8_32"
+    trained = model_of(name, num_classes=7)
+    torch.nn.init.normal_(trained.head.weight)
+    average = timm.utils.ModelEmaV3(trained) if averaged else None
+    if average is not None:
+        torch.nn.init.normal_(average.module.pos_embed)
+    optimizer = timm.optim.create_optimizer_v2(trained, opt="adamw", lr=1e-3)
+    settings = {"args": Namespace(model=name), "model_ema": average, "checkpoint_dir": str(tmp_path)}
+    timm.utils.CheckpointSaver(trained, optimizer, **settings).save_checkpoint(0, metric=1.0)
+
+    overlay = {"file": str(tmp_path / "last.pth.tar"), "num_classes": -1}
+    model = timm.create_model(name, pretrained=True, num_classes=7, pretrained_cfg_overlay=overlay)
+    expected = (trained if average is None else average.module).state_dict()
+    assert {k for k, v in model.state_dict().items() if not torch.equal(v, expected[k])} == {"head.weight"}
 
 
 def test_saved_for_the_hub_and_read_back(name, tmp_path):
