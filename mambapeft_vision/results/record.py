@@ -1,5 +1,7 @@
 """result.json: one record a run, written last; a run folder with one is a finished run."""
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +19,7 @@ from mambapeft_vision.utils.typed import build
 from mambapeft_vision.utils.untrusted import parse_json
 
 SCHEMA_VERSION = 3
+CHECKSUM = "sha256"  # key in result.json, beside the record's fields; results of earlier releases have none
 REMEDY = "Run again with resume=false"
 #: Section of the config of a result that was made from finished runs without training: kind, label, members (their
 #: fingerprints). Tables show the label as a setting of that name.
@@ -88,8 +91,9 @@ def is_derived(record: RunRecord) -> bool:
 
 
 def write_record(folder: Path, record: RunRecord) -> None:
-    """Writes result.json atomically. The last thing a run does."""
-    write_json(folder / RESULT_FILE, asdict(record))
+    """Writes result.json atomically, with a checksum. The last thing a run does."""
+    content = json.loads(json.dumps(asdict(record), allow_nan=False))  # as a reader gets it
+    write_json(folder / RESULT_FILE, content | {CHECKSUM: _sha256(content)})
 
 
 def is_finished(folder: Path) -> bool:
@@ -100,12 +104,21 @@ def is_finished(folder: Path) -> bool:
 def read_record(path: str | Path) -> RunRecord:
     """Reads result.json (or the one in a run's folder), strictly.
 
-    Raises: UserError naming the file and every missing, unknown or mistyped field.
+    Raises: UserError naming the file and every missing, unknown or mistyped field, and for one that is damaged.
     """
     path = Path(path)
     path = path / RESULT_FILE if path.is_dir() else path
-    text = read_text(path, "the folder of a finished run")
-    return record_of(parse_json(text, str(path)), str(path))
+    content = parse_json(read_text(path, "the folder of a finished run"), str(path))
+    if isinstance(content, dict) and CHECKSUM in content and content.pop(CHECKSUM) != _sha256(content):
+        raise UserError(
+            f"{plain(path)} is not as it was written: damaged or changed by hand. Copy it again from where it was "
+            f"made, or run again with resume=false"
+        )
+    return record_of(content, str(path))
+
+
+def _sha256(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def record_of(content: Any, where: str, sizes: dict[int, int] | None = None) -> RunRecord:

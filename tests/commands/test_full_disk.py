@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from helpers import runs
 from helpers.fake_records import fake_record
+from helpers.run_files import result_of
 from PIL import Image
 
 from mambapeft_vision.cli import main
@@ -132,7 +133,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = runs.only_run_folder(folder / "out")
     shutil.copytree(run, run.with_name(SECOND))
     result = run.with_name(SECOND) / "result.json"
-    record = json.loads(result.read_text())
+    record = result_of(result)
     result.write_text(json.dumps(record | {"seed": 1, "fingerprint": "0" * len(record["fingerprint"])}))
     return run
 

@@ -28,6 +28,7 @@ from mambapeft_vision.backbones.weights import export_official
 from mambapeft_vision.data.prepare.importer import import_task
 from mambapeft_vision.integrations.convert import from_reference
 from mambapeft_vision.integrations.export import Request, export
+from mambapeft_vision.results.record import CHECKSUM
 from mambapeft_vision.run.evaluate import evaluate
 from mambapeft_vision.run.run import train
 
@@ -64,6 +65,7 @@ class World:
         path = self.run / file
         if file.endswith(".json"):
             content = json.loads(path.read_text())
+            content.pop(CHECKSUM, None)
             change(content)
             path.write_text(json.dumps(content))
             return

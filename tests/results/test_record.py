@@ -1,12 +1,14 @@
 """result.json: written whole, read strictly."""
 
 import json
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+from helpers.run_files import result_of
 
-from mambapeft_vision.results.record import RESULT_FILE, RunRecord, is_finished, read_record, write_record
+from mambapeft_vision.results.record import CHECKSUM, RESULT_FILE, RunRecord, is_finished, read_record, write_record
 from mambapeft_vision.utils.errors import UserError
 
 RECORD = RunRecord(
@@ -66,8 +68,21 @@ RECORD = RunRecord(
 
 def edit(folder: Path, **changes) -> None:
     write_record(folder, RECORD)
-    content = json.loads((folder / RESULT_FILE).read_text()) | changes
+    content = result_of(folder / RESULT_FILE) | changes
     (folder / RESULT_FILE).write_text(json.dumps({k: v for k, v in content.items() if v != "(removed)"}))
+
+
+def test_a_changed_digit_is_no_other_result(tmp_path):
+    """Each digit of the file in turn; without its checksum it is as of earlier releases."""
+    write_record(tmp_path, RECORD)
+    file = tmp_path / RESULT_FILE
+    text = file.read_text()
+    for place in [found.start() for found in re.finditer(r"[0-9]", text)]:
+        file.write_text(f"{text[:place]}{(int(text[place]) + 1) % 10}{text[place + 1 :]}")
+        with pytest.raises(UserError, match="result.json|cannot|schema"):
+            read_record(tmp_path)
+    file.write_text(json.dumps({k: v for k, v in json.loads(text).items() if k != CHECKSUM}))
+    assert read_record(tmp_path) == RECORD
 
 
 def test_round_trip(tmp_path):

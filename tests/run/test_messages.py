@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import runs
 from helpers.fake_records import fake_record
+from helpers.run_files import result_of
 
 from mambapeft_vision.adapter.load import load_adapter
 from mambapeft_vision.data.image_list import read_list
@@ -57,7 +58,7 @@ def a_text_for_an_image(folder: Path, _: pytest.MonkeyPatch) -> None:
 
 def a_record_of_other_types(folder: Path, _: pytest.MonkeyPatch) -> None:
     write_record(folder, fake_record("vtab/cifar", "lora_p_x", 0, 0.5))
-    content = json.loads((folder / "result.json").read_text())
+    content = result_of(folder / "result.json")
     written(folder, "result.json", json.dumps({**content, "seed": "x"}).encode())
     read_record(folder)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers import crashes, runs
+from helpers.run_files import result_of
 from omegaconf import open_dict
 
 from mambapeft_vision import cli
@@ -90,7 +91,7 @@ def test_other_images_and_other_weights_are_refused(done, tmp_path):
     assert f"{moved}/tiny are not those of the record: manifest unverified:" in err and "paths.data of those" in err
     assert json.loads(next((tmp_path / "out").rglob(FAILURE_FILE)).read_text())["kind"] == "UserError"
 
-    content = json.loads(done.alone.read_text()) | {"backbone_sha256": "0" * 64}
+    content = result_of(done.alone) | {"backbone_sha256": "0" * 64}
     (tmp_path / "result.json").write_text(json.dumps(content))
     code, out, err = again(tmp_path, tmp_path, outputs)
     assert code == 2 and "epoch" not in out
@@ -107,7 +108,7 @@ def test_what_differs_is_said(done):
 
 
 def edited(done, tmp_path, edit):
-    content = json.loads(done.alone.read_text())
+    content = result_of(done.alone)
     edit(content["config"])
     (tmp_path / "result.json").write_text(json.dumps(content))
     return tmp_path / "result.json"
@@ -183,7 +184,7 @@ def test_names_are_checked_before_any_folder_is_made(done, tmp_path):
 def test_the_images_of_a_record_are_read_again(done, tmp_path):
     """A manifest that came with them proves nothing."""
     data = shutil.copytree(done.data, tmp_path / "data")
-    record = json.loads(done.alone.read_text())
+    record = result_of(done.alone)
     lists = {split: sha256_file(data / "tiny" / f"{split}.txt") for split in ("train800val200", "test")}
     write_entry(data, "tiny", TaskEntry("0" * 64, lists, 60, 1, {"test": 3}, True))
     record["data_manifest"] = "0" * 64
@@ -194,7 +195,7 @@ def test_the_images_of_a_record_are_read_again(done, tmp_path):
 
 def test_a_record_does_not_choose_who_is_told(done, tmp_path):
     """The sender's W&B account would have been used without a word."""
-    content = json.loads(done.alone.read_text())
+    content = result_of(done.alone)
     content["config"]["logger"] = {
         "_target_": "mambapeft_vision.integrations.wandb_logger.WandbLogger",
         "project": "attackers",
