@@ -1,6 +1,5 @@
 """An adapter on disk: a folder with adapter.safetensors and adapter_config.json."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from torch import Tensor
 from mambapeft_vision.utils.atomic import write_bytes, write_json
 from mambapeft_vision.utils.console import warn
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.hashing import sha256_json
 from mambapeft_vision.utils.names import check_method_names
 from mambapeft_vision.utils.state_dict_checks import check_finite
 from mambapeft_vision.utils.tensor_files import MAX_HEADER, tensors_sha256
@@ -108,8 +108,7 @@ def read_adapter(folder: str | Path) -> Adapter:
 
 
 def _config_sha256(config: Mapping[str, Any]) -> str:
-    deciding = {key: config.get(key) for key in _DECIDING}
-    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+    return sha256_json({key: config.get(key) for key in _DECIDING})
 
 
 def read_state(file: Path) -> dict[str, Tensor]:

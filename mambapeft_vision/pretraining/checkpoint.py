@@ -1,7 +1,5 @@
 """The state of an unfinished pretraining run: saved now and then, read by the same command, deleted at the end."""
 
-import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from mambapeft_vision.pretraining.config import PretrainConfig, to_dict
 from mambapeft_vision.pretraining.module import STATE
 from mambapeft_vision.pretraining.sources import Source
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.hashing import sha256_json
 from mambapeft_vision.utils.identity import UNDECIDING_IN_PRETRAINING
 
 
@@ -27,7 +26,7 @@ def identity(config: PretrainConfig, sources: Iterable[Source], device: torch.de
     settings["sources"] = {
         source.name: {**settings["sources"][source.name], "path": source.sha256} for source in sources
     }
-    return hashlib.sha256(json.dumps([settings, device.type], sort_keys=True).encode()).hexdigest()
+    return sha256_json([settings, device.type])
 
 
 def steps_done_in(file: Path, identity: str) -> int:

@@ -1,6 +1,5 @@
 """result.json: one record a run, written last; a run folder with one is a finished run."""
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from mambapeft_vision.results.layout import RESULT_FILE
 from mambapeft_vision.results.migrations import migrated_result
 from mambapeft_vision.utils.atomic import write_json
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.hashing import sha256_json
 from mambapeft_vision.utils.names import LONGEST, MOST_PARTS
 from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.typed import build
@@ -93,7 +93,7 @@ def is_derived(record: RunRecord) -> bool:
 def write_record(folder: Path, record: RunRecord) -> None:
     """Writes result.json atomically, with a checksum. The last thing a run does."""
     content = json.loads(json.dumps(asdict(record), allow_nan=False))  # as a reader gets it
-    write_json(folder / RESULT_FILE, content | {CHECKSUM: _sha256(content)})
+    write_json(folder / RESULT_FILE, content | {CHECKSUM: sha256_json(content)})
 
 
 def is_finished(folder: Path) -> bool:
@@ -109,16 +109,12 @@ def read_record(path: str | Path) -> RunRecord:
     path = Path(path)
     path = path / RESULT_FILE if path.is_dir() else path
     content = parse_json(read_text(path, "the folder of a finished run"), str(path))
-    if isinstance(content, dict) and CHECKSUM in content and content.pop(CHECKSUM) != _sha256(content):
+    if isinstance(content, dict) and CHECKSUM in content and content.pop(CHECKSUM) != sha256_json(content):
         raise UserError(
             f"{plain(path)} is not as it was written: damaged or changed by hand. Copy it again from where it was "
             f"made, or run again with resume=false"
         )
     return record_of(content, str(path))
-
-
-def _sha256(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def record_of(content: Any, where: str, sizes: dict[int, int] | None = None) -> RunRecord:

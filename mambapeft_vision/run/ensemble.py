@@ -1,8 +1,6 @@
 """Ensembles of finished runs: the mean of their probabilities, from what each run stored of the test images."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -19,6 +17,7 @@ from mambapeft_vision.results.record import DERIVED, RunRecord, write_record
 from mambapeft_vision.run.run_config import make_run_folder
 from mambapeft_vision.utils.environment import git_state
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.hashing import sha256_json
 from mambapeft_vision.utils.text import plain
 
 
@@ -157,7 +156,7 @@ def derived_record(
     config = {**changes.pop("config", members[0].config), DERIVED: derived}
     return dataclasses.replace(
         members[0],
-        fingerprint=hashlib.sha256(json.dumps(derived, sort_keys=True).encode()).hexdigest(),
+        fingerprint=sha256_json(derived),
         git_commit=commit,
         git_dirty=dirty,
         finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -6,11 +6,11 @@ change the fingerprint of an existing run: tests/run/test_identity.py pins it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
+
+from mambapeft_vision.utils.hashing import sha256_json
 
 # Dotted key of a section or a value → why it cannot change a result.
 UNDECIDING: Mapping[str, str] = {
@@ -97,7 +97,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def fingerprint(identity: Mapping[str, Any]) -> str:
     """sha256 of an identity."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return sha256_json(identity)
 
 
 def _without(tree: Mapping[str, Any], keys: Mapping[str, str], prefix: str = "") -> dict[str, Any]:

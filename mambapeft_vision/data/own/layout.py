@@ -9,7 +9,6 @@ kept beside it. So is one whose own files are damaged or were changed.
 """
 
 import hashlib
-import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +27,7 @@ from mambapeft_vision.data.prepare.verify import FileFinding, inspect_file
 from mambapeft_vision.utils.atomic import atomic_folder, write_json, write_text
 from mambapeft_vision.utils.console import warn
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.hashing import sha256_json
 from mambapeft_vision.utils.lock import one_at_a_time
 from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.utils.progress import ConsoleProgress, ProgressMeter
@@ -81,9 +81,8 @@ class OwnImages:
     def folder_below(self, place: Path) -> Path:
         """The task's folder: another one for other images or another way to split them."""
         settings = {**asdict(self), "path": str(self.path.absolute()), "root": self.root and str(self.root.absolute())}
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         name = "".join(c if c.isalnum() else "-" for c in self.path.stem)[:40]
-        return place / f"{name}-{digest[:12]}"
+        return place / f"{name}-{sha256_json(settings)[:12]}"
 
 
 def lay_out(own: OwnImages, folder: Path) -> None:
