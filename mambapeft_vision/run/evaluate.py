@@ -28,7 +28,7 @@ from mambapeft_vision.results.record import RunRecord, read_record
 from mambapeft_vision.run.assemble import Setup, assemble
 from mambapeft_vision.run.config import TrainConfig
 from mambapeft_vision.run.finish import save_predictions, test, versions_of
-from mambapeft_vision.run.inputs import Fingerprints, Inputs, changed, own_backbone_sha256, own_methods_sha256
+from mambapeft_vision.run.inputs import Fingerprints, Inputs, changed
 from mambapeft_vision.run.own_code import OwnCode
 from mambapeft_vision.run.report_lines import measure
 from mambapeft_vision.run.run_config import RunPlan, make_plan
@@ -74,13 +74,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         test_only=True,
     )
     inputs = Inputs()
-    now = Fingerprints(
-        inputs.images(plan),
-        setup.model.backbone_sha256,
-        own_methods_sha256(plan),
-        content=inputs.content(plan),
-        backbones=own_backbone_sha256(plan),
-    )
+    now = Fingerprints.of_plan(plan, inputs.images(plan), setup.model.backbone_sha256, inputs.content(plan))
     other = changed(Fingerprints.of_record(record), now)
     if other:
         console.say(f"the {other} are not those that the run was made from")

@@ -14,7 +14,7 @@ from mambapeft_vision.engine.distributed import other_ranks
 from mambapeft_vision.engine.loop import make_trainer, step_settings, train
 from mambapeft_vision.engine.module import FineTuning
 from mambapeft_vision.run.assemble import Setup, assemble
-from mambapeft_vision.run.inputs import Fingerprints, own_backbone_sha256, own_methods_sha256
+from mambapeft_vision.run.inputs import Fingerprints
 from mambapeft_vision.run.own_code import OwnCode
 from mambapeft_vision.run.resume import settle_checkpoint
 from mambapeft_vision.run.run_config import RunPlan
@@ -38,18 +38,20 @@ def fit(
     Raises: NotFiniteError at NaN or infinity.
     """
     checkpoint = plan.folder / CHECKPOINT_FILE
+    task, weights = setup.task, setup.model.backbone_sha256
+    inputs = Fingerprints.of_plan(plan, task.manifest_hash, weights, task.content_hash)
     history = History(plan.folder / METRICS_FILE, log_epoch)
     own = callbacks_of_a_run(
         task=plan.task,
         methods=plan.method_names,
         checkpoint=checkpoint,
         checkpoint_every_s=plan.recipe.checkpoint_every_s,
-        inputs=asdict(inputs_of(plan, setup)),
+        inputs=asdict(inputs),
         ends_sweep=plan.recipe.on_nonfinite == STOP,
         history=history,
         console=console,
     )
-    settle_checkpoint(plan.folder, inputs_of(plan, setup), console.say)
+    settle_checkpoint(plan.folder, inputs, console.say)
     if checkpoint.is_file():
         console.say(f"continues from {checkpoint}")
     devices = plan.recipe.devices
@@ -59,18 +61,6 @@ def fit(
     with other_ranks(devices, partial(fit_rank, plan)):
         fit_here(plan, setup, console, [*own, *callbacks])
     return history
-
-
-def inputs_of(plan: RunPlan, setup: Setup) -> Fingerprints:
-    """Fingerprints of what an assembled run is made from."""
-    task = setup.task
-    return Fingerprints(
-        task.manifest_hash,
-        setup.model.backbone_sha256,
-        own_methods_sha256(plan),
-        content=task.content_hash,
-        backbones=own_backbone_sha256(plan),
-    )
 
 
 def fit_rank(plan: RunPlan, rank: int) -> None:

@@ -45,6 +45,11 @@ class Fingerprints:
     backbones: str | None = None
 
     @classmethod
+    def of_plan(cls, plan: RunPlan, images: str | None, weights: str | None, content: str | None) -> "Fingerprints":
+        """Of what a plan's images and backbone were found to be, and of the user's own files that it names."""
+        return cls(images, weights, own_methods_sha256(plan), content, own_backbone_sha256(plan))
+
+    @classmethod
     def of_record(cls, record: RunRecord) -> "Fingerprints":
         versions = record.versions
         return cls(
@@ -92,13 +97,9 @@ class Inputs:
             with_weights: whether to build the backbone and hash its tensors.
             with_content: whether to read all images of a task that is not verified.
         """
-        return Fingerprints(
-            self.images(plan),
-            self._weights(plan) if with_weights else None,
-            own_methods_sha256(plan),
-            content=self.content(plan) if with_content else None,
-            backbones=own_backbone_sha256(plan),
-        )
+        weights = self._weights(plan) if with_weights else None
+        content = self.content(plan) if with_content else None
+        return Fingerprints.of_plan(plan, self.images(plan), weights, content)
 
     def images(self, plan: RunPlan) -> str | None:
         """The hash of the task; None where its lists are not there."""
