@@ -91,7 +91,7 @@ def summarise(record: RunRecord, folder: Path) -> str:
     lines = [
         ("result", f"{'+'.join(record.methods)} on {record.task}, seed {record.seed}"),
         ("accuracy" if measure(record) == "accuracy" else "mAP", f"{record.accuracy:.2%} {of}"),
-        ("trained", f"{record.trainable:,} numbers and a head of {record.head:,}; {record.frozen:,} stayed frozen"),
+        ("trained", f"{record.trainable:,} parameters and a head of {record.head:,}; {record.frozen:,} stayed frozen"),
         ("time", f"{format_duration(record.wall_seconds)}, of it {format_duration(record.train_seconds)} training"),
         (
             "speed",
