@@ -96,3 +96,17 @@ def test_the_real_teacher_gives_features():
     found = teacher.load_teacher(TeacherConfig(size=64), PREPROCESSING)
     features = found.features(torch.randn(2, 3, 16, 16))
     assert features.shape == (2, teacher.FEATURES) and features.std() > 0.1
+
+
+def test_folded_batch_norms_change_nothing():
+    torch.manual_seed(0)
+    block = nn.Module()
+    block._depthwise_conv, block._bn1 = nn.Conv2d(4, 4, 3, groups=4, bias=False), nn.BatchNorm2d(4, eps=1e-3)
+    for tensor in (block._bn1.running_mean, block._bn1.weight, block._bn1.bias, block._bn1.running_var):
+        nn.init.uniform_(tensor, 0.5, 2)
+    block.eval().double()
+    images = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    before = block._bn1(block._depthwise_conv(images))
+    teacher.fold_batch_norms(nn.Sequential(block))
+    assert isinstance(block._bn1, nn.Identity)
+    torch.testing.assert_close(block._bn1(block._depthwise_conv(images)), before, atol=1e-12, rtol=1e-12)
