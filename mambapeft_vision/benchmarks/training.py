@@ -367,7 +367,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def measured_rows(options: argparse.Namespace, outputs: Path) -> Iterator[dict[str, Any]]:
     """A row for each backbone, batch, precision and method; those that cannot be run are named and left out."""
-    task, kept = make_task(outputs / "small", test_images=512), Kept()
+    task, kept = make_task(outputs / "small", options.test_images), Kept()
     for backbone in options.backbone:
         methods = presets(backbone) if options.methods == ["all"] else options.methods
         for batch, precision, method in itertools.product(options.batch, options.precision, methods):
@@ -428,6 +428,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", nargs="+", default=["bf16"])
     parser.add_argument("--backbone", nargs="+", default=["vim_s"])
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more of train.py's overrides")
+    parser.add_argument("--test-images", type=int, default=512, help="for a rate of the test, give 10,000 or more")
     parser.add_argument("--busy", action="store_true", help="also the share of a step in which the GPU works")
     parser.add_argument("--profile", nargs="*", default=[], metavar="METHOD")
     parser.add_argument("--side-by-side", type=int, default=0, metavar="K", help="up to K independent runs on one GPU")
