@@ -40,6 +40,7 @@ from mambapeft_vision.utils.atomic import write_json
 from mambapeft_vision.utils.console import say
 from mambapeft_vision.utils.errors import (
     DISK_REMEDIES,
+    INTERRUPTED,
     WRITE_ERRORS,
     NotFiniteError,
     Preempted,
@@ -54,7 +55,6 @@ from mambapeft_vision.utils.untrusted import files_below, read_json, refuse_link
 
 CRASH = 1
 USER_MISTAKE = 2
-INTERRUPTED = 130  # as shells report Ctrl-C
 PREEMPTED = 143  # as shells report SIGTERM: the state is saved, start the same command again
 NO_READER = 141  # as shells report SIGPIPE: who read the output (`| head`) has gone
 

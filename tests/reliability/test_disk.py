@@ -14,7 +14,7 @@ from helpers import crashes, runs
 from helpers.run_files import check_files, check_same
 
 from mambapeft_vision.data import cache
-from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE
+from mambapeft_vision.results.layout import CHECKPOINT_FILE
 from mambapeft_vision.results.record import RESULT_FILE
 from mambapeft_vision.run.exit import CRASH, USER_MISTAKE, describe_error, is_mistake
 from mambapeft_vision.run.run import train

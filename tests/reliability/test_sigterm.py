@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import faults, runs
 
-from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE
+from mambapeft_vision.results.layout import CHECKPOINT_FILE
 from mambapeft_vision.run.exit import PREEMPTED
 from mambapeft_vision.utils.errors import Preempted
 
