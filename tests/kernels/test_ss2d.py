@@ -68,7 +68,7 @@ def small_cases() -> Iterator[Any]:
             yield pytest.param(*case.values, shape, id=f"{case.id}-{shape}", marks=marks)
 
 
-@pytest.mark.parametrize(("backend", "device", "shape"), small_cases())
+@pytest.mark.parametrize(("backend", "device", "shape"), list(small_cases()))
 def test_float32_small(backend, device, shape):
     check_float32(backend, device, shape)
 
