@@ -225,6 +225,10 @@ def watch_changes(root: Path, act: Callable[[int, str, str], None]) -> None:
     sys.addaudithook(hook)
 
 
+def cut_in_half(path: str | Path) -> None:
+    os.truncate(path, os.path.getsize(path) // 2)
+
+
 def kill_at(number: int, root: Path, cut: bool = False) -> None:
     """SIGKILL to this process before its change of files with this number (from 1) below root.
 
@@ -235,7 +239,7 @@ def kill_at(number: int, root: Path, cut: bool = False) -> None:
     def act(count: int, event: str, path: str) -> None:
         if count == number:
             if cut and os.path.isfile(path):
-                os.truncate(path, os.path.getsize(path) // 2)
+                cut_in_half(path)
             os.kill(os.getpid(), signal.SIGKILL)
 
     watch_changes(root, act)
