@@ -83,7 +83,7 @@ def load_reference(
     elif peft_kwargs is None:
         parts, prefix = [_full_fine_tuning(backbone)], ""
     else:
-        kwargs = with_defaults(peft_kwargs, _PEFT_DEFAULTS, "peft_kwargs")
+        kwargs = with_defaults(peft_kwargs, PEFT_DEFAULTS, "peft_kwargs")
         _refuse_quantised(kwargs)
         _refuse_substring_training(kwargs, reproduce_reference_bugs)
         if family == "vim":
@@ -399,7 +399,7 @@ _LORA_DEFAULTS = {
 }
 for _surplus in ("s_out_proj", "bit_out_proj"):
     del _LORA_DEFAULTS[_surplus]
-_PEFT_DEFAULTS: dict[str, Any] = {
+PEFT_DEFAULTS: dict[str, Any] = {
     **_LORA_DEFAULTS,
     "adaptformer": False,
     "train_adaptformer": True,
