@@ -65,8 +65,8 @@ def quicken_the_interpreter() -> None:
     calls = 0
 
     def prepare_once(function: Callable[..., object]) -> object:
-        languages = (function.__globals__.get(name) for name in ("tl", "core"))
-        is_prepared = all(language is None or not is_builtin(language.arange) for language in languages)
+        languages = [function.__globals__[name] for name in ("tl", "core") if name in function.__globals__]
+        is_prepared = languages and not any(is_builtin(language.arange) for language in languages)
         return None if calls and is_prepared else prepare(function)
 
     def call_within(self: Any, *args: object, **kwargs: object) -> object:
