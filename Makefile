@@ -36,6 +36,9 @@ check-science: $(INSTALLED) ## is the order scratch < linear_probe < lora_p_x th
 test-all: override PYTEST_ARGS += --exhaustive
 test-all: test ## all tests, with the rest of large products of cases (see CONTRIBUTING.md)
 
+# Bytecode is kept, whatever the shell says: the tests start many processes, and each would compile 300 files.
+test test-gpu: export PYTHONDONTWRITEBYTECODE =
+
 test: $(INSTALLED) ## the tests (GPU tests skip themselves where there is no GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --ignore=tests/kernels tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/kernels # alone: see its conftest.py

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -79,6 +80,16 @@ def _running(node: ast.AST) -> Iterator[ast.AST]:
     is_checked = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
     for child in node.orelse if is_checked else ast.iter_child_nodes(node):
         yield from _running(child)
+
+
+def test_texts_are_named_once():
+    """A name for a file or an address that stands in two modules with one value is one constant, which one imports."""
+    homes: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for module, file in modules().items():
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.Assign) and isinstance(getattr(node.value, "value", None), str):
+                homes[ast.unparse(node.targets[0]), ast.unparse(node.value)].append(module)
+    assert not {name: found for name, found in homes.items() if len(found) > 1}
 
 
 def test_every_unit_has_its_row():

@@ -39,25 +39,26 @@ _REMEDY = {
 
 
 @cache
-def _installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """Whether a module can be imported; looked up once in a process."""
     try:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         return False
 
 
-def _can_run(name: str, device: torch.device) -> bool:
+def can_run(name: str, device: torch.device) -> bool:
     """Whether `name` works on `device`, without importing the packages it needs."""
     on_gpu = device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available()
     if name == "triton":
-        return _installed("triton") and (on_gpu or interpreted(device))
+        return is_installed("triton") and (on_gpu or interpreted(device))
     if name == "cuda":
         modern = on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
-        return modern and all(map(_installed, ("triton", "cuda.core", "cuda.bindings")))
+        return modern and all(map(is_installed, ("triton", "cuda.core", "cuda.bindings")))
     if name == "mamba_ssm":
-        return on_gpu and _installed("mamba_ssm") and _installed("causal_conv1d")
+        return on_gpu and is_installed("mamba_ssm") and is_installed("causal_conv1d")
     if name == "numba":
-        return device.type == "cpu" and _installed("numba")
+        return device.type == "cpu" and is_installed("numba")
     return True
 
 
@@ -80,7 +81,7 @@ def computes_now(tensors: Iterable[Tensor | None]) -> bool:
 def available_backends(device: torch.device | str) -> list[str]:
     """The backends that can run on `device`, best first."""
     device = torch.device(device)
-    return [name for name in BACKENDS if _can_run(name, device)]
+    return [name for name in BACKENDS if can_run(name, device)]
 
 
 @torch.compiler.assume_constant_result  # to torch.compile the choice is a constant
@@ -102,10 +103,10 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype | 
 def _resolved(name: str, device: torch.device, dtype: torch.dtype | None) -> str:
     if name == "auto":
         order = ("cuda", "triton", "torch") if device.type == "cuda" else ("numba", "torch")
-        return next(choice for choice in order if _can_run(choice, device) and _takes(choice, dtype))
+        return next(choice for choice in order if can_run(choice, device) and _takes(choice, dtype))
     if name not in BACKENDS:
         raise ValueError(f"kernel={name!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
-    if not _can_run(name, device):
+    if not can_run(name, device):
         raise ValueError(
             f"kernel={name} cannot run on {device}: {_REMEDY[name]}. "
             f"Here: auto, {', '.join(available_backends(device))}"
@@ -137,12 +138,13 @@ def backend_for(name: str, x: Tensor) -> str:
     resolved = resolve_for(name, x)
     if resolved == "naive" or not transformed():
         return resolved
-    _announce_definition()
+    announce_definition()
     return "naive"
 
 
 @cache
-def _announce_definition() -> None:
+def announce_definition() -> None:
+    """Warns, once in a process."""
     warnings.warn(
         "within transforms of torch.func and forward-mode differentiation every op runs as its definition "
         "(kernel=naive), which is right and slower",

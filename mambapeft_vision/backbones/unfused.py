@@ -60,11 +60,12 @@ def announce(part: str, module: nn.Module) -> None:
     """Prints once for each kind of change that mixers compute through their modules, which is slower."""
     if not torch.compiler.is_compiling():
         kind = type(module)
-        _announce(part, f"{kind.__module__}.{kind.__qualname__}")
+        announce_once(part, f"{kind.__module__}.{kind.__qualname__}")
 
 
 @cache
-def _announce(part: str, kind: str) -> None:
+def announce_once(part: str, kind: str) -> None:
+    """Warns that a mixer calls its modules one by one, once for each part and kind of module."""
     warnings.warn(
         f"{part} of a mixer has a hook, a forward of its own, or another module around it or in its place ({kind}); "
         f"the mixer calls it instead of running the fused kernel, which is right and slower",

@@ -5,10 +5,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from mambapeft_kernels import SS2DWeights, ss2d
+from mambapeft_kernels.ss2d.api import DIRECTIONS
 from mambapeft_kernels.ss2d.naive import reading_orders
 from torch import Tensor
-
-DIRECTIONS = 4
 
 
 def make_weights(

@@ -78,7 +78,7 @@ def _jobs(overrides: Sequence[str], backbones: Sequence[str], configs: Path) -> 
     others = [override for override in overrides if override.partition("=")[0] != "backbone"]
     jobs = []
     for backbone in backbones:
-        methods = [] if _names_methods(overrides) else [f"method={','.join(_fitting(backbone, configs))}"]
+        methods = [] if _names_methods(overrides) else [f"method={','.join(fitting_methods(backbone, configs))}"]
         jobs += plan_jobs([f"backbone={backbone}", *others, *methods], configs)
     return jobs
 
@@ -88,7 +88,7 @@ def _names_methods(overrides: Sequence[str]) -> bool:
 
 
 @cache
-def _fitting(backbone: str, configs: Path) -> list[str]:
+def fitting_methods(backbone: str, configs: Path) -> list[str]:
     """The presets of the published table that fit a backbone, in its order."""
     published = [row.presets[0] for row in PUBLISHED[VIM_S]]
     fitting, _ = fitting_presets(configs / "method", registered_name(configs, backbone), names=published)
@@ -120,7 +120,7 @@ def _cost(backbone: str, command: Command, configs: Path) -> tuple[Cost, list[Jo
         note = "backbone.weights=FILE"
     jobs = _jobs(overrides, [backbone], configs)
     speeds = Speeds(known_runs(user_path(jobs[0].plan.paths.outputs)), command.rates)
-    left_out = 0 if _names_methods(overrides) else len(PUBLISHED[VIM_S]) - len(_fitting(backbone, configs))
+    left_out = 0 if _names_methods(overrides) else len(PUBLISHED[VIM_S]) - len(fitting_methods(backbone, configs))
     return cost_of(backbone, jobs, speeds, left_out, note), jobs
 
 

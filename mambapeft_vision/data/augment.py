@@ -15,7 +15,7 @@ from torch import Tensor
 from mambapeft_vision.utils.errors import UserError
 
 _LONGEST_SIDES = 4 / 3  # largest ratio of a crop's sides
-_LUMINANCE = (0.299, 0.587, 0.114)
+LUMINANCE = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Augment:
         factors = 1 + self.colour * (2 * draws - 1)
         saturation, contrast, brightness = (factors[:, k].view(-1, 1, 1, 1) for k in range(3))
         if images.shape[1] == 3:
-            weighted = zip(_LUMINANCE, images.split(1, dim=1), strict=True)
+            weighted = zip(LUMINANCE, images.split(1, dim=1), strict=True)
             images = torch.lerp(sum(weight * channel for weight, channel in weighted), images, saturation)
         images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, contrast)
         return images * brightness

@@ -38,7 +38,7 @@ from mambapeft_vision.utils.untrusted import open_plain
 SMALLEST = 32 << 20
 # Version of the file and of decoding. 2: 16-bit grey by its high byte; 3: checksum, 16-bit TIFFs of any kind.
 _FORMAT = 3
-_SPARE = 1 << 30  # bytes of the disk that are left to others
+SPARE = 1 << 30  # bytes of the disk that are left to others
 # The cache is kept below this. All of VTAB-1K at 224x224 would be 59 GB, but a sweep goes task by task.
 LARGEST = 40 << 30
 SUFFIX = ".images.npy"
@@ -46,7 +46,7 @@ _OUR_NAME = r"[0-9a-f]+\.images\.npy"
 _BLOCK = 16 << 20  # hashed at once by a thread
 _DIGEST_BYTES = 32
 _TOUCH_AFTER_S = 3600.0  # "last used" is noted to the hour
-_verified: set[tuple[int, int, int, int]] = set()  # files whose checksum this process has compared
+verified: set[tuple[int, int, int, int]] = set()  # files whose checksum this process has compared
 
 
 def is_cacheable(listing: ImageList, preprocessing: Preprocessing) -> bool:
@@ -80,7 +80,7 @@ def cached_list(
     shape = (len(listing), preprocessing.channels, *preprocessing.size)
     images = _open(file, shape)
     if images is None:
-        obstacle = _obstacle(folder, _size(listing, preprocessing))
+        obstacle = obstacle_to_caching(folder, _size(listing, preprocessing))
         if obstacle is None:
             obstacle = _fill(file, shape, listing, preprocessing, progress)
         if obstacle is not None:
@@ -130,7 +130,7 @@ def _decode_to(
         decode_into(images, listing, preprocessing, progress=progress)
         images.flush()
         opened.seek(len(header) + pixels)
-        opened.write(_checksum(opened.fileno(), len(header), pixels))
+        opened.write(checksum(opened.fileno(), len(header), pixels))
 
 
 def _allocate(descriptor: int, size: int) -> None:
@@ -149,7 +149,7 @@ def _header(shape: tuple[int, ...]) -> bytes:
     return b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + content.ljust(length - 1) + b"\n"
 
 
-def _checksum(descriptor: int, start: int, size: int) -> bytes:
+def checksum(descriptor: int, start: int, size: int) -> bytes:
     """Checksum of `size` bytes from `start` on: blocks are hashed by all CPUs, so that the disk is the limit."""
 
     def digest(position: int) -> bytes:
@@ -218,13 +218,13 @@ def _open(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def _is_whole(descriptor: int, header: bytes, pixels: int) -> bool:
-    if _identity(descriptor) in _verified:
+    if _identity(descriptor) in verified:
         return True
     end = len(header) + pixels
     return (
         os.fstat(descriptor).st_size == end + _DIGEST_BYTES
         and os.pread(descriptor, len(header), 0) == header
-        and os.pread(descriptor, _DIGEST_BYTES, end) == _checksum(descriptor, len(header), pixels)
+        and os.pread(descriptor, _DIGEST_BYTES, end) == checksum(descriptor, len(header), pixels)
     )
 
 
@@ -233,7 +233,7 @@ def _note_use(file: Path, descriptor: int) -> None:
     with suppress(OSError):  # a cache that others made may be read-only
         if time.time() - os.fstat(descriptor).st_mtime > _TOUCH_AFTER_S:
             os.utime(file)
-    _verified.add(_identity(descriptor))
+    verified.add(_identity(descriptor))
 
 
 def _identity(descriptor: int) -> tuple[int, int, int, int]:
@@ -241,7 +241,7 @@ def _identity(descriptor: int) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _obstacle(folder: Path, size: int) -> str | None:
+def obstacle_to_caching(folder: Path, size: int) -> str | None:
     """Why a file of `size` bytes cannot be written to `folder`; None if it can."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -250,7 +250,7 @@ def _obstacle(folder: Path, size: int) -> str | None:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         return f"{folder}: {error.strerror}; set paths.cache to a folder that can be written to, or to null"
-    if free < size + _SPARE:
+    if free < size + SPARE:
         return (
             f"{folder} has {free / 2**30:.1f} GiB left and {size / 2**30:.1f} are needed beside a reserve of 1; "
             f"clean it (mambapeft cache), or set paths.cache to another disk or to null"

@@ -23,8 +23,6 @@ from mambapeft_vision.utils.console import Console
 from mambapeft_vision.utils.errors import NotFiniteError, Preempted, UserError
 from mambapeft_vision.utils.progress import format_duration
 
-METRICS_FILE = "metrics.csv"
-
 Row = dict[str, float]
 
 

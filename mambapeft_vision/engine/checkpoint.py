@@ -9,7 +9,6 @@ from mambapeft_vision.utils.atomic import write_bytes
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.tensor_files import load_checked, with_checksum
 
-CHECKPOINT_FILE = "checkpoint.ckpt"
 INPUTS = "inputs"  # key of the fingerprints of what the run is made from
 _NEEDED = {"epoch", "global_step", "loops", "state_dict", "optimizer_states"}
 _REMEDY = "delete it to train this run from its start"

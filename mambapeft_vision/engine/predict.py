@@ -20,7 +20,6 @@ from mambapeft_vision.utils.atomic import atomic_path
 from mambapeft_vision.utils.console import Console
 from mambapeft_vision.utils.progress import Progress, format_duration
 
-PREDICTIONS_FILE = "predictions.npz"
 # Classes whose probabilities are kept: all of them but for the largest tasks, so that runs can be averaged.
 TOP = 128
 

@@ -8,14 +8,12 @@ from typing import Any
 from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.weights import read_state_dict
-from mambapeft_vision.integrations.from_peft import from_peft
+from mambapeft_vision.integrations.from_peft import MAX_CONFIG_BYTES, from_peft
 from mambapeft_vision.integrations.hub import make_folder
 from mambapeft_vision.integrations.reference import load_reference
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.untrusted import parse_json, read_text
-
-_MAX_CONFIG_BYTES = 1_000_000
 
 # -- the reference's adapters ---------------------------------------------------------------------------------
 
@@ -47,7 +45,7 @@ def read_reference_config(path: str | Path) -> tuple[dict[str, Any] | None, dict
     path = Path(path)
     expected = "expected `model = dict(backbone=dict(...))`, or JSON with peft_kwargs and module_kwargs"
     try:
-        text = read_text(path, max_bytes=_MAX_CONFIG_BYTES)
+        text = read_text(path, max_bytes=MAX_CONFIG_BYTES)
     except OSError as error:
         raise UserError(f"config {shown(str(path))} does not exist or cannot be read ({error.strerror})") from error
     if path.suffix == ".json":

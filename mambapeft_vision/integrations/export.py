@@ -93,7 +93,7 @@ class Source:
 def _onnx(source: Source, out: Path) -> list[str]:
     model = source.model()
     left = program.prepare(model)
-    found = program.to_onnx(model, out, _notes(source, model))
+    found = program.to_onnx(model, out, notes_of(source, model))
     lines = [f"wrote {out}: {_attached(left)}{_logits(found)}"]
     if source.request.int8:
         small = program.quantise(out, out.with_suffix(f".int8{out.suffix}"))
@@ -185,7 +185,7 @@ def _logits(difference: float) -> str:
     return f"logits differ from the model's by {difference:.1e} of the largest"
 
 
-def _notes(source: Source, model: AdaptedModel) -> dict[str, str]:
+def notes_of(source: Source, model: AdaptedModel) -> dict[str, str]:
     """For the file's metadata: how images are prepared, and what the model is."""
     record = model.backbone.default_cfg
     preprocessing = Preprocessing.from_timm(record)

@@ -20,7 +20,7 @@ from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.untrusted import read_json
 
-_MAX_CONFIG_BYTES = 1_000_000
+MAX_CONFIG_BYTES = 1_000_000
 _PREFIX = "base_model.model."
 
 # Options of peft that change the meaning of its tensors: key → the values with which they mean the same as ours.
@@ -88,7 +88,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config, and the tensors by names without peft's prefix."""
     file = folder / CONFIG_FILE
     try:
-        config = read_json(file_of_adapter(folder, CONFIG_FILE), max_bytes=_MAX_CONFIG_BYTES)
+        config = read_json(file_of_adapter(folder, CONFIG_FILE), max_bytes=MAX_CONFIG_BYTES)
     except OSError as error:
         raise UserError(f"{plain(error.filename)}: {error.strerror}; expected a folder that peft saved") from None
     if not (isinstance(config, dict) and isinstance(config.get("peft_type"), str)):

@@ -39,7 +39,7 @@ def to_torch_program(model: AdaptedModel, path: str | Path) -> float:
 
     Returns: the difference of its logits, see `difference`.
     """
-    program = _trace(model)
+    program = trace(model)
     found = _checked(model, program.module(), "the exported program")
     file = io.BytesIO()  # PyTorch's writer ends the process where a disk takes no more
     torch.export.save(program, file)
@@ -113,7 +113,8 @@ def _any_batch() -> tuple[dict[int, Any]]:
     return ({0: Dim("batch", min=1, max=_MAX_BATCH)},)
 
 
-def _trace(model: AdaptedModel) -> ExportedProgram:
+def trace(model: AdaptedModel) -> ExportedProgram:
+    """A model as a program for any batch size."""
     with torch.no_grad():
         return torch.export.export(cast(nn.Module, model), (images(model, _TRACED),), dynamic_shapes=_any_batch())
 

@@ -15,7 +15,7 @@ from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.timm_model import TimmModel
 from mambapeft_vision.backbones.weights import Checkpoint, load_state
 from mambapeft_vision.integrations import reference_vmamba
-from mambapeft_vision.integrations.reference_backbones import FAMILIES, backbone_arguments
+from mambapeft_vision.integrations.reference_backbones import FAMILIES, SSM_SIZES, backbone_arguments
 from mambapeft_vision.integrations.reference_parts import GENERATOR, Part, with_defaults
 from mambapeft_vision.integrations.reference_svp import svp_arguments, svp_name
 from mambapeft_vision.methods.additional_scan import AdditionalScan
@@ -83,7 +83,7 @@ def load_reference(
     elif peft_kwargs is None:
         parts, prefix = [_full_fine_tuning(backbone)], ""
     else:
-        kwargs = with_defaults(peft_kwargs, _PEFT_DEFAULTS, "peft_kwargs")
+        kwargs = with_defaults(peft_kwargs, PEFT_DEFAULTS, "peft_kwargs")
         _refuse_quantised(kwargs)
         _refuse_substring_training(kwargs, reproduce_reference_bugs)
         if family == "vim":
@@ -399,7 +399,7 @@ _LORA_DEFAULTS = {
 }
 for _surplus in ("s_out_proj", "bit_out_proj"):
     del _LORA_DEFAULTS[_surplus]
-_PEFT_DEFAULTS: dict[str, Any] = {
+PEFT_DEFAULTS: dict[str, Any] = {
     **_LORA_DEFAULTS,
     "adaptformer": False,
     "train_adaptformer": True,
@@ -468,7 +468,6 @@ _MODULE_IGNORED = {
     "type", "num_classes", "initializer_cfg", "fused_add_norm", "residual_in_fp32", "device", "dtype", "ft_seq_len",
     "pt_hw_seq_len", "final_pool_type", "if_rope_residual", "init_cfg",
 }  # fmt: skip
-_SSM_SIZES = ("d_state", "d_conv", "expand", "dt_rank")
 
 
 def _vim_arguments(module_kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -482,9 +481,9 @@ def _vim_arguments(module_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     if values["flip_img_sequences_ratio"] > 0:
         raise UserError("module_kwargs: flip_img_sequences_ratio > 0 (random flips) is not supported")
     ssm = dict(values["ssm_cfg"] or {})
-    unknown = sorted(set(ssm) - set(_SSM_SIZES))
+    unknown = sorted(set(ssm) - set(SSM_SIZES))
     if unknown:
-        raise UserError(f"module_kwargs: ssm_cfg has {', '.join(unknown)}; supported: {', '.join(_SSM_SIZES)}")
+        raise UserError(f"module_kwargs: ssm_cfg has {', '.join(unknown)}; supported: {', '.join(SSM_SIZES)}")
     if ssm.get("dt_rank") == "auto":
         del ssm["dt_rank"]
     return {ours: values[theirs] for theirs, ours in _MODULE_RENAMED.items()} | ssm

@@ -9,7 +9,7 @@ from typing import Any
 
 from mambapeft_vision.utils.errors import UserError
 
-_SSM_SIZES = ("d_state", "d_conv", "expand", "dt_rank")
+SSM_SIZES = ("d_state", "d_conv", "expand", "dt_rank")
 # The reference's argument → ours, in all three codes.
 _RENAMED = {
     "img_size": "img_size",
@@ -121,10 +121,10 @@ def backbone_arguments(family: str, module_kwargs: Mapping[str, Any]) -> tuple[s
         if values[name] != supported:
             raise UserError(f"module_kwargs: {name}={values[name]!r}; only {supported!r} is supported for {family}")
     ssm = dict(values["ssm_cfg"] or {})
-    if set(ssm) - set(_SSM_SIZES):
+    if set(ssm) - set(SSM_SIZES):
         raise UserError(
-            f"module_kwargs: ssm_cfg has {', '.join(sorted(set(ssm) - set(_SSM_SIZES)))}; supported: "
-            f"{', '.join(_SSM_SIZES)}"
+            f"module_kwargs: ssm_cfg has {', '.join(sorted(set(ssm) - set(SSM_SIZES)))}; supported: "
+            f"{', '.join(SSM_SIZES)}"
         )
     if ssm.get("dt_rank") == "auto":
         del ssm["dt_rank"]

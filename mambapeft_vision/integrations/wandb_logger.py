@@ -93,7 +93,7 @@ class WandbLogger:
 
     def _start(self, folder: Path, task: str, methods: Sequence[str], seed: int, config: Mapping[str, Any]) -> None:
         names = "+".join(methods)
-        self._run = self._begin(
+        self._run = self.begin(
             id=run_id(folder),
             name=plain(f"{task} {names} seed {seed}"),
             group=task,
@@ -151,7 +151,7 @@ class WandbLogger:
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
-        run = self._begin(
+        run = self.begin(
             id=parent_id(name), name=name, job_type=job_type, tags=self._tags, config=dict(config), dir=str(folder)
         )
         with self._never_fatal():
@@ -178,7 +178,8 @@ class WandbLogger:
             finally:
                 probe.unlink(missing_ok=True)
 
-    def _begin(self, **settings: Any) -> Any:
+    def begin(self, **settings: Any) -> Any:
+        """Starts W&B's run, after checking that nothing in its folder leads elsewhere."""
         import wandb  # slow to import, and needed with this logger alone
 
         self._folder = Path(settings["dir"])

@@ -67,7 +67,7 @@ class SDT(LoRA):
     @property
     def identity_at_init(self) -> bool:
         """Each phase starts as the base model, but for states that are switched off."""
-        return not any(site.selected and site.off for site in self._sparse)
+        return not any(site.selected and site.off for site in self.sparse_states)
 
     def attach(self, model: Backbone) -> None:
         weights = scan_weights(model, self.name)
@@ -89,21 +89,22 @@ class SDT(LoRA):
         return SparseStates(A_log, *kept, off=round(self.f_off * channels))
 
     @property
-    def _sparse(self) -> list["SparseStates"]:
+    def sparse_states(self) -> list["SparseStates"]:
+        """The modules that hold the selected states."""
         return [site for site in self.sites.values() if isinstance(site, SparseStates)]
 
     @property
     def warming_up(self) -> bool:
-        return any(not site.selected for site in self._sparse)
+        return any(not site.selected for site in self.sparse_states)
 
     def finish_warmup(self) -> str:
-        for site in self._sparse:
+        for site in self.sparse_states:
             site.select()
         with torch.no_grad():
             for key, down in self._initial_downs.items():
                 self.sites[key].down.copy_(down)
                 self.sites[key].up.zero_()
-        first = self._sparse[0]
+        first = self.sparse_states[0]
         return (
             f"warm-up finished; of each layer and direction {first.kept[0]} of {first.shape[0]} channels "
             f"and {first.kept[1]} of {first.shape[1]} states in each are selected"
@@ -120,7 +121,7 @@ class SDT(LoRA):
 
     def enter_phase_of(self, saved: Mapping[str, Tensor]) -> None:
         selected = any(name.endswith(".channels") for name in saved)
-        for site in self._sparse:
+        for site in self.sparse_states:
             if selected and not site.selected:
                 site.enter_selection()
 

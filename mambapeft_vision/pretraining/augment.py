@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambapeft_vision.data.augment import LUMINANCE
 from mambapeft_vision.pretraining.config import AugmentConfig, SourceConfig
-
-_LUMINANCE = (0.299, 0.587, 0.114)
 
 
 def augment(images: Tensor, source: SourceConfig, common: AugmentConfig) -> Tensor:
@@ -50,7 +49,7 @@ def recolour(images: Tensor, grey: float, invert: float, jitter: float) -> Tenso
     saturation = _uniform(b, 1 - jitter, 1 + jitter, device) * (1 - _chance(b, grey, device))
     contrast, brightness = _uniform(b, 1 - jitter, 1 + jitter, device), _uniform(b, 1 - jitter, 1 + jitter, device)
     # Plain numbers: copying a tensor of weights to the device would wait for it.
-    luminance = sum(weight * channel for weight, channel in zip(_LUMINANCE, images.split(1, dim=1), strict=True))
+    luminance = sum(weight * channel for weight, channel in zip(LUMINANCE, images.split(1, dim=1), strict=True))
     images = torch.lerp(luminance, images, _each(saturation))
     images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, _each(contrast))
     images = (images * _each(brightness)).clamp(0, 1)

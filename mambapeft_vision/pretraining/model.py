@@ -91,11 +91,11 @@ def choose_kernel(backbone: Any, kernel: str, device: torch.device, images: Tens
     kernel: "auto" tries the backends that run here, best first; a name tries that one. Returns the backend and its
     largest relative difference. Raises UserError when none agrees.
     """
-    wanted, findings = _features_and_gradients(backbone, "naive", device, images), []
+    wanted, findings = features_and_gradients(backbone, "naive", device, images), []
     candidates = mambapeft_kernels.available_backends(device) if kernel == "auto" else [kernel]
     for name in (name for name in candidates if name != "mamba_ssm" or kernel == name):
         try:
-            found = _features_and_gradients(backbone, name, device, images)
+            found = features_and_gradients(backbone, name, device, images)
         except RuntimeError as error:  # a compiler or launch that fails here
             findings.append(f"{name}: {type(error).__name__}: {error}")
             print(findings[-1], flush=True)
@@ -108,7 +108,8 @@ def choose_kernel(backbone: Any, kernel: str, device: torch.device, images: Tens
     raise UserError("No kernel agrees with the definition: " + "; ".join(findings) + ". Try kernel=torch.")
 
 
-def _features_and_gradients(backbone: Any, kernel: str, device: torch.device, images: Tensor) -> list[Tensor]:
+def features_and_gradients(backbone: Any, kernel: str, device: torch.device, images: Tensor) -> list[Tensor]:
+    """The features of a batch of images, and the gradients of a loss of them."""
     backbone.set_kernel(kernel, device)
     training = backbone.training
     backbone.eval()  # no drop path

@@ -40,6 +40,7 @@ from mambapeft_vision.utils.atomic import write_json
 from mambapeft_vision.utils.console import say
 from mambapeft_vision.utils.errors import (
     DISK_REMEDIES,
+    INTERRUPTED,
     WRITE_ERRORS,
     NotFiniteError,
     Preempted,
@@ -54,7 +55,6 @@ from mambapeft_vision.utils.untrusted import files_below, read_json, refuse_link
 
 CRASH = 1
 USER_MISTAKE = 2
-INTERRUPTED = 130  # as shells report Ctrl-C
 PREEMPTED = 143  # as shells report SIGTERM: the state is saved, start the same command again
 NO_READER = 141  # as shells report SIGPIPE: who read the output (`| head`) has gone
 
@@ -69,7 +69,7 @@ class Failure:
 
 
 _HYDRAS_NOTE = "multirun.yaml"  # Hydra's note of the latest sweep
-_launches: list[Path] = []  # folders of the sweeps that this process has launched
+launches: list[Path] = []  # folders of the sweeps that this process has launched
 
 
 class RememberLaunch(Callback):
@@ -82,7 +82,7 @@ class RememberLaunch(Callback):
         except UserError as error:  # Hydra ignores an Exception that a callback raises
             say(f"error: {error}", sys.stderr)
             raise SystemExit(USER_MISTAKE) from None
-        _launches.append(folder / config.hydra.sweep.subdir)
+        launches.append(folder / config.hydra.sweep.subdir)
 
 
 def _keep_to_ourselves(folder: Path, submitit: bool) -> None:
@@ -105,12 +105,12 @@ def _keep_to_ourselves(folder: Path, submitit: bool) -> None:
 
 def _take_failures() -> list[Failure]:
     failures = []
-    for folder in _launches:
+    for folder in launches:
         found = [(file.stem.partition("-")[2], file) for file in folder.glob("failure-*.json")]
         files = [file for number, file in sorted(found, key=lambda one: one[0].zfill(10)) if number.isdecimal()]
         failures += [Failure(**read_json(file)) for file in files]
         shutil.rmtree(folder, ignore_errors=True)
-    _launches.clear()
+    launches.clear()
     return failures
 
 
@@ -133,9 +133,7 @@ def job(function: Callable[[DictConfig], float | None]) -> Callable[[DictConfig]
             failure = Failure(overrides, summary(error), is_mistake(error))
             write_json(Path(hydra.runtime.output_dir) / f"failure-{hydra.job.num}.json", asdict(failure))
             say(ending(error), sys.stderr)
-            if (
-                isinstance(error, NotFiniteError) and error.ends_sweep and _launches
-            ):  # jobs elsewhere have begun already
+            if isinstance(error, NotFiniteError) and error.ends_sweep and launches:  # jobs elsewhere have begun already
                 raise SweepEnded("trainer.on_nonfinite=stop; with skip_run the other runs continue") from error
             return None
 
@@ -176,8 +174,8 @@ def code_of(main: Callable[[], int | None]) -> int | None:
     except Exception as error:
         if interrupted:  # while something was imported, which may turn Ctrl-C into an error of its own
             return _interrupted()
-        if _launches and isinstance(error, OSError) and error.errno in WRITE_ERRORS and error.filename is None:
-            error.filename = str(_launches[-1])  # Hydra's own files of a sweep
+        if launches and isinstance(error, OSError) and error.errno in WRITE_ERRORS and error.filename is None:
+            error.filename = str(launches[-1])  # Hydra's own files of a sweep
         say(ending(error), sys.stderr)
         return USER_MISTAKE if is_mistake(error) else CRASH
     finally:

@@ -6,11 +6,10 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
+from mambapeft_vision.results.layout import FAILURE_FILE
 from mambapeft_vision.run.exit import summary
 from mambapeft_vision.utils.atomic import write_json
 from mambapeft_vision.utils.lock import InUseError
-
-FAILURE_FILE = "failure.json"
 
 
 @contextmanager

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mambapeft_vision.engine.callbacks import History
-from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE
 from mambapeft_vision.engine.config import STOP
 from mambapeft_vision.engine.predict import Predictions, predict
-from mambapeft_vision.results.layout import CONFUSION_FILE, CURVES_FILE, PAGE_FILE, PREDICTIONS_FILE
+from mambapeft_vision.results.layout import CHECKPOINT_FILE, CONFUSION_FILE, CURVES_FILE, PAGE_FILE, PREDICTIONS_FILE
 from mambapeft_vision.results.pictures import draw_from_files, page_of_predictions
 from mambapeft_vision.results.predictions import read_labels
 from mambapeft_vision.results.record import RunRecord, write_record

@@ -7,12 +7,12 @@ from functools import partial
 
 from lightning.pytorch import Callback
 
-from mambapeft_vision.engine.callbacks import METRICS_FILE, History, Row, WarmupPhases, callbacks_of_a_run
-from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE
+from mambapeft_vision.engine.callbacks import History, Row, WarmupPhases, callbacks_of_a_run
 from mambapeft_vision.engine.config import STOP
 from mambapeft_vision.engine.distributed import other_ranks
 from mambapeft_vision.engine.loop import make_trainer, step_settings, train
 from mambapeft_vision.engine.module import FineTuning
+from mambapeft_vision.results.layout import CHECKPOINT_FILE, METRICS_FILE
 from mambapeft_vision.run.assemble import Setup, assemble
 from mambapeft_vision.run.inputs import Fingerprints
 from mambapeft_vision.run.own_code import OwnCode

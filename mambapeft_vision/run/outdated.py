@@ -11,8 +11,7 @@ from mambapeft_vision.results.tables import Found
 from mambapeft_vision.run.inputs import Fingerprints, Inputs, changed
 from mambapeft_vision.run.run_config import RunPlan
 from mambapeft_vision.utils.errors import UserError
-
-_OF_THE_PROGRAM = ("official", "random")  # weights that users do not change; they are costly to build and hash
+from mambapeft_vision.utils.identity import NAMED_WEIGHTS
 
 
 def outdated_note(found: Iterable[Found]) -> str:
@@ -52,7 +51,8 @@ def _now(record: RunRecord, inputs: Inputs) -> Fingerprints:
         paths = {name: record.config["paths"].get(name) for name in ("data", "outputs", "methods", "backbones")}
         config = {**record.config, "paths": {**paths, "cache": None}}
         plan = RunPlan(config, TrainerConfig(), record.fingerprint, Path(str(paths["outputs"])))
-        builds = plan.backbone.get("weights") not in _OF_THE_PROGRAM and paths["backbones"] is None  # runs no code
+        # Named weights do not change, and are costly to build and hash; files of backbones would be run.
+        builds = plan.backbone.get("weights") not in NAMED_WEIGHTS and paths["backbones"] is None
         return inputs.of(plan, with_weights=builds, with_content=False)
     except (UserError, OSError, KeyError, TypeError, AttributeError):  # an older layout, or a file that cannot be read
         return Fingerprints(None, None, None)

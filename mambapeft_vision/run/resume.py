@@ -4,8 +4,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from mambapeft_vision.engine.callbacks import METRICS_FILE
-from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE, INPUTS, AtomicCheckpointIO
+from mambapeft_vision.engine.checkpoint import INPUTS, AtomicCheckpointIO
+from mambapeft_vision.results.layout import CHECKPOINT_FILE, METRICS_FILE
 from mambapeft_vision.run.inputs import Fingerprints, changed
 from mambapeft_vision.run.run_config import free_name
 from mambapeft_vision.utils.errors import UserError

@@ -91,7 +91,7 @@ def search(settings: Search, configs: Path) -> Path:
     stop = optuna.study.MaxTrialsCallback(settings.trials, states=(TrialState.COMPLETE, TrialState.FAIL))
     if _ended(study) < settings.trials:
         try:
-            study.optimize(_objective(settings, jobs, kept), catch=(Exception,), callbacks=[_report, _give_up, stop])
+            study.optimize(_objective(settings, jobs, kept), catch=(Exception,), callbacks=[announce, _give_up, stop])
         except Exception as error:  # Optuna's own, of a kind that tells nothing
             if settings.storage is None and not settings.folder.is_dir():
                 raise UserError(
@@ -117,7 +117,7 @@ def open_study(settings: Search) -> optuna.Study:
         drop_incomplete_line(journal)
     try:
         study = optuna.create_study(
-            storage=JournalStorage(_Journal(str(journal))) if settings.storage is None else _database(settings.storage),
+            storage=JournalStorage(Journal(str(journal))) if settings.storage is None else _database(settings.storage),
             sampler=optuna.samplers.TPESampler(multivariate=True),
             study_name=settings.name,
             direction="maximize",
@@ -144,7 +144,7 @@ def open_study(settings: Search) -> optuna.Study:
     return study
 
 
-class _Journal(JournalFileBackend):
+class Journal(JournalFileBackend):
     """Optuna's journal. Errors name its file, and leave no part of a line, which the next line would continue."""
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
@@ -356,7 +356,8 @@ def _config(job: Job, point: Point, study: str) -> Any:
     return cfg
 
 
-def _report(study: optuna.Study, trial: FrozenTrial) -> None:
+def announce(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Prints how a trial ended; Optuna calls it after each."""
     if trial.state is TrialState.COMPLETE:
         text = f"{trial.value:.2f} (best {study.best_value:.2f})"
     else:

@@ -34,18 +34,18 @@ class Follower:
     def __init__(self, jobs: int, deadline: float = float("inf")) -> None:
         self._jobs = jobs
         self._deadline = deadline
-        self._begun: dict[str, float] = {}
-        self._took: deque[float] = deque(maxlen=RECENT)
+        self.begun: dict[str, float] = {}
+        self.took: deque[float] = deque(maxlen=RECENT)
         self._started = time.monotonic()
         self._next_line = self._started + LINE_EVERY_S
         self.records: list[RunRecord] = []
         self.failures: list[tuple[Job, str]] = []
 
     def started(self, job: Job) -> None:
-        self._begun[str(job.folder)] = time.monotonic()
+        self.begun[str(job.folder)] = time.monotonic()
 
     def ended(self, job: Job, outcome: Outcome) -> None:
-        self._took.append(time.monotonic() - self._begun.pop(str(job.folder)))
+        self.took.append(time.monotonic() - self.begun.pop(str(job.folder)))
         if outcome.record is None:
             self.failures.append((job, outcome.error))
             say(f"FAILED  {job.label}: {outcome.error}")
@@ -63,7 +63,7 @@ class Follower:
 
     def enough(self) -> bool:
         """Whether a run that began now would probably not end in time."""
-        return time.monotonic() + max(self._took, default=0.0) > self._deadline
+        return time.monotonic() + max(self.took, default=0.0) > self._deadline
 
     def state(self) -> str:
         done, seconds = len(self.records), time.monotonic() - self._started

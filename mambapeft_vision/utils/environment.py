@@ -28,11 +28,12 @@ LIBRARIES = (
 
 def library_versions() -> dict[str, str]:
     """Versions of the installed libraries by distribution name, Python's and CUDA's included."""
-    return dict(_library_versions())
+    return dict(cached_versions())
 
 
 @cache
-def _library_versions() -> dict[str, str]:
+def cached_versions() -> dict[str, str]:
+    """As `library_versions`, looked up once in a process; not to be changed."""
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:

@@ -4,6 +4,8 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells report it
+
 
 class UserError(ValueError):
     """A mistake in a config, a file or a command.

@@ -66,7 +66,7 @@ LATER_KEYS: Mapping[str, Any] = {
 }
 
 _PATHS = ("dataset.folder", "dataset.path", "dataset.root", "backbone.weights")
-_NAMED_WEIGHTS = ("official", "random")
+NAMED_WEIGHTS = ("official", "random")
 _DATA = "data"  # stands for paths.data, so that moved data are the same data
 
 
@@ -128,7 +128,7 @@ def _canonical(value: Any, key: str, data: str, project: str) -> Any:
         return "auto" if value.partition(":")[0] == "cuda" else value
     if key.endswith("._target_"):
         return _FIRST_TARGETS.get(value, value)
-    if key in _PATHS and value not in _NAMED_WEIGHTS:
+    if key in _PATHS and value not in NAMED_WEIGHTS:
         return _canonical_path(value, data, project)
     return _moved(value, data.rstrip("/"))
 

@@ -32,7 +32,7 @@ CONVOLUTIONS = ["conv1d", "conv1d_b", "patch_embed.proj"]
 
 @pytest.fixture(autouse=True)
 def announcements_start_afresh() -> None:
-    unfused._announce.cache_clear()
+    unfused.announce_once.cache_clear()
 
 
 def vim(kernel: str = "auto", dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:

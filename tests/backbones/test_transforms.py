@@ -30,7 +30,7 @@ JOINED = [row for row in ROWS if len(row) > 2]
 
 @pytest.fixture(autouse=True)
 def no_warnings_of_the_definition() -> Iterator[None]:
-    backends._announce_definition()
+    backends.announce_definition()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -117,7 +117,7 @@ def test_parameters_are_read_where_they_stand(row: tuple[str, ...]) -> None:
 
 
 def test_the_slower_kernel_is_announced_once() -> None:
-    backends._announce_definition.cache_clear()
+    backends.announce_definition.cache_clear()
     model = family("vim_pico_patch8_32")
     with pytest.warns(UserWarning, match=r"torch\.func.*kernel=naive") as told:
         for _ in range(2):

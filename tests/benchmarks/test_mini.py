@@ -249,10 +249,10 @@ def test_no_run_begins_that_would_not_end_in_time(data, tmp_path):
     assert time.monotonic() - now < 5
     follower = Follower(2, deadline=now + 1000)
     follower.started(jobs[0])
-    follower._begun[str(jobs[0].folder)] -= 990  # it took so long
+    follower.begun[str(jobs[0].folder)] -= 990  # it took so long
     follower.ended(jobs[0], Outcome(None, "some error"))
     assert not follower.enough() or time.monotonic() - now > 9
-    follower._took.append(1001.0)
+    follower.took.append(1001.0)
     assert follower.enough()
     assert [job for job, _ in follower.failures] == [jobs[0]]
     with pytest.raises(TimeUp):

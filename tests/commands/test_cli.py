@@ -12,8 +12,8 @@ from helpers import runs
 import mambapeft_vision
 from mambapeft_vision import cli
 from mambapeft_vision.run.arguments import ArgumentParser, positive
-from mambapeft_vision.run.exit import CRASH, INTERRUPTED, USER_MISTAKE, run_cli
-from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.run.exit import CRASH, USER_MISTAKE, run_cli
+from mambapeft_vision.utils.errors import INTERRUPTED, UserError
 
 
 def test_help_does_not_wait_for_pytorch():

@@ -82,7 +82,7 @@ def test_a_damaged_file_is_named_and_made_again(listing, tmp_path, damage):
     ((file, _, _),) = entries(folder)
     whole = file.read_bytes()
     file.write_bytes(damage(whole))
-    cache._verified.clear()
+    cache.verified.clear()
     with pytest.warns(UserWarning, match=rf"{file.name} was damaged; its images are decoded again"):
         assert torch.equal(cached_list(listing, PREPROCESSING, folder).images, expected)
     assert file.read_bytes() == whole
@@ -91,9 +91,9 @@ def test_a_damaged_file_is_named_and_made_again(listing, tmp_path, damage):
 def test_a_file_is_compared_once_a_process(listing, tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     cached_list(listing, PREPROCESSING, folder)
-    monkeypatch.setattr(cache, "_checksum", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(cache, "checksum", lambda *_: pytest.fail("read again"))
     cached_list(listing, PREPROCESSING, folder)
-    cache._verified.clear()
+    cache.verified.clear()
     with pytest.raises(pytest.fail.Exception):
         cached_list(listing, PREPROCESSING, folder)
 
@@ -137,7 +137,7 @@ def test_an_error_leaves_nothing_behind(listing, tmp_path):
 def test_where_nothing_can_be_kept_images_are_decoded_with_a_warning(listing, tmp_path, monkeypatch, obstacle):
     folder = tmp_path / "cache"
     if obstacle == "no space":
-        monkeypatch.setattr(cache, "_SPARE", 1 << 60)
+        monkeypatch.setattr(cache, "SPARE", 1 << 60)
     else:
         folder.write_text("")
     with pytest.warns(UserWarning, match="decoded images are not kept: .*set paths.cache to"):

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SNIPPET = re.compile(r"^<!-- snippet: (run|file (\S+)) -->\n```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+SNIPPET = re.compile(
+    r"^<!-- snippet: (run|run slowly|file (\S+)) -->\n```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL
+)
 # Sends its folder and arguments to this process, and waits for output and exit code.
 PROGRAM = """#!/bin/bash
 printf '%s\\0' "$#" "$PWD" "$@" > "{folder}/request"
@@ -29,16 +31,20 @@ exit "$code"
 
 @dataclass(frozen=True)
 class Snippet:
-    """A marked block. file: where it is to be written; None: it is run."""
+    """A marked block. file: where it is to be written; None: it is run. slow: it takes many seconds."""
 
     language: str
     code: str
     file: str | None
+    slow: bool = False
 
 
 def snippets_of(page: Path) -> list[Snippet]:
     """The marked blocks of a page in their order."""
-    return [Snippet(found[3], found[4], found[2]) for found in SNIPPET.finditer(page.read_text(encoding="utf-8"))]
+    return [
+        Snippet(found[3], found[4], found[2], "slowly" in found[1])
+        for found in SNIPPET.finditer(page.read_text(encoding="utf-8"))
+    ]
 
 
 def pages() -> list[Path]:

@@ -1,7 +1,7 @@
 """The documentation's code is run: every fenced block below `<!-- snippet: run -->`, page by page, from top to bottom.
 
 A page's blocks share a folder that is empty but for `data`, as if the package were installed and nothing else there.
-`<!-- snippet: file PATH -->` writes the next block to that path.
+`<!-- snippet: file PATH -->` writes the next block to that path; blocks marked `run slowly` are exhaustive tests.
 Runs train on and are tested with the first images of each split alone: the pages' commands are tested, not accuracies.
 """
 
@@ -54,8 +54,10 @@ def place(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 @pytest.mark.parametrize("page", WITH_SNIPPETS, ids=lambda page: page.stem)
-def test_the_code_of_a_page_runs(page: Path, place: Place) -> None:
+def test_the_code_of_a_page_runs(page: Path, place: Place, request: pytest.FixtureRequest) -> None:
     for snippet in snippets_of(page):
+        if snippet.slow and not request.config.getoption("exhaustive"):
+            continue
         assert snippet.language in ("bash", "python") or snippet.file, (
             f"{page.name}: a {snippet.language} block cannot run"
         )

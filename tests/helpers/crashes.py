@@ -31,6 +31,7 @@ from helpers.quick import skip_what_costs_time
 
 from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.backbones import create_backbone
+from mambapeft_vision.engine import distributed
 from mambapeft_vision.methods.lora import LoRA
 from mambapeft_vision.sweep import pool, sweep  # noqa: F401 (imported for the children)
 from mambapeft_vision.utils.environment import git_state, library_versions
@@ -132,6 +133,8 @@ def _command(
     environment: Mapping[str, str] | None,
     outputs: tuple[Path, Path],
 ) -> None:
+    os.setsid()  # as a shell does: Ctrl-C goes to a command and its workers, and not to the tests
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
     if environment is not None:
         os.environ.clear()
@@ -146,6 +149,11 @@ def _command(
 def fork_workers() -> None:
     """Lets the workers of sweeps in this process start as quickly as it did."""
     pool.multiprocessing = _Forking()
+
+
+def fork_ranks() -> None:
+    """The same for the other ranks of a run on the CPU."""
+    distributed.multiprocessing = _Forking()
 
 
 class _Forking:
@@ -225,6 +233,10 @@ def watch_changes(root: Path, act: Callable[[int, str, str], None]) -> None:
     sys.addaudithook(hook)
 
 
+def cut_in_half(path: str | Path) -> None:
+    os.truncate(path, os.path.getsize(path) // 2)
+
+
 def kill_at(number: int, root: Path, cut: bool = False) -> None:
     """SIGKILL to this process before its change of files with this number (from 1) below root.
 
@@ -235,7 +247,7 @@ def kill_at(number: int, root: Path, cut: bool = False) -> None:
     def act(count: int, event: str, path: str) -> None:
         if count == number:
             if cut and os.path.isfile(path):
-                os.truncate(path, os.path.getsize(path) // 2)
+                cut_in_half(path)
             os.kill(os.getpid(), signal.SIGKILL)
 
     watch_changes(root, act)

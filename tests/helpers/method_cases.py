@@ -1,7 +1,10 @@
 """Rows of the behaviour matrix: every preset in configs/method and some hybrids; and tiny models to try them on."""
 
+import copy
 import zlib
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,10 +64,20 @@ def methods_of(given: dict[str, dict]):
 def tiny_backbone(row: tuple[str, ...] = (), dtype: torch.dtype = torch.float64) -> torch.nn.Module:
     """A very small backbone of the kind that the presets of `row` are for."""
     if ON_VIT in row or any(PRESETS[name].backbone.startswith("vit") for name in row if name in PRESETS):
-        return create_backbone("ported_deit_small_patch16_224", "random", **VIT_TINY).to(dtype)
+        return fresh("ported_deit_small_patch16_224", **VIT_TINY).to(dtype)
     registers = any(PRESETS[name].backbone.startswith("mambareg") for name in row if name in PRESETS)
     name = "mambareg_pico_patch8_32" if registers else "vim_pico_patch8_32"
-    return create_backbone(name, "random", **VIM_TINY).to(dtype)
+    return fresh(name, **VIM_TINY).to(dtype)
+
+
+def fresh(name: str, **sizes: Any) -> torch.nn.Module:
+    """As `create_backbone` makes it with random weights; each is made once, and copied in a third of the time."""
+    return copy.deepcopy(_made(name, **sizes))
+
+
+@cache
+def _made(name: str, **sizes: Any) -> torch.nn.Module:
+    return create_backbone(name, "random", **sizes)
 
 
 def tiny_model(row: tuple[str, ...], dtype: torch.dtype = torch.float64, seed: int = 3) -> AdaptedModel:

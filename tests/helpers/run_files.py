@@ -9,7 +9,7 @@ import torch
 from helpers import runs
 from safetensors.torch import load_file
 
-from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE
+from mambapeft_vision.results.layout import CHECKPOINT_FILE
 from mambapeft_vision.results.record import CHECKSUM, RESULT_FILE, read_record
 
 MEASURED = {  # the fields of result.json that are measured, and so differ between any two runs

@@ -30,7 +30,7 @@ from mambapeft_vision.commands import convert
 from mambapeft_vision.commands import export as command
 from mambapeft_vision.integrations import timm_folder
 from mambapeft_vision.integrations.convert import convert_from_peft
-from mambapeft_vision.integrations.export import FORMATS, Request, Source, _notes, export
+from mambapeft_vision.integrations.export import FORMATS, Request, Source, export, notes_of
 from mambapeft_vision.integrations.from_peft import from_peft
 from mambapeft_vision.integrations.hub import to_hub_folder
 from mambapeft_vision.integrations.low_rank import to_lora
@@ -99,7 +99,7 @@ def test_programs_hold_methods_that_stay_attached_and_take_any_batch(tmp_path):
 @pytest.mark.parametrize("factor", [1.1, float("nan")])
 def test_a_program_that_computes_something_else_is_not_written(tmp_path, monkeypatch, factor):
     folder = saved(tmp_path / "run", "lora_out_proj")
-    monkeypatch.setattr("mambapeft_vision.integrations.program._trace", lambda model: Scaled(model, factor))
+    monkeypatch.setattr("mambapeft_vision.integrations.program.trace", lambda model: Scaled(model, factor))
     with pytest.raises(UserError, match="computes other logits than the model"):
         run(folder, "torch-export", tmp_path / "model.pt2")
     assert not (tmp_path / "model.pt2").exists()
@@ -131,7 +131,7 @@ def test_cards_and_notes_know_the_channels(tmp_path, channels, mean):
     assert found["images"].shape == (1, channels, 32, 32) and found["logits"].shape == (1, CLASSES)
     assert found["mean"].flatten().tolist() == pytest.approx(mean)
     source = Source(Request(tmp_path / "run", tmp_path / "x", "random"))
-    assert json.loads(_notes(source, model)["mean"]) == pytest.approx(mean)
+    assert json.loads(notes_of(source, model)["mean"]) == pytest.approx(mean)
 
 
 @pytest.mark.slow  # the exporters take six seconds for each

@@ -7,7 +7,7 @@ import torch
 from helpers import dense_reference
 from helpers.random_states import error, gradients, values
 
-from mambapeft_vision.integrations.reference import _PEFT_DEFAULTS, load_reference
+from mambapeft_vision.integrations.reference import PEFT_DEFAULTS, load_reference
 
 AFFIX_KINDS = [f"inner_{d}_{p}" for d in ("single", "dual") for p in ("prefix", "infix")]
 AFFIX_KINDS += ["outer_dual_prefix", "outer_single_prefix"]
@@ -56,7 +56,7 @@ def draw(rng: random.Random) -> tuple[dict, dict]:
 @pytest.mark.parametrize("seed", range(24))
 def test_logits_and_gradients(seed):
     peft, module = draw(random.Random(seed))
-    complete = {**_PEFT_DEFAULTS, **peft}
+    complete = {**PEFT_DEFAULTS, **peft}
     state = values(dense_reference.state_shapes(complete, module, 5), seed)
     images = torch.randn(2, 3, module["img_size"], module["img_size"], dtype=torch.float64)
 

@@ -7,7 +7,7 @@ import torch
 from helpers import dense_vmamba
 from helpers.random_states import error, gradients, values
 
-from mambapeft_vision.integrations.reference import _PEFT_DEFAULTS, load_reference
+from mambapeft_vision.integrations.reference import PEFT_DEFAULTS, load_reference
 
 CLASSES = 5
 
@@ -59,7 +59,7 @@ def draw(rng: random.Random, everything: bool) -> tuple[dict, dict]:
 @pytest.mark.parametrize("seed", range(16))
 def test_logits_and_gradients(seed):
     peft, module = draw(random.Random(seed), everything=seed < 2)
-    complete = {**_PEFT_DEFAULTS, **peft}
+    complete = {**PEFT_DEFAULTS, **peft}
     state = values(dense_vmamba.state_shapes(complete, module, CLASSES), seed)
     height, width = random.Random(seed).choices([33, 40, 48], k=2)
     images = torch.randn(2, module["in_chans"], height, width, dtype=torch.float64)

@@ -19,7 +19,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.version, "hip", None)
-        monkeypatch.setattr(backends, "_installed", lambda name: name in modules)
+        monkeypatch.setattr(backends, "is_installed", lambda name: name in modules)
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
     return pretend
@@ -62,7 +62,7 @@ def test_the_choice_for_a_tensor_follows_the_interpreter(monkeypatch):
 def test_the_choice_for_a_tensor_is_looked_up(monkeypatch):
     x = torch.ones(1)
     chosen = [resolve_for("auto", x), resolve_for("torch", x.double())]
-    monkeypatch.setattr(backends, "_can_run", None)
+    monkeypatch.setattr(backends, "can_run", None)
     assert [resolve_for("auto", x), resolve_for("torch", x.double())] == chosen
 
 

@@ -18,7 +18,7 @@ def resolved(request, monkeypatch, tmp_path):
     """Names a folder as the cache of a compiler, and resolves the backend that uses it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(backends, "_can_run", lambda *_: True)
+    monkeypatch.setattr(backends, "can_run", lambda *_: True)
     check_private.cache_clear()
 
     def resolve(folder):

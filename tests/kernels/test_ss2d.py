@@ -68,7 +68,7 @@ def small_cases() -> Iterator[Any]:
             yield pytest.param(*case.values, shape, id=f"{case.id}-{shape}", marks=marks)
 
 
-@pytest.mark.parametrize(("backend", "device", "shape"), small_cases())
+@pytest.mark.parametrize(("backend", "device", "shape"), list(small_cases()))
 def test_float32_small(backend, device, shape):
     check_float32(backend, device, shape)
 
@@ -89,7 +89,7 @@ def test_chunks_of_the_cpu_form_change_nothing(monkeypatch):
 
     weights, u = make_weights(6, 2, 3), make_map(2, 7, 5, 6)
     expected = results(u, weights, torch.float64, "torch")
-    monkeypatch.setattr(vectorised, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(vectorised, "CHUNK_ELEMENTS", 1)
     found = errors(results(u, weights, torch.float64, "torch"), expected)
     assert all(v <= 1e-14 for v in found.values()), worst(found)
 
@@ -272,7 +272,7 @@ def test_initial_states_stand_for_tokens_in_front(backend, device):
         y = torch.zeros_like(u).flatten(1, 2)
         for k, order in enumerate(naive.reading_orders(2, 2, u.device)):
             sequence = torch.cat([tokens[k].expand(2, -1, -1), u.flatten(1, 2)[:, order]], dim=1)
-            y = y.index_add(1, order, naive._scan(sequence, k, weights)[0][:, 3:])
+            y = y.index_add(1, order, naive.scan(sequence, k, weights)[0][:, 3:])
         return y.view_as(u)
 
     leaves = [u.requires_grad_(), tokens.requires_grad_()]

@@ -18,6 +18,7 @@ from helpers.method_cases import (
     PRESETS,
     WARMED_UP,
     finish_warmup,
+    fresh,
     methods_of,
     move,
     pooled,
@@ -80,7 +81,7 @@ def cases() -> Iterator[Any]:
 
 def tiny(backbone: str) -> torch.nn.Module:
     sizes = {"drop_path_rate": 0.0} if backbone.startswith("vmamba") else TINY
-    return create_backbone(backbone, "random", **sizes).double()
+    return fresh(backbone, **sizes).double()
 
 
 def specs(row: tuple[str, ...], backbone: str) -> dict[str, dict]:

@@ -219,7 +219,7 @@ def test_a_grouped_weight_is_as_many_matrices(name):
 def test_sdt_selects_in_every_direction_for_itself():
     grouped, twin = pair(lambda: make("sdt"))
     assert grouped.methods["m"].finish_warmup() == twin.methods["m"].finish_warmup()
-    sites = grouped.methods["m"]._sparse, twin.methods["m"]._sparse
+    sites = grouped.methods["m"].sparse_states, twin.methods["m"].sparse_states
     for mine, theirs in zip(*sites, strict=True):
         assert torch.equal(mine.channels, theirs.channels) and torch.equal(mine.states, theirs.states)
     torch.testing.assert_close(grouped(IMAGES), twin(IMAGES), rtol=1e-12, atol=1e-12)

@@ -10,13 +10,12 @@ from helpers import runs
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_AND_PREDICT = """
-import sys
 import torch
 import mambapeft_vision as mv
 
-folder, *overrides = sys.argv[1:]
-logits = mv.load_adapter(folder, weights="random").eval()(torch.zeros(2, 3, 32, 32))
-result = mv.train(*overrides)
+print("--8<--")
+logits = mv.load_adapter({folder!r}, weights="random").eval()(torch.zeros(2, 3, 32, 32))
+result = mv.train(*{overrides!r})
 print(tuple(logits.shape), result.task, result.methods, result.seed)
 """
 OWN_METHOD = """
@@ -44,7 +43,9 @@ def site(tmp_path_factory) -> Path:
     build = ["wheel", "--no-build-isolation", "--no-deps", "--no-index", f"--wheel-dir={built}", str(ROOT)]
     subprocess.run([*pip, *build], check=True, capture_output=True, text=True)
     (wheel,) = built.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--no-index", f"--target={site}", str(wheel)], check=True)
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--no-index", "--no-compile", f"--target={site}", str(wheel)], check=True
+    )
     return site
 
 
@@ -77,8 +78,16 @@ def mambapeft(site: Path, work: Path, *arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def said(site, work, command) -> list[str]:
-    """Where an installed package has its parts, what its command says of itself, and a training: in one process."""
+def trained(site, work, command) -> Path:
+    """The folder of a run that the installed command has done."""
+    assert "lora_p_x on custom/tiny" in mambapeft(site, work, "train", *command)
+    (folder,) = (file.parent for file in (work / "outputs").glob("custom/tiny/lora_p_x/*/config.yaml"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def said(site, work, command, trained) -> list[str]:
+    """Where an installed package has its parts, what its command says of itself, and trainings: in one process."""
     own = work / "own"
     (own / "configs" / "method").mkdir(parents=True)
     (own / "shift.py").write_text(OWN_METHOD)
@@ -96,7 +105,7 @@ def said(site, work, command) -> list[str]:
         "        main(arguments)\n"
         "    except SystemExit as end:\n"
         "        assert not end.code\n"
-    )
+    ) + TRAIN_AND_PREDICT.format(folder=str(trained), overrides=[*command, "seed=7"])
     return python(site, work, code).split("--8<--\n")
 
 
@@ -112,18 +121,15 @@ def test_the_command_says_what_it_can_do(said):
     from mambapeft_vision import __version__
     from mambapeft_vision.cli import COMMANDS
 
-    _, listed, of_train, version, _ = said
+    _, listed, of_train, version, *_ = said
     assert all(f"\n  {name} " in listed for name in COMMANDS)
     assert version.strip() == __version__
     assert "method=[lora_out_proj,lora_p_x]" in of_train
 
 
-def test_training_by_the_command_then_a_prediction_and_a_training_from_python(site, work, command):
-    assert "lora_p_x on custom/tiny" in mambapeft(site, work, "train", *command)
-    (folder,) = (file.parent for file in (work / "outputs").glob("custom/tiny/lora_p_x/*/config.yaml"))
-    out = python(site, work, TRAIN_AND_PREDICT, str(folder), *command, "seed=7")
-    assert out.splitlines()[-1] == f"(2, {runs.CLASSES}) custom/tiny ['lora_p_x'] 7"
+def test_training_by_the_command_then_a_prediction_and_a_training_from_python(said):
+    assert said[-1].splitlines()[-1] == f"(2, {runs.CLASSES}) custom/tiny ['lora_p_x'] 7"
 
 
 def test_methods_and_configs_of_ones_own(said):
-    assert "shift on custom/tiny" in said[-1]
+    assert "shift on custom/tiny" in said[-2]

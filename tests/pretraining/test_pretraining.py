@@ -204,7 +204,7 @@ def test_the_average_follows_at_once_and_then_slowly():
 
 def test_a_kernel_that_is_wrong_is_passed_over(monkeypatch):
     backbone = create_backbone("vim_nano_patch8_64", "random", **TINY)
-    honest = model._features_and_gradients
+    honest = model.features_and_gradients
 
     def wrong(backbone, kernel, device, images):
         found = honest(backbone, "naive", device, images)
@@ -214,7 +214,7 @@ def test_a_kernel_that_is_wrong_is_passed_over(monkeypatch):
     device = torch.device("cpu")
     best = model.choose_kernel(backbone, "auto", device, images)[0]
     assert best == resolve_backend("auto", device)
-    monkeypatch.setattr(model, "_features_and_gradients", wrong)
+    monkeypatch.setattr(model, "features_and_gradients", wrong)
     assert model.choose_kernel(backbone, "auto", device, images)[0] == "naive"
     with pytest.raises(UserError, match="No kernel agrees"):
         model.choose_kernel(backbone, "torch", device, images)

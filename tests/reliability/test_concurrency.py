@@ -140,7 +140,7 @@ def test_what_killed_processes_left_in_the_cache_is_cleared_away(tmp_path):
 def lay_out(connection, folder, log):
     """Lays a small generated task out and notes in `log` that it is drawn, which takes a while."""
     task = mini.Task("sprites_loc", "structured", 16, 4, num_train=5, num_val=2, family="mini")
-    draw = mini._draw
+    draw = mini.draw_splits
 
     def noted(task):
         with open(log, "a") as file:
@@ -148,7 +148,7 @@ def lay_out(connection, folder, log):
         time.sleep(0.3)
         return draw(task)
 
-    mini._draw = noted
+    mini.draw_splits = noted
     wait_for_others(connection)
     mini.lay_out_generated(task, folder)
     assert manifest.read_entry(folder.parent, folder.name) is not None

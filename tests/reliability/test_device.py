@@ -9,10 +9,9 @@ import torch
 from helpers import crashes, faults, runs
 
 from mambapeft_vision.data import loaders, module
-from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE
 from mambapeft_vision.engine.step import TrainStep
+from mambapeft_vision.results.layout import CHECKPOINT_FILE, FAILURE_FILE
 from mambapeft_vision.run import finish
-from mambapeft_vision.run.failure_record import FAILURE_FILE
 from mambapeft_vision.utils.errors import UserError
 
 OUT_OF_MEMORY = (

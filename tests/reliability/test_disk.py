@@ -14,7 +14,7 @@ from helpers import crashes, runs
 from helpers.run_files import check_files, check_same
 
 from mambapeft_vision.data import cache
-from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE
+from mambapeft_vision.results.layout import CHECKPOINT_FILE
 from mambapeft_vision.results.record import RESULT_FILE
 from mambapeft_vision.run.exit import CRASH, USER_MISTAKE, describe_error, is_mistake
 from mambapeft_vision.run.run import train
@@ -169,8 +169,8 @@ def fill(task, folder, message):
     from mambapeft_vision.data import Preprocessing
     from mambapeft_vision.data.image_list import read_list
 
-    cache.SMALLEST = cache._SPARE = 0
-    cache._obstacle = lambda *_: None  # the space is taken by another process after this one has looked
+    cache.SMALLEST = cache.SPARE = 0
+    cache.obstacle_to_caching = lambda *_: None  # the space is taken by another process after this one has looked
     listing = read_list(task / "train800val200.txt", runs.CLASSES, remedy="")
     with pytest.warns(UserWarning) as caught:
         found = cache.cached_list(listing, Preprocessing((160, 160), "bicubic", (0.5,) * 3, (0.5,) * 3), folder)

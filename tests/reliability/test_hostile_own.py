@@ -26,7 +26,7 @@ from mambapeft_vision.data.encoding import encoding_of
 from mambapeft_vision.data.own.index import INDEX_FILE, read_index
 from mambapeft_vision.data.own.layout import CLASSES_FILE, RECORD_FILE, OwnImages, lay_out, read_classes, read_notes
 from mambapeft_vision.data.own.table import Columns, read_table
-from mambapeft_vision.data.prepare.published import FGVC, _read_list_labels, prepare_fgvc
+from mambapeft_vision.data.prepare.published import FGVC, prepare_fgvc, read_list_labels
 from mambapeft_vision.integrations.from_peft import from_peft
 from mambapeft_vision.results.layout import METRICS_FILE, PREDICTIONS_FILE
 from mambapeft_vision.results.metrics import read_metrics
@@ -255,7 +255,7 @@ KEPT: dict[str, tuple[str, Callable[[Path], object], Callable[[Path], object], s
     "a published list of one line": (
         "train.txt",
         lambda f: endless(f, 90_000_000),
-        lambda folder: _read_list_labels(folder / "train.txt", FGVC["cub"], []),
+        lambda folder: read_list_labels(folder / "train.txt", FGVC["cub"], []),
         "more than 1,000,000 bytes",
     ),
     "epochs of one line": (METRICS_FILE, lambda f: endless(f, 60_000_000), read_metrics, "more than 10,000 bytes"),

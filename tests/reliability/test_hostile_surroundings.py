@@ -154,7 +154,7 @@ SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLaunche
 
 
 def test_submitits_folder_is_private(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("mambapeft_vision.run.exit._launches", [])
+    monkeypatch.setattr("mambapeft_vision.run.exit.launches", [])
     folder = tmp_path / SWEEP_LOGS
     (folder / ".submitit").mkdir(parents=True)
     (folder / ".submitit").chmod(0o777)
@@ -176,7 +176,7 @@ def test_wandbs_files_are_not_written_through_a_link(tmp_path, name):
     (tmp_path / "run" / name).symlink_to(tmp_path)
     logger = WandbLogger(project="p", entity=None, mode="offline", tags=[], pictures=False)
     with pytest.raises(UserError, match="is a link to"):
-        logger._begin(id="a", dir=str(tmp_path / "run"))
+        logger.begin(id="a", dir=str(tmp_path / "run"))
 
 
 # The current folder, where libraries look for settings of their own
@@ -189,7 +189,7 @@ def test_settings_in_the_current_folder_do_not_choose_who_gets_the_users_key(tmp
     (tmp_path / name / "settings").write_text("[default]\nbase_url = http://theirs.example\n")
     logger = WandbLogger(project="p", entity=None, mode="offline", tags=[], pictures=False)
     with pytest.raises(UserError, match="would choose the server that gets your key"):
-        logger._begin(id="a", dir=str(tmp_path / "run"))
+        logger.begin(id="a", dir=str(tmp_path / "run"))
 
 
 def test_settings_in_the_current_folder_do_not_make_texts_programs(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import dataclasses
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from helpers import crashes, runs
 from helpers.run_files import check_files, check_same
 
 from mambapeft_vision.data import cache
-from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE
+from mambapeft_vision.results.layout import CHECKPOINT_FILE
 from mambapeft_vision.results.record import RESULT_FILE
 from mambapeft_vision.run.inputs import Inputs
 from mambapeft_vision.run.run import train
@@ -40,21 +41,42 @@ def train_and_kill(cfg, command, root, kill=None, cut=False):
     train(cfg, command)
 
 
-def count_changes(cfg, command, root, answer):
-    """How many changes of files the run makes, and which of them find files other than the one before did."""
-    found, before = [], None
+def keep_moments(cfg, command, root, moments, answer):
+    """Does the run, and keeps what a kill before each of its changes of files would leave.
 
-    def note(number, event, path):
+    Changes before which the files are as before the last one are left out. Answers with the CPU time.
+    """
+    before = None
+
+    def keep(number, event, path):
         nonlocal before
         state = [(str(file), file.stat().st_size) for file in sorted(root.rglob("*"))]
+        half_written = path.endswith((".tmp", ".part")) and os.path.exists(path)
         if state != before or path.endswith(".part"):
-            found.append((number, path.endswith((".tmp", ".part")) and os.path.exists(path)))
+            kept = moments / f"{number:03}-{'half' if half_written else 'whole'}"
+            shutil.copytree(root, kept, symlinks=True)
+            if half_written:
+                crashes.cut_in_half(kept / Path(path).relative_to(root))
         before = state
 
-    crashes.watch_changes(root, note)
+    crashes.watch_changes(root, keep)
     train_and_kill(cfg, command, root)
-    answer.send(found)
     answer.send(time.process_time())
+
+
+# What differs between any two runs: times, and the process that holds the folder.
+MEASURED = (".lock", "metrics.csv", "train.log", RESULT_FILE, CHECKPOINT_FILE)
+
+
+def files_of(folder: Path) -> dict[str, bytes | None]:
+    """Their content, if nothing in it is measured. Temporary files have random names."""
+    return {
+        re.sub("[0-9a-f]{16}", "", str(file.relative_to(folder))): None
+        if any(name in file.name for name in MEASURED)
+        else file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 class Uninterrupted:
@@ -63,24 +85,30 @@ class Uninterrupted:
     def __init__(self, folder: Path) -> None:
         self.root = folder / "root"
         self.root.mkdir()
+        moments = folder / "moments"
+        moments.mkdir()
         task = runs.lay_out_task(folder / "task")
         more = ["trainer.max_epochs=2", f"paths.cache={self.root / 'cache'}"]
         self.command = runs.overrides(task, self.root / "out", *more)
         self.cfg = runs.compose_train(self.command)
         ours, theirs = multiprocessing.Pipe()
-        process = crashes.start(count_changes, self.cfg, self.command, self.root, theirs)
+        process = crashes.start(keep_moments, self.cfg, self.command, self.root, moments, theirs)
         assert ours.poll(120), "the run did not end"
-        self.changes = ours.recv()
         self.seconds = ours.recv()  # of CPU time
         process.join()
         assert process.exitcode == 0
+        self.moments = sorted(moments.iterdir())
         self.folder = runs.only_run_folder(self.root / "out").relative_to(self.root)
         self.kept = self.root.rename(folder / "whole")
         self.renew()
 
-    def renew(self) -> None:
+    def renew(self, moment: Path | None = None) -> None:
+        """Nothing is there, or what a kill at that moment leaves."""
         shutil.rmtree(self.root, ignore_errors=True)
-        self.root.mkdir()
+        if moment is None:
+            self.root.mkdir()
+        else:
+            shutil.copytree(moment, self.root, symlinks=True)
 
     def go_on(self, *kill: object) -> int:
         return crashes.run_to_end(train_and_kill, self.cfg, self.command, self.root, *kill)
@@ -100,13 +128,21 @@ def uninterrupted(tmp_path_factory) -> Uninterrupted:
 
 def test_killed_before_every_change_of_files(uninterrupted):
     """Also where half of a file is written: what is about to be renamed is cut in half."""
-    assert len(uninterrupted.changes) > 25 and sum(half for _, half in uninterrupted.changes) >= 12
-    for number, half in uninterrupted.changes:
-        uninterrupted.renew()
-        assert uninterrupted.go_on(number, half) == -signal.SIGKILL
+    halves = [moment for moment in uninterrupted.moments if moment.name.endswith("half")]
+    assert len(uninterrupted.moments) > 25 and len(halves) >= 12
+    for moment in uninterrupted.moments:
+        uninterrupted.renew(moment)
         check_files(uninterrupted.root)
-        assert uninterrupted.go_on() == 0, f"killed before change {number}"
+        assert uninterrupted.go_on() == 0, f"killed before change {moment.name}"
         uninterrupted.check_end()
+
+
+def test_a_kill_leaves_what_was_kept_of_its_moment(uninterrupted):
+    for moment in uninterrupted.moments[::6]:
+        number, half = moment.name.split("-")
+        uninterrupted.renew()
+        assert uninterrupted.go_on(int(number), half == "half") == -signal.SIGKILL
+        assert files_of(uninterrupted.root) == files_of(moment)
 
 
 def test_killed_at_random_moments(uninterrupted):

@@ -12,11 +12,10 @@ from safetensors.torch import load_file, save_file
 from mambapeft_vision.adapter.files import read_adapter
 from mambapeft_vision.backbones.weights import export_official
 from mambapeft_vision.data import Preprocessing
-from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE
 from mambapeft_vision.engine.module import Normalise
+from mambapeft_vision.results.layout import CHECKPOINT_FILE, FAILURE_FILE
 from mambapeft_vision.run import finish
 from mambapeft_vision.run.build import build_backbone
-from mambapeft_vision.run.failure_record import FAILURE_FILE
 from mambapeft_vision.run.run_config import make_plan
 from mambapeft_vision.utils.errors import NotFiniteError, UserError
 

@@ -2,14 +2,14 @@
 
 import os
 import signal
-import subprocess
 import sys
+import time
 
 import pytest
 import torch
-from helpers import faults, runs
+from helpers import crashes, faults, runs
 
-from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE
+from mambapeft_vision.results.layout import CHECKPOINT_FILE
 from mambapeft_vision.run.exit import PREEMPTED
 from mambapeft_vision.utils.errors import Preempted
 
@@ -43,18 +43,12 @@ def test_a_requeue_in_the_middle_of_training_passes_with_its_code(task, tmp_path
 
 def test_the_command_ends_with_its_own_code(task, tmp_path):
     command = runs.overrides(task, tmp_path, "trainer.max_epochs=100000", "trainer.checkpoint_every_s=1000")
-    process = subprocess.Popen(
-        [sys.executable, str(runs.ROOT / "train.py"), *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-    )
-    for line in process.stdout:
-        if line.startswith("epoch 1/"):
-            break
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == PREEMPTED == 143
+    begun = crashes.begin(tmp_path, "train.py", *command)
+    while not list(tmp_path.glob("*/*/*/*/metrics.csv")):
+        assert begun.process.is_alive(), begun.end()
+        time.sleep(0.01)
+    begun.process.terminate()
+    code, _, err = begun.end()
+    assert code == PREEMPTED == 143
     assert "which is saved; the same command continues" in err
     assert (runs.only_run_folder(tmp_path) / CHECKPOINT_FILE).is_file()

@@ -21,7 +21,6 @@ from mambapeft_vision.commands import train as command
 from mambapeft_vision.results.record import is_finished, read_record
 from mambapeft_vision.run.exit import (
     CRASH,
-    INTERRUPTED,
     NO_READER,
     USER_MISTAKE,
     describe_error,
@@ -32,7 +31,7 @@ from mambapeft_vision.run.exit import (
 from mambapeft_vision.run.overrides import prepare_multirun
 from mambapeft_vision.run.run import train
 from mambapeft_vision.utils.atomic import write_text
-from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.errors import INTERRUPTED, UserError
 from mambapeft_vision.utils.startup import drop_unusable_backend
 
 FULL = Path("/dev/full")

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mambapeft_vision.adapter.files import ADAPTER_FILE, CONFIG_FILE, read_adapter
-from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE, AtomicCheckpointIO
+from mambapeft_vision.engine.checkpoint import AtomicCheckpointIO
+from mambapeft_vision.results.layout import CHECKPOINT_FILE
 from mambapeft_vision.results.record import read_record
 from mambapeft_vision.run.evaluate import evaluate
 from mambapeft_vision.run.inputs import CONTENT, OWN_METHODS, Fingerprints, changed

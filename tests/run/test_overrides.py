@@ -53,8 +53,9 @@ def test_the_sweep_is_no_part_of_a_runs_identity():
 
 
 def test_the_plain_hydra_way_plans_every_task(tmp_path):
-    """As the README writes it: 2 methods x 4 tasks x 2 seeds."""
+    """As the README writes it: 2 methods x 4 tasks x 2 seeds; the backbone is a small one."""
     command = ["train.py", "-m", "method=linear_probe,a", "dataset=glob(vtab/s*)", "seed=0,1", "dry_run=true"]
+    command += [*runs.SMALL_BACKBONE, "backbone.weights=random"]
     code, out, err = crashes.command(tmp_path, *command)
     assert code == 0, err
     begun = [line for line in out.splitlines() if line.startswith("━━ run")]

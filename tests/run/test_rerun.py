@@ -11,8 +11,8 @@ from omegaconf import open_dict
 
 from mambapeft_vision import cli
 from mambapeft_vision.data.manifest import TaskEntry, write_entry
+from mambapeft_vision.results.layout import FAILURE_FILE
 from mambapeft_vision.results.record import read_record
-from mambapeft_vision.run.failure_record import FAILURE_FILE
 from mambapeft_vision.run.rerun import differences, split_flag, store_root_config
 from mambapeft_vision.run.run_config import make_plan
 from mambapeft_vision.utils.errors import UserError

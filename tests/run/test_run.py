@@ -13,8 +13,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from mambapeft_vision.engine.checkpoint import CHECKPOINT_FILE, AtomicCheckpointIO
+from mambapeft_vision.engine.checkpoint import AtomicCheckpointIO
 from mambapeft_vision.engine.module import Normalise
+from mambapeft_vision.results.layout import CHECKPOINT_FILE
 from mambapeft_vision.results.record import read_record
 from mambapeft_vision.run.evaluate import evaluate
 from mambapeft_vision.run.run_config import RunPlan, make_plan

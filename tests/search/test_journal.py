@@ -6,7 +6,7 @@ import resource
 import optuna
 import pytest
 
-from mambapeft_vision.search.search import JOURNAL, _Journal, drop_incomplete_line
+from mambapeft_vision.search.search import JOURNAL, Journal, drop_incomplete_line
 
 
 def study_in(folder):
@@ -33,7 +33,7 @@ def test_an_incomplete_last_line_is_dropped(tmp_path):
 def test_a_line_that_the_disk_took_in_part_is_dropped_at_once(tmp_path):
     """The next line would continue it, and no search could read the journal again."""
     file = tmp_path / JOURNAL
-    journal = _Journal(str(file))
+    journal = Journal(str(file))
     journal.append_logs([{"number": 1}])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 5, hard))
@@ -44,4 +44,4 @@ def test_a_line_that_the_disk_took_in_part_is_dropped_at_once(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert error.value.filename == str(file)
     journal.append_logs([{"number": 3}])
-    assert list(_Journal(str(file)).read_logs(0)) == [{"number": 1}, {"number": 3}]
+    assert list(Journal(str(file)).read_logs(0)) == [{"number": 1}, {"number": 3}]

@@ -289,7 +289,7 @@ def test_nothing_that_a_study_notes_is_written_out_or_run(data, here, monkeypatc
     failed = study.ask()
     failed.set_user_attr("error", "\x1b[2J")
     study.tell(failed, state=TrialState.FAIL)
-    search_module._report(study, study.trials[-1])
+    search_module.announce(study, study.trials[-1])
     assert "\x1b" not in capsys.readouterr().out
 
 

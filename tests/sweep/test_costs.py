@@ -54,8 +54,8 @@ def test_methods_that_do_not_fit_a_backbone_are_left_out(monkeypatch):
         row.presets[0]: row for row in reproduce.PUBLISHED[reproduce.VIM_S] if row.presets[0] in ("a", "cls_token")
     }
     monkeypatch.setattr(reproduce, "PUBLISHED", {reproduce.VIM_S: tuple(presets.values())})
-    reproduce._fitting.cache_clear()
+    reproduce.fitting_methods.cache_clear()
     try:
-        assert set(reproduce._fitting("vmamba_t", runs.CONFIGS)) == {"a"}  # VMamba has no class token
+        assert set(reproduce.fitting_methods("vmamba_t", runs.CONFIGS)) == {"a"}  # VMamba has no class token
     finally:
-        reproduce._fitting.cache_clear()
+        reproduce.fitting_methods.cache_clear()

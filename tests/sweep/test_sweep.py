@@ -35,9 +35,8 @@ from mambapeft_vision.sweep.worker_cache import Kept, task_key
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.progress import format_duration
 
-SCRIPT = runs.ROOT / "scripts" / "sweep_vtab1k.py"
-METHODS = "linear_probe,lora_p_x,a,d,bias,conv1d"
-SWEEP = [f"method={METHODS}", "seeds=0,1"]
+SCRIPT = "scripts/sweep_vtab1k.py"
+SWEEP, SWEPT = ["method=linear_probe,lora_p_x,a,bias", "seeds=0,1"], 16  # runs, on two tasks
 CRASHING_METHOD = """
 import os
 import sys
@@ -90,15 +89,29 @@ def arguments(data: Path, outputs: Path, *more: str) -> list[str]:
     ]
 
 
-def start(command: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-        preexec_fn=runs.heed_ctrl_c,
+@dataclasses.dataclass(frozen=True)
+class NewProcess:
+    """As `crashes.Command`, but neither it nor its workers are forked."""
+
+    process: subprocess.Popen
+
+    def end(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=300)
+        return self.process.returncode, out, err
+
+
+def begin_anew(folder: Path, script: str, *command: str) -> NewProcess:
+    return NewProcess(
+        subprocess.Popen(
+            [sys.executable, str(runs.ROOT / script), *command],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+            preexec_fn=runs.heed_ctrl_c,
+        )
     )
 
 
@@ -291,36 +304,39 @@ def test_gpus_are_those_that_this_process_sees(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in Linux's /proc")
-def test_killed_and_interrupted_the_same_command_goes_on(data, tmp_path):
-    """6 methods x 2 tasks x 2 seeds, killed, then interrupted, then finished by the same command, started twice."""
+@pytest.mark.parametrize(
+    "begin", [crashes.begin, pytest.param(begin_anew, marks=pytest.mark.exhaustive)], ids=["forked", "anew"]
+)
+def test_killed_and_interrupted_the_same_command_goes_on(data, tmp_path, begin):
+    """A sweep is killed, then interrupted, then finished by the same command, started twice."""
     command = arguments(data, tmp_path, *SWEEP)
 
-    process = crashes.begin(tmp_path, "scripts/sweep_vtab1k.py", *command, "workers=2").process
+    process = crashes.begin(tmp_path, SCRIPT, *command, "workers=2").process
     wait_until(lambda: len(results(tmp_path)) >= 2)  # few: a busy machine may let this process wait for long
     workers = children(process.pid)
     process.kill()
     process.join()
     wait_until(lambda: not any(map(alive, workers)), seconds=60)
     after_kill = results(tmp_path)
-    assert 2 <= len(after_kill) < 24
+    assert 2 <= len(after_kill) < SWEPT
 
-    process = start(command)
+    begun = begin(tmp_path, SCRIPT, *command, "workers=2")
     wait_until(lambda: len(results(tmp_path)) >= len(after_kill) + 1)
-    workers = children(process.pid)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and "Traceback" not in err
+    workers = children(begun.process.pid)
+    os.killpg(begun.process.pid, signal.SIGINT)  # as a terminal does
+    code, _, err = begun.end()
+    assert code == 130 and "Traceback" not in err, err
     wait_until(lambda: not any(map(alive, workers)), seconds=60)
     after_interrupt = results(tmp_path)
-    assert len(after_interrupt) < 24
+    assert len(after_interrupt) < SWEPT
 
     # As on two machines with a common folder.
-    both = [crashes.begin(tmp_path, "scripts/sweep_vtab1k.py", *command) for _ in range(2)]
+    both = [crashes.begin(tmp_path, SCRIPT, *command) for _ in range(2)]
     ended = [process.end() for process in both]
     assert [code for code, *_ in ended] == [0, 0], ended
     assert any(f"{len(after_interrupt)} of them finished before" in out for _, out, _ in ended)
     final = results(tmp_path)
-    assert len(final) == 24
+    assert len(final) == SWEPT
     assert {file: final[file] for file in after_kill} == after_kill
     assert {file: final[file] for file in after_interrupt} == after_interrupt
     assert not list(tmp_path.rglob("*.replaced-*")) and not list(tmp_path.rglob("checkpoint.ckpt"))
@@ -379,7 +395,7 @@ def test_crashed_runs_are_recorded_and_the_others_done(data, tmp_path):
         "+method.crashing._target_=mambapeft_vision.methods.crashing.Crashing",
         "+method.crashing.how=raise,die,not,die when done",
     )
-    code, out, _ = crashes.command(tmp_path, "scripts/sweep_vtab1k.py", *command)
+    code, out, _ = crashes.command(tmp_path, SCRIPT, *command)
     assert code == 1 and "2 of the runs failed" in out and "2 done" in out
     failures = [json.loads(file.read_text()) for file in (tmp_path / "out").rglob("failure.json")]
     assert sorted(failure["error"] for failure in failures) == [

@@ -18,7 +18,7 @@ def forget():
 
     def clear() -> None:
         environment.git_state.cache_clear()
-        environment._library_versions.cache_clear()
+        environment.cached_versions.cache_clear()
 
     clear()
     yield

@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 from helpers import runs
 
-from mambapeft_vision.run.failure_record import FAILURE_FILE
+from mambapeft_vision.results.layout import FAILURE_FILE
 from mambapeft_vision.run.run_config import make_plan
 from mambapeft_vision.sweep.worker import Assignment, run
 from mambapeft_vision.sweep.worker_cache import Kept

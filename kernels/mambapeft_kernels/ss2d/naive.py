@@ -20,7 +20,7 @@ def ss2d(u: Tensor, weights: SS2DWeights) -> Tensor:
     tokens = u.reshape(batch, height * width, channels).to(_wide(u))
     y = torch.zeros_like(tokens)
     for k, order in enumerate(reading_orders(height, width, u.device)):
-        outputs, _ = _scan(tokens[:, order], k, weights)
+        outputs, _ = scan(tokens[:, order], k, weights)
         y = y.index_add(1, order, outputs)
     return y.reshape(u.shape).to(u.dtype)
 
@@ -28,10 +28,10 @@ def ss2d(u: Tensor, weights: SS2DWeights) -> Tensor:
 def prefix_states(tokens: Tensor, weights: SS2DWeights) -> Tensor:
     """See `mambapeft_kernels.prefix_states`."""
     wide = tokens.to(_wide(tokens))
-    return torch.stack([_scan(wide[k, None], k, weights)[1][0] for k in range(DIRECTIONS)])
+    return torch.stack([scan(wide[k, None], k, weights)[1][0] for k in range(DIRECTIONS)])
 
 
-def _scan(u: Tensor, k: int, weights: SS2DWeights) -> tuple[Tensor, Tensor]:
+def scan(u: Tensor, k: int, weights: SS2DWeights) -> tuple[Tensor, Tensor]:
     """Outputs [B, L, E] and last state [B, E, N] of direction k on its sequence u [B, L, E]."""
     batch, length, channels = u.shape
     w = weights.each(lambda t: t.to(u.dtype))

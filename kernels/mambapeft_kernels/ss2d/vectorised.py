@@ -19,7 +19,7 @@ from mambapeft_kernels.ss2d.api import DIRECTIONS, SS2DWeights
 from mambapeft_kernels.ss2d.naive import reading_orders
 
 # A chunk's largest tensor holds about this many elements: it stays in a core's caches.
-_CHUNK_ELEMENTS = 1 << 18
+CHUNK_ELEMENTS = 1 << 18
 
 
 def ss2d(u: Tensor, weights: SS2DWeights) -> Tensor:
@@ -54,7 +54,7 @@ class _Sequence:
         self.directions = torch.arange(DIRECTIONS, device=u.device)
         self.At = -torch.exp(w.A_logs.view(DIRECTIONS, channels, -1)).mT[:, None]  # [4, 1, N, E]
         per_step = DIRECTIONS * batch * channels * self.states
-        fits = max(8, min(height * width, _CHUNK_ELEMENTS // max(1, per_step)))
+        fits = max(8, min(height * width, CHUNK_ELEMENTS // max(1, per_step)))
         # In an exported model the number of chunks may not depend on the batch, which may be dynamic.
         self.steps = height * width if exporting() else fits
 

@@ -39,7 +39,7 @@ def lay_out_digits(folder: Path) -> None:
     if not folder.exists():
         try:
             with atomic_folder(folder) as temporary:
-                _write_digits(temporary)
+                write_digits(temporary)
         except OSError:
             if not folder.is_dir():  # otherwise another process was quicker; its folder is the same
                 raise
@@ -50,7 +50,8 @@ def lay_out_digits(folder: Path) -> None:
         write_entry(folder.parent, folder.name, report.entry)
 
 
-def _write_digits(folder: Path) -> None:
+def write_digits(folder: Path) -> None:
+    """Writes the images and lists of the task into an empty folder."""
     from sklearn.datasets import load_digits  # only needed here, once, and slow to import
 
     images, labels = load_digits(return_X_y=True)

@@ -24,7 +24,7 @@ def draw(shape: int, scale: int, orientation: int, x: int, y: int) -> np.ndarray
     right, down = _CORNERS[shape]
     angle = np.float64(np.float32(_ANGLES[orientation]))
     cos, sin = (np.float32(f(angle)) * np.float32(_SCALES[scale]) for f in (np.cos, np.sin))
-    return _fill(
+    return fill(
         _on_grid(sin, down, cos, right, _CENTRES[x]),
         _on_grid(-sin, right, cos, down, _CENTRES[y]),
     )
@@ -56,14 +56,15 @@ def _ellipse() -> np.ndarray:
     return _HALF * np.stack([1.33 * np.cos(t), np.sin(t) / 1.33])
 
 
-def _heart() -> np.ndarray:
+def heart() -> np.ndarray:
+    """The corners of dSprites' heart [150, 2]."""
     t = 2 * np.pi * np.arange(150) / 150
     height = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
     return _HALF * np.stack([np.sin(t) ** 3, -0.15 - height / 14.5])
 
 
 # float32 [2, corners]: pixels right of and below the centre, at the largest scale.
-_CORNERS = tuple(corners.astype(np.float32) for corners in (_square(), _ellipse(), _heart()))
+_CORNERS = tuple(corners.astype(np.float32) for corners in (_square(), _ellipse(), heart()))
 
 
 def _on_grid(a: np.float32, u: np.ndarray, b: np.float32, v: np.ndarray, centre: float) -> np.ndarray:
@@ -73,7 +74,7 @@ def _on_grid(a: np.float32, u: np.ndarray, b: np.float32, v: np.ndarray, centre:
     return np.rint(_GRID * np.float64(place * half + half)).astype(np.int64)
 
 
-def _fill(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def fill(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The polygon with these corners, in whole grid steps, so that nothing is rounded → uint8 [64, 64], 0 or 255."""
     x0, y0, x1, y1 = x, y, np.roll(x, -1), np.roll(y, -1)
     x0, x1 = np.where(y0 > y1, x1, x0), np.where(y0 > y1, x0, x1)

@@ -99,13 +99,14 @@ def lay_out_generated(task: Task, folder: Path) -> None:
 
 def _lay_out(task: Task, folder: Path) -> None:
     try:
-        lay_out_task(task, folder, _draw(task))
+        lay_out_task(task, folder, draw_splits(task))
     except OSError:
         if not folder.is_dir():  # otherwise, on a file system without locks, another process was quicker
             raise
 
 
-def _draw(task: Task) -> EncodedSplits:
+def draw_splits(task: Task) -> EncodedSplits:
+    """Draws and encodes all images of a task, with progress."""
     number = task.num_train + task.num_val + task.num_test
     meter = ProgressMeter(number, ConsoleProgress(f"draw {task.name}", "images"))
     encoded = []

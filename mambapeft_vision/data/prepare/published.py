@@ -111,7 +111,7 @@ def prepare_few_shot(task: Published, lists: Path, images: Path, folder: Path) -
     """
     notes: list[str] = []
     few = {
-        f"shots{shots}_seed{seed}": _read_list_labels(
+        f"shots{shots}_seed{seed}": read_list_labels(
             lists / f"train_meta.list.num_shot_{shots}.seed_{seed}", task, notes
         )
         for shots in SHOTS
@@ -120,7 +120,7 @@ def prepare_few_shot(task: Published, lists: Path, images: Path, folder: Path) -
     for name, labels in few.items():
         notes += _wrong_shots(name, labels, task)
     train = {path: label for labels in few.values() for path, label in labels.items()}
-    val, test = (_read_list_labels(lists / f"{split}_meta.list", task, notes) for split in (VAL, TEST))
+    val, test = (read_list_labels(lists / f"{split}_meta.list", task, notes) for split in (VAL, TEST))
     notes += _lay_out(task, {TRAIN: train, VAL: val, TEST: test}, lists, images, folder)
     _add_lists(folder, few)
     return notes
@@ -240,7 +240,7 @@ def _is_label(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _read_list_labels(file: Path, task: Published, notes: list[str]) -> Labels:
+def read_list_labels(file: Path, task: Published, notes: list[str]) -> Labels:
     """The labels of a list. Some published lists name every image twice, which is noted."""
     labels: Labels = {}
     repeated = 0

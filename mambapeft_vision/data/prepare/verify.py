@@ -17,7 +17,7 @@ from mambapeft_vision.utils.progress import ProgressCallback, ProgressMeter
 from mambapeft_vision.utils.text import plain
 from mambapeft_vision.utils.untrusted import read_bytes
 
-_CHUNK = 128  # images handed to a worker process at once
+CHUNK = 128  # images handed to a worker process at once
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _inspect_all(
 ) -> dict[str, FileFinding]:
     meter = ProgressMeter(len(paths), progress)
     findings: dict[str, FileFinding] = {}
-    chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
+    chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
     work = (itertools.repeat(folder), chunks, itertools.repeat(decode))
     results: Iterator[list[FileFinding]] = (map if executor is None else executor.map)(_inspect_chunk, *work)
     for chunk, found in zip(chunks, results, strict=True):

@@ -17,13 +17,13 @@ from mambapeft_vision.data.prepare.verify import TaskReport, verify_task
 from mambapeft_vision.data.tasks import TASKS, Task, prepare_command, select_tasks
 from mambapeft_vision.utils.atomic import write_text
 from mambapeft_vision.utils.console import say
-from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.errors import INTERRUPTED, UserError
 from mambapeft_vision.utils.hashing import sha256_file
 from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.utils.progress import ConsoleProgress
 from mambapeft_vision.utils.text import command
 
-GOOD, BAD, INTERRUPTED = 0, 2, 130
+GOOD, BAD = 0, 2
 PROBLEMS_FILE = "problems.txt"
 _SHOWN_PROBLEMS = 20
 

@@ -81,7 +81,7 @@ def test_loading_lays_out_what_is_absent_and_leaves_what_is_there(tmp_path, monk
     first.load(preprocessing)
     assert len(first.train_set) == 1000 and sum(len(labels) for _, labels in first.test_dataloader()) == 797
     assert not first.manifest_hash.startswith("unverified:")
-    monkeypatch.setattr(demo, "_write_digits", None)
+    monkeypatch.setattr(demo, "write_digits", None)
     make(folder).load(preprocessing)
 
 
@@ -93,7 +93,7 @@ def test_a_kill_while_laying_out_leaves_nothing_half_done(tmp_path, monkeypatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "_write_digits", killed)
+        patch.setattr(demo, "write_digits", killed)
         with pytest.raises(KeyboardInterrupt):
             lay_out_digits(folder)
     assert list(folder.parent.iterdir()) == []
@@ -111,13 +111,13 @@ def test_a_kill_before_the_manifest_is_made_good_the_next_time(digits, tmp_path,
 
 def test_of_two_processes_the_second_takes_the_folder_of_the_first(tmp_path, monkeypatch):
     folder = tmp_path / "demo" / "digits"
-    write = demo._write_digits
+    write = demo.write_digits
 
     def overtaken(temporary):
         write(temporary)
         write(folder)
 
-    monkeypatch.setattr(demo, "_write_digits", overtaken)
+    monkeypatch.setattr(demo, "write_digits", overtaken)
     lay_out_digits(folder)
     assert sorted(path.name for path in folder.parent.iterdir()) == ["digits", "manifest.json"]
 

@@ -44,7 +44,7 @@ def test_sprites_are_those_of_the_published_file():
 
 def test_sprites_turn_and_move_as_their_factors_say():
     # The heart's halves mirror each other when it is upright and in the middle, and its tip points down.
-    heart = dsprites._fill(*(256 * 32 + 256 * dsprites._heart()).round().astype(int)) > 0
+    heart = dsprites.fill(*(256 * 32 + 256 * dsprites.heart()).round().astype(int)) > 0
     np.testing.assert_array_equal(heart, heart[:, ::-1])
     assert heart[:31].sum() > heart[31:].sum() > 0
     np.testing.assert_array_equal(dsprites.draw(2, 5, 0, 16, 16), dsprites.draw(2, 5, 39, 16, 16))
@@ -119,7 +119,7 @@ def test_a_generated_task_is_laid_out_at_first_use_and_always_the_same(small, tm
     second = make(tmp_path / "b" / "sprites_loc")
     second.load(PREPROCESSING)
     assert first.manifest_hash == second.manifest_hash and not first.manifest_hash.startswith("unverified")
-    monkeypatch.setattr(mini, "_draw", None)
+    monkeypatch.setattr(mini, "draw_splits", None)
     make(tmp_path / "a" / "sprites_loc").load(PREPROCESSING)
 
 

@@ -58,7 +58,7 @@ def test_the_fingerprint_is_what_the_documentation_says(toy_folder, toy):
 
 
 def test_the_fingerprint_does_not_depend_on_place_or_processes(tmp_path, toy_folder, toy, lay_out, monkeypatch):
-    monkeypatch.setattr("mambapeft_vision.data.prepare.verify._CHUNK", 4)
+    monkeypatch.setattr("mambapeft_vision.data.prepare.verify.CHUNK", 4)
     with ProcessPoolExecutor(2) as executor:
         elsewhere = verify_task(toy, lay_out(tmp_path / "elsewhere"), executor=executor)
     assert elsewhere.entry == verify_task(toy, toy_folder).entry

@@ -14,8 +14,9 @@ from helpers.hub import hub_with
 from mambapeft_vision.data.manifest import read_entry
 from mambapeft_vision.data.prepare import vtab1k as prepare
 from mambapeft_vision.data.prepare.download import HUB_DATASET
-from mambapeft_vision.data.prepare.vtab1k import BAD, GOOD, INTERRUPTED, main
+from mambapeft_vision.data.prepare.vtab1k import BAD, GOOD, main
 from mambapeft_vision.run.exit import code_of
+from mambapeft_vision.utils.errors import INTERRUPTED
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "prepare_vtab1k.py"
 
