@@ -328,7 +328,7 @@ class PatchEmbed(nn.ModuleDict):
         self.grid_size = tuple(math.ceil(size / patch_size) for size in img_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        images = images.contiguous(memory_format=torch.channels_last)  # then its output is a map as the norm reads it
+        images = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # then the first map lies as norms read it
         x = F.gelu(self["2"](self["0"](images).permute(0, 2, 3, 1)))
         return self["7"](convolved(self["5"], x))
 
