@@ -12,6 +12,7 @@ of the CPU, so that a loop has one compiled form, and with it one order of addit
 
 import operator
 
+import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
@@ -191,3 +192,11 @@ def store(array, index, width, values):
         _store_all(array, index, values)
     else:
         _store_some(array, index, width, values)
+
+
+@njit
+def vectors(dtype, count):
+    """[count, LANES] without values, where no vector crosses a line of the cache: that would take twice the time."""
+    whole = np.empty(count * LANES + 64, dtype)
+    start = -whole.ctypes.data % 64 // whole.itemsize
+    return whole[start : start + count * LANES].reshape(count, LANES)

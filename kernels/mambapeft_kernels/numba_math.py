@@ -29,7 +29,8 @@ def _interpolated(function, low, high, degree):
     """
     angles = [math.pi * (k + 0.5) / (degree + 1) for k in range(degree + 1)]
     nodes = [Fraction((low + high) / 2 + (high - low) / 2 * math.cos(angle)) for angle in angles]
-    with localcontext(prec=40):
+    with localcontext() as context:
+        context.prec = 40
         differences = [Fraction(function(Decimal(x.numerator) / x.denominator)) for x in nodes]
     for order in range(1, degree + 1):  # Newton's divided differences
         for i in range(degree, order - 1, -1):

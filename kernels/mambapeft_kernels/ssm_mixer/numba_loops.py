@@ -8,10 +8,9 @@ Time runs from the last token to the first where `reverse` is set: step s reads 
 # Numba infers these types when it compiles.
 # mypy: ignore-errors
 
-import numpy as np
 from numba import njit
 
-from mambapeft_kernels.numba_lanes import LANES, load, multiply_add, spread, store, sum_lanes
+from mambapeft_kernels.numba_lanes import LANES, load, multiply_add, spread, store, sum_lanes, vectors
 from mambapeft_kernels.numba_math import FAST, LN2, LOG2E, exp2_not_positive, sigmoid, softplus
 
 CHUNK = 8  # steps between two kept states
@@ -94,29 +93,33 @@ def scan(u, raw, dt_bias, A, projected, rank, D, reverse, initial, total, starts
     """
     length, channels = u.shape[1], u.shape[2]
     states = A.shape[0]
-    h, rates = np.empty((states, LANES), u.dtype), np.empty((states, LANES), u.dtype)
+    tiles = (channels + LANES - 1) // LANES
+    rates, h = vectors(u.dtype, tiles * states).reshape(tiles, states, LANES), vectors(u.dtype, tiles * states).reshape(tiles, states, LANES)
+    for tile in range(tiles):
+        _rates(A, tile * LANES, min(LANES, channels - tile * LANES), rates[tile])
     for b in range(first, last):
-        for left in range(0, channels, LANES):
-            width = min(LANES, channels - left)
-            _rates(A, left, width, rates)
-            bias, skip = load(dt_bias, left, width), load(D, left, width)
-            for n in range(states):
-                store(h, (n, 0), LANES, load(initial, (n, left), width))
-            for s in range(length):
-                t = length - 1 - s if reverse else s
-                if s % CHUNK == 0:
-                    for n in range(states):
-                        store(starts, (b, s // CHUNK, n, left), width, load(h, (n, 0), LANES))
-                value = load(u, (b, t, left), width)
-                delta = softplus(load(raw, (b, t, left), width) + bias)
-                scaled = delta * value
-                out = multiply_add(skip, value, load(total, (b, t, left), width))
+        for chunk in range(starts.shape[1]):
+            begin, end = chunk * CHUNK, min(length, (chunk + 1) * CHUNK)
+            for tile in range(tiles):
+                left = tile * LANES
+                width = min(LANES, channels - left)
                 for n in range(states):
-                    a = exp2_not_positive(delta * load(rates, (n, 0), LANES))
-                    state = a * load(h, (n, 0), LANES) + scaled * spread(projected[b, t, rank + n])
-                    store(h, (n, 0), LANES, state)
-                    out = multiply_add(spread(projected[b, t, rank + states + n]), state, out)
-                store(total, (b, t, left), width, out)
+                    if chunk == 0:
+                        store(h, (tile, n, 0), LANES, load(initial, (n, left), width))
+                    store(starts, (b, chunk, n, left), width, load(h, (tile, n, 0), LANES))
+                bias, skip = load(dt_bias, left, width), load(D, left, width)
+                for s in range(begin, end):
+                    t = length - 1 - s if reverse else s
+                    value = load(u, (b, t, left), width)
+                    delta = softplus(load(raw, (b, t, left), width) + bias)
+                    scaled = delta * value
+                    out = multiply_add(skip, value, load(total, (b, t, left), width))
+                    for n in range(states):
+                        a = exp2_not_positive(delta * load(rates, (tile, n, 0), LANES))
+                        state = a * load(h, (tile, n, 0), LANES) + scaled * spread(projected[b, t, rank + n])
+                        store(h, (tile, n, 0), LANES, state)
+                        out = multiply_add(spread(projected[b, t, rank + states + n]), state, out)
+                    store(total, (b, t, left), width, out)
 
 
 @njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
@@ -151,13 +154,13 @@ def scan_backward(
     length, channels = u.shape[1], u.shape[2]
     states = A.shape[0]
     tiles = (channels + LANES - 1) // LANES
-    rates, carry = np.empty((tiles, states, LANES), u.dtype), np.zeros((tiles, states, LANES), u.dtype)
+    rates, carry = vectors(u.dtype, tiles * states).reshape(tiles, states, LANES), vectors(u.dtype, tiles * states).reshape(tiles, states, LANES)
     # Of one chunk and tile; the sums over channels, of one chunk.
-    h, decay = np.empty((CHUNK + 1, LANES), u.dtype), np.empty((CHUNK, LANES), u.dtype)
-    delta, scaled = np.empty((CHUNK, LANES), u.dtype), np.empty((CHUNK, LANES), u.dtype)
-    opened, upstream = np.empty((CHUNK, LANES), u.dtype), np.empty((CHUNK, LANES), u.dtype)
-    from_states, through_A = np.empty((CHUNK, LANES), u.dtype), np.empty((CHUNK, LANES), u.dtype)
-    sums = np.empty((2 * states, CHUNK, LANES), u.dtype)
+    h, decay = vectors(u.dtype, CHUNK + 1), vectors(u.dtype, CHUNK)
+    delta, scaled = vectors(u.dtype, CHUNK), vectors(u.dtype, CHUNK)
+    opened, upstream = vectors(u.dtype, CHUNK), vectors(u.dtype, CHUNK)
+    from_states, through_A = vectors(u.dtype, CHUNK), vectors(u.dtype, CHUNK)
+    sums = vectors(u.dtype, 2 * states * CHUNK).reshape(2 * states, CHUNK, LANES)
     zero, ln2 = spread(u.dtype.type(0)), spread(u.dtype.type(LN2))
     for tile in range(tiles):
         _rates(A, tile * LANES, min(LANES, channels - tile * LANES), rates[tile])
