@@ -42,11 +42,14 @@ def convolve(x, weight, bias, reverse, u, first, last):
 
 
 @njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
-def convolve_backward(x, weight, bias, reverse, du, need_dx, need_weight, dx, dweight, dbias, first, last):
-    """Adds to dx [B, L, >= E]; dweight [B, K, E] and dbias [B, E] hold a sum for each sample. Overwrites du."""
+def convolve_backward(x, weight, bias, reverse, du, need_dx, need_weight, add, dx, dweight, dbias, first, last):
+    """Writes (or adds to) dx [B, L, >= E]; adds a sum for each sample to dweight [B, K, E] and dbias [B, E].
+
+    Overwrites du.
+    """
     taps, channels = weight.shape
     length = x.shape[1]
-    one = spread(du.dtype.type(1))
+    zero, one = spread(du.dtype.type(0)), spread(du.dtype.type(1))
     for b in range(first, last):
         for s in range(length):
             t = length - 1 - s if reverse else s
@@ -69,7 +72,7 @@ def convolve_backward(x, weight, bias, reverse, du, need_dx, need_weight, dx, dw
                 t = length - 1 - s if reverse else s
                 for left in range(0, channels, LANES):
                     width = min(LANES, channels - left)
-                    found = load(dx, (b, t, left), width)
+                    found = load(dx, (b, t, left), width) if add else zero
                     for k in range(max(0, taps + s - length), taps):
                         future = s + (taps - 1) - k
                         f = length - 1 - future if reverse else future
@@ -78,28 +81,42 @@ def convolve_backward(x, weight, bias, reverse, du, need_dx, need_weight, dx, dw
 
 
 @njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
-def _rates(A, left, width, rates):
-    """rates [N, LANES] = log2(e) A: with them decays are powers of two. Zeros beyond the last channel."""
-    for n in range(A.shape[0]):
-        store(rates, (n, 0), LANES, load(A, (n, left), width) * spread(A.dtype.type(LOG2E)))
+def _tiled(matrix, factor):
+    """factor · matrix [K, E] as [tiles, K, LANES]; zeros beyond the last channel."""
+    rows, channels = matrix.shape
+    tiles = (channels + LANES - 1) // LANES
+    found = vectors(matrix.dtype, tiles * rows).reshape(tiles, rows, LANES)
+    for tile in range(tiles):
+        for k in range(rows):
+            own = load(matrix, (k, tile * LANES), channels - tile * LANES)
+            store(found, (tile, k, 0), LANES, own * spread(matrix.dtype.type(factor)))
+    return found
+
+
+@njit(forceinline=True, fastmath=FAST, error_model="numpy", nogil=True)
+def _before_softplus(projected, dt_weight, bias, tile, b, t):
+    """dt_proj's output for one tile of channels; dt_weight [tiles, R, LANES]."""
+    for r in range(dt_weight.shape[1]):
+        bias = multiply_add(spread(projected[b, t, r]), load(dt_weight, (tile, r, 0), LANES), bias)
+    return bias
 
 
 @njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
-def scan(u, raw, dt_bias, A, projected, rank, D, reverse, initial, total, starts, first, last):
-    """total += scan(u) + D u; starts [B, chunks, N, E] gets the state before each chunk.
+def scan(u, dt_weight, dt_bias, A, projected, D, reverse, initial, add, total, starts, first, last):
+    """total = (total +) scan(u) + D u; starts [B, chunks, N, E] gets the state before each chunk.
 
-    raw: [B, L, E], Δ before its bias and softplus; A: [N, E]; projected: [B, L, R + 2N], of which B and C are read;
+    dt_weight: [R, E]; A: [N, E]; projected: [B, L, R + 2N], the input of dt_proj, B and C;
     initial: [N, E], the state before the first step.
     """
     length, channels = u.shape[1], u.shape[2]
-    states = A.shape[0]
-    tiles = (channels + LANES - 1) // LANES
-    rates, h = vectors(u.dtype, tiles * states).reshape(tiles, states, LANES), vectors(u.dtype, tiles * states).reshape(tiles, states, LANES)
-    for tile in range(tiles):
-        _rates(A, tile * LANES, min(LANES, channels - tile * LANES), rates[tile])
+    rank, states = dt_weight.shape[0], A.shape[0]
+    rates, weight = _tiled(A, LOG2E), _tiled(dt_weight, 1)  # with these rates decays are powers of two
+    tiles = rates.shape[0]
+    h = vectors(u.dtype, tiles * states).reshape(tiles, states, LANES)
+    delta, zero = vectors(u.dtype, CHUNK), spread(u.dtype.type(0))
     for b in range(first, last):
         for chunk in range(starts.shape[1]):
-            begin, end = chunk * CHUNK, min(length, (chunk + 1) * CHUNK)
+            begin, steps = chunk * CHUNK, min(CHUNK, length - chunk * CHUNK)
             for tile in range(tiles):
                 left = tile * LANES
                 width = min(LANES, channels - left)
@@ -108,15 +125,18 @@ def scan(u, raw, dt_bias, A, projected, rank, D, reverse, initial, total, starts
                         store(h, (tile, n, 0), LANES, load(initial, (n, left), width))
                     store(starts, (b, chunk, n, left), width, load(h, (tile, n, 0), LANES))
                 bias, skip = load(dt_bias, left, width), load(D, left, width)
-                for s in range(begin, end):
-                    t = length - 1 - s if reverse else s
-                    value = load(u, (b, t, left), width)
-                    delta = softplus(load(raw, (b, t, left), width) + bias)
-                    scaled = delta * value
-                    out = multiply_add(skip, value, load(total, (b, t, left), width))
+                for i in range(steps):
+                    t = length - 1 - begin - i if reverse else begin + i
+                    store(delta, (i, 0), LANES, softplus(_before_softplus(projected, weight, bias, tile, b, t)))
+                for i in range(steps):
+                    t = length - 1 - begin - i if reverse else begin + i
+                    value, step = load(u, (b, t, left), width), load(delta, (i, 0), LANES)
+                    scaled = step * value
+                    out = multiply_add(skip, value, load(total, (b, t, left), width) if add else zero)
                     for n in range(states):
-                        a = exp2_not_positive(delta * load(rates, (tile, n, 0), LANES))
-                        state = a * load(h, (tile, n, 0), LANES) + scaled * spread(projected[b, t, rank + n])
+                        a = exp2_not_positive(step * load(rates, (tile, n, 0), LANES))
+                        entering = scaled * spread(projected[b, t, rank + n])
+                        state = multiply_add(a, load(h, (tile, n, 0), LANES), entering)
                         store(h, (tile, n, 0), LANES, state)
                         out = multiply_add(spread(projected[b, t, rank + states + n]), state, out)
                     store(total, (b, t, left), width, out)
@@ -125,11 +145,10 @@ def scan(u, raw, dt_bias, A, projected, rank, D, reverse, initial, total, starts
 @njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
 def scan_backward(
     u,
-    raw,
+    dt_weight,
     dt_bias,
     A,
     projected,
-    rank,
     D,
     reverse,
     starts,
@@ -140,21 +159,24 @@ def scan_backward(
     draw,
     dprojected,
     dA,
+    dD,
+    ddt_bias,
     dinitial,
     first,
     last,
 ):
     """Gradients of `scan`'s sum; states are computed again within one chunk at a time.
 
-    du, draw [B, L, E] and B, C's columns of dprojected [B, L, R + 2N] are written; dA [B, N, E] is added to;
-    dinitial [B, N, E] is written. With
+    du, draw [B, L, E] (of dt_proj's output) and B, C's columns of dprojected [B, L, R + 2N] are written; dA [B, N, E],
+    dD and ddt_bias [B, E] are added to; dinitial [B, N, E] is written. With
     g_t = C_t dy_t + a_{t+1} g_{t+1}: dC = Σ_e dy h, dB = Σ_e g Δ u, du = Δ Σ_n g B + D dy,
-    dΔ = u Σ_n g B + Σ_n g a h_{t-1} A, and draw = dΔ sigmoid(raw + bias).
+    dΔ = u Σ_n g B + Σ_n g a h_{t-1} A, and draw = dΔ sigmoid(dt_proj's output + bias).
     """
     length, channels = u.shape[1], u.shape[2]
-    states = A.shape[0]
-    tiles = (channels + LANES - 1) // LANES
-    rates, carry = vectors(u.dtype, tiles * states).reshape(tiles, states, LANES), vectors(u.dtype, tiles * states).reshape(tiles, states, LANES)
+    rank, states = dt_weight.shape[0], A.shape[0]
+    rates, weight = _tiled(A, LOG2E), _tiled(dt_weight, 1)
+    tiles = rates.shape[0]
+    carry = vectors(u.dtype, tiles * states).reshape(tiles, states, LANES)
     # Of one chunk and tile; the sums over channels, of one chunk.
     h, decay = vectors(u.dtype, CHUNK + 1), vectors(u.dtype, CHUNK)
     delta, scaled = vectors(u.dtype, CHUNK), vectors(u.dtype, CHUNK)
@@ -162,8 +184,6 @@ def scan_backward(
     from_states, through_A = vectors(u.dtype, CHUNK), vectors(u.dtype, CHUNK)
     sums = vectors(u.dtype, 2 * states * CHUNK).reshape(2 * states, CHUNK, LANES)
     zero, ln2 = spread(u.dtype.type(0)), spread(u.dtype.type(LN2))
-    for tile in range(tiles):
-        _rates(A, tile * LANES, min(LANES, channels - tile * LANES), rates[tile])
     for b in range(first, last):
         carry[:] = 0
         for chunk in range(starts.shape[1] - 1, -1, -1):
@@ -175,7 +195,7 @@ def scan_backward(
                 bias, skip = load(dt_bias, left, width), load(D, left, width)
                 for i in range(steps):
                     t = length - 1 - begin - i if reverse else begin + i
-                    before = load(raw, (b, t, left), width) + bias
+                    before = _before_softplus(projected, weight, bias, tile, b, t)
                     step = softplus(before)
                     store(delta, (i, 0), LANES, step)
                     store(opened, (i, 0), LANES, sigmoid(before))
@@ -190,7 +210,8 @@ def scan_backward(
                     for i in range(steps):
                         t = length - 1 - begin - i if reverse else begin + i
                         a = exp2_not_positive(load(delta, (i, 0), LANES) * rate)
-                        state = a * state + load(scaled, (i, 0), LANES) * spread(projected[b, t, rank + n])
+                        entering = load(scaled, (i, 0), LANES) * spread(projected[b, t, rank + n])
+                        state = multiply_add(a, state, entering)
                         store(decay, (i, 0), LANES, a)
                         store(h, (i + 1, 0), LANES, state)
                     carried, own = load(carry, (tile, n, 0), LANES), zero
@@ -213,12 +234,18 @@ def scan_backward(
                     store(carry, (tile, n, 0), LANES, carried)
                     if need_A:
                         store(dA, (b, n, left), width, load(dA, (b, n, left), width) + own)
+                to_D, to_bias = load(dD, (b, left), width), load(ddt_bias, (b, left), width)
                 for i in range(steps):
                     t = length - 1 - begin - i if reverse else begin + i
                     inputs, arriving = load(from_states, (i, 0), LANES), load(upstream, (i, 0), LANES)
-                    ddelta = load(u, (b, t, left), width) * inputs + load(through_A, (i, 0), LANES) * ln2
-                    store(draw, (b, t, left), width, ddelta * load(opened, (i, 0), LANES))
+                    value = load(u, (b, t, left), width)
+                    ddelta = value * inputs + load(through_A, (i, 0), LANES) * ln2
+                    dbefore = ddelta * load(opened, (i, 0), LANES)
+                    to_D, to_bias = multiply_add(arriving, value, to_D), to_bias + dbefore
+                    store(draw, (b, t, left), width, dbefore)
                     store(du, (b, t, left), width, multiply_add(load(delta, (i, 0), LANES), inputs, skip * arriving))
+                store(dD, (b, left), width, to_D)
+                store(ddt_bias, (b, left), width, to_bias)
             for i in range(steps):
                 t = length - 1 - begin - i if reverse else begin + i
                 for n in range(2 * states):
