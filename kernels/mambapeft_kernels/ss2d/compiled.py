@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mambapeft_kernels.derivatives import differentiated_again, no_autocast, plain_gradients
+from mambapeft_kernels.numba_threads import over_batch
 from mambapeft_kernels.ss2d import naive
 from mambapeft_kernels.ss2d.api import DIRECTIONS, SS2DWeights
 from mambapeft_kernels.ssm_mixer import numba_loops as loops
-from mambapeft_kernels.ssm_mixer.compiled import over_batch
 
 
 def ss2d(u: Tensor, weights: SS2DWeights) -> Tensor:

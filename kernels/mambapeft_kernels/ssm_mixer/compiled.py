@@ -5,11 +5,7 @@ every activation once. x, z, u, x_proj's output, the ungated sum and one state i
 and the other states are computed again.
 """
 
-import itertools
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mambapeft_kernels.derivatives import differentiated_again, no_autocast, plain_gradients
+from mambapeft_kernels.numba_threads import array, over_batch
 from mambapeft_kernels.ssm_mixer import naive
 from mambapeft_kernels.ssm_mixer import numba_loops as loops
 from mambapeft_kernels.ssm_mixer.api import Direction, halves
@@ -28,8 +25,9 @@ _KEPT = 3  # tensors of a direction for the backward: u [B, L, E], the projectio
 def ssm_mixer(xz: Tensor, z: Tensor | None, directions: tuple[Direction, ...], scale: float) -> Tensor:
     """See `mambapeft_kernels.ssm_mixer`."""
     flat = [t for d in directions for t in d[:_FIELDS]]
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (xz, z, *flat))
     with torch.autocast("cpu", enabled=False):
-        return _Mixer.apply(xz, z, scale, tuple(d.reverse for d in directions), *flat)
+        return _Mixer.apply(xz, z, scale, keep, tuple(d.reverse for d in directions), *flat)
 
 
 class _Loops(NamedTuple):
@@ -46,41 +44,26 @@ class _Loops(NamedTuple):
 
 def _loops_of(d: Direction) -> _Loops:
     return _Loops(
-        _array(d.conv_weight.T),
-        _array(d.conv_bias),
-        _array(-torch.exp(d.A_log.T)),
-        _array(d.D),
-        _array(d.dt_proj.T),
-        _array(d.dt_bias),
+        array(d.conv_weight.T),
+        array(d.conv_bias),
+        array(-torch.exp(d.A_log.T)),
+        array(d.D),
+        array(d.dt_proj.T),
+        array(d.dt_bias),
         d.reverse,
     )
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().contiguous().numpy()
-
-
-@cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)  # one for each process: a forked one has none of its parent's threads
-
-
-def over_batch(loop: Callable[..., None], batch: int, *arguments: Any) -> None:
-    """Runs a loop over all samples, in as many threads as PyTorch uses."""
-    parts = min(torch.get_num_threads(), batch)
-    if parts <= 1:
-        loop(*arguments, 0, batch)
-        return
-    bounds = [batch * i // parts for i in range(parts + 1)]
-    pool = _pool(os.getpid(), torch.get_num_threads())
-    for done in [pool.submit(loop, *arguments, a, b) for a, b in itertools.pairwise(bounds)]:
-        done.result()
 
 
 class _Mixer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, xz: Tensor, z: Tensor | None, scale: float, reverse: tuple[bool, ...], *flat: Tensor | None
+        ctx: Any,
+        xz: Tensor,
+        z: Tensor | None,
+        scale: float,
+        keep: bool,
+        reverse: tuple[bool, ...],
+        *flat: Tensor | None,
     ) -> Tensor:
         wide = torch.promote_types(xz.dtype, torch.float32)
         directions = _directions(flat, reverse, wide)
@@ -93,17 +76,19 @@ class _Mixer(torch.autograd.Function):
             u = torch.empty(batch, length, channels, dtype=wide)
             over_batch(loops.convolve, batch, x, w.taps, w.conv_bias, w.reverse, u.numpy())
             projected = u @ d.x_proj.T
-            starts = torch.empty(batch, -(-length // loops.CHUNK), d.A_log.shape[1], channels, dtype=wide)
+            starts = torch.empty(batch if keep else 0, -(-length // loops.CHUNK), d.A_log.shape[1], channels, dtype=wide)
             arrays = (u.numpy(), w.dt_weight, w.dt_bias, w.A, projected.numpy(), w.D, w.reverse, np.zeros_like(w.A))
             over_batch(loops.scan, batch, *arrays, i > 0, total.numpy(), starts.numpy())
-            kept += [u, projected, starts]
+            if keep:
+                kept += [u, projected, starts]
             if d.state_offset is not None:
                 total += projected[..., -d.A_log.shape[1] :] @ d.state_offset.T
             if d.output_offset is not None:
                 total += d.output_offset
         out = torch.empty_like(total)
         over_batch(loops.gate, batch, total.numpy(), gate, column, _scalar(scale, wide), out.numpy())
-        ctx.save_for_backward(xz, z, total, *kept, *flat)
+        if keep:
+            ctx.save_for_backward(xz, z, total, *kept, *flat)
         ctx.scale, ctx.reverse = scale, reverse
         return out.to(xz.dtype)
 
@@ -111,7 +96,7 @@ class _Mixer(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         if differentiated_again(dout):
             xz, z, _, *rest = ctx.saved_tensors
-            need_xz, need_z, _, _, *need_flat = ctx.needs_input_grad
+            need_xz, need_z, _, _, _, *need_flat = ctx.needs_input_grad
 
             def definition(xz: Tensor, z: Tensor | None, *flat: Any) -> Tensor:
                 size, reverse = _FIELDS, ctx.reverse
@@ -120,7 +105,7 @@ class _Mixer(torch.autograd.Function):
 
             inputs, need = (xz, z, *rest[_KEPT * len(ctx.reverse) :]), (need_xz, need_z, *need_flat)
             dxz, dz, *dflat = plain_gradients(definition, inputs, need, dout)
-            return dxz, dz, None, None, *dflat
+            return dxz, dz, None, None, None, *dflat
         with no_autocast("cpu"):
             return _Mixer._gradients(ctx, dout)
 
@@ -129,7 +114,7 @@ class _Mixer(torch.autograd.Function):
         xz, z, total, *rest = ctx.saved_tensors
         kept, flat = rest[: _KEPT * len(ctx.reverse)], rest[_KEPT * len(ctx.reverse) :]
         wide, batch = total.dtype, total.shape[0]
-        need_xz, need_z, _, _, *need_flat = ctx.needs_input_grad
+        need_xz, need_z, _, _, _, *need_flat = ctx.needs_input_grad
         directions = _directions(flat, ctx.reverse, wide)
         x, gate, column = _inputs(xz, z, wide)
         # dx and dz share a buffer where x and z do.
@@ -139,7 +124,7 @@ class _Mixer(torch.autograd.Function):
         over_batch(
             loops.gate_backward,
             batch,
-            *(total.numpy(), gate, column, _scalar(ctx.scale, wide), _array(dout.to(wide))),
+            *(total.numpy(), gate, column, _scalar(ctx.scale, wide), array(dout.to(wide))),
             *(need_xz if z is None else need_z, dy.numpy(), dz.numpy(), column),
         )
         grads: list[Tensor | None] = []
@@ -153,7 +138,7 @@ class _Mixer(torch.autograd.Function):
                 None if found.get(name) is None else found[name].to(original.dtype)
                 for name, original in zip(Direction._fields, flat[i * _FIELDS : (i + 1) * _FIELDS])
             ]
-        return dxz.to(xz.dtype) if need_xz else None, dz.to(z.dtype) if need_z else None, None, None, *grads
+        return dxz.to(xz.dtype) if need_xz else None, dz.to(z.dtype) if need_z else None, None, None, None, *grads
 
 
 def _backward_of(
@@ -224,8 +209,8 @@ def _directions(
 
 def _inputs(xz: Tensor, z: Tensor | None, wide: torch.dtype) -> tuple[np.ndarray, np.ndarray, int]:
     """The buffer that starts with x, the buffer with the gate, and the gate's first column there."""
-    x = _array(xz.to(wide))
-    return (x, x, xz.shape[-1] // 2) if z is None else (x, _array(z.to(wide)), 0)
+    x = array(xz.to(wide))
+    return (x, x, xz.shape[-1] // 2) if z is None else (x, array(z.to(wide)), 0)
 
 
 def _scalar(value: float, wide: torch.dtype) -> np.floating:

@@ -103,7 +103,7 @@ def _before_softplus(projected, dt_weight, bias, tile, b, t):
 
 @njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
 def scan(u, dt_weight, dt_bias, A, projected, D, reverse, initial, add, total, starts, first, last):
-    """total = (total +) scan(u) + D u; starts [B, chunks, N, E] gets the state before each chunk.
+    """total = (total +) scan(u) + D u; starts [B, chunks, N, E] gets the state before each chunk, unless it is empty.
 
     dt_weight: [R, E]; A: [N, E]; projected: [B, L, R + 2N], the input of dt_proj, B and C;
     initial: [N, E], the state before the first step.
@@ -115,7 +115,7 @@ def scan(u, dt_weight, dt_bias, A, projected, D, reverse, initial, add, total, s
     h = vectors(u.dtype, tiles * states).reshape(tiles, states, LANES)
     delta, zero = vectors(u.dtype, CHUNK), spread(u.dtype.type(0))
     for b in range(first, last):
-        for chunk in range(starts.shape[1]):
+        for chunk in range((length + CHUNK - 1) // CHUNK):
             begin, steps = chunk * CHUNK, min(CHUNK, length - chunk * CHUNK)
             for tile in range(tiles):
                 left = tile * LANES
@@ -123,7 +123,8 @@ def scan(u, dt_weight, dt_bias, A, projected, D, reverse, initial, add, total, s
                 for n in range(states):
                     if chunk == 0:
                         store(h, (tile, n, 0), LANES, load(initial, (n, left), width))
-                    store(starts, (b, chunk, n, left), width, load(h, (tile, n, 0), LANES))
+                    if starts.size > 0:
+                        store(starts, (b, chunk, n, left), width, load(h, (tile, n, 0), LANES))
                 bias, skip = load(dt_bias, left, width), load(D, left, width)
                 for i in range(steps):
                     t = length - 1 - begin - i if reverse else begin + i
