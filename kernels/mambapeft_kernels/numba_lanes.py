@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
-LANES = 32
+LANES = 64
 
 
 class Lanes(types.Type):
@@ -127,9 +127,7 @@ def _pointer(context, builder, array_type, array, index_type, index):
 def _mask(builder, width, vector):
     """Whether a lane's number is below `width`."""
     numbers = ir.VectorType(width.type, vector.count)
-    return builder.icmp_signed(
-        "<", ir.Constant(numbers, list(range(vector.count))), splat(builder, width, numbers)
-    )
+    return builder.icmp_signed("<", ir.Constant(numbers, list(range(vector.count))), splat(builder, width, numbers))
 
 
 @intrinsic

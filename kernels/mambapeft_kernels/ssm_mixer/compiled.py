@@ -76,7 +76,9 @@ class _Mixer(torch.autograd.Function):
             u = torch.empty(batch, length, channels, dtype=wide)
             over_batch(loops.convolve, batch, x, w.taps, w.conv_bias, w.reverse, u.numpy())
             projected = u @ d.x_proj.T
-            starts = torch.empty(batch if keep else 0, -(-length // loops.CHUNK), d.A_log.shape[1], channels, dtype=wide)
+            starts = torch.empty(
+                batch if keep else 0, -(-length // loops.CHUNK), d.A_log.shape[1], channels, dtype=wide
+            )
             arrays = (u.numpy(), w.dt_weight, w.dt_bias, w.A, projected.numpy(), w.D, w.reverse, np.zeros_like(w.A))
             over_batch(loops.scan, batch, *arrays, i > 0, total.numpy(), starts.numpy())
             if keep:
@@ -131,7 +133,9 @@ class _Mixer(torch.autograd.Function):
         for i, d in enumerate(directions):
             needs = dict(zip(Direction._fields, need_flat[i * _FIELDS : (i + 1) * _FIELDS]))
             if need_xz or any(needs.values()):
-                found = _backward_of(d, x, dy, kept[i * _KEPT : (i + 1) * _KEPT], needs, dxz if need_xz else None, i > 0)
+                found = _backward_of(
+                    d, x, dy, kept[i * _KEPT : (i + 1) * _KEPT], needs, dxz if need_xz else None, i > 0
+                )
             else:
                 found = {}
             grads += [
@@ -177,8 +181,8 @@ def _backward_of(
     if needs["dt_bias"]:
         found["dt_bias"] = ddt_bias.sum(0)
     if needs["dt_proj"]:
-        found["dt_proj"] = draw.flatten(0, 1).T @ projected[..., : rank].flatten(0, 1)
-    dprojected[..., : rank] = draw @ d.dt_proj
+        found["dt_proj"] = draw.flatten(0, 1).T @ projected[..., :rank].flatten(0, 1)
+    dprojected[..., :rank] = draw @ d.dt_proj
     if needs["x_proj"]:
         found["x_proj"] = dprojected.flatten(0, 1).T @ u.flatten(0, 1)
     need_weight = needs["conv_weight"] or needs["conv_bias"]
