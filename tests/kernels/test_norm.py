@@ -8,7 +8,8 @@ from mambapeft_kernels import add_rms_norm
 CPU = [pytest.param("cpu", id="interpreter")] if not torch.cuda.is_available() else []
 GPU = [pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)]
 DEVICES = CPU + GPU
-NUMBA = pytest.param("numba", "cpu", id="numba")
+FUSED = [pytest.param("triton", *d.values, id=d.id, marks=d.marks) for d in DEVICES]
+FUSED.append(pytest.param("numba", "cpu", id="numba"))
 
 
 def run(backend, device, dtype, shape, with_residual, with_scale, weights=None):
@@ -34,9 +35,7 @@ def run(backend, device, dtype, shape, with_residual, with_scale, weights=None):
 @pytest.mark.parametrize("with_scale", [False, True])
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("shape", [(3, 5, 24), (1, 1, 1), (2, 3, 300)], ids=str)
-@pytest.mark.parametrize(
-    ("backend", "device"), [pytest.param("triton", *d.values, id=d.id, marks=d.marks) for d in DEVICES] + [NUMBA]
-)
+@pytest.mark.parametrize(("backend", "device"), FUSED)
 def test_float32(backend, device, shape, with_residual, with_scale):
     expected = run("naive", device, torch.float64, shape, with_residual, with_scale)
     found = run(backend, device, torch.float32, shape, with_residual, with_scale)
@@ -61,10 +60,10 @@ def test_numba_in_float64():
         assert relative_error(a, b) <= 1e-13
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_dtypes_under_autocast(device):
+@pytest.mark.parametrize(("backend", "device"), FUSED)
+def test_dtypes_under_autocast(backend, device):
     """bfloat16 branch, float32 residual and weight: normed is bfloat16, everything float32 stays so."""
-    outs = run("triton", device, torch.bfloat16, (2, 4, 16), True, True, weights=torch.float32)
+    outs = run(backend, device, torch.bfloat16, (2, 4, 16), True, True, weights=torch.float32)
     wanted = [torch.bfloat16, torch.float32, torch.bfloat16, torch.float32, torch.float32]
     assert [t.dtype for t in outs] == wanted
 

@@ -23,11 +23,12 @@ class _Norm(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float, branch_scale: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(hidden.dtype if residual is None else residual.dtype, torch.float32)
+        wide = torch.promote_types(hidden.dtype, torch.float32 if residual is None else residual.dtype)
+        wide = torch.promote_types(wide, torch.float32)
         batch = hidden.shape[0]
         scale = torch.ones(batch, dtype=wide) if branch_scale is None else branch_scale.to(wide)
         x, small = array(hidden.to(wide)), array(torch.tensor([eps], dtype=wide))
-        before = x if residual is None else array(residual)
+        before = x if residual is None else array(residual.to(wide))
         total, normed = (torch.empty(hidden.shape, dtype=wide) for _ in range(2))
         arrays = (x, before, residual is not None, array(scale), array(weight.to(wide)), small)
         over_batch(loops.normalise, batch, *arrays, total.numpy(), normed.numpy())

@@ -25,7 +25,7 @@ _KEPT = 3  # tensors of a direction for the backward: u [B, L, E], the projectio
 def ssm_mixer(xz: Tensor, z: Tensor | None, directions: tuple[Direction, ...], scale: float) -> Tensor:
     """See `mambapeft_kernels.ssm_mixer`."""
     flat = [t for d in directions for t in d[:_FIELDS]]
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (xz, z, *flat))
+    keep = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (xz, z, *flat))
     with torch.autocast("cpu", enabled=False):
         return _Mixer.apply(xz, z, scale, keep, tuple(d.reverse for d in directions), *flat)
 
