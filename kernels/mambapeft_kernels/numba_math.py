@@ -1,150 +1,178 @@
-"""exp, sigmoid and softplus that LLVM can vectorise, for loops that Numba compiles on a CPU.
+"""Decay, sigmoid and softplus of vectors of channels, as instructions that LLVM puts into the caller's loop.
 
-Numba calls the C library for `math.exp`, one number at a time. These polynomials become part of the caller's loop, so
-that a loop over channels runs in the CPU's vector units. tests/kernels/test_numba.py holds their accuracy.
+The C library's functions take one number at a time. These take `numba_lanes.LANES`; tests/kernels/test_numba.py holds
+their accuracy. Their polynomials interpolate at Chebyshev's nodes, where the error is at most a few times the least.
 """
 # Numba infers these types when it compiles.
 # mypy: ignore-errors
 
 import math
+from decimal import Decimal, localcontext
+from fractions import Fraction
+from functools import cache
 
-import numpy as np
-from numba import float32, float64, int32, njit
-from numba.extending import intrinsic, overload
+from llvmlite import ir
+from numba.core import cgutils
+from numba.extending import intrinsic
 
-# Multiply-adds may be fused. Nothing may be regrouped: it would undo the two-part subtraction of k ln 2, and the order
-# of sums would depend on how a loop was compiled.
+from mambapeft_kernels.numba_lanes import fused, suffix
+
+# Multiply-adds may be fused. Nothing may be regrouped: it would undo the two-part subtraction of k ln 2.
 FAST = {"contract", "nsz"}
+LOG2E, LN2 = math.log2(math.e), math.log(2)
+
+
+def _interpolated(function, low, high, degree):
+    """Coefficients, constant first, of the polynomial that meets `function` at Chebyshev's nodes of [low, high].
+
+    Exact but for the function's values, which have 40 digits: sums of powers magnify errors.
+    """
+    angles = [math.pi * (k + 0.5) / (degree + 1) for k in range(degree + 1)]
+    nodes = [Fraction((low + high) / 2 + (high - low) / 2 * math.cos(angle)) for angle in angles]
+    with localcontext() as context:
+        context.prec = 40
+        differences = [Fraction(function(Decimal(x.numerator) / x.denominator)) for x in nodes]
+    for order in range(1, degree + 1):  # Newton's divided differences
+        for i in range(degree, order - 1, -1):
+            differences[i] = (differences[i] - differences[i - 1]) / (nodes[i] - nodes[i - order])
+    powers = [differences[-1]]
+    for difference, node in zip(differences[-2::-1], nodes[-2::-1]):  # powers (x - node) + difference
+        powers = [a - node * b for a, b in zip([Fraction(0), *powers], [*powers, Fraction(0)])]
+        powers[0] += difference
+    return [float(c) for c in powers]
+
+
+class _Format:
+    """A floating-point format: its layout and polynomials of its accuracy."""
+
+    def __init__(self, mantissa, least, ln2, degrees, newton):
+        self.mantissa = mantissa  # bits
+        self.least = least  # log2 of the least decay
+        self.magic = 1.5 * 2.0**mantissa  # x + magic has the integer next to x in its last bits
+        self.ln2_high, self.ln2_low = ln2  # k ln2_high is exact
+        exp2, exp, log = degrees
+        self.exp2 = _interpolated(lambda f: (2**f - 1) / f, -0.5, 0.5, exp2)  # 2^f = 1 + f p(f)
+        self.exp = _interpolated(lambda r: (r.exp() - 1 - r) / r**2, -0.3466, 0.3466, exp)  # 1 + r + r² p(r)
+        self.log = _interpolated(lambda v: (1 + v).ln() / v, -0.2929, 0.4143, log)  # ln(1 + v) = v p(v)
+        self.reciprocal = _interpolated(lambda d: 1 / d, 1.0, 2.0, 2)
+        self.newton = newton  # steps: each doubles the digits of 1 / d
+
+
+@cache
+def _format(bits):
+    if bits == 32:
+        return _Format(23, -126.0, (0.693359375, -2.12194440e-4), (5, 5, 9), 2)
+    return _Format(52, -1022.0, (6.93145751953125e-1, 1.42860682030941723212e-6), (11, 11, 21), 3)
+
+
+class _Vector:
+    """Writes instructions for vectors of one type."""
+
+    def __init__(self, builder, kind):
+        self.builder, self.kind = builder, kind
+        self.bits = 32 if isinstance(kind.element, ir.FloatType) else 64
+        self.format = _format(self.bits)
+        self.integers = ir.VectorType(ir.IntType(self.bits), kind.count)
+
+    def constant(self, value):
+        return ir.Constant(self.kind, [value] * self.kind.count)
+
+    def polynomial(self, x, coefficients):
+        """Horner's rule."""
+        found = self.constant(coefficients[-1])
+        for c in coefficients[-2::-1]:
+            found = fused(self.builder, found, x, self.constant(c))
+        return found
+
+    def at_least(self, x, low):
+        """x or `low`; NaN stays NaN."""
+        return self.builder.select(self.builder.fcmp_ordered("<", x, self.constant(low)), self.constant(low), x)
+
+    def nearest(self, x):
+        """The integer next to x as a float, and as the last bits of a number."""
+        shifted = self.builder.fadd(x, self.constant(self.format.magic))
+        return self.builder.fsub(shifted, self.constant(self.format.magic)), shifted
+
+    def scaled(self, p, shifted):
+        """p 2^k, where k is in the last bits of `shifted`: added to the exponent of p."""
+        k = self.builder.bitcast(shifted, self.integers)
+        k = self.builder.shl(k, ir.Constant(self.integers, [self.format.mantissa] * self.kind.count))
+        return self.builder.bitcast(self.builder.add(self.builder.bitcast(p, self.integers), k), self.kind)
+
+    def exp2_not_positive(self, y):
+        y = self.at_least(y, self.format.least)
+        k, shifted = self.nearest(y)
+        f = self.builder.fsub(y, k)
+        p = fused(self.builder, self.polynomial(f, self.format.exp2), f, self.constant(1.0))
+        return self.scaled(p, shifted)
+
+    def exp_minus_absolute(self, x):
+        x = self.builder.fneg(self._absolute(x))
+        x = self.at_least(x, self.format.least * LN2)
+        k, shifted = self.nearest(self.builder.fmul(x, self.constant(LOG2E)))
+        k = self.builder.fneg(k)
+        r = fused(self.builder, k, self.constant(self.format.ln2_high), x)
+        r = fused(self.builder, k, self.constant(self.format.ln2_low), r)
+        p = fused(self.builder, self.polynomial(r, self.format.exp), r, self.constant(1.0))
+        return self.scaled(fused(self.builder, p, r, self.constant(1.0)), shifted)
+
+    def reciprocal(self, d):
+        """1 / d, 1 <= d <= 2: a division takes as long as twenty multiplications."""
+        found, minus = self.polynomial(d, self.format.reciprocal), self.builder.fneg(d)
+        for _ in range(self.format.newton):
+            error = fused(self.builder, minus, found, self.constant(1.0))
+            found = fused(self.builder, found, error, found)
+        return found
+
+    def sigmoid(self, x):
+        t = self.exp_minus_absolute(x)
+        r = self.reciprocal(self.builder.fadd(t, self.constant(1.0)))
+        return self.builder.select(self._negative(x), self.builder.fmul(t, r), r)
+
+    def softplus(self, x):
+        t = self.exp_minus_absolute(x)
+        # ln(1 + t) = ln 2 + ln(1 + (t - 1) / 2) for large t.
+        large = self.builder.fcmp_ordered(">", t, self.constant(math.sqrt(2) - 1))
+        half = fused(self.builder, t, self.constant(0.5), self.constant(-0.5))
+        v = self.builder.select(large, half, t)
+        start = self.builder.select(large, self.constant(LN2), self.constant(0.0))
+        log = fused(self.builder, self.polynomial(v, self.format.log), v, start)
+        return self.builder.fadd(self.builder.select(self._negative(x), self.constant(0.0), x), log)
+
+    def _negative(self, x):
+        return self.builder.fcmp_ordered("<", x, self.constant(0.0))
+
+    def _absolute(self, x):
+        kind = ir.FunctionType(self.kind, [self.kind])
+        function = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.fabs.{suffix(self.kind)}")
+        return self.builder.call(function, [x])
 
 
 @intrinsic
-def _floor(typingctx, x):
-    """`math.floor` as a float: Numba's own returns an integer, whose conversion does not vectorise."""
+def exp2_not_positive(typingctx, y):
+    """2^y for y <= 0. Below the smallest normal number it stays at that number; NaN stays NaN."""
 
     def generate(context, builder, signature, arguments):
-        return builder.call(builder.module.declare_intrinsic("llvm.floor", [arguments[0].type]), arguments)
+        return _Vector(builder, arguments[0].type).exp2_not_positive(*arguments)
+
+    return y(y), generate
+
+
+@intrinsic
+def sigmoid(typingctx, x):
+    """1 / (1 + e^-x)."""
+
+    def generate(context, builder, signature, arguments):
+        return _Vector(builder, arguments[0].type).sigmoid(*arguments)
 
     return x(x), generate
 
 
 @intrinsic
-def _as_float(typingctx, bits):
-    """The float with these bits."""
-    kind = float32 if bits == int32 else float64
+def softplus(typingctx, x):
+    """ln(1 + e^x)."""
 
     def generate(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], context.get_value_type(kind))
+        return _Vector(builder, arguments[0].type).softplus(*arguments)
 
-    return kind(bits), generate
-
-
-def _taylor(kind, degree):
-    """1 / n! for n = degree … 2: (e^r - 1 - r) / r^2 by Horner's rule, |r| <= ln(2) / 2."""
-    return tuple(kind(1.0 / math.factorial(n)) for n in range(degree, 1, -1))
-
-
-_LOW32, _LOG2E32, _HALF32, _ONE32, _TWO32 = (np.float32(v) for v in (-87.0, 1.4426950408889634, 0.5, 1.0, 2.0))
-_ZERO32 = np.float32(0.0)
-_LN2_HIGH32, _LN2_LOW32 = np.float32(0.693359375), np.float32(-2.12194440e-4)
-_E0, _E1, _E2, _E3, _E4, _E5 = _taylor(np.float32, 7)
-_D0, _D1, _D2, _D3, _D4, _D5, _D6, _D7, _D8, _D9, _D10, _D11 = _taylor(np.float64, 13)
-_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7 = (np.float32(1.0 / n) for n in range(15, 0, -2))
-_L64 = tuple(1.0 / n for n in range(33, 0, -2))
-
-
-@njit(fastmath=FAST, error_model="numpy")
-def _exp32(x):
-    y = _LOW32 if x < _LOW32 else x
-    k = _floor(y * _LOG2E32 + _HALF32)
-    r = y - k * _LN2_HIGH32
-    r = r - k * _LN2_LOW32
-    p = ((((_E0 * r + _E1) * r + _E2) * r + _E3) * r + _E4) * r + _E5
-    return (p * r * r + r + _ONE32) * _as_float(np.int32((np.int32(k) + np.int32(127)) << np.int32(23)))
-
-
-@njit(fastmath=FAST, error_model="numpy")
-def _exp64(x):
-    y = -708.0 if x < -708.0 else x
-    k = _floor(y * 1.4426950408889634 + 0.5)
-    r = y - k * 6.93145751953125e-1
-    r = r - k * 1.42860682030941723212e-6
-    p = ((((_D0 * r + _D1) * r + _D2) * r + _D3) * r + _D4) * r + _D5
-    p = (((((p * r + _D6) * r + _D7) * r + _D8) * r + _D9) * r + _D10) * r + _D11
-    return (p * r * r + r + 1.0) * _as_float(np.int64((np.int64(k) + 1023) << 52))
-
-
-@njit(fastmath=FAST, error_model="numpy")
-def _log32(w):
-    # ln(1 + w), 0 <= w <= 1, as 2 artanh(w / (2 + w)): a series whose ratio is at most 1/9.
-    s = w / (_TWO32 + w)
-    q = s * s
-    p = ((((((_L0 * q + _L1) * q + _L2) * q + _L3) * q + _L4) * q + _L5) * q + _L6) * q + _L7
-    return _TWO32 * s * p
-
-
-@njit(fastmath=FAST, error_model="numpy")
-def _log64(w):
-    s = w / (2.0 + w)
-    q = s * s
-    p = _L64[0]
-    for i in range(1, len(_L64)):
-        p = p * q + _L64[i]
-    return 2.0 * s * p
-
-
-def exp_not_positive(x):
-    """e^x for x <= 0. Below the smallest normal number it stays at that number; NaN stays NaN."""
-    raise NotImplementedError("only within functions that Numba compiles")
-
-
-@overload(exp_not_positive)
-def _exp_not_positive(x):
-    if x == float32:
-        return lambda x: _exp32(x)
-    return lambda x: _exp64(x)
-
-
-def sigmoid(x):
-    """1 / (1 + e^-x)."""
-    raise NotImplementedError("only within functions that Numba compiles")
-
-
-@njit(fastmath=FAST, error_model="numpy")
-def _sigmoid32(x):
-    t = _exp32(-abs(x))
-    return (_ONE32 if x >= _ZERO32 else t) / (_ONE32 + t)
-
-
-@njit(fastmath=FAST, error_model="numpy")
-def _sigmoid64(x):
-    t = _exp64(-abs(x))
-    return (1.0 if x >= 0.0 else t) / (1.0 + t)
-
-
-@overload(sigmoid)
-def _sigmoid(x):
-    if x == float32:
-        return lambda x: _sigmoid32(x)
-    return lambda x: _sigmoid64(x)
-
-
-def softplus(x):
-    """ln(1 + e^x)."""
-    raise NotImplementedError("only within functions that Numba compiles")
-
-
-@njit(fastmath=FAST, error_model="numpy")
-def _softplus32(x):
-    return (x if x > _ZERO32 else _ZERO32) + _log32(_exp32(-abs(x)))
-
-
-@njit(fastmath=FAST, error_model="numpy")
-def _softplus64(x):
-    return (x if x > 0.0 else 0.0) + _log64(_exp64(-abs(x)))
-
-
-@overload(softplus)
-def _softplus(x):
-    if x == float32:
-        return lambda x: _softplus32(x)
-    return lambda x: _softplus64(x)
+    return x(x), generate

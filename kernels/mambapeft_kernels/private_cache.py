@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 NUMBA_CONFIG = ".numba_config.yaml"
-_IN_TREE = Path(__file__).parent / "ssm_mixer" / "__pycache__"
+_IN_TREE = [Path(__file__).parent / op / "__pycache__" for op in ("rms_norm", "ssm_mixer")]
 
 
 def check_caches(backend: str) -> None:
@@ -41,7 +41,7 @@ def _check_numba() -> None:
     given = os.environ.get("NUMBA_CACHE_DIR")
     if given:
         check_private(given, "NUMBA_CACHE_DIR")
-    elif not os.access(_IN_TREE if _IN_TREE.exists() else _IN_TREE.parent, os.W_OK):
+    elif not all(os.access(folder if folder.exists() else folder.parent, os.W_OK) for folder in _IN_TREE):
         # Beside the code, who can write can change the code as well. Where nobody can, Numba takes the user's cache.
         users = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         check_private(os.path.join(users, "numba"), "NUMBA_CACHE_DIR")

@@ -205,6 +205,14 @@ def test_norms_and_convolution(backend: str, device: str, run: Callable[..., Ten
     assert_same(found, expected, 5e-4)
 
 
+def test_rms_norm_in_the_loops_of_numba() -> None:
+    torch.manual_seed(0)
+    inputs = [draw(BATCH, LENGTH, 16), draw(BATCH, LENGTH, 16), draw(16), draw(16)]
+    scale = torch.tensor([0.0, 2.0], dtype=torch.float64)
+    expected = second_derivatives(lambda *t: rms(*t, scale, "naive"), inputs)
+    assert_same(second_derivatives(lambda *t: rms(*t, scale, "numba"), inputs), expected, 1e-10)
+
+
 def test_published_kernels_say_that_they_cannot() -> None:
     x = draw(3)
     out = first_order_only(x * x, "choose kernel=torch")

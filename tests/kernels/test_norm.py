@@ -8,6 +8,8 @@ from mambapeft_kernels import add_rms_norm
 CPU = [pytest.param("cpu", id="interpreter")] if not torch.cuda.is_available() else []
 GPU = [pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)]
 DEVICES = CPU + GPU
+FUSED = [pytest.param("triton", *d.values, id=d.id, marks=d.marks) for d in DEVICES]
+FUSED.append(pytest.param("numba", "cpu", id="numba"))
 
 
 def run(backend, device, dtype, shape, with_residual, with_scale, weights=None):
@@ -33,10 +35,10 @@ def run(backend, device, dtype, shape, with_residual, with_scale, weights=None):
 @pytest.mark.parametrize("with_scale", [False, True])
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("shape", [(3, 5, 24), (1, 1, 1), (2, 3, 300)], ids=str)
-@pytest.mark.parametrize("device", DEVICES)
-def test_float32(device, shape, with_residual, with_scale):
+@pytest.mark.parametrize(("backend", "device"), FUSED)
+def test_float32(backend, device, shape, with_residual, with_scale):
     expected = run("naive", device, torch.float64, shape, with_residual, with_scale)
-    found = run("triton", device, torch.float32, shape, with_residual, with_scale)
+    found = run(backend, device, torch.float32, shape, with_residual, with_scale)
     for a, b in zip(found, expected):
         assert relative_error(a, b) <= 1e-5
 
@@ -51,10 +53,17 @@ def test_bfloat16_is_within_twice_plain_pytorch(with_residual):
         assert relative_error(a, c) <= 2 * relative_error(b, c)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_dtypes_under_autocast(device):
+def test_numba_in_float64():
+    shape = (2, 3, 70)
+    expected = run("naive", "cpu", torch.float64, shape, True, True)
+    for a, b in zip(run("numba", "cpu", torch.float64, shape, True, True), expected):
+        assert relative_error(a, b) <= 1e-13
+
+
+@pytest.mark.parametrize(("backend", "device"), FUSED)
+def test_dtypes_under_autocast(backend, device):
     """bfloat16 branch, float32 residual and weight: normed is bfloat16, everything float32 stays so."""
-    outs = run("triton", device, torch.bfloat16, (2, 4, 16), True, True, weights=torch.float32)
+    outs = run(backend, device, torch.bfloat16, (2, 4, 16), True, True, weights=torch.float32)
     wanted = [torch.bfloat16, torch.float32, torch.bfloat16, torch.float32, torch.float32]
     assert [t.dtype for t in outs] == wanted
 

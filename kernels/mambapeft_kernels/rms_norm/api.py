@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from mambapeft_kernels.backends import FUSED, backend_for
+from mambapeft_kernels.backends import FUSED, backend_for, computes_now
 from mambapeft_kernels.rms_norm import naive
 
 
@@ -26,7 +26,12 @@ def add_rms_norm(
     Raises: ValueError for shapes that do not fit each other or a backend that cannot run here.
     """
     _check_shapes(hidden, residual, weight, branch_scale)
-    if backend_for(backend, hidden) not in FUSED:
+    chosen = backend_for(backend, hidden)
+    if chosen == "numba" and computes_now([hidden, residual, weight, branch_scale]):
+        from mambapeft_kernels.rms_norm import compiled
+
+        return compiled.add_rms_norm(hidden, residual, weight, eps, branch_scale)
+    if chosen not in FUSED:
         return naive.add_rms_norm(hidden, residual, weight, eps, branch_scale)
     from mambapeft_kernels.rms_norm import triton_kernels as triton
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mambapeft_kernels.derivatives import differentiated_again, no_autocast, plain_gradients
+from mambapeft_kernels.numba_threads import over_batch
 from mambapeft_kernels.ss2d import naive
 from mambapeft_kernels.ss2d.api import DIRECTIONS, SS2DWeights
 from mambapeft_kernels.ssm_mixer import numba_loops as loops
-from mambapeft_kernels.ssm_mixer.compiled import over_batch
 
 
 def ss2d(u: Tensor, weights: SS2DWeights) -> Tensor:
@@ -37,18 +37,18 @@ class _Direction:
         self.initial = torch.zeros_like(self.A) if initial is None else initial[k].T.contiguous()
         self.offset = None if w.state_offset is None else w.state_offset[k]  # [E, N]
         self.projected = sequence @ self.x_proj.T  # [B, L, R + 2N]
-        self.raw = self.projected[..., : self.rank] @ self.dt_proj.T  # [B, L, E]
+        self.dt_weight = self.dt_proj.T.contiguous()  # [R, E]
 
     def arrays(self) -> tuple[Any, ...]:
         """The arrays that both loops read."""
-        dt_bias, A, D = self.dt_bias.numpy(), self.A.numpy(), self.D.numpy()
-        return self.u.numpy(), self.raw.numpy(), dt_bias, A, self.projected.numpy(), self.rank, D, self.reverse
+        given = (self.u, self.dt_weight, self.dt_bias, self.A, self.projected, self.D)
+        return *(t.numpy() for t in given), self.reverse
 
     def scan(self, total: Tensor) -> Tensor:
-        """Adds the outputs to `total` [B, L, E]; returns the kept states."""
+        """Writes the outputs to `total` [B, L, E], or adds the reverse scan's; returns the kept states."""
         batch, length, channels = self.u.shape
         starts = self.u.new_empty(batch, -(-length // loops.CHUNK), self.states, channels)
-        over_batch(loops.scan, batch, *self.arrays(), self.initial.numpy(), total.numpy(), starts.numpy())
+        over_batch(loops.scan, batch, *self.arrays(), self.initial.numpy(), self.reverse, total.numpy(), starts.numpy())
         if self.offset is not None:
             total += self.projected[..., -self.states :] @ self.offset.T
         return starts
@@ -59,8 +59,9 @@ class _Direction:
         du, draw, dprojected = torch.empty_like(dy), torch.empty_like(dy), torch.empty_like(self.projected)
         dA = dy.new_zeros(batch if need["A_logs"] else 0, *self.A.shape)
         dinitial = dy.new_empty(batch if need["initial_states"] else 0, *self.A.shape)
+        dD, ddt_bias = dy.new_zeros(2, batch, dy.shape[2])
         given = (*self.arrays(), starts.numpy(), dy.numpy(), need["A_logs"], need["initial_states"])
-        outputs = (du, draw, dprojected, dA, dinitial)
+        outputs = (du, draw, dprojected, dA, dD, ddt_bias, dinitial)
         over_batch(loops.scan_backward, batch, *given, *(t.numpy() for t in outputs))
         found: dict[str, Tensor] = {}
         if self.offset is not None:
@@ -68,13 +69,13 @@ class _Direction:
             if need["state_offset"]:
                 found["state_offset"] = _outer(dy, self.projected[..., -states:])
         if need["Ds"]:
-            found["Ds"] = (dy * self.u).sum((0, 1))
+            found["Ds"] = dD.sum(0)
         if need["A_logs"]:
             found["A_logs"] = (dA.sum(0) * self.A).T
         if need["initial_states"]:
             found["initial_states"] = dinitial.sum(0).T
         if need["dt_projs_bias"]:
-            found["dt_projs_bias"] = draw.sum((0, 1))
+            found["dt_projs_bias"] = ddt_bias.sum(0)
         if need["dt_projs_weight"]:
             found["dt_projs_weight"] = _outer(draw, self.projected[..., : self.rank])
         dprojected[..., : self.rank] = draw @ self.dt_proj
@@ -90,7 +91,7 @@ class _SS2D(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, *weights: Tensor | None) -> Tensor:
         sequences, w = _wide(u, weights)
-        totals = [torch.zeros_like(s) for s in sequences]
+        totals = [torch.empty_like(s) for s in sequences]
         starts = [_Direction(k, sequences[k % 2], w).scan(totals[k % 2]) for k in range(DIRECTIONS)]
         ctx.save_for_backward(u, *weights, *starts)
         return _in_map(totals, u)
