@@ -17,8 +17,6 @@ from numba.extending import intrinsic
 
 from mambapeft_kernels.numba_lanes import fused, suffix
 
-# Multiply-adds may be fused. Nothing may be regrouped: it would undo the two-part subtraction of k ln 2.
-FAST = {"contract", "nsz"}
 LOG2E, LN2 = math.log2(math.e), math.log(2)
 
 

@@ -1,11 +1,13 @@
 """The loops that Numba compiles: their elementary functions, and threads that share a batch."""
 
+import runpy
+
 import numba
 import numpy as np
 import pytest
 import torch
 from helpers.kernel_cases import make_directions, make_xz, results
-from mambapeft_kernels import numba_math, ssm_mixer
+from mambapeft_kernels import numba_loop, numba_math, ssm_mixer
 from mambapeft_kernels.numba_lanes import LANES, load, store
 
 # Units in the last place that each function may be off, by dtype.
@@ -88,3 +90,20 @@ def test_results_do_not_depend_on_where_arrays_lie():
         kept.append(torch.empty(1000 + 37 * i))  # moves what is allocated next
         again = results(xz, directions, torch.float32, "numba")
         assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_kept_loops_are_of_the_present_sources(tmp_path, monkeypatch):
+    """Numba looks at a loop's own file alone; what is inlined into it stands in others."""
+    file = tmp_path / "kept_loop.py"
+    file.write_text("from mambapeft_kernels.numba_loop import loop\n\n@loop\ndef add(x):\n    x[0] += 1\n")
+
+    def compiled_anew() -> bool:
+        found = runpy.run_path(str(file))["add"]
+        found(np.zeros(1))
+        assert sum(found.stats.cache_hits.values()) + sum(found.stats.cache_misses.values()) == 1
+        return bool(found.stats.cache_misses)
+
+    assert compiled_anew()
+    assert not compiled_anew()
+    monkeypatch.setattr(numba_loop, "_SOURCES", "another")
+    assert compiled_anew()

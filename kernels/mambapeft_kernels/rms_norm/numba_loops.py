@@ -6,13 +6,12 @@ As in ssm_mixer/numba_loops.py: a call covers the samples first … last - 1; ar
 # mypy: ignore-errors
 
 import numpy as np
-from numba import njit
 
 from mambapeft_kernels.numba_lanes import LANES, load, multiply_add, spread, store, sum_lanes
-from mambapeft_kernels.numba_math import FAST
+from mambapeft_kernels.numba_loop import loop
 
 
-@njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
+@loop
 def normalise(hidden, residual, has_residual, scale, weight, eps, total, normed, first, last):
     """total = residual + scale hidden; normed = total / sqrt(mean(total²) + eps) weight. scale [B], weight [D]."""
     width, one = hidden.shape[2], eps.dtype.type(1)
@@ -33,7 +32,7 @@ def normalise(hidden, residual, has_residual, scale, weight, eps, total, normed,
                 store(normed, (b, t, left), width - left, value * load(weight, left, width - left))
 
 
-@njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
+@loop
 def normalise_backward(dnormed, dtotal, total, weight, eps, dresidual, dweight, first, last):
     """Gradients of `normalise`, of which dtotal is total's own; adds to dweight [B, D], a sum for each sample.
 

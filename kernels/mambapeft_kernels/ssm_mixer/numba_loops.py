@@ -8,15 +8,14 @@ Time runs from the last token to the first where `reverse` is set: step s reads 
 # Numba infers these types when it compiles.
 # mypy: ignore-errors
 
-from numba import njit
-
 from mambapeft_kernels.numba_lanes import LANES, load, multiply_add, spread, store, sum_lanes, vectors
-from mambapeft_kernels.numba_math import FAST, LN2, LOG2E, exp2_not_positive, sigmoid, softplus
+from mambapeft_kernels.numba_loop import inlined, loop
+from mambapeft_kernels.numba_math import LN2, LOG2E, exp2_not_positive, sigmoid, softplus
 
 CHUNK = 8  # steps between two kept states
 
 
-@njit(forceinline=True, fastmath=FAST, error_model="numpy", nogil=True)
+@inlined
 def _convolved(x, weight, bias, reverse, b, s, left, width):
     """Step s of bias + the causal convolution, for the channels from `left` on."""
     taps, length = weight.shape[0], x.shape[1]
@@ -28,7 +27,7 @@ def _convolved(x, weight, bias, reverse, b, s, left, width):
     return found
 
 
-@njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
+@loop
 def convolve(x, weight, bias, reverse, u, first, last):
     """u = silu(bias + causal depthwise convolution of the first E channels of x [B, L, >= E]); weight [K, E]."""
     channels, length = weight.shape[1], x.shape[1]
@@ -41,7 +40,7 @@ def convolve(x, weight, bias, reverse, u, first, last):
                 store(u, (b, t, left), width, before * sigmoid(before))
 
 
-@njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
+@loop
 def convolve_backward(x, weight, bias, reverse, du, need_dx, need_weight, add, dx, dweight, dbias, first, last):
     """Writes (or adds to) dx [B, L, >= E]; adds a sum for each sample to dweight [B, K, E] and dbias [B, E].
 
@@ -80,7 +79,7 @@ def convolve_backward(x, weight, bias, reverse, du, need_dx, need_weight, add, d
                     store(dx, (b, t, left), width, found)
 
 
-@njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
+@loop
 def _tiled(matrix, factor):
     """factor · matrix [K, E] as [tiles, K, LANES]; zeros beyond the last channel."""
     rows, channels = matrix.shape
@@ -93,7 +92,7 @@ def _tiled(matrix, factor):
     return found
 
 
-@njit(forceinline=True, fastmath=FAST, error_model="numpy", nogil=True)
+@inlined
 def _before_softplus(projected, dt_weight, bias, tile, b, t):
     """dt_proj's output for one tile of channels; dt_weight [tiles, R, LANES]."""
     for r in range(dt_weight.shape[1]):
@@ -101,7 +100,7 @@ def _before_softplus(projected, dt_weight, bias, tile, b, t):
     return bias
 
 
-@njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
+@loop
 def scan(u, dt_weight, dt_bias, A, projected, D, reverse, initial, add, total, starts, first, last):
     """total = (total +) scan(u) + D u; starts [B, chunks, N, E] gets the state before each chunk, unless it is empty.
 
@@ -143,7 +142,7 @@ def scan(u, dt_weight, dt_bias, A, projected, D, reverse, initial, add, total, s
                     store(total, (b, t, left), width, out)
 
 
-@njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
+@loop
 def scan_backward(
     u,
     dt_weight,
@@ -258,7 +257,7 @@ def scan_backward(
                     store(dinitial, (b, n, left), min(LANES, channels - left), load(carry, (tile, n, 0), LANES))
 
 
-@njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
+@loop
 def gate(total, z, column, scale, out, first, last):
     """out = scale silu(z) total; z [B, L, >= column + E], read from `column` on."""
     channels, factor = total.shape[2], spread(scale)
@@ -271,7 +270,7 @@ def gate(total, z, column, scale, out, first, last):
                 store(out, (b, t, left), width, found)
 
 
-@njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True)
+@loop
 def gate_backward(total, z, column, scale, dout, need_dz, dy, dz, dz_column, first, last):
     """dy = scale silu(z) dout, and dz into its columns from `dz_column` on."""
     channels, factor, one = total.shape[2], spread(scale), spread(total.dtype.type(1))
