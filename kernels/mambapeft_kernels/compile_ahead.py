@@ -229,10 +229,10 @@ class _Stage:
     def mlp(self) -> None:
         width, hidden = self._sizes.width, self._sizes.hidden
         if hidden:
-            weights = map(
-                self._activations, ((hidden, width), (hidden,), (width, hidden), (width,))
-            )  # cast by the model
-            self._back(frozen_mlp(self._map(width).requires_grad_(), *weights, self._backend))
+            shapes = (hidden, width), (hidden,), (width, hidden), (width,)
+            up, up_bias, down, down_bias = map(self._activations, shapes)  # cast by the model
+            x = self._map(width).requires_grad_()
+            self._back(frozen_mlp(x, up, up_bias, down, down_bias, self._backend))
 
     def norms(self) -> None:
         """out_norm, and the norms of residual sums: with and without drop path, and the first of a stage."""

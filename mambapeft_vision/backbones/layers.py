@@ -118,10 +118,10 @@ class Mlp(nn.Module):
         if self.kernel not in FUSED or not all(computes_as(m, PortedLinear) and not m.side.branches for m in maps):
             return None
         dtype = compute_dtype(h)
-        weights = [m.read(name, dtype) for m in maps for name in ("weight", "bias")]
-        if any(weight.requires_grad for weight in weights):
+        up, up_bias, down, down_bias = (m.read(name, dtype) for m in maps for name in ("weight", "bias"))
+        if any(weight.requires_grad for weight in (up, up_bias, down, down_bias)):
             return None
-        return frozen_mlp(h.to(dtype), *weights, backend=self.kernel)
+        return frozen_mlp(h.to(dtype), up, up_bias, down, down_bias, self.kernel)
 
 
 class PortedLayerNorm(Ported, nn.LayerNorm):

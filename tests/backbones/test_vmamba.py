@@ -394,7 +394,8 @@ def test_only_a_frozen_mlp_without_other_code_in_it_is_one_op(change, fused, mon
     for mlp in mlps:
         mlp.kernel = "cuda"
 
-    def frozen_mlp(x, *weights, backend):
+    def frozen_mlp(x, *weights_and_backend):
+        *weights, backend = weights_and_backend
         calls.append(backend)
         return naive.mlp(x, *weights)
 
