@@ -4,6 +4,7 @@ from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
+from mambapeft_kernels import FUSED, frozen_mlp
 from mambapeft_kernels.low_rank.linear import compute_dtype
 from timm.layers import lecun_normal_
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ Kind = TypeVar("Kind", bound=nn.Module)
 class PortedLinear(Ported, nn.Linear):
     """`nn.Linear` with a side port; without a bias, the port `offset` takes one."""
 
-    cast_weights = ("weight",)
+    cast_weights = ("weight", "bias")
 
     def __init__(
         self,
@@ -39,11 +40,12 @@ class PortedLinear(Ported, nn.Linear):
         return self.bias is None and self.offset.value is None and self.side.only_low_rank
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.side.linear(x, self.read("weight", compute_dtype(x)), self._bias(), self.training)
+        dtype = compute_dtype(x)
+        return self.side.linear(x, self.read("weight", dtype), self._bias(dtype), self.training)
 
-    def _bias(self) -> Tensor | None:
+    def _bias(self, dtype: torch.dtype) -> Tensor | None:
         if self.bias is not None:
-            return self.read("bias")
+            return self.read("bias", dtype)
         return None if self.offset.value is None else self.offset.value()
 
 
@@ -101,12 +103,25 @@ class Mlp(nn.Module):
 
     def __init__(self, embed_dim: int, hidden: int, *, name: str) -> None:
         super().__init__()
+        self.kernel = "auto"
         self.fc1 = PortedLinear(embed_dim, hidden, name=f"{name}.fc1")
         self.fc2 = PortedLinear(hidden, embed_dim, name=f"{name}.fc2")
         self.side = SidePort(name)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.side(h, self.fc2(F.gelu(self.fc1(h))), self.training)
+        out = self._frozen(h)
+        return self.side(h, self.fc2(F.gelu(self.fc1(h))) if out is None else out, self.training)
+
+    def _frozen(self, h: Tensor) -> Tensor | None:
+        """The output by one op, which keeps only `h` for the backward pass; None where anything within is trained."""
+        maps = self.fc1, self.fc2
+        if self.kernel not in FUSED or not all(computes_as(m, PortedLinear) and not m.side.branches for m in maps):
+            return None
+        dtype = compute_dtype(h)
+        up, up_bias, down, down_bias = (m.read(name, dtype) for m in maps for name in ("weight", "bias"))
+        if any(weight.requires_grad for weight in (up, up_bias, down, down_bias)):
+            return None
+        return frozen_mlp(h.to(dtype), up, up_bias, down, down_bias, self.kernel)
 
 
 class PortedLayerNorm(Ported, nn.LayerNorm):
