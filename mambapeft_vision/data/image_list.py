@@ -49,6 +49,7 @@ class ImageList:
         remedy: the sentence that ends every error about its images.
         several: the number of classes where images have several labels, else None.
         images: the folder that `images/` of the task's folder stands for, where it is a link.
+        whole: the list of the file, where this one holds some of its images.
     """
 
     folder: Path
@@ -58,6 +59,7 @@ class ImageList:
     remedy: str = ""
     several: int | None = None
     images: Path | None = None
+    whole: "ImageList | None" = None
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -78,7 +80,7 @@ class ImageList:
 
     def chosen(self, rows: Sequence[int]) -> "ImageList":
         """The list of some of the images."""
-        return replace(self, entries=tuple(self.entries[row] for row in rows))
+        return replace(self, entries=tuple(self.entries[row] for row in rows), whole=self.whole or self)
 
     def error(self, entry: Entry, what: str) -> UserError:
         """The error that `what` is wrong with the image of `entry`, naming image, file and line."""

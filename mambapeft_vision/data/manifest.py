@@ -3,8 +3,9 @@
 A task's sha256 is taken over lines `<sha256 of the file>  <path>\\n`, sorted by path, for its list files and
 every image they name. It is written by `mambapeft prepare vtab1k` next to the task folders.
 
-A manifest can come with foreign data, so it proves nothing when somebody's result is computed again:
-`manifest_hash(..., check_images=True)` reads all images instead.
+An entry counts while the files have the states they had when it was written (verified.py); files in another state are
+read again, and count as verified if their content is. A manifest can come with foreign data, so it proves nothing when
+somebody's result is computed again: `manifest_hash(..., check_images=True)` reads all images instead.
 """
 
 import hashlib
@@ -12,16 +13,18 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mambapeft_vision.data.image_list import Entry, ImageList, parse_list
+from mambapeft_vision.data.image_list import Entry, ImageList
 from mambapeft_vision.data.preprocessing import MAX_IMAGE_BYTES
+from mambapeft_vision.data.verified import States, listed_images, note, noted, state_of, states_of
 from mambapeft_vision.utils.atomic import write_json
 from mambapeft_vision.utils.console import warn
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.hashing import sha256_json
 from mambapeft_vision.utils.lock import one_at_a_time
 from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.utils.typed import build
@@ -56,11 +59,17 @@ class TaskEntry:
 
 @dataclass
 class _Manifest:
-    """The file. source: where the tasks came from."""
+    """The file.
+
+    Args:
+        source: where the tasks came from.
+        checksums: of the entries, by task; entries of earlier releases have none.
+    """
 
     format: int
     tasks: dict[str, TaskEntry]
     source: dict[str, Any] | None = None
+    checksums: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         hashes = [digest for entry in self.tasks.values() for digest in (entry.sha256, *entry.lists.values())]
@@ -75,22 +84,39 @@ def task_sha256(file_hashes: Mapping[str, str]) -> str:
 
 
 def read_entry(root: Path, folder: str) -> TaskEntry | None:
-    """The manifest's entry of the task in `root/folder`; None where it has not been verified."""
-    return _read(root).tasks.get(folder)
+    """The manifest's entry of the task in `root/folder`; None where it has not been verified.
+
+    Raises: UserError for a damaged entry.
+    """
+    manifest = _read(root)
+    entry = manifest.tasks.get(folder)
+    if entry is not None and (manifest.checksums or {}).get(folder, checksum := _checksum(entry)) != checksum:
+        raise UserError(
+            f"{root / MANIFEST_FILE}: the entry of {folder} is not as it was written: damaged or changed by hand. "
+            f"Delete the entry and verify the task again (`mambapeft prepare vtab1k --verify-only` for one of VTAB-1K)"
+        )
+    return entry
 
 
-def write_entry(root: Path, folder: str, entry: TaskEntry) -> None:
-    """Adds or replaces the entry of one task."""
+def write_entry(root: Path, folder: str, entry: TaskEntry, states: States | None = None) -> None:
+    """Adds or replaces the entry of one task.
+
+    Args:
+        states: of its images just before they were read; None: the present ones.
+    """
     with _changed(root) as manifest:
-        manifest.tasks[folder] = entry
-        manifest.tasks = dict(sorted(manifest.tasks.items()))
+        manifest.tasks = dict(sorted({**manifest.tasks, folder: entry}.items()))
+        manifest.checksums = dict(sorted({**(manifest.checksums or {}), folder: _checksum(entry)}.items()))
+    with suppress(OSError, UserError):  # without a note the images are read again
+        note(root / folder, entry.sha256, states or states_of(root / folder, entry.lists))
 
 
 def drop_entry(root: Path, folder: str) -> None:
     """Removes the entry of a task that no longer passes."""
-    if read_entry(root, folder) is not None:
+    if folder in _read(root).tasks:
         with _changed(root) as manifest:
             manifest.tasks.pop(folder, None)
+            (manifest.checksums or {}).pop(folder, None)
 
 
 def write_source(root: Path, source: Mapping[str, Any]) -> None:
@@ -99,32 +125,60 @@ def write_source(root: Path, source: Mapping[str, Any]) -> None:
         manifest.source = dict(source)
 
 
-def manifest_hash(task_folder: Path, listings: Iterable[ImageList], *, check_images: bool = False) -> str:
+def manifest_hash(
+    task_folder: Path, listings: Iterable[ImageList], *, check_images: bool = False, read_images: bool = True
+) -> str:
     """Fingerprint of a task for result files; this function alone decides whether data are the same.
 
-    The verified sha256 where the manifest has an entry for exactly these list files; else `unverified:` and a
-    sha256 over the list files and the sizes of their images, which is quick but blind to changed pixels (these are
-    for `images_digest`).
+    The verified sha256 where the manifest has an entry for exactly these list files, and the images are as verified;
+    else `unverified:` and a sha256 over the list files and the sizes of their images, which is quick but blind to
+    changed pixels (these are for `images_digest`).
 
     Args:
         check_images: read and hash all files of a verified task again instead of trusting its entry, for data that
             came with somebody's result. Files that differ give `changed:` and their sha256.
+        read_images: read and hash them where the images are in another state than when they were verified; False
+            trusts the entry.
     """
     listings = list(listings)
     entry = read_entry(task_folder.parent, task_folder.name)
     if entry is not None:
-        changed = [listing.file for listing in listings if entry.lists.get(listing.file.stem) != listing.sha256]
-        if not changed:
-            return _checked(task_folder, entry) if check_images else entry.sha256
+        other = ", ".join(str(one.file) for one in listings if entry.lists.get(one.file.stem) != one.sha256)
+        if not other and check_images:
+            actual = _content_sha256(task_folder, entry)
+            return actual if actual == entry.sha256 else f"changed:{actual}"
+        if not other and (not read_images or is_as_verified(task_folder, entry, listings)):
+            return entry.sha256
         warn(
-            f"{', '.join(map(str, changed))}: not as verified in {task_folder.parent / MANIFEST_FILE}, so that the "
-            "data count as other data; verify them again if the change is meant"
+            f"{other or f'{task_folder}: images'}: not as verified in {task_folder.parent / MANIFEST_FILE}, so that "
+            "the data count as other data; verify them again if the change is meant",
+            once=True,
         )
     hashes = {listing.file.name: listing.sha256 for listing in listings}
     for listing in listings:
         folder = os.fspath(listing.folder)
         hashes |= {item.path: str(os.path.getsize(f"{folder}/{item.path}")) for item in listing.entries}
     return f"{UNVERIFIED}{task_sha256(hashes)}"
+
+
+def is_as_verified(task_folder: Path, entry: TaskEntry, listings: Iterable[ImageList]) -> bool:
+    """Whether the images have their verified content; read, once a process, only if they are in another state.
+
+    Raises: UserError naming an image that cannot be read.
+    """
+    known = noted(task_folder, entry.sha256)
+    if all(known.get(listing.file.stem) == state_of(listing.whole or listing) for listing in listings):
+        return True
+    states = states_of(task_folder, entry.lists)  # before they are read: what changes meanwhile is noticed next time
+    key = (str(task_folder), entry.sha256, *states.items())
+    if key not in _contents:
+        _contents[key] = _content_sha256(task_folder, entry)
+        if _contents[key] == entry.sha256:  # only copied or touched
+            note(task_folder, entry.sha256, states)
+    return _contents[key] == entry.sha256
+
+
+_contents: dict[tuple[object, ...], str] = {}  # task and state of its files → sha256 of their content
 
 
 def images_digest(listing: ImageList) -> bytes:
@@ -137,43 +191,31 @@ def images_digest(listing: ImageList) -> bytes:
     def digest(entry: Entry) -> bytes:
         return _image_hash(listing, entry, "blake2b")
 
-    state = _state_of(listing)
+    state = f"{listing.folder} {state_of(listing)}"
     if state not in _digests:
         with ThreadPoolExecutor(available_cpus()) as pool:
             _digests[state] = hashlib.sha256(b"".join(pool.map(digest, listing.entries))).digest()
     return _digests[state]
 
 
-_digests: dict[bytes, bytes] = {}  # state of the images → `images_digest`
+_digests: dict[str, bytes] = {}  # folder and state of the images → `images_digest`
 
 
-def _state_of(listing: ImageList) -> bytes:
-    """Changes with the paths, sizes and times of change of a list's images."""
-    state = hashlib.sha256()
-    for entry in listing.entries:
-        path = listing.path(entry)
-        try:
-            found = os.stat(path)
-        except OSError as error:
-            raise listing.error(entry, f"cannot be read ({error.strerror}).") from error
-        state.update(
-            f"{path} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}\n".encode(errors="surrogateescape")
-        )
-    return state.digest()
-
-
-def _checked(task_folder: Path, entry: TaskEntry) -> str:
+def _content_sha256(task_folder: Path, entry: TaskEntry) -> str:
+    """The task's sha256 from its present files, all read."""
     hashes: dict[str, str] = {}
     for split in entry.lists:
-        # Labels were checked when the list was read; here only the images' paths count.
-        listing, _ = parse_list(task_folder / f"{split}.txt", 1 << 62)
+        listing = listed_images(task_folder, split)
         hashes[listing.file.name] = listing.sha256
         with ThreadPoolExecutor(available_cpus()) as pool:
             images = [item for item in listing.entries if item.path not in hashes]
             digests = pool.map(lambda item, found=listing: _image_hash(found, item, "sha256").hex(), images)
             hashes |= dict(zip((item.path for item in images), digests, strict=True))
-    actual = task_sha256(hashes)
-    return actual if actual == entry.sha256 else f"changed:{actual}"
+    return task_sha256(hashes)
+
+
+def _checksum(entry: TaskEntry) -> str:
+    return sha256_json(asdict(entry))
 
 
 def _image_hash(listing: ImageList, entry: Entry, algorithm: str) -> bytes:

@@ -357,8 +357,11 @@ class TaskDataModule(LightningDataModule):
         """As `manifest_hash`, computed anew; `check_images` reads the images instead of trusting the manifest."""
         return manifest_hash(self.folder, self._listings.values(), check_images=check_images)
 
-    def current_fingerprint(self) -> str | None:
-        """The fingerprint of the present files; None if they are missing. Nothing is written."""
+    def current_fingerprint(self, *, read_images: bool = True) -> str | None:
+        """The fingerprint of the present files; None if they are missing.
+
+        read_images: whether to read images whose state is another one than when they were verified.
+        """
         try:
             if self.own is not None and not is_recorded(self.own, self.folder):
                 return "changed: not recorded" if self.folder.is_dir() else None
@@ -368,7 +371,7 @@ class TaskDataModule(LightningDataModule):
         if not all((self.folder / f"{split}.txt").is_file() for split in splits):
             return None
         train, test = (self._read_list(split, MOST_CLASSES) for split in splits)
-        return manifest_hash(self.folder, [self._drawn(train), test])
+        return manifest_hash(self.folder, [self._drawn(train), test], read_images=read_images)
 
     @functools.cached_property
     def content_hash(self) -> str | None:

@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from mambapeft_vision.results.files import read_text
-from mambapeft_vision.results.layout import RESULT_FILE
+from mambapeft_vision.results.layout import METRICS_FILE, RESULT_FILE
 from mambapeft_vision.results.migrations import migrated_result
 from mambapeft_vision.utils.atomic import write_json
 from mambapeft_vision.utils.errors import UserError
-from mambapeft_vision.utils.hashing import sha256_json
+from mambapeft_vision.utils.hashing import sha256_file, sha256_json
 from mambapeft_vision.utils.names import LONGEST, MOST_PARTS
 from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.typed import build
 from mambapeft_vision.utils.untrusted import parse_json
 
 SCHEMA_VERSION = 3
-CHECKSUM = "sha256"  # key in result.json, beside the record's fields; results of earlier releases have none
+# Keys in result.json beside the record's fields; results of earlier releases have none.
+CHECKSUM = "sha256"  # of the rest of the file
+FILES = "files"  # sha256 of files of the run that have no checksum of their own, by name
 REMEDY = "Run again with resume=false"
 #: Section of the config of a result that was made from finished runs without training: kind, label, members (their
 #: fingerprints). Tables show the label as a setting of that name.
@@ -92,7 +94,8 @@ def is_derived(record: RunRecord) -> bool:
 
 def write_record(folder: Path, record: RunRecord) -> None:
     """Writes result.json atomically, with a checksum. The last thing a run does."""
-    content = json.loads(json.dumps(asdict(record), allow_nan=False))  # as a reader gets it
+    files = {name: sha256_file(folder / name) for name in (METRICS_FILE,) if (folder / name).is_file()}
+    content = json.loads(json.dumps({**asdict(record), FILES: files}, allow_nan=False))  # as a reader gets it
     write_json(folder / RESULT_FILE, content | {CHECKSUM: sha256_json(content)})
 
 
@@ -108,13 +111,34 @@ def read_record(path: str | Path) -> RunRecord:
     """
     path = Path(path)
     path = path / RESULT_FILE if path.is_dir() else path
+    content = _read(path)
+    if isinstance(content, dict):
+        content.pop(FILES, None)
+    return record_of(content, str(path))
+
+
+def recorded_sha256(folder: Path, name: str) -> str | None:
+    """The sha256 that a file of a finished run had when its result was written; None where it was not recorded.
+
+    Raises: UserError for a damaged result.json.
+    """
+    if not is_finished(folder):
+        return None
+    content = _read(folder / RESULT_FILE)
+    files = content.get(FILES) if isinstance(content, dict) else None
+    sha256 = files.get(name) if isinstance(files, dict) else None
+    return None if sha256 is None else str(sha256)
+
+
+def _read(path: Path) -> Any:
+    """The content of result.json without its checksum. Raises UserError if it is not as it was written."""
     content = parse_json(read_text(path, "the folder of a finished run"), str(path))
     if isinstance(content, dict) and CHECKSUM in content and content.pop(CHECKSUM) != sha256_json(content):
         raise UserError(
             f"{plain(path)} is not as it was written: damaged or changed by hand. Copy it again from where it was "
             f"made, or run again with resume=false"
         )
-    return record_of(content, str(path))
+    return content
 
 
 def record_of(content: Any, where: str, sizes: dict[int, int] | None = None) -> RunRecord:

@@ -95,17 +95,17 @@ class Inputs:
 
         Args:
             with_weights: whether to build the backbone and hash its tensors.
-            with_content: whether to read all images of a task that is not verified.
+            with_content: whether to read all images of a task that is not verified, or not since its files changed.
         """
         weights = self._weights(plan) if with_weights else None
         content = self.content(plan) if with_content else None
-        return Fingerprints.of_plan(plan, self.images(plan), weights, content)
+        return Fingerprints.of_plan(plan, self.images(plan, with_content=with_content), weights, content)
 
-    def images(self, plan: RunPlan) -> str | None:
-        """The hash of the task; None where its lists are not there."""
-        key = _key(plan.dataset, without="seed")
+    def images(self, plan: RunPlan, *, with_content: bool = True) -> str | None:
+        """The hash of the task; None where its lists are not there. Nothing is decoded. See `of`."""
+        key = f"images {with_content} {_key(plan.dataset, without='seed')}"
         if key not in self._known:
-            self._known[key] = _images_hash(plan)
+            self._known[key] = build_dataset(plan).current_fingerprint(read_images=with_content)
         return self._known[key]
 
     def content(self, plan: RunPlan) -> str | None:
@@ -186,11 +186,6 @@ def _modules_of(dotted: Iterable[str], package: str) -> list[str]:
 
 def _key(section: dict[str, Any], without: str = "") -> str:
     return json.dumps({k: v for k, v in section.items() if k != without}, sort_keys=True)
-
-
-def _images_hash(plan: RunPlan) -> str | None:
-    """As `TaskDataModule.manifest_hash`, without decoding anything; None where the task is not there."""
-    return build_dataset(plan).current_fingerprint()
 
 
 def _weights_hash(plan: RunPlan) -> str | None:

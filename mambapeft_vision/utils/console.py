@@ -25,10 +25,13 @@ def say(text: str, stream: TextIO | None = None) -> None:
         print(lines(text), file=sys.stdout if stream is None else stream, flush=True)
 
 
-def warn(text: str) -> None:
-    """A Python warning, which ends nothing: where warnings are errors (PYTHONWARNINGS=error), a line on stderr."""
+def warn(text: str, *, once: bool = False) -> None:
+    """A Python warning, which ends nothing: where warnings are errors (PYTHONWARNINGS=error), a line on stderr.
+
+    once: the place of the warning is the caller's, whoever called that: Python shows a text once for each place.
+    """
     try:
-        warnings.warn(text, stacklevel=3)
+        warnings.warn(text, stacklevel=2 if once else 3)
     except UserWarning:
         say(f"warning: {text}", sys.stderr)
 

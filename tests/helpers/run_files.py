@@ -10,7 +10,7 @@ from helpers import runs
 from safetensors.torch import load_file
 
 from mambapeft_vision.results.layout import CHECKPOINT_FILE
-from mambapeft_vision.results.record import CHECKSUM, RESULT_FILE, read_record
+from mambapeft_vision.results.record import CHECKSUM, FILES, RESULT_FILE, read_record
 
 MEASURED = {  # the fields of result.json that are measured, and so differ between any two runs
     "train_images_per_second",
@@ -37,9 +37,9 @@ def check_same(one: Path, other: Path) -> None:
 
 
 def result_of(file: Path) -> dict[str, Any]:
-    """What result.json says, without its checksum: to be changed and written again."""
+    """What result.json says, without its checksums: to be changed and written again."""
     content = json.loads(file.read_text())
-    del content[CHECKSUM]
+    del content[CHECKSUM], content[FILES]
     return content
 
 

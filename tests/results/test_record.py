@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from helpers.run_files import result_of
 
+from mambapeft_vision.results.layout import METRICS_FILE
+from mambapeft_vision.results.metrics import read_metrics
 from mambapeft_vision.results.record import CHECKSUM, RESULT_FILE, RunRecord, is_finished, read_record, write_record
 from mambapeft_vision.utils.errors import UserError
 
@@ -83,6 +85,33 @@ def test_a_changed_digit_is_no_other_result(tmp_path):
             read_record(tmp_path)
     file.write_text(json.dumps({k: v for k, v in json.loads(text).items() if k != CHECKSUM}))
     assert read_record(tmp_path) == RECORD
+
+
+def test_a_changed_digit_of_the_epochs_is_no_other_curve(tmp_path):
+    """Each digit of metrics.csv in turn, cut and prolonged; an unfinished run and earlier releases have no checksum."""
+    file = tmp_path / METRICS_FILE
+    text = "epoch,loss,accuracy\n0,1.5,0.25\n1,0.5,0.75\n"
+    damaged = [
+        f"{text[:place]}{(int(text[place]) + 1) % 10}{text[place + 1 :]}"
+        for place in [found.start() for found in re.finditer(r"[0-9]", text)]
+    ]
+    file.write_text(text)
+    rows = read_metrics(tmp_path)
+    write_record(tmp_path, RECORD)
+    assert read_metrics(tmp_path) == rows and len(rows) == 2
+    for other in (*damaged, text[:-12], text + "2,0.4,0.8\n", text.replace("\n", "\r\n")):
+        file.write_text(other, newline="")
+        with pytest.raises(UserError, match=r"metrics.csv is not as it was written.*resume=false"):
+            read_metrics(tmp_path)
+    edit(tmp_path)
+    assert read_metrics(tmp_path)  # by an earlier release
+    file.write_text(damaged[0])
+    write_record(tmp_path, RECORD)
+    (tmp_path / RESULT_FILE).write_text((tmp_path / RESULT_FILE).read_text().replace("0.", "1.", 1))
+    with pytest.raises(UserError, match="result.json is not as it was written"):
+        read_metrics(tmp_path)
+    (tmp_path / RESULT_FILE).unlink()
+    assert read_metrics(tmp_path)  # not finished
 
 
 def test_round_trip(tmp_path):

@@ -47,7 +47,7 @@ def lay_out_digits(folder: Path) -> None:
         report = verify_task(DIGITS, folder)
         if report.entry is None:
             raise UserError(f"{report.problems[0]} Delete {folder} and start again: it is laid out anew by itself.")
-        write_entry(folder.parent, folder.name, report.entry)
+        write_entry(folder.parent, folder.name, report.entry, report.states)
 
 
 def write_digits(folder: Path) -> None:

@@ -94,7 +94,7 @@ def lay_out_generated(task: Task, folder: Path) -> None:
         report = verify_task(task, folder)
         if report.entry is None:
             raise UserError(f"{report.problems[0]} Delete {folder} and start again: it is laid out anew by itself.")
-        write_entry(folder.parent, folder.name, report.entry)
+        write_entry(folder.parent, folder.name, report.entry, report.states)
 
 
 def _lay_out(task: Task, folder: Path) -> None:

@@ -102,6 +102,7 @@ def lay_out(own: OwnImages, folder: Path) -> None:
         files = _indexed(source, own, known or [])
         if known is not None and _is_same(source, files, known, folder):  # only copied or touched
             write_text(folder / INDEX_FILE, index_text(files))
+            write_entry(folder.parent, folder.name, _entry(folder, files))
             return
         if folder.exists():
             drop_entry(folder.parent, folder.name)
@@ -145,10 +146,10 @@ def read_notes(folder: Path) -> list[str]:
 
 def _is_whole(folder: Path, known: Sequence[IndexedFile]) -> bool:
     """Whether list files and index are those that the manifest's entry was written for."""
-    entry = read_entry(folder.parent, folder.name)
-    if entry is None:
-        return False
     try:
+        entry = read_entry(folder.parent, folder.name)
+        if entry is None:
+            return False
         lists = _hashes_of_lists(folder, entry.lists)
     except (OSError, UserError):
         return False
@@ -301,12 +302,12 @@ def _label_text(labels: Sequence[int]) -> str:
 
 
 def _status(file: Path) -> tuple[int, int]:
-    """Bytes and time of change. Raises UserError for a file that is missing."""
+    """Bytes and time of change: ctime, too, as programs restore mtime. Raises UserError for a file that is missing."""
     try:
         status = os.stat(file)
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}). Correct its path, or remove it.") from error
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, max(status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _free_name(folder: Path) -> Path:

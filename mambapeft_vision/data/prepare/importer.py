@@ -228,7 +228,7 @@ def lay_out_task(task: Task, folder: Path, splits: EncodedSplits) -> TaskReport:
             more = f" ({len(report.problems) - 1:,} more problems.)" if len(report.problems) > 1 else ""
             problem = _with_own_names(report.problems[0], temporary, folder, names)
             raise UserError(f"{task.name} cannot be laid out: {problem}{more}")
-    write_entry(folder.parent, folder.name, report.entry)
+    write_entry(folder.parent, folder.name, report.entry, report.states)
     return report
 
 

@@ -12,6 +12,7 @@ from mambapeft_vision.data.image_list import ImageList, parse_list
 from mambapeft_vision.data.manifest import TaskEntry, task_sha256
 from mambapeft_vision.data.preprocessing import MAX_IMAGE_BYTES, check_image, describe_failure, open_image
 from mambapeft_vision.data.tasks import SPLITS, Task
+from mambapeft_vision.data.verified import States, state_of
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.progress import ProgressCallback, ProgressMeter
 from mambapeft_vision.utils.text import plain
@@ -28,12 +29,14 @@ class TaskReport:
         entry: for the manifest; None when there are problems.
         problems: each as `file:line: what`, all of them.
         notes: odd but allowed.
+        states: of the images just before they were read, for the manifest.
     """
 
     task: Task
     entry: TaskEntry | None
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    states: States = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def verify_task(
         problems += bad_lines or _count_problems(task, split, listings[split])
     notes += _label_notes(task, listings)
 
+    states = {split: state_of(listing) for split, listing in listings.items()}
     images = {entry.path: f"{listing.file}:{entry.line}" for listing in listings.values() for entry in listing.entries}
     findings = _inspect_all(folder, list(images), decode=decode, executor=executor, progress=progress)
     problems += [
@@ -99,7 +103,7 @@ def verify_task(
         classes_seen={split: len(set(listing.labels().tolist())) for split, listing in listings.items()},
         decoded=decode,
     )
-    return TaskReport(task, entry, problems, notes)
+    return TaskReport(task, entry, problems, notes, states)
 
 
 def inspect_file(file: Path, decode: bool) -> FileFinding:

@@ -10,7 +10,14 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from mambapeft_vision.data.image_list import parse_list
-from mambapeft_vision.data.manifest import MANIFEST_FILE, drop_entry, read_entry, write_entry, write_source
+from mambapeft_vision.data.manifest import (
+    MANIFEST_FILE,
+    drop_entry,
+    is_as_verified,
+    read_entry,
+    write_entry,
+    write_source,
+)
 from mambapeft_vision.data.prepare.archive import MAX_BYTES, copy_tasks, extract_tasks
 from mambapeft_vision.data.prepare.download import ARCHIVE_NAME, fetch_archive
 from mambapeft_vision.data.prepare.verify import TaskReport, verify_task
@@ -106,7 +113,7 @@ def verify(options: argparse.Namespace, tasks: Sequence[Task]) -> list[TaskRepor
             progress = ConsoleProgress(task.folder, "images")
             report = verify_task(task, folder, decode=not options.fast, executor=executor, progress=progress)
             if report.entry is not None:
-                write_entry(options.root, task.folder, report.entry)
+                write_entry(options.root, task.folder, report.entry, report.states)
             else:
                 drop_entry(options.root, task.folder)
             print(_summary(report))
@@ -115,15 +122,17 @@ def verify(options: argparse.Namespace, tasks: Sequence[Task]) -> list[TaskRepor
 
 
 def verified_before(root: Path, task: Task, *, decode: bool) -> bool:
-    """Whether the manifest has the task, checked as thoroughly as asked for and with today's list files."""
-    entry = read_entry(root, task.folder)
-    if entry is None or (decode and not entry.decoded):
+    """Whether the manifest has the task, checked as thoroughly as asked for and with today's lists and images."""
+    try:
+        entry = read_entry(root, task.folder)
+        if entry is None or (decode and not entry.decoded):
+            return False
+        listings = [parse_list(root / task.folder / f"{split}.txt", task.num_classes)[0] for split in entry.lists]
+        return all(listing.sha256 == entry.lists[listing.file.stem] for listing in listings) and is_as_verified(
+            root / task.folder, entry, listings
+        )
+    except (UserError, OSError):  # a damaged entry, a list or an image that is missing: found when it is verified
         return False
-    files = {split: root / task.folder / f"{split}.txt" for split in entry.lists}
-    return all(
-        file.is_file() and parse_list(file, task.num_classes)[0].sha256 == entry.lists[split]
-        for split, file in files.items()
-    )
 
 
 def _checked_sha256(archive: Path, pinned: str | None) -> str:

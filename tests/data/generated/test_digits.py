@@ -119,7 +119,7 @@ def test_of_two_processes_the_second_takes_the_folder_of_the_first(tmp_path, mon
 
     monkeypatch.setattr(demo, "write_digits", overtaken)
     lay_out_digits(folder)
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["digits", "manifest.json"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == [".digits.verified.json", "digits", "manifest.json"]
 
 
 def test_damage_says_to_delete_the_folder(tmp_path):

@@ -147,7 +147,11 @@ def test_of_two_processes_the_second_takes_the_folder_of_the_first(small, tmp_pa
 
     monkeypatch.setattr(mini, "lay_out_task", overtaken)
     make(folder).load(PREPROCESSING)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [MANIFEST_FILE, "sprites_loc"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".sprites_loc.verified.json",
+        MANIFEST_FILE,
+        "sprites_loc",
+    ]
 
 
 def test_an_absent_imported_task_names_the_command(tmp_path):

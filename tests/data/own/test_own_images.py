@@ -195,6 +195,20 @@ def test_a_touched_image_is_the_same_and_a_changed_one_is_noticed(tmp_path):
     assert first.folder.with_name(f"{first.folder.name}.replaced-1").is_dir()
 
 
+def test_an_image_that_changed_is_noticed_although_its_time_and_size_are_as_before(tmp_path):
+    """As `rsync -t` and `touch -d` leave it."""
+    photos = tree(tmp_path / "photos", {"a": 4, "b": 4})
+    one, other = photos / "a" / "00.png", draw(tmp_path / "other.png", 0, 9)
+    for file in (one, other):
+        file.write_bytes(file.read_bytes().ljust(2_000, b"\0"))
+    first = checked(photos, tmp_path / "own").manifest_hash
+    before = one.stat()
+    one.write_bytes(other.read_bytes())
+    os.utime(one, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert one.stat().st_size == before.st_size and one.stat().st_mtime_ns == before.st_mtime_ns
+    assert checked(photos, tmp_path / "own").manifest_hash != first
+
+
 @pytest.mark.parametrize(
     ("name", "right", "wrong"),
     [
@@ -339,6 +353,7 @@ def test_a_table_that_cannot_be_meant_is_refused(text, words, tmp_path):
 def test_images_may_have_several_labels(text, tmp_path):
     data = checked(table(tmp_path, text), tmp_path / "own", multi_label=True)
     assert data.class_names == ("a", "all", "b")
+    assert data.fingerprint(check_images=True) == data.fingerprint()
     data.load(PREPROCESSING)
     labels = dict(zip(data.train_set.names, data.train_set.labels.tolist(), strict=True))
     for _, row in data.test_dataloader():
