@@ -38,8 +38,10 @@ def differentiated_again(grad: Tensor) -> bool:
     """Within the backward pass of `grad`: whether plain PyTorch must compute it.
 
     That is so where its result will be differentiated (`create_graph=True`), is transformed, or where `grad` stands for
-    many gradients at once (`is_grads_batched=True`).
+    many gradients at once (`is_grads_batched=True`). Compiled programs have first derivatives alone, as PyTorch says.
     """
+    if torch.compiler.is_compiling():
+        return False
     return torch.is_grad_enabled() or transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 

@@ -1,13 +1,19 @@
 """Exported programs: right for every batch, also one that was not traced."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import timm
 import torch
+from mambapeft_kernels import SS2DWeights, ss2d
 from torch import Tensor, nn
 from torch.export import Dim
 
-import mambapeft_vision.backbones.vim  # noqa: F401 (registers its models with timm)
+from mambapeft_vision import adapt
+from mambapeft_vision.backbones import create_backbone
+from mambapeft_vision.methods.lora import LoRA
 
 
 @pytest.fixture
@@ -40,3 +46,79 @@ def test_onnx_takes_any_batch(model: nn.Module) -> None:
     for batch in (1, 3, 64, 200):
         (found,) = session.run(None, {session.get_inputs()[0].name: images(batch).numpy()})
         np.testing.assert_allclose(found, model(images(batch)).detach().numpy(), rtol=1e-3, atol=1e-4)
+
+
+def gradients(function: Callable[[Tensor], Tensor], model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    """Gradients of a loss by the names of a model's parameters."""
+    model.zero_grad()
+    function(inputs).square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+class Scans(nn.Module):
+    """VMamba's scans of a map of 3x2, with offset and initial states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        shapes = [(4, 4, 5), (4, 5, 2), (4, 5), (20, 1), (20,), (4, 5, 1), (4, 5, 1)]
+        self.weights = nn.ParameterList(torch.randn(shape, dtype=torch.float64) for shape in shapes)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return ss2d(u, SS2DWeights(*self.weights), "torch")
+
+
+def test_a_compiled_program_of_vmambas_scans_has_the_gradients() -> None:
+    """Indexing gives other strides than the compiler believes."""
+    torch._dynamo.reset()
+    scans, u = Scans(), torch.randn(2, 3, 2, 5, dtype=torch.float64)
+    expected = gradients(scans, scans, u)
+    assert len(expected) == 7
+    program = torch.compile(scans, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(gradients(program, scans, u), expected)
+
+
+def adapted(name: str, **sizes: Any) -> nn.Module:
+    """A model in float64 with branches in activation space, two of them on one map."""
+    torch.manual_seed(0)
+    methods = {"one": LoRA(targets="in_proj", rank=2), "two": LoRA(targets="in_proj", rank=1)}
+    model = adapt(create_backbone(name, "random", **sizes), methods, 3).double().eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("vim_pico_patch8_32", {"depth": 1, "embed_dim": 16, "img_size": 16}),
+        ("vmamba_vanilla_tiny", {"dims": 8, "depths": (1,), "d_state": 1, "img_size": 16}),
+    ],
+    ids=["vim", "vmamba"],
+)
+def test_an_exported_program_of_an_unmerged_lora_trains(name: str, sizes: dict[str, Any]) -> None:
+    model, inputs = adapted(name, **sizes), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    expected = gradients(model, model, inputs)
+    program = torch.export.export(model, (inputs,)).module()
+    torch.testing.assert_close(program(inputs), model(inputs), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradients(program, program, inputs), expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.exhaustive  # 10 s each
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("vim_pico_patch8_32", {"depth": 1, "embed_dim": 16, "img_size": 16}),
+        ("vmamba_pico_patch4_32", {}),
+        ("vmamba_vanilla_tiny", {"dims": 8, "depths": (1, 1), "d_state": 2, "img_size": 32}),
+    ],
+    ids=["vim", "vmamba", "vanilla"],
+)
+def test_a_compiled_training_step_is_the_same(name: str, sizes: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    side = sizes.get("img_size", 32)
+    model, inputs = adapted(name, **sizes), torch.randn(2, 3, side, side, dtype=torch.float64)
+    expected = gradients(model, model, inputs)
+    found = gradients(torch.compile(model, backend="aot_eager"), model, inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)

@@ -36,12 +36,19 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Se
     """
     settings, factors = _taken_apart(branches)
     x = x.to(compute_dtype(x))  # before it is kept for the backward pass, so that only the narrow one is
+    if torch.compiler.is_compiling():  # a program: its compiler decides what is fused, and what is kept
+        with no_autocast(x.device.type):
+            return _linear_definition(settings, x.dtype, _drawn(settings, x, factors), x, weight, bias, *factors)
     return _LowRankLinear.apply(x, weight, bias, settings, *factors)
 
 
 def add_low_rank(out: Tensor, x: Tensor, branches: Sequence[LowRankFactors]) -> Tensor:
     """Adds the branches, which have one rate of dropout, to out [..., out], which is contiguous, in place."""
     settings, factors = _taken_apart(branches)
+    if torch.compiler.is_compiling():
+        with no_autocast(x.device.type):
+            mask = _drawn(settings, x, factors)
+            return out + _branches_definition(settings, out.shape[-1], out.dtype, mask, x, *factors)
     return _AddLowRank.apply(out, x.to(out.dtype), settings, *factors)
 
 
@@ -180,6 +187,14 @@ def _branches_definition(
         start, stop, _ = (rows or slice(None)).indices(features)
         total = total + F.pad(part, (start, features - stop))
     return total
+
+
+def _drawn(settings: _Settings, x: Tensor, factors: Sequence[Tensor]) -> Tensor | None:
+    """A mask of dropout for `_branches_definition`, or None."""
+    if not settings.dropout:
+        return None
+    ranks = sum(len(down) for down in factors[::2])
+    return torch.bernoulli(x.new_full((x.shape[:-1].numel(), ranks), 1 - settings.dropout))
 
 
 def _add_branches(out: Tensor, x: Tensor, settings: _Settings, factors: Sequence[Tensor]) -> _Kept:

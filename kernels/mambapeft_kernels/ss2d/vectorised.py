@@ -71,8 +71,8 @@ class _Sequence:
 
     def inputs(self, places: Tensor) -> tuple[Tensor, ...]:
         """u, low, B, C and Δ at some steps' places [T, 4]."""
-        u = self.tokens[places]
-        proj = self.proj[places, :, self.directions]
+        u = _read(self.tokens, (places,))
+        proj = _read(self.proj, (places, slice(None), self.directions))
         low, B, C = proj.split([self.rank, self.states, self.states], dim=-1)
         raw = low @ self.w.dt_projs_weight.mT + self.w.dt_projs_bias[:, None]
         return u, low, B, C, F.softplus(raw)
@@ -134,7 +134,7 @@ class _SS2D(torch.autograd.Function):
         dweight, dbias = torch.zeros_like(w.dt_projs_weight), torch.zeros_like(w.dt_projs_bias)
         for steps, start in zip(reversed(s.ranges()), reversed(starts)):
             c = s.chunk(steps, start)
-            dy = dy_map[c.places]
+            dy = _read(dy_map, (c.places,))
             dC = (s.read_states(c.states) @ dy.unsqueeze(-1)).squeeze(-1)
             adjoint = dy.unsqueeze(-2) * c.C.unsqueeze(-1)  # becomes g_t
             for t in reversed(range(len(c.places))):
@@ -173,6 +173,12 @@ class _SS2D(torch.autograd.Function):
             found["Ds"] = (dy_map * s.tokens).sum((0, 1)).repeat(DIRECTIONS)
         du = du_map.transpose(0, 1).reshape(u.shape).to(u.dtype) if ctx.needs_input_grad[0] else None
         return du, *(found[name].to(t.dtype) if need[name] else None for name, t in zip(need, weights))
+
+
+def _read(tensor: Tensor, places: tuple[Tensor | slice, ...]) -> Tensor:
+    """tensor[places]. Where that has other strides than a compiler of programs believes, a contiguous copy."""
+    found = tensor[places]
+    return found.clone(memory_format=torch.contiguous_format) if torch.compiler.is_compiling() else found
 
 
 def _in_map(y: Tensor, u: Tensor) -> Tensor:
