@@ -11,6 +11,7 @@ from mambapeft_vision.data.prepare.torchvision_tasks import FETCHED, fetch_task
 from mambapeft_vision.data.prepare.verify import TaskReport
 from mambapeft_vision.data.tasks import GROUPS, Task, select_tasks
 from mambapeft_vision.run.arguments import ArgumentParser
+from mambapeft_vision.utils.atomic import made_folder
 from mambapeft_vision.utils.console import say
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import command, override
@@ -27,8 +28,8 @@ examples:
 
 def main(arguments: Sequence[str]) -> None:
     options = _parser().parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    options.run(options)
+    with made_folder(options.out):
+        options.run(options)
 
 
 def import_one(options: argparse.Namespace) -> None:

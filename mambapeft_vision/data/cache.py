@@ -9,7 +9,6 @@ The checksum follows the pixels. A process compares it before it first uses the 
 and decoded again. The checksum finds damage, not intent: anybody who can write to the folder can change the images.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -27,6 +26,7 @@ from mambapeft_vision.data.image_list import ImageList
 from mambapeft_vision.data.images import ImageSet, decode_into, decode_list
 from mambapeft_vision.data.manifest import images_digest
 from mambapeft_vision.data.preprocessing import Preprocessing
+from mambapeft_vision.utils.atomic import allocate
 from mambapeft_vision.utils.console import warn
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.lock import remove_abandoned, sole_writer
@@ -124,22 +124,13 @@ def _decode_to(
     with open(file, "wb+") as opened:
         opened.write(header)
         # The disk allocates the whole file now: a mapped file that finds the disk full is the process's sudden end.
-        _allocate(opened.fileno(), len(header) + pixels + _DIGEST_BYTES)
+        allocate(opened.fileno(), len(header) + pixels + _DIGEST_BYTES)
         opened.flush()
         images = np.memmap(opened, np.uint8, "r+", offset=len(header), shape=shape)
         decode_into(images, listing, preprocessing, progress=progress)
         images.flush()
         opened.seek(len(header) + pixels)
         opened.write(checksum(opened.fileno(), len(header), pixels))
-
-
-def _allocate(descriptor: int, size: int) -> None:
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot
-            raise
-        os.ftruncate(descriptor, size)
 
 
 def _header(shape: tuple[int, ...]) -> bytes:

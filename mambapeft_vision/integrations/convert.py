@@ -9,8 +9,8 @@ from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.weights import read_state_dict
 from mambapeft_vision.integrations.from_peft import MAX_CONFIG_BYTES, from_peft
-from mambapeft_vision.integrations.hub import make_folder
 from mambapeft_vision.integrations.reference import load_reference
+from mambapeft_vision.utils.atomic import made_folder
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain, shown
 from mambapeft_vision.utils.untrusted import parse_json, read_text
@@ -111,7 +111,7 @@ def convert_from_peft(folder: str | Path, backbone: str, weights: str, out: str 
         weights: weights of the backbone: "official", "random" or a file.
         out: folder for adapter.safetensors and adapter_config.json.
     """
-    make_folder(Path(out))
-    model = from_peft(folder, create_backbone(backbone, weights, **sizes))
-    model.save(out, {"origin": "converted from Hugging Face peft"})
+    with made_folder(Path(out)):
+        model = from_peft(folder, create_backbone(backbone, weights, **sizes))
+        model.save(out, {"origin": "converted from Hugging Face peft"})
     return model

@@ -15,13 +15,14 @@ from mambapeft_vision.backbones.weights import export_official
 from mambapeft_vision.data import ConsoleProgress, Preprocessing
 from mambapeft_vision.engine.module import Normalise
 from mambapeft_vision.integrations import low_rank, program, timm_folder
-from mambapeft_vision.integrations.hub import make_folder, recorded_weights
+from mambapeft_vision.integrations.hub import recorded_weights
 from mambapeft_vision.integrations.to_peft import to_peft
 from mambapeft_vision.results.record import is_finished, read_record
 from mambapeft_vision.run.build import build_dataset
 from mambapeft_vision.run.evaluate import recorded_config
 from mambapeft_vision.run.own_code import NO_OWN_CODE, OwnCode
 from mambapeft_vision.run.run_config import make_plan
+from mambapeft_vision.utils.atomic import made_folder
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.names import user_path
 
@@ -56,7 +57,8 @@ def export(request: Request, to: str) -> list[str]:
         raise UserError(f"to={to}; expected one of {', '.join(FORMATS)}")
     out = user_path(request.out)
     _check_out(out, is_folder=to in _FOLDERS)
-    return FORMATS[to](Source(request), out)
+    with made_folder(out.parent):
+        return FORMATS[to](Source(request), out)
 
 
 class Source:
@@ -174,7 +176,6 @@ def _check_out(out: Path, *, is_folder: bool) -> None:
         raise UserError(f"out={out} is no empty folder; expected a new one. Choose another name")
     if not is_folder and out.is_dir():
         raise UserError(f"out={out} is a folder; expected a file to write. Choose another name")
-    make_folder(out.parent)
 
 
 def _attached(left: dict[str, str]) -> str:

@@ -10,7 +10,7 @@ from timm.models import PretrainedCfg
 from mambapeft_vision.adapter.files import ADAPTER_FILE, CONFIG_FILE, read_adapter
 from mambapeft_vision.data.preprocessing import MAX_CHANNELS, Preprocessing
 from mambapeft_vision.results.record import RunRecord
-from mambapeft_vision.utils.atomic import write_bytes, write_text
+from mambapeft_vision.utils.atomic import made_folder, write_bytes, write_text
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.tensor_files import MAX_BYTES
 from mambapeft_vision.utils.text import markdown, plain, shown
@@ -33,18 +33,11 @@ def to_hub_folder(
     adapter, out = read_adapter(folder), Path(out)
     if out.exists() and out.samefile(adapter.folder):
         raise UserError(f"--out {out} is the adapter's own folder; expected another one. Choose a new folder")
-    make_folder(out)
-    for name in (ADAPTER_FILE, CONFIG_FILE):
-        write_bytes(out / name, read_bytes(adapter.folder / name, max_bytes=MAX_BYTES))
-    write_text(out / "README.md", model_card(adapter.config, result, repository))
+    with made_folder(out):
+        for name in (ADAPTER_FILE, CONFIG_FILE):
+            write_bytes(out / name, read_bytes(adapter.folder / name, max_bytes=MAX_BYTES))
+        write_text(out / "README.md", model_card(adapter.config, result, repository))
     return out
-
-
-def make_folder(folder: Path) -> None:
-    """Makes the output's folder, before the work."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; expected a folder to write to. Choose another one")
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def push_to_hub(folder: str | Path, repository: str, private: bool = False, revision: str | None = None) -> str:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.export import Dim, ExportedProgram
 
 from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.integrations.same_logits import TOLERANCE, difference, images
-from mambapeft_vision.utils.atomic import atomic_path, write_bytes
+from mambapeft_vision.utils.atomic import allocate, atomic_path, write_bytes
 from mambapeft_vision.utils.errors import UserError
 
 CHECKED_BATCHES = (1, 2, 5)  # one is the batch that is traced, the others are not
@@ -79,10 +80,17 @@ def quantise(path: str | Path, out: str | Path) -> Path:
     _onnxruntime()
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with atomic_path(Path(out)) as temporary:
+    out = Path(out)
+    with atomic_path(out) as temporary, TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        model = Path(scratch) / "model.onnx"
+        # onnxruntime writes a second model beside the first, and reads half of it where the disk is full.
+        with open(model, "wb") as file:
+            allocate(file.fileno(), 2 * Path(path).stat().st_size)
+        model.unlink()
+        model.symlink_to(Path(path).absolute())
         # Convolutions stay: those of a patch embedding cost little, and the runtime has no int8 form of them.
-        quantize_dynamic(path, temporary, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
-    return Path(out)
+        quantize_dynamic(model, temporary, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+    return out
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,27 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Makes a folder for what the block writes, so that a folder that cannot be made is found before the work.
+
+    Folders made here in which nothing was written are removed if the block fails.
+
+    Raises: UserError where a file stands in the folder's place.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{plain(folder)} is a file; expected a folder to write to. Choose another one")
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # it holds something
+            for one in made:
+                one.rmdir()
+        raise
+
+
 def open_log(file: Path) -> int:
     """Opens a file that lines are appended to → its descriptor; makes it where it is not there.
 
@@ -147,6 +168,16 @@ def _remove_old_folders(folder: Path) -> None:
             old = time.time() - status.st_mtime > _DAY_S
             if old and _LEFTOVER.fullmatch(found.name) and stat.S_ISDIR(status.st_mode):
                 shutil.rmtree(found)
+
+
+def allocate(descriptor: int, size: int) -> None:
+    """Has the disk set `size` bytes aside for an open file. Raises OSError if they are not there."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot
+            raise
+        os.ftruncate(descriptor, size)
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

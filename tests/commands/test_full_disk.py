@@ -83,10 +83,16 @@ COMMANDS: dict[str, Callable[[Path, Path, Path], list[str]]] = {
     "mini pack": lambda run, out, tree: ["mini", "pack", bundle(tree), "--out", str(out / "a.runs.json")],
     "mini unpack": lambda run, out, tree: ["mini", "unpack", bundle(tree), "--out", str(out / "unpacked")],
     "mini document": lambda run, out, tree: ["mini", "document", bundle(tree), "--out", str(out / "d.md")],
+    "mini recipe": lambda run, out, tree: [
+        *["mini", "recipe", "--methods", "linear_probe", "--tasks", "mini/digits", "--seeds", "0", "--workers", "1"],
+        *["trainer.max_epochs=1", "trainer.warmup_epochs=0", "trainer.device=cpu", "paths.cache=null"],
+        *[f"paths.outputs={out / 'o'}", f"paths.data={out / 'data'}"],
+    ],
     "mini compare": lambda run, out, tree: ["mini", "compare", bundle(tree), "--out", str(out / "c.md")],
 }
 SAID = {"vtab1k": "bytes, but only 0 are free"}  # instead of the system's word, where the space is counted beforehand
-LONG = ("to onnx",)
+LONG = ("to onnx", "mini recipe")
+RECORDING = ("train -m", "tune", "reproduce", "mini recipe", "generate")  # they note a failed run in its folder, or need no input
 
 
 def tiny(run: Path, out: Path) -> list[str]:
@@ -212,6 +218,23 @@ def test_no_file_of_this_size(
         check(COMMANDS[name](finished, tmp_path, tree), os.strerror(27), tmp_path, capsys)
     assert {f: f.read_bytes() for f in finished.iterdir() if f.is_file()} == before
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", [*(name for name in COMMANDS if name not in RECORDING), "from-peft", "from-reference"])
+def test_a_refused_command_leaves_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the run nor the images are there: no empty folder is made for the output."""
+    away, out = tmp_path / "away", tmp_path / "here"
+    away.mkdir()
+    monkeypatch.chdir(away)
+    run = away / "out" / "custom" / "tiny" / "lora" / "seed0"
+    new = str(out / "deep" / "new")
+    others = {
+        "from-peft": ["from-peft", str(away / "peft"), "--backbone", "vim_pico_patch8_32", *RANDOM, "--out", new],
+        "from-reference": ["from-reference", str(away / "c.py"), str(away / "c.pth"), *RANDOM, "--out", new],
+    }
+    arguments = ["convert", *others[name]] if name in others else COMMANDS[name](run, out / "deep", away / "tree")
+    assert code_of(partial(main, arguments)) == USER_MISTAKE
+    assert not list(tmp_path.rglob("*"))[1:]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="NOT RUN: needs Linux's tmpfs")

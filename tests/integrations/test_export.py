@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.weights import load_weights
 from mambapeft_vision.commands import convert
 from mambapeft_vision.commands import export as command
-from mambapeft_vision.integrations import timm_folder
+from mambapeft_vision.integrations import program, timm_folder
 from mambapeft_vision.integrations.convert import convert_from_peft
 from mambapeft_vision.integrations.export import FORMATS, Request, Source, export, notes_of
 from mambapeft_vision.integrations.from_peft import from_peft
@@ -583,3 +584,27 @@ def test_the_cards_snippet_works_and_revisions_reach_the_hub(tmp_path, hub):
         load_adapter("someone/else", "random", revision="v1")
     with pytest.raises(UserError, match="is a folder; expected user/name on the hub"):
         load_adapter(tmp_path / "hub", "random", revision="v1")
+
+
+def test_a_full_disk_ends_the_writing_of_int8_weights_with_its_reason(tmp_path: Path) -> None:
+    """onnxruntime would read the half of a file that it wrote beside the model."""
+    onnx = pytest.importorskip("onnx", reason="NOT RUN: needs onnx")
+    pytest.importorskip("onnxruntime", reason="NOT RUN: needs onnxruntime")
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    weight = helper.make_tensor("w", kind, [64, 64], np.ones(64 * 64, dtype=np.float32))
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    ends = [helper.make_tensor_value_info(name, kind, [1, 64]) for name in "xy"]
+    graph = helper.make_graph([node], "product", ends[:1], ends[1:], [weight])
+    model = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), model)
+    small = tmp_path / "small.onnx"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            program.quantise(model, small)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.filename == str(small) and [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+    assert 0 < program.quantise(model, small).stat().st_size < model.stat().st_size
+    assert {file.name for file in tmp_path.iterdir()} == {"m.onnx", "small.onnx"}
