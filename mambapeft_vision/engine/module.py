@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from mambapeft_kernels import FUSED, look_up, resolve_backend
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -94,7 +95,7 @@ class FineTuning(TrainingModule):
     Its saved state is the adapter (methods' tensors and the head), never the frozen backbone.
 
     In a Trainer of your own, `max_epochs` says how long it trains. Lightning does not see the steps, so `max_steps` is
-    refused, `trainer.global_step` stays 0 (`steps_done` counts) and callbacks that count steps do not act. There is no
+    refused, and so are checkpoints every n steps; `trainer.global_step` stays 0 (`steps_done` counts). There is no
     validation step.
 
     Args:
@@ -149,6 +150,11 @@ class FineTuning(TrainingModule):
             raise UserError(
                 f"Trainer(max_steps={trainer.max_steps}, max_epochs={trainer.max_epochs}): FineTuning takes its own "
                 f"steps, which Lightning does not count; expected max_epochs >= 0 and no max_steps"
+            )
+        if any(one._every_n_train_steps for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)):
+            raise UserError(
+                "ModelCheckpoint(every_n_train_steps=...): FineTuning takes its own steps, which Lightning does not "
+                "count, so that no checkpoint would be written; set every_n_epochs or train_time_interval"
             )
 
     def on_train_start(self) -> None:

@@ -92,7 +92,13 @@ COMMANDS: dict[str, Callable[[Path, Path, Path], list[str]]] = {
 }
 SAID = {"vtab1k": "bytes, but only 0 are free"}  # instead of the system's word, where the space is counted beforehand
 LONG = ("to onnx", "mini recipe")
-RECORDING = ("train -m", "tune", "reproduce", "mini recipe", "generate")  # they note a failed run in its folder, or need no input
+RECORDING = (
+    "train -m",
+    "tune",
+    "reproduce",
+    "mini recipe",
+    "generate",
+)  # they note a failed run in its folder, or need no input
 
 
 def tiny(run: Path, out: Path) -> list[str]:

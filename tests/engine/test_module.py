@@ -7,8 +7,10 @@ import timm
 import torch
 from helpers import runs
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from mambapeft_kernels import look_up
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from mambapeft_vision.data import Preprocessing
 from mambapeft_vision.engine.callbacks import largest_gradient
@@ -18,6 +20,9 @@ from mambapeft_vision.engine.schedule import make_optimizer, write_rates
 from mambapeft_vision.engine.step import StepSettings, TrainStep
 from mambapeft_vision.run.build import build_backbone, build_model
 from mambapeft_vision.run.run_config import make_plan
+
+QUIET = {"logger": False, "enable_progress_bar": False}
+BATCHES = DataLoader(TensorDataset(torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)), batch_size=2)
 
 
 @pytest.fixture
@@ -162,14 +167,23 @@ def test_state_is_the_adapter_and_loads_strictly(module):
         module.load_state_dict(state)
 
 
-@pytest.mark.parametrize("limits", [{"max_steps": 2, "max_epochs": 3}, {"max_epochs": -1}])
+@pytest.mark.parametrize("limits", [{"max_steps": 2, "max_epochs": 3}, {"max_epochs": -1}, {"max_steps": 0}])
 def test_a_trainer_that_counts_steps_is_refused(module, limits):
     """Steps are taken past Lightning: such a limit would never be reached."""
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(accelerator="cpu", **quiet, **limits)
-    batches = [(torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long))]
+    trainer = Trainer(accelerator="cpu", enable_checkpointing=False, **QUIET, **limits)
     with pytest.raises(ValueError, match=r"max_steps=.*expected max_epochs"):
-        trainer.fit(module, batches)
+        trainer.fit(module, BATCHES)
+
+
+def test_checkpoints_of_lightnings_every_n_steps_are_refused_and_those_of_epochs_written(module, tmp_path):
+    def checkpoints(**how):
+        callback = ModelCheckpoint(tmp_path, **how)
+        Trainer(accelerator="cpu", max_epochs=1, callbacks=[callback], **QUIET).fit(module, BATCHES)
+        return callback.best_model_path
+
+    with pytest.raises(ValueError, match="every_n_train_steps.*set every_n_epochs"):
+        checkpoints(every_n_train_steps=1)
+    assert checkpoints(every_n_epochs=1)
 
 
 def test_epoch_seeds_differ():
