@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
 from mambapeft_kernels import FUSED, look_up, resolve_backend
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -94,9 +93,8 @@ class FineTuning(TrainingModule):
 
     Its saved state is the adapter (methods' tensors and the head), never the frozen backbone.
 
-    In a Trainer of your own, `max_epochs` says how long it trains. Lightning does not see the steps, so `max_steps` is
-    refused, and so are checkpoints every n steps; `trainer.global_step` stays 0 (`steps_done` counts). There is no
-    validation step.
+    In a Trainer of your own, `max_epochs` says how long it trains, as the schedule needs it; `max_steps` is refused.
+    There is no validation step.
 
     Args:
         normalise: from the loader's images to the backbone's input.
@@ -148,13 +146,8 @@ class FineTuning(TrainingModule):
         trainer = self.trainer
         if trainer.max_steps != -1 or trainer.max_epochs in (None, -1):
             raise UserError(
-                f"Trainer(max_steps={trainer.max_steps}, max_epochs={trainer.max_epochs}): FineTuning takes its own "
-                f"steps, which Lightning does not count; expected max_epochs >= 0 and no max_steps"
-            )
-        if any(one._every_n_train_steps for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)):
-            raise UserError(
-                "ModelCheckpoint(every_n_train_steps=...): FineTuning takes its own steps, which Lightning does not "
-                "count, so that no checkpoint would be written; set every_n_epochs or train_time_interval"
+                f"Trainer(max_steps={trainer.max_steps}, max_epochs={trainer.max_epochs}): FineTuning's schedule goes "
+                f"by epochs; expected max_epochs >= 0 and no max_steps"
             )
 
     def on_train_start(self) -> None:
@@ -181,6 +174,13 @@ class FineTuning(TrainingModule):
         self.step(images, labels, epoch_seed(self.seed, epoch) + batch_idx, whole)
         self.images_seen += whole
         self.steps_done = step + 1
+        self._count_step()
+
+    def _count_step(self) -> None:
+        """Lets `trainer.global_step` count; otherwise Lightning's callbacks would believe that nothing has changed."""
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.increment_ready()
+        progress.increment_completed()
 
     def whole_batch(self, number: int) -> tuple[Tensor, Tensor]:
         """The batch with that number in this epoch, of all ranks."""

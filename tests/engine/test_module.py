@@ -22,7 +22,7 @@ from mambapeft_vision.run.build import build_backbone, build_model
 from mambapeft_vision.run.run_config import make_plan
 
 QUIET = {"logger": False, "enable_progress_bar": False}
-BATCHES = DataLoader(TensorDataset(torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)), batch_size=2)
+BATCHES = DataLoader(TensorDataset(torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)), batch_size=2)
 
 
 @pytest.fixture
@@ -169,21 +169,22 @@ def test_state_is_the_adapter_and_loads_strictly(module):
 
 @pytest.mark.parametrize("limits", [{"max_steps": 2, "max_epochs": 3}, {"max_epochs": -1}, {"max_steps": 0}])
 def test_a_trainer_that_counts_steps_is_refused(module, limits):
-    """Steps are taken past Lightning: such a limit would never be reached."""
+    """The schedule of learning rates goes by epochs."""
     trainer = Trainer(accelerator="cpu", enable_checkpointing=False, **QUIET, **limits)
     with pytest.raises(ValueError, match=r"max_steps=.*expected max_epochs"):
         trainer.fit(module, BATCHES)
 
 
-def test_checkpoints_of_lightnings_every_n_steps_are_refused_and_those_of_epochs_written(module, tmp_path):
-    def checkpoints(**how):
-        callback = ModelCheckpoint(tmp_path, **how)
-        Trainer(accelerator="cpu", max_epochs=1, callbacks=[callback], **QUIET).fit(module, BATCHES)
-        return callback.best_model_path
-
-    with pytest.raises(ValueError, match="every_n_train_steps.*set every_n_epochs"):
-        checkpoints(every_n_train_steps=1)
-    assert checkpoints(every_n_epochs=1)
+@pytest.mark.parametrize(
+    "how", [{}, {"every_n_epochs": 1}, {"every_n_train_steps": 2}], ids=["as it is", "epochs", "steps"]
+)
+def test_lightning_counts_the_steps_so_that_its_checkpoints_are_written(module, tmp_path, how):
+    """It writes none where `trainer.global_step` is what it was."""
+    callback = ModelCheckpoint(tmp_path, save_top_k=-1, **how)
+    trainer = Trainer(accelerator="cpu", max_epochs=2, callbacks=[callback], **QUIET)
+    trainer.fit(module, BATCHES)
+    assert trainer.global_step == module.steps_done == 4
+    assert sorted(file.stem for file in tmp_path.glob("*.ckpt")) == ["epoch=0-step=2", "epoch=1-step=4"]
 
 
 def test_epoch_seeds_differ():
