@@ -48,6 +48,20 @@ def test_onnx_takes_any_batch(model: nn.Module) -> None:
         np.testing.assert_allclose(found, model(images(batch)).detach().numpy(), rtol=1e-3, atol=1e-4)
 
 
+def test_onnx_of_a_trainable_vmamba_is_right() -> None:
+    """Its loops are written out; outputs that are added by index came out wrong, and nobody said so."""
+    import onnxruntime as runtime
+
+    torch.manual_seed(0)
+    vmamba: Any = create_backbone("vmamba_pico_patch4_32", "random", dims=8, depths=(1,), img_size=16).eval()
+    vmamba.set_kernel("torch", "cpu")
+    inputs = torch.randn(2, 3, 16, 16)
+    program = torch.onnx.export(vmamba, (inputs,), dynamo=True, verbose=False)
+    session = runtime.InferenceSession(program.model_proto.SerializeToString())
+    (found,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+    np.testing.assert_allclose(found, vmamba(inputs).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
 def gradients(function: Callable[[Tensor], Tensor], model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
     """Gradients of a loss by the names of a model's parameters."""
     model.zero_grad()

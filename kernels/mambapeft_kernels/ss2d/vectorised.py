@@ -105,6 +105,8 @@ class _SS2D(torch.autograd.Function):
             chunk = sequence.chunk(steps, h)
             h = chunk.states[-1].clone()
             outputs = (chunk.C.unsqueeze(-2) @ sequence.read_states(chunk.states)).squeeze(-2)
+            if exporting():  # one chunk; ONNX's exporter translates index_add_ wrongly
+                return _in_map(y + _taken_back(outputs, sequence), u)
             for k in range(DIRECTIONS):
                 y.index_add_(0, chunk.places[:, k], outputs[:, k])
         ctx.save_for_backward(u, *weights, *starts)
@@ -192,6 +194,11 @@ def _exported_outputs(s: _Sequence, h: Tensor) -> Tensor:
     outputs = scan_outputs(u, delta, s.At[:, 0].mT, B, C, h)
     if s.w.state_offset is not None:
         outputs = outputs + C @ s.w.state_offset.mT
+    return _taken_back(outputs, s)
+
+
+def _taken_back(outputs: Tensor, s: _Sequence) -> Tensor:
+    """The sum over directions [L, B, E] of outputs [L, 4, B, E], each where its token was read."""
     back = s.places.argsort(0)  # [L, 4], the step at which each place is read
     return outputs[back, s.directions].sum(1)
 
