@@ -183,7 +183,15 @@ class AdaptedModel(nn.Module):
         return {**state, **drawn, **self.head_parameters()}
 
     def load_adapter_state(self, state: Mapping[str, Tensor], source: str = "the adapter") -> None:
-        """Copies `state` into the model. Raises UserError for missing, unknown or misshapen tensors, changing none."""
+        """Copies `state` into the model.
+
+        Raises: UserError for missing, unknown or misshapen tensors, and after merge(); nothing is changed then.
+        """
+        if self.merge_report is not None:
+            raise UserError(
+                f"{source} cannot be loaded into a merged model: its weights hold what was merged. Load it into a "
+                f"model that is not merged, or adapt the backbone anew"
+            )
         for name, method in self.methods.items():
             prefix = f"{name}."
             method.enter_phase_of({k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)})

@@ -80,6 +80,9 @@ class AdapterPool:
         for place, name in enumerate(names):
             places.setdefault(name, []).append(place)
         models = {name: self.model(name) for name in places}  # before anything is computed
+        for model in models.values():
+            if model.training:  # somebody's loop left it so: drop path and dropout would change the answers
+                model.eval()
         results: dict[int, Tensor] = {}
         for name, of in places.items():
             batch = images if len(of) == len(images) else images[torch.tensor(of, device=images.device)]

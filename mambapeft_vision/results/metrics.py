@@ -9,7 +9,7 @@ from typing import Any
 
 from mambapeft_vision.results.files import MOST_BYTES
 from mambapeft_vision.results.layout import METRICS_FILE
-from mambapeft_vision.results.record import recorded_sha256
+from mambapeft_vision.results.record import check_recorded
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import plain
 from mambapeft_vision.utils.untrusted import read_lines
@@ -39,11 +39,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
         raise UserError(f"{file} cannot be read ({error.strerror}); expected the folder of a run") from error
     except (csv.Error, TypeError, ValueError) as error:
         raise UserError(f"{file}: {plain(error)}; expected a table of numbers. Run again with resume=false") from error
-    if recorded_sha256(folder, METRICS_FILE) not in (None, digest.hexdigest()):
-        raise UserError(
-            f"{plain(file)} is not as it was written: damaged or changed by hand. Copy it again from where it was "
-            f"made, or run again with resume=false"
-        )
+    check_recorded(folder, METRICS_FILE, digest.hexdigest())
     if any("epoch" not in row or not all(map(math.isfinite, row.values())) for row in rows):
         raise UserError(f"{file}: expected finite numbers and an epoch in every line. Run again with resume=false")
     return rows

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from mambapeft_vision.results.layout import PREDICTIONS_FILE
+from mambapeft_vision.results.record import check_recorded
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.hashing import sha256_file
 from mambapeft_vision.utils.untrusted import MAX_LINES, read_arrays
 
 MOST_CLASSES = 2**31
@@ -72,7 +74,9 @@ def read_probabilities(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 def _read(file: Path) -> dict[str, np.ndarray]:
     try:
-        return read_arrays(file, kinds="iufU")
+        arrays = read_arrays(file, kinds="iufU")
+        check_recorded(file.parent, file.name, sha256_file(file))
+        return arrays
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}); expected the folder of a finished run") from error
 

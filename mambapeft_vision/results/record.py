@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mambapeft_vision.results.files import read_text
-from mambapeft_vision.results.layout import METRICS_FILE, RESULT_FILE
+from mambapeft_vision.results.layout import METRICS_FILE, PREDICTIONS_FILE, RESULT_FILE
 from mambapeft_vision.results.migrations import migrated_result
 from mambapeft_vision.utils.atomic import write_json
 from mambapeft_vision.utils.errors import UserError
@@ -94,7 +94,7 @@ def is_derived(record: RunRecord) -> bool:
 
 def write_record(folder: Path, record: RunRecord) -> None:
     """Writes result.json atomically, with a checksum. The last thing a run does."""
-    files = {name: sha256_file(folder / name) for name in (METRICS_FILE,) if (folder / name).is_file()}
+    files = {name: sha256_file(folder / name) for name in (METRICS_FILE, PREDICTIONS_FILE) if (folder / name).is_file()}
     content = json.loads(json.dumps({**asdict(record), FILES: files}, allow_nan=False))  # as a reader gets it
     write_json(folder / RESULT_FILE, content | {CHECKSUM: sha256_json(content)})
 
@@ -128,6 +128,15 @@ def recorded_sha256(folder: Path, name: str) -> str | None:
     files = content.get(FILES) if isinstance(content, dict) else None
     sha256 = files.get(name) if isinstance(files, dict) else None
     return None if sha256 is None else str(sha256)
+
+
+def check_recorded(folder: Path, name: str, sha256: str) -> None:
+    """Raises UserError unless a file of a finished run, with content of this sha256, is the one that the run wrote."""
+    if recorded_sha256(folder, name) not in (None, sha256):
+        raise UserError(
+            f"{plain(folder / name)} is not as it was written: damaged, changed by hand or of another run. Copy it "
+            f"again from where it was made, or run again with resume=false"
+        )
 
 
 def _read(path: Path) -> Any:

@@ -276,6 +276,12 @@ def _message(error: Exception) -> str:
         if isinstance(cause, OmegaConfBaseException):
             file = re.match(r"In '.*?': ", str(error))  # the yaml that was being merged
             return (file[0] if file else "") + _config_error(cause)
+        if several := re.match("Ambiguous value for argument '(.*)'\\n", str(error)):
+            key, _, value = several[1].partition("=")
+            return (
+                f"{plain(several[1])} is a choice of values; if the value is text, write "
+                f"{plain(command(override(key, value)))}; to run each of them, add -m"
+            )
     if isinstance(error, OmegaConfBaseException):
         return _config_error(error)
     if isinstance(error, OverrideParseException):

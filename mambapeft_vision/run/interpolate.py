@@ -28,6 +28,7 @@ from mambapeft_vision.run.assemble import FRESH, Setup, Sources, assemble
 from mambapeft_vision.run.ensemble import derived_record
 from mambapeft_vision.run.evaluate import check_same_backbone, recorded_config
 from mambapeft_vision.run.finish import save_predictions, test
+from mambapeft_vision.run.inputs import CONTENT, Fingerprints, changed
 from mambapeft_vision.run.own_code import NO_OWN_CODE, OwnCode
 from mambapeft_vision.run.run_config import make_plan, make_run_folder
 from mambapeft_vision.utils.atomic import write_text
@@ -101,6 +102,11 @@ def open_interpolation(run: str | Path, split: str, how: How, probe: str | Path 
     setup = assemble(
         plan, console, sources=how.sources, attach=attach, device=how.device, kernel=how.kernel, test_only=True
     )
+    if split == record.config["dataset"]["test_split"]:
+        images = setup.task.current_fingerprint()
+        now = Fingerprints.of_plan(plan, images, setup.model.backbone_sha256, setup.task.content_hash)
+        if other := changed(Fingerprints.of_record(record), now):
+            console.say(f"the {other} are not those that the run was made from")
     setup.model.to(setup.device)
     for name, why in setup.model.merge().items():
         raise NotInterpolableError(f"{folder}: {name} cannot be interpolated: {why}. Choose a method on weights")
@@ -132,7 +138,8 @@ def _ends(
 def _head_of(probe: Path, record: RunRecord) -> dict[str, Tensor]:
     """A linear probe's head. Raises UserError for a run on other images or weights."""
     other = read_record(probe)
-    if (other.task, other.data_manifest) != (record.task, record.data_manifest) or other.trainable:
+    contents = {one.versions.get(CONTENT) for one in (other, record)} - {None}
+    if (other.task, other.data_manifest) != (record.task, record.data_manifest) or len(contents) > 1 or other.trainable:
         raise UserError(f"{probe} is no linear probe on {record.task} with the same images; expected one")
     if other.backbone_sha256 != record.backbone_sha256:
         raise UserError(f"{probe} has other weights of the backbone; expected a linear probe on those of the run")
@@ -193,7 +200,10 @@ def interpolate(
         config={**config, "dataset": {**config["dataset"], "test_split": "test"}},
         more={"alpha": alpha, "probe": None if probe is None else read_record(user_path(probe)).fingerprint},
     )
-    record = dataclasses.replace(record, data_manifest=between.setup.task.manifest_hash)
+    task, versions = between.setup.task, {k: v for k, v in record.versions.items() if k != CONTENT}
+    if task.content_hash is not None:
+        versions[CONTENT] = task.content_hash
+    record = dataclasses.replace(record, data_manifest=task.manifest_hash, versions=versions)
     folder = make_run_folder(out, record)
     save_predictions(between.setup, predictions, folder / PREDICTIONS_FILE)
     if curve is not None:

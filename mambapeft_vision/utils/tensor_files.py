@@ -10,7 +10,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -73,12 +73,26 @@ def metadata_of(file: Path | str) -> dict[str, Any]:
     return metadata if isinstance(metadata, dict) else {}
 
 
+# What people find in the place of a checkpoint: what it is → whether a file that starts so is one.
+_NO_CHECKPOINTS: dict[str, Callable[[bytes], bool]] = {
+    "a pointer of Git LFS instead of the file (`git lfs pull` fetches it)": lambda start: start.startswith(
+        b"version https://git-lfs"
+    ),
+    "a web page": lambda start: start.lstrip().lower().startswith((b"<!doctype", b"<html")),
+}
+
+
 def _load(opened: BinaryIO, where: str, remedy: str, map_location: Any = "cpu") -> Any:
     """Reads a file of PyTorch's. `argparse.Namespace` is allowed: a leftover of training in official files.
 
     Args:
         remedy: ends each message, with the sign before it.
     """
+    start = opened.read(64)
+    opened.seek(0)
+    for kind, is_it in _NO_CHECKPOINTS.items():
+        if is_it(start):
+            raise UserError(f"{plain(where)} cannot be read as a checkpoint: it is {kind}{remedy}")
     try:
         _check_pickles(opened)
         with torch.serialization.safe_globals([argparse.Namespace]):

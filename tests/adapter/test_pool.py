@@ -57,6 +57,17 @@ def test_each_computes_as_if_it_were_alone(pool, folders):
         torch.testing.assert_close(together[number], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_answers_are_an_evaluated_models_whoever_trained_it_before(tmp_path):
+    backbone = create_backbone("vmamba_pico_patch4_32", "random", dims=8, depths=(2,), drop_path_rate=0.5)
+    adapt(create_backbone("vmamba_pico_patch4_32", "random", dims=8, depths=(2,)), {}, 3).save(tmp_path, {})
+    pool = AdapterPool(backbone)
+    pool.add("one", tmp_path)
+    images = torch.randn(8, 3, 32, 32)
+    expected = pool(images, ["one"] * 8)
+    pool.model("one").train()
+    assert all(map(torch.equal, pool(images, ["one"] * 8), expected))
+
+
 def test_the_backbone_stays_and_its_tensors_are_shared(pool):
     untouched = base()
     for (name, mine), (_, fresh) in zip(pool.backbone.named_parameters(), untouched.named_parameters(), strict=True):

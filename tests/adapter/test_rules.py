@@ -17,6 +17,8 @@ from mambapeft_vision.backbones.computed import make_permanent
 from mambapeft_vision.methods.affix import Affix
 from mambapeft_vision.methods.lora import LoRA
 from mambapeft_vision.methods.method import Method
+from mambapeft_vision.methods.repadapter import RepAdapter
+from mambapeft_vision.methods.ssf import SSF
 from mambapeft_vision.methods.unfreeze import Unfreeze
 from mambapeft_vision.utils.errors import UserError
 
@@ -72,6 +74,21 @@ def test_a_method_that_was_folded_cannot_be_saved(tmp_path):
     with pytest.raises(UserError, match=r"lora cannot be saved as an adapter.*export_official"):
         model.save(tmp_path / "adapter", {})
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    "method", [SSF(), RepAdapter(), LoRA(targets="in_proj", rank=2)], ids=["ssf", "repadapter", "lora"]
+)
+def test_a_merged_model_takes_no_other_adapter(method):
+    """What was folded would stay; the methods that stay attached would be the other's."""
+    model = adapted(one=method)
+    state = {name: torch.ones_like(tensor) for name, tensor in model.adapter_state().items()}
+    model.load_adapter_state(state)
+    model.merge()
+    before = model(IMAGES)
+    with pytest.raises(UserError, match="cannot be loaded into a merged model"):
+        model.load_adapter_state({name: 2 * tensor for name, tensor in state.items()})
+    assert torch.equal(model(IMAGES), before)
 
 
 @pytest.mark.parametrize("head", [nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 3)), nn.Linear(32, 4)])

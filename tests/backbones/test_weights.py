@@ -57,6 +57,20 @@ def test_the_format_is_told_by_the_content(tmp_path, name, save):
     assert torch.equal(target.pos_embed, source.pos_embed)
 
 
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>log in</html>", "a web page"),
+        (b"<html><body>404</body></html>", "a web page"),
+    ],
+)
+def test_what_stands_in_the_place_of_a_file_is_named(tmp_path, content, what):
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(UserError, match=what):
+        load_weights(tiny(), tmp_path / "w.pth")
+
+
 def test_nothing_is_half_loaded(tmp_path):
     source, target = tiny(), tiny()
     state = source.state_dict()

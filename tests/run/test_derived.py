@@ -1,6 +1,7 @@
 """Results that are made from finished runs: ensembles and interpolations."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from mambapeft_vision.results.predictions import read_probabilities
 from mambapeft_vision.results.record import RunRecord, is_derived, read_record, write_record
 from mambapeft_vision.results.tables import collect, find_records, read_standard
 from mambapeft_vision.run.ensemble import Member, ensemble
+from mambapeft_vision.run.inputs import CONTENT
 from mambapeft_vision.run.interpolate import How, NotInterpolableError, best_of, open_interpolation
 from mambapeft_vision.utils.errors import UserError
 
@@ -82,6 +84,44 @@ def test_runs_on_other_images_are_refused(world, tmp_path):
     with pytest.raises(UserError, match="an ensemble of 1 run"):
         ensemble([first, first], tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def of_other_pixels(record: RunRecord) -> RunRecord:
+    return dataclasses.replace(record, versions={**record.versions, CONTENT: "other"})
+
+
+def test_runs_on_other_pixels_are_refused(world, tmp_path):
+    """Files of the same sizes: the task is not verified, so its fingerprint is the same."""
+    first, second = world.member("lora 0"), world.member("lora 1")
+    with pytest.raises(UserError, match="another images .by their content"):
+        ensemble([first, Member(second.folder, of_other_pixels(second.record))], tmp_path)
+    probe = shutil.copytree(world.folders["probe"], tmp_path / "probe")
+    write_record(probe, of_other_pixels(world.record("probe")))
+    with pytest.raises(UserError, match="is no linear probe on custom/tiny with the same images"):
+        open_interpolation(world.folders["lora 0"], "test", How("cpu"), probe)
+
+
+def test_predictions_are_those_of_the_run(world, tmp_path):
+    """Another run's, and each of some flipped bits."""
+    run = shutil.copytree(world.folders["lora 0"], tmp_path / "run")
+    file = run / "predictions.npz"
+    good, other = file.read_bytes(), (world.folders["lora 1"] / "predictions.npz").read_bytes()
+    flips = [good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :] for place in range(40, len(good), 97)]
+    for content in (other, *flips):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="predictions.npz"):
+            read_probabilities(run)
+    file.write_bytes(good)
+    assert read_probabilities(run)
+
+
+def test_an_interpolation_on_other_images_says_so(world, tmp_path, capsys):
+    run = shutil.copytree(world.folders["lora 0"], tmp_path / "run")
+    write_record(run, of_other_pixels(world.record("lora 0")))
+    open_interpolation(run, "test", How("cpu"))
+    assert "the images are not those that the run was made from" in capsys.readouterr().out
+    open_interpolation(world.folders["lora 0"], "test", How("cpu"))
+    assert "are not those" not in capsys.readouterr().out
 
 
 def test_files_without_probabilities_say_so(world, tmp_path):

@@ -13,7 +13,7 @@ from helpers import faults, runs
 from helpers.fake_records import fake_record
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
+from hydra.errors import ConfigCompositionException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
@@ -203,6 +203,16 @@ def test_hydras_grammar_is_translated(value):
     except OverrideParseException as error:
         message = describe_error(error)
         assert "mismatched" not in message and f"""'{key}="{value}"'""" in message
+
+
+def test_a_comma_in_a_path_is_told_how_to_quote(tmp_path, monkeypatch):
+    """Hydra takes it for a choice of values."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigCompositionException) as caught:
+        runs.compose_train(["dataset.folder=sp/a,b"])
+    message = describe_error(caught.value)
+    assert message.startswith("error: dataset.folder=sp/a,b is a choice") and "\n" not in message
+    assert """'dataset.folder="sp/a,b"'""" in message
 
 
 def test_the_home_folder_is_written_out(tmp_path):

@@ -21,7 +21,7 @@ def ss2d(u: Tensor, weights: SS2DWeights) -> Tensor:
     y = torch.zeros_like(tokens)
     for k, order in enumerate(reading_orders(height, width, u.device)):
         outputs, _ = scan(tokens[:, order], k, weights)
-        y = y.index_add(1, order, outputs)
+        y = y + outputs[:, order.argsort()]  # as index_add, which the exporter of ONNX translates wrongly
     return y.reshape(u.shape).to(u.dtype)
 
 
