@@ -173,8 +173,8 @@ class _SS2D(torch.autograd.Function):
             found["x_proj_weight"] = _outer(dproj_map.flatten(2), s.tokens).view_as(w.x_proj_weight)
         if need["Ds"]:
             found["Ds"] = (dy_map * s.tokens).sum((0, 1)).repeat(DIRECTIONS)
-        du = du_map.transpose(0, 1).reshape(u.shape).to(u.dtype) if ctx.needs_input_grad[0] else None
-        return du, *(found[name].to(t.dtype) if need[name] else None for name, t in zip(need, weights))
+        dx = du_map.transpose(0, 1).reshape(u.shape).to(u.dtype) if ctx.needs_input_grad[0] else None
+        return dx, *(found[name].to(t.dtype) if need[name] else None for name, t in zip(need, weights))
 
 
 def _read(tensor: Tensor, places: tuple[Tensor | slice, ...]) -> Tensor:
