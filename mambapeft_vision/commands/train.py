@@ -10,7 +10,8 @@ from mambapeft_vision.run.overrides import prepare_multirun
 from mambapeft_vision.run.own_code import OwnCode
 from mambapeft_vision.run.rerun import ROOT_CONFIG, split_flag, store_root_config
 from mambapeft_vision.utils.paths import configs_folder
-from mambapeft_vision.utils.startup import imports_kept
+from mambapeft_vision.utils.startup import begin_cuda, imports_kept
+from mambapeft_vision.utils.timeline import mark
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -21,8 +22,11 @@ def main(arguments: Sequence[str]) -> None:
     def train_one(cfg: DictConfig) -> float | None:
         """The test accuracy, which sweepers that search maximise; None: there is none."""
         overrides = HydraConfig.get().overrides.task
+        if not cfg.dry_run and cfg.pretrain is None:
+            begin_cuda(str(cfg.trainer.device))
         with imports_kept():  # PyTorch's, for which --help need not wait
             from mambapeft_vision.run.run import train
+        mark("imports")
 
         if cfg.pretrain is None:
             record = train(cfg, overrides, expected=expected)

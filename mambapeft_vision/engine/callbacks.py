@@ -22,6 +22,7 @@ from mambapeft_vision.utils.atomic import write_text
 from mambapeft_vision.utils.console import Console
 from mambapeft_vision.utils.errors import NotFiniteError, Preempted, UserError
 from mambapeft_vision.utils.progress import format_duration
+from mambapeft_vision.utils.timeline import mark
 
 Row = dict[str, float]
 
@@ -89,10 +90,18 @@ class History(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = time.monotonic()
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0 and not self.rows:
+            mark("first step")
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = _fine_tuning(pl_module)
         loss_sum, correct, _ = module.step.take_totals()  # waits for the device
         seconds, images = time.monotonic() - self._started, module.images_seen
+        if not self.rows:
+            mark("first epoch")
         row = {
             "epoch": trainer.current_epoch,
             "step": module.steps_done,

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from mambapeft_vision.integrations.wandb_logger import WandbLogger
-from mambapeft_vision.results.layout import METRICS_FILE, WANDB_ID_FILE
+from mambapeft_vision.results.layout import METRICS_FILE, WANDB_ID_FILE, pictures_of
 from mambapeft_vision.results.metrics import read_metrics
-from mambapeft_vision.results.pictures import draw_from_files, pictures_of, run_title
+from mambapeft_vision.results.pictures import draw_from_files, run_title
 from mambapeft_vision.results.record import read_record
 
 

@@ -1,6 +1,7 @@
 """Names of the files of a run, and of what stands beside the runs below paths.outputs. Light to import."""
 
 import re
+from pathlib import Path
 
 from mambapeft_vision.utils.text import plain
 
@@ -29,3 +30,13 @@ BUNDLE_SUFFIX = ".runs.json"
 def file_name(text: object) -> str:
     """A file name made of any text: letters, digits, `_`, `-`, `+` and `.`; no path and no hidden file."""
     return re.sub(r"[^\w.+-]", "-", plain(text, 120)).lstrip(".") or "-"
+
+
+def pictures_of(folder: Path) -> dict[str, Path]:
+    """The pictures that there are in a run's folder, by name."""
+    files = {"predictions": PAGE_FILE, "curves": CURVES_FILE, "confusion": CONFUSION_FILE}
+    return {
+        name: folder / file
+        for name, file in files.items()
+        if (folder / file).is_file() and not (folder / file).is_symlink()
+    }

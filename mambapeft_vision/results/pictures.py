@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mambapeft_vision.results.layout import CONFUSION_FILE, CURVES_FILE, METRICS_FILE, PAGE_FILE, PREDICTIONS_FILE
+from mambapeft_vision.results.layout import CONFUSION_FILE, CURVES_FILE, METRICS_FILE, PREDICTIONS_FILE
 from mambapeft_vision.results.plots import confusion_matrix, drawn, figure_text, save_png, training_curves
 from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.utils.atomic import atomic_path
@@ -45,16 +45,6 @@ def _write(content: bytes, path: Path) -> None:
 def run_title(record: RunRecord) -> str:
     """The title of a run's pictures: methods, task and seed."""
     return f"{'+'.join(record.methods)} on {record.task}, seed {record.seed}"
-
-
-def pictures_of(folder: Path) -> dict[str, Path]:
-    """The pictures that there are in a run's folder, by name."""
-    files = {"predictions": PAGE_FILE, "curves": CURVES_FILE, "confusion": CONFUSION_FILE}
-    return {
-        name: folder / file
-        for name, file in files.items()
-        if (folder / file).is_file() and not (folder / file).is_symlink()
-    }
 
 
 def page_of_predictions(

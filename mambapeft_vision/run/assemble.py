@@ -22,6 +22,7 @@ from mambapeft_vision.utils.console import Console
 from mambapeft_vision.utils.environment import reset_peak_memory
 from mambapeft_vision.utils.malloc import keep_freed_memory
 from mambapeft_vision.utils.text import plain
+from mambapeft_vision.utils.timeline import mark
 
 
 @dataclass(frozen=True)
@@ -88,17 +89,21 @@ def assemble(
     reset_peak_memory(place)
     precision = resolve_precision(plan.recipe.precision, place)
     apply_precision(precision)
+    mark("device")
     task = sources.task(plan)
     task.check(test_only=test_only)  # before weights are fetched: missing data is the commonest mistake
     for note in task.notes:
         console.say(f"data: {plain(note, LONGEST_NOTE)}")
+    mark("task")
     backbone = sources.backbone(plan)
+    mark("backbone")
     backend = set_kernel(backbone, kernel, place)
     console.say(mambapeft_kernels.describe(kernel, place))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     compilations = backbone.compile_ahead(backend, dtype, place)  # beside the decoding
     model = attach(backbone, task.num_classes)
     model.class_names, model.multi_label = task.class_names, task.multi_label
+    mark("model")
     preprocessing = Preprocessing.from_timm(backbone.default_cfg)
     progress = ConsoleProgress(f"decode {task.name}", "images")
     if test_only:
@@ -107,5 +112,7 @@ def assemble(
         task.load(preprocessing, progress)
         if task.train_set.images.device != place:
             task.train_set = task.train_set.to(place)  # and there they stay: a step chooses its batch on the device
+    mark("images")
     wait(compilations)
+    mark("kernels")
     return Setup(place, backend, precision, task, model, Normalise(preprocessing), plan.recipe.cuda_graph)

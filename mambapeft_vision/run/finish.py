@@ -11,7 +11,6 @@ from mambapeft_vision.engine.callbacks import History
 from mambapeft_vision.engine.config import STOP
 from mambapeft_vision.engine.predict import Predictions, predict
 from mambapeft_vision.results.layout import CHECKPOINT_FILE, CONFUSION_FILE, CURVES_FILE, PAGE_FILE, PREDICTIONS_FILE
-from mambapeft_vision.results.pictures import draw_from_files, page_of_predictions
 from mambapeft_vision.results.predictions import read_labels
 from mambapeft_vision.results.record import RunRecord, write_record
 from mambapeft_vision.run.assemble import Setup
@@ -22,6 +21,7 @@ from mambapeft_vision.run.run_config import RunPlan
 from mambapeft_vision.utils.console import Console, say, warned_of
 from mambapeft_vision.utils.environment import device_name, git_state, library_versions, peak_memory_bytes
 from mambapeft_vision.utils.errors import NotFiniteError
+from mambapeft_vision.utils.timeline import mark
 
 
 def finish(plan: RunPlan, setup: Setup, history: History, console: Console, *, started: float) -> RunRecord:
@@ -35,7 +35,9 @@ def finish(plan: RunPlan, setup: Setup, history: History, console: Console, *, s
     setup.model.save(plan.folder, _adapter_metadata(plan, setup.task.content_hash))
     counts = setup.model.counts()
     unmerged = setup.model.merge()
+    mark("merged")
     predictions = test(setup, console)
+    mark("tested")
     _check_finite(plan, predictions)
     save_predictions(setup, predictions, plan.folder / PREDICTIONS_FILE)
     wall_seconds = time.monotonic() - started + history.seconds_before
@@ -97,6 +99,9 @@ def versions_of(plan: RunPlan, content: str | None) -> dict[str, str]:
 
 def draw(plan: RunPlan, setup: Setup) -> None:
     """Draws the pictures of a finished run. A picture that cannot be drawn is left out and named on stderr."""
+    # Matplotlib comes with it, for which the start of a run need not wait.
+    from mambapeft_vision.results.pictures import draw_from_files, page_of_predictions
+
     title = f"{plan.method_names} on {plan.task}, seed {plan.seed}"
     if setup.task.multi_label:  # neither a page nor a confusion matrix shows several labels
         draw_from_files(plan.folder, title=title)

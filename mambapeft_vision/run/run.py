@@ -23,8 +23,8 @@ from mambapeft_vision.results.layout import (
     PREDICTIONS_FILE,
     RESULT_FILE,
     RUN_CONFIG_FILE,
+    pictures_of,
 )
-from mambapeft_vision.results.pictures import pictures_of
 from mambapeft_vision.results.record import RunRecord, is_finished, read_record
 from mambapeft_vision.run.assemble import FRESH, Setup, Sources, assemble
 from mambapeft_vision.run.build import build_logger
@@ -42,6 +42,7 @@ from mambapeft_vision.utils.environment import device_name, git_state
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.lock import locked
 from mambapeft_vision.utils.names import user_path
+from mambapeft_vision.utils.timeline import begin, mark, reached
 from mambapeft_vision.utils.untrusted import refuse_links
 
 _BESIDE = 20  # runs that are looked at for one of fewer epochs
@@ -141,15 +142,20 @@ def run_training(plan: RunPlan, context: RunContext, outdated: str = "") -> RunR
             setup.task.prefetch_test()
         logger = build_logger(plan)
         logger.start(plan)
+        mark("logger")
         record = None
         try:
             history = fit(plan, setup, console, logger.log_epoch, context.callbacks)
+            mark("last step")
             record = finish(plan, setup, history, console, started=started)
+            mark("result")
             if plan.recipe.picture or logger.pictures:  # after the result: no picture is worth it
                 draw(plan, setup)
         finally:
             logger.finish(record, pictures_of(plan.folder))
         console.say(summarise(record, plan.folder))
+        console.note(f"seconds until: {reached()}")
+        begin()
         if context.expected is not None:
             console.say(compare(context.expected, record))
         return record

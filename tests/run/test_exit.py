@@ -86,7 +86,7 @@ def test_a_picture_that_fails_costs_no_result(task, tmp_path, monkeypatch, capsy
     def draw(*_: object, **__: object) -> None:
         raise MemoryError("too many classes")
 
-    monkeypatch.setattr("mambapeft_vision.run.finish.page_of_predictions", draw)
+    monkeypatch.setattr("mambapeft_vision.results.pictures.page_of_predictions", draw)
     record = runs.run(short(task, tmp_path / "out", "trainer.picture=true"))
     folder = runs.only_run_folder(tmp_path / "out")
     assert read_record(folder) == record
@@ -289,4 +289,4 @@ def test_a_sweeper_gets_the_accuracy(monkeypatch, mode):
     monkeypatch.setattr("mambapeft_vision.run.run.train", lambda *_, **__: fake_record("vtab/cifar", "a", 1, 0.625))
     monkeypatch.setattr("mambapeft_vision.commands.train.run_app", lambda _, train, __: jobs.append(job(train)))
     command.main(["seed=1"])
-    assert jobs[0](OmegaConf.create({"pretrain": None})) == 0.625
+    assert jobs[0](OmegaConf.create({"pretrain": None, "dry_run": True})) == 0.625
