@@ -124,18 +124,22 @@ def test_core_does_not_pull_in_heavy_optional_packages():
     assert out.strip() == "[]"
 
 
-def test_what_is_imported_is_not_looked_through_for_garbage():
+def test_a_run_imports_little_and_what_it_imports_is_not_looked_through_for_garbage():
     program = (
         "import gc\n"
         "from mambapeft_vision.utils.startup import imports_kept\n"
         "with imports_kept():\n"
         "    assert not gc.isenabled()\n"
-        "    import torch\n"
+        "    import mambapeft_vision.run.run, sys\n"
+        "late = {'matplotlib', 'scipy', 'torchmetrics', 'transformers', 'wandb'}\n"
+        "assert not late & set(sys.modules), late & set(sys.modules)\n"
         "frozen = gc.get_freeze_count()\n"
         "assert gc.isenabled() and frozen > 10_000\n"
         "garbage = []\n"
         "with imports_kept():\n"
         "    garbage.append(garbage)\n"
         "assert gc.isenabled() and gc.get_freeze_count() == frozen\n"
+        "import mambapeft_vision.sweep.preload, torch\n"  # forked workers are to use CUDA
+        "assert 'mambapeft_vision.sweep.worker' in sys.modules and not torch.cuda.is_initialized()\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +16,9 @@ import torch
 from mambapeft_vision.results.record import RunRecord, is_finished, read_record
 from mambapeft_vision.run.failure_record import write_failure
 from mambapeft_vision.run.finish import remove_leftovers
+from mambapeft_vision.sweep import fork_server
 from mambapeft_vision.sweep.jobs import Job
-from mambapeft_vision.sweep.worker import Assignment, Outcome, work
+from mambapeft_vision.sweep.worker import Assignment, Outcome, WorkerSettings, work
 from mambapeft_vision.sweep.worker_cache import task_key
 from mambapeft_vision.utils.errors import UserError
 
@@ -90,11 +90,10 @@ class Pool:
     """
 
     def __init__(self, size: int, gpus: Sequence[str], logs: Path, tasks: int = 1) -> None:
-        self._size = size
+        self.size = size
         self._tasks = tasks
         self._gpus = gpus
         self._logs = logs
-        self._context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
         self._workers: dict[int, _Worker] = {}
 
     def run(self, jobs: Sequence[Job], watcher: Watcher, enough: Callable[[], bool] = lambda: False) -> None:
@@ -109,7 +108,7 @@ class Pool:
             while queue or any(worker.job for worker in self._workers.values()):
                 if queue and enough():
                     queue.clear()
-                for number in range(self._size):
+                for number in range(self.size):
                     if queue and self._idle(number):
                         self._assign(number, queue, watcher)
                 self._wait()
@@ -117,6 +116,19 @@ class Pool:
                     if worker.job is not None:
                         self._collect(number, worker, watcher)
                 watcher.refresh()
+
+    def settings_of(self, number: int) -> WorkerSettings:
+        """The settings of a worker. Every GPU gets a worker before one gets a second."""
+        environment = dict(os.environ)  # the fork server's is as old as it is
+        if self._gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = self._gpus[number % len(self._gpus)]
+        return WorkerSettings(
+            environment=environment,
+            threads=max(1, torch.get_num_threads() // self.size),
+            log=self._logs / f"worker{number}.log",
+            tasks=self._tasks,
+            gpu=bool(self._gpus),
+        )
 
     def _idle(self, number: int) -> bool:
         return number not in self._workers or self._workers[number].job is None
@@ -132,12 +144,11 @@ class Pool:
             worker.connection.send(assignment_of(job))
 
     def _start(self, number: int) -> _Worker:
-        ours, theirs = self._context.Pipe()
-        environment = {"CUDA_VISIBLE_DEVICES": self._gpus[number % len(self._gpus)]} if self._gpus else {}
-        threads = max(1, torch.get_num_threads() // self._size)
-        arguments = (theirs, environment, threads, self._logs / f"worker{number}.log", self._tasks)
-        process = self._context.Process(target=work, args=arguments, name=f"sweep worker {number}")
-        with _interrupts_ignored():  # the process inherits this
+        ours, theirs = fork_server.context.Pipe()
+        arguments = theirs, self.settings_of(number)
+        process = fork_server.context.Process(target=work, args=arguments, name=f"sweep worker {number}")
+        fork_server.start()
+        with fork_server.interrupts_ignored():  # the process inherits this
             process.start()
         theirs.close()  # else its end would not be noticed
         return _Worker(process, ours)
@@ -193,15 +204,6 @@ def visible_gpus() -> list[str]:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = given.split(",") if given else list(map(str, range(torch.cuda.device_count())))
     return names[: torch.cuda.device_count()]
-
-
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def assignment_of(job: Job) -> Assignment:

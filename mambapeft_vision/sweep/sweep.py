@@ -21,6 +21,7 @@ from mambapeft_vision.sweep.display import Display
 from mambapeft_vision.sweep.estimates import Rate, Speeds, read_rates
 from mambapeft_vision.sweep.jobs import Job, State, plan_jobs
 from mambapeft_vision.sweep.pool import Pool, visible_gpus
+from mambapeft_vision.sweep.worker_cache import task_key
 from mambapeft_vision.utils.console import say
 from mambapeft_vision.utils.errors import UserError, disk_errors_of
 from mambapeft_vision.utils.paths import configs_folder
@@ -127,9 +128,26 @@ def sweep(jobs: Sequence[Job], command: Command) -> int:
     refuse_links(outputs / LOGS, outputs)
     with disk_errors_of(str(outputs), "paths.outputs=DIR", "Nothing was begun"):
         (outputs / LOGS).mkdir(parents=True, exist_ok=True)
+    if workers > 1:
+        todo = longest_first(todo, speeds)
     display = _run(todo, len(finished), speeds, workers, Pool(workers, gpus, outputs / LOGS))
     say(_closing(display, outputs))
     return len(display.failures)
+
+
+def longest_first(jobs: Sequence[Job], speeds: Speeds) -> list[Job]:
+    """The jobs in an order in which no worker begins the longest task when the others have nothing more to do.
+
+    Tasks come by the time of all their runs. Where that of one run is unknown, by their test images, because all train
+    on equally many. Within a task the order stays.
+    """
+    seconds = [speeds.seconds(job.plan) for job in jobs]
+    known = all(estimate is not None for estimate in seconds)
+    totals: Counter[str] = Counter()
+    for job, estimate in zip(jobs, seconds, strict=True):
+        size = estimate if known else job.plan.config["dataset"].get("num_test")
+        totals[task_key(job.plan)] += size or 0  # type: ignore[assignment] # of seconds
+    return sorted(jobs, key=lambda job: -totals[task_key(job.plan)])
 
 
 def known_runs(outputs: Path) -> list[RunRecord]:

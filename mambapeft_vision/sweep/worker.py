@@ -26,6 +26,8 @@ from mambapeft_vision.utils.lock import InUseError
 from mambapeft_vision.utils.names import user_path
 from mambapeft_vision.utils.processes import end_with_parent
 from mambapeft_vision.utils.progress import CANNOT_WRITE
+from mambapeft_vision.utils.startup import begin_cuda
+from mambapeft_vision.utils.timeline import begin, mark
 from mambapeft_vision.utils.untrusted import refuse_links
 
 
@@ -58,27 +60,48 @@ class Outcome:
     elsewhere: bool = False
 
 
-def work(connection: Connection, environment: Mapping[str, str], threads: int, log: Path, tasks: int = 1) -> None:
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a worker is told when it starts.
+
+    Args:
+        environment: all variables of its environment; one of them chooses the GPU.
+        threads: number of PyTorch's threads on the CPU.
+        log: file for what runs print.
+        tasks: number of tasks whose images are kept loaded.
+        gpu: whether it has a GPU of its own.
+    """
+
+    environment: Mapping[str, str]
+    threads: int
+    log: Path
+    tasks: int = 1
+    gpu: bool = False
+
+
+def work(connection: Connection, settings: WorkerSettings) -> None:
     """Main function of the process: works until it receives None, or until the parent has ended.
 
     It is started with SIGINT ignored: the parent handles Ctrl-C and ends the workers.
 
     Args:
         connection: gives an Assignment or None, takes an Outcome for each.
-        environment: variables that choose the GPU.
-        threads: number of PyTorch's threads on the CPU.
-        log: file for what runs print.
-        tasks: number of tasks whose images are kept loaded.
     """
-    os.environ.update(environment)
+    os.environ.clear()
+    os.environ.update(settings.environment)
+    if settings.gpu:
+        begin_cuda("cuda")
     end_with_parent()
-    print_to(log)
-    torch.set_num_threads(threads)
-    kept = Kept(tasks)
+    print_to(settings.log)
+    torch.set_num_threads(settings.threads)
+    kept = Kept(settings.tasks)
+    mark("imports")
     first = True
     while (assignment := connection.recv()) is not None:
+        mark("assigned")
         outcome = run(assignment, kept)
         connection.send(outcome)
+        begin()
         if outcome.last:
             return
         if first:  # everything is imported by now; freeze it, so that later collections skip it

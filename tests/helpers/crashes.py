@@ -33,7 +33,7 @@ from mambapeft_vision.adapter.model import adapt
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.engine import distributed
 from mambapeft_vision.methods.lora import LoRA
-from mambapeft_vision.sweep import pool, sweep  # noqa: F401 (imported for the children)
+from mambapeft_vision.sweep import fork_server, pool, sweep  # noqa: F401 (imported for the children)
 from mambapeft_vision.utils.environment import git_state, library_versions
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -148,7 +148,7 @@ def _command(
 
 def fork_workers() -> None:
     """Lets the workers of sweeps in this process start as quickly as it did."""
-    pool.multiprocessing = _Forking()
+    fork_server.context = multiprocessing.get_context("fork")
 
 
 def fork_ranks() -> None:

@@ -29,7 +29,7 @@ from mambapeft_vision.sweep.display import Display
 from mambapeft_vision.sweep.estimates import Speeds, read_rates
 from mambapeft_vision.sweep.jobs import Job, State, plan_jobs
 from mambapeft_vision.sweep.pool import Queue, assignment_of, visible_gpus
-from mambapeft_vision.sweep.sweep import Command, parse, sweep
+from mambapeft_vision.sweep.sweep import Command, longest_first, parse, sweep
 from mambapeft_vision.sweep.worker import Outcome
 from mambapeft_vision.sweep.worker_cache import Kept, task_key
 from mambapeft_vision.utils.errors import UserError
@@ -212,6 +212,24 @@ def test_a_worker_gets_runs_of_the_task_that_it_holds(data, tmp_path):
     assert queue.take(task_key(two.plan), set()) is two
     assert queue.take(None, {task_key(one.plan)}).plan.task == "custom/two"
     assert queue.take(None, {task_key(one.plan)}) is one  # rather than nothing
+
+
+def test_the_longest_task_comes_first(data, tmp_path):
+    jobs = planned(data, tmp_path, "method=a", "seeds=0,1")
+    one, two = jobs[:2], jobs[2:]
+    assert {job.plan.task for job in one} == {"custom/one"}
+    assert longest_first(jobs, Speeds()) == jobs  # nothing is known
+    backbone = {"name": jobs[0].plan.config["backbone"]["name"]}
+    record = fake_record("custom/two", "a", 0, 0.5, backbone=backbone)
+    other = dataclasses.replace(record, task="custom/one", wall_seconds=record.wall_seconds / 2)
+    assert longest_first(jobs, Speeds([record, other])) == [*two, *one]
+    sized = [with_test_images(job, 1 + number // 2) for number, job in enumerate(jobs)]
+    assert longest_first(sized, Speeds()) == [*sized[2:], *sized[:2]]
+
+
+def with_test_images(job: Job, count: int) -> Job:
+    config = {**job.plan.config, "dataset": {**job.plan.dataset, "num_test": count}}
+    return dataclasses.replace(job, plan=dataclasses.replace(job.plan, config=config))
 
 
 def test_time_is_estimated_from_the_runs_most_alike(data, tmp_path):
