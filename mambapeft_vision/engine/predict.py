@@ -1,7 +1,9 @@
 """Testing a model on a split: predictions, accuracy, loss, speed."""
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from mambapeft_vision.utils.atomic import atomic_path
 from mambapeft_vision.utils.console import Console
 from mambapeft_vision.utils.progress import Progress, format_duration
 
+AHEAD = 2  # batches that are copied while the GPU works on the ones before
 # Classes whose probabilities are kept: all of them but for the largest tasks, so that runs can be averaged.
 TOP = 128
 
@@ -104,9 +107,9 @@ def predict(
     total, done = len(batches), 0
     started = time.monotonic()
     with frozen_casts(model, compute_dtype(precision)):
-        for number, (images, targets) in enumerate(batches, start=1):
-            logits = forward(_to(images, device))
-            losses.append(summed_loss(logits, _to(targets, device)).double())
+        for number, (images, targets) in enumerate(_pinned(batches, device), start=1):
+            logits = forward(images.to(device, non_blocking=True))
+            losses.append(summed_loss(logits, targets.to(device, non_blocking=True)).double())
             tops.append(most_probable(logits, targets.ndim == 2))
             labels.append(targets)
             done += len(targets)
@@ -171,11 +174,27 @@ class Forward:
             return self._model(self._normalise(images)).float()
 
 
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """On `device`; from the host without waiting for the copy."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+def _pinned(batches: Batches, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches; for a GPU in memory that it can read, into which a thread copies them `AHEAD` batches early.
+
+    The images lie in a mapped file, so that a copy waits for the system, and often for the disk.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+
+    def pin(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        with torch.cuda.device(device):
+            return tuple(tensor if tensor.is_cuda else tensor.pin_memory() for tensor in batch)  # type: ignore[return-value] # two
+
+    waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
+    with ThreadPoolExecutor(1) as thread:
+        for batch in batches:
+            waiting.append(thread.submit(pin, batch))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _live_line(batch: int, batches: int, images: int, seconds: float) -> str:
