@@ -10,7 +10,6 @@ from mambapeft_kernels.depthwise_conv2d import depthwise_conv_silu
 from mambapeft_kernels.layer_norm import add_layer_norm, layer_norm
 from mambapeft_kernels.low_rank import low_rank_add
 from mambapeft_kernels.matmul import product
-from mambapeft_kernels.mlp import frozen_mlp
 from mambapeft_kernels.pixel_lookup import look_up
 from mambapeft_kernels.rms_norm import add_rms_norm
 from mambapeft_kernels.selective_scan import selective_scan
@@ -31,7 +30,6 @@ __all__ = [
     "compile_stages_ahead",
     "depthwise_conv_silu",
     "describe",
-    "frozen_mlp",
     "layer_norm",
     "look_up",
     "low_rank_add",

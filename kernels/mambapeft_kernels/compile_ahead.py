@@ -16,7 +16,6 @@ from mambapeft_kernels.backends import FUSED
 from mambapeft_kernels.depthwise_conv2d import depthwise_conv_silu
 from mambapeft_kernels.layer_norm import add_layer_norm, layer_norm
 from mambapeft_kernels.low_rank import low_rank_add
-from mambapeft_kernels.mlp import frozen_mlp
 from mambapeft_kernels.pixel_lookup import look_up
 from mambapeft_kernels.rms_norm import add_rms_norm
 from mambapeft_kernels.selective_scan.checkpoints import CHUNK, empty_checkpoints
@@ -63,10 +62,7 @@ def compile_ahead(
 
 @dataclass(frozen=True)
 class StageSizes:
-    """Height and width of the maps of a VMamba's stage; D width, E channels, N states, R dt_rank of its blocks.
-
-    hidden: features within their MLPs, 0 where there are none.
-    """
+    """Height and width of the maps of a VMamba's stage; D width, E channels, N states, R dt_rank of its blocks."""
 
     height: int
     map_width: int
@@ -74,7 +70,6 @@ class StageSizes:
     channels: int
     states: int
     rank: int
-    hidden: int
 
 
 @cache
@@ -96,7 +91,7 @@ def stage_tasks(
         task
         for tasks_of in (
             lambda stage: (partial(stage.scans, train=True), partial(stage.scans, train=False)),
-            lambda stage: (stage.convolution, stage.mlp, stage.norms, stage.low_rank),
+            lambda stage: (stage.convolution, stage.norms, stage.low_rank),
         )
         for stage in every
         for task in tasks_of(stage)
@@ -225,14 +220,6 @@ class _Stage:
         filters = self._wide(self._sizes.channels, 1, 3, 3)
         x = self._map(self._sizes.channels).requires_grad_()
         self._back(depthwise_conv_silu(x, filters, None, self._backend))
-
-    def mlp(self) -> None:
-        width, hidden = self._sizes.width, self._sizes.hidden
-        if hidden:
-            shapes = (hidden, width), (hidden,), (width, hidden), (width,)
-            up, up_bias, down, down_bias = map(self._activations, shapes)  # cast by the model
-            x = self._map(width).requires_grad_()
-            self._back(frozen_mlp(x, up, up_bias, down, down_bias, self._backend))
 
     def norms(self) -> None:
         """out_norm, and the norms of residual sums: with and without drop path, and the first of a stage."""

@@ -4,7 +4,6 @@ from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
-from mambapeft_kernels import FUSED, frozen_mlp
 from mambapeft_kernels.low_rank.linear import compute_dtype
 from timm.layers import lecun_normal_
 from torch import Tensor, nn
@@ -103,25 +102,12 @@ class Mlp(nn.Module):
 
     def __init__(self, embed_dim: int, hidden: int, *, name: str) -> None:
         super().__init__()
-        self.kernel = "auto"
         self.fc1 = PortedLinear(embed_dim, hidden, name=f"{name}.fc1")
         self.fc2 = PortedLinear(hidden, embed_dim, name=f"{name}.fc2")
         self.side = SidePort(name)
 
     def forward(self, h: Tensor) -> Tensor:
-        out = self._frozen(h)
-        return self.side(h, self.fc2(F.gelu(self.fc1(h))) if out is None else out, self.training)
-
-    def _frozen(self, h: Tensor) -> Tensor | None:
-        """The output by one op, which keeps only `h` for the backward pass; None where anything within is trained."""
-        maps = self.fc1, self.fc2
-        if self.kernel not in FUSED or not all(computes_as(m, PortedLinear) and not m.side.branches for m in maps):
-            return None
-        dtype = compute_dtype(h)
-        up, up_bias, down, down_bias = (m.read(name, dtype) for m in maps for name in ("weight", "bias"))
-        if any(weight.requires_grad for weight in (up, up_bias, down, down_bias)):
-            return None
-        return frozen_mlp(h.to(dtype), up, up_bias, down, down_bias, self.kernel)
+        return self.side(h, self.fc2(F.gelu(self.fc1(h))), self.training)
 
 
 class PortedLayerNorm(Ported, nn.LayerNorm):

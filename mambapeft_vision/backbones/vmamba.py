@@ -508,7 +508,7 @@ class VMamba(TimmModel):
         """Chooses the kernel backend of all ops; returns the name of what will run on `device`."""
         resolved = resolve_backend(kernel, device)
         for module in self.modules():
-            if isinstance(module, (Norm, SS2D, Mlp)):
+            if isinstance(module, (Norm, SS2D)):
                 module.kernel = resolved
         return resolved
 
@@ -518,10 +518,7 @@ class VMamba(TimmModel):
         for stage in self.stages:
             block = cast(Block, stage.blocks[0])
             mixer = block.op
-            hidden = block.mlp.fc1.out_features if block.has_mlp else 0
-            stages.append(
-                StageSizes(rows, columns, block.embed_dim, mixer.d_inner, mixer.states, mixer.dt_rank, hidden)
-            )
+            stages.append(StageSizes(rows, columns, block.embed_dim, mixer.d_inner, mixer.states, mixer.dt_rank))
             rows, columns = math.ceil(rows / 2), math.ceil(columns / 2)
         return compile_stages_ahead(tuple(stages), dtype, device, kernel)
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from mambapeft_kernels import add_layer_norm, depthwise_conv_silu, frozen_mlp, layer_norm, resolve_backend
+from mambapeft_kernels import add_layer_norm, depthwise_conv_silu, layer_norm, resolve_backend
 from torch import Tensor
 
 from mambapeft_vision.benchmarks.kernel_cases import errors
@@ -72,9 +72,6 @@ def work(case: Case) -> dict[str, Work]:
         "out_norm_backward": Work(memory=6 * e),
         "add_norm_forward": Work(memory=12 * d),
         "add_norm_backward": Work(memory=16 * d),
-        # The hidden layer of 4 D features stays on the chip; the backward computes it again.
-        "mlp_forward": Work(2 * 4 * d, 0, 16 * d * case.width, 4 * d),
-        "mlp_backward": Work(2 * 4 * d, 0, 24 * d * case.width, 6 * d),
     }
 
 
@@ -83,7 +80,7 @@ def ops(case: Case) -> Iterator[tuple[str, list[Callable[[], object]]]]:
 
     A backward is called by its op: autograd would run it on the stream of the forward, outside of a graph.
     """
-    for op in ("depthwise_conv2d", "layer_norm", "mlp"):
+    for op in ("depthwise_conv2d", "layer_norm"):
         importlib.import_module(f"mambapeft_kernels.{op}.triton_kernels")  # registers the backward ops
     weights = cast(make_weights(case.channels, case.states, case.rank, False, device="cuda"), torch.float32, False)
     wide = case.batch, case.side, case.side, case.channels
@@ -120,11 +117,6 @@ def ops(case: Case) -> Iterator[tuple[str, list[Callable[[], object]]]]:
     yield "add_norm_forward", [partial(add_layer_norm, h, r, scale, scale) for h, r in zip(hidden, residual)]
     both = [True, True, False, False]
     yield "add_norm_backward", [partial(backward, g, r, r, *tail, both) for g, r in zip(dnormed, residual)]
-    inner, outer = 4 * case.width, case.width
-    up, up_bias, down, down_bias = (draw(shape)[0] for shape in ((inner, outer), (inner,), (outer, inner), (outer,)))
-    yield "mlp_forward", [partial(frozen_mlp, h, up, up_bias, down, down_bias) for h in hidden]
-    backward = kernels.frozen_mlp_backward
-    yield "mlp_backward", [partial(backward, g, h, up, up_bias, down) for g, h in zip(dnormed, hidden)]
 
 
 def check() -> None:

@@ -8,13 +8,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from mambapeft_kernels.mlp import naive
 from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
 
-from mambapeft_vision.backbones import layers, vmamba
+from mambapeft_vision.backbones import vmamba
 from mambapeft_vision.backbones import weights as weights_module
-from mambapeft_vision.backbones.ports import FunctionBranch, taken_ports
+from mambapeft_vision.backbones.ports import taken_ports
 from mambapeft_vision.backbones.vmamba import OFFICIAL_SIZES, VMamba
 from mambapeft_vision.backbones.weights import Checkpoint, load_state
 from mambapeft_vision.utils.errors import UserError
@@ -370,35 +369,3 @@ def test_weight_decay_spares_what_it_must_not_touch():
     assert not any(name.endswith(("A_logs", ".Ds", ".bias")) or "norm" in name for name in kept)
     assert {"patch_embed.0.weight", "layers.0.blocks.0.op.in_proj.weight"} <= kept
     assert spared["weight_decay"] == 0
-
-
-def trained(model):
-    model.stages[0].blocks[0].mlp.fc2.bias.requires_grad_()
-
-
-def hooked(model):
-    model.stages[0].blocks[0].mlp.fc1.register_forward_hook(lambda *_: None)
-
-
-def branched(model):
-    model.stages[0].blocks[0].mlp.fc2.side.add(FunctionBranch("m", lambda x: x.sum(-1, keepdim=True)))
-
-
-@pytest.mark.parametrize(("change", "fused"), [(None, 5), (trained, 4), (hooked, 4), (branched, 4)])
-def test_only_a_frozen_mlp_without_other_code_in_it_is_one_op(change, fused, monkeypatch):
-    model, images = tiny().requires_grad_(False), torch.randn(2, 3, 40, 40, dtype=torch.float64)
-    if change is not None:
-        change(model)
-    expected, calls = model(images), []
-    mlps = [module for module in model.modules() if isinstance(module, layers.Mlp)]
-    for mlp in mlps:
-        mlp.kernel = "cuda"
-
-    def frozen_mlp(x, *weights_and_backend):
-        *weights, backend = weights_and_backend
-        calls.append(backend)
-        return naive.mlp(x, *weights)
-
-    monkeypatch.setattr(layers, "frozen_mlp", frozen_mlp)
-    assert torch.equal(model(images), expected)
-    assert len(mlps) == 5 and calls == ["cuda"] * fused

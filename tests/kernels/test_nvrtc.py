@@ -77,7 +77,7 @@ def test_interpreter_every_kernel_of_vmamba_compiles(tmp_path, monkeypatch):
     monkeypatch.setattr(cuda_kernels, "WANTED_WARPS", {"forward": 1, "backward": 1})
     for name in ("ss2d", "depthwise_conv2d"):
         monkeypatch.setattr(importlib.import_module(f"mambapeft_kernels.{name}.api"), "backend_for", lambda *_: "cuda")
-    sizes = StageSizes(3, 5, 8, 96, 1, 24, 0)
+    sizes = StageSizes(3, 5, 8, 96, 1, 24)
     scans, _, convolution, *_ = stage_tasks((sizes,), torch.bfloat16, torch.device("cpu"), "cuda")
     scans()
     convolution()

@@ -157,7 +157,8 @@ def lay_out(connection, folder, log):
 def test_the_same_task_is_drawn_by_one(tmp_path):
     assert together(lay_out, tmp_path / "data" / "sprites_loc", tmp_path / "log") == [0] * PROCESSES
     assert len((tmp_path / "log").read_text().splitlines()) == 1
-    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [manifest.MANIFEST_FILE, "sprites_loc"]
+    files = {manifest.MANIFEST_FILE, "sprites_loc", ".sprites_loc.verified.json"}
+    assert {path.name for path in (tmp_path / "data").iterdir()} == files
 
 
 def note_tasks(connection, root):
@@ -170,7 +171,10 @@ def test_of_tasks_noted_at_once_none_is_lost(tmp_path):
     assert together(note_tasks, tmp_path) == [0] * PROCESSES
     noted = json.loads((tmp_path / manifest.MANIFEST_FILE).read_text())["tasks"]
     assert len(noted) == 20 * PROCESSES
-    assert [path.name for path in tmp_path.iterdir()] == [manifest.MANIFEST_FILE]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        manifest.MANIFEST_FILE,
+        *(f".{name}.verified.json" for name in noted),
+    }
 
 
 # Results
