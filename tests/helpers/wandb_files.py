@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,13 @@ class OfflineRun:
 
 
 def offline_runs(below: Path) -> list[OfflineRun]:
-    return [read_offline_run(file) for file in sorted(below.rglob("offline-run-*/run-*.wandb"))]
+    """The runs in W&B's files. Its own process writes them, on a busy machine after `finish` has returned."""
+    deadline = time.monotonic() + 20
+    while True:
+        found = [read_offline_run(file) for file in sorted(below.rglob("offline-run-*/run-*.wandb"))]
+        if all(run.job_type for run in found) or time.monotonic() > deadline:
+            return found
+        time.sleep(0.2)
 
 
 def read_offline_run(file: Path) -> OfflineRun:
