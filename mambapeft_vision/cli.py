@@ -11,6 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from mambapeft_vision import __version__
+from mambapeft_vision.sweep import fork_server
+from mambapeft_vision.utils.startup import imports_kept
 
 if TYPE_CHECKING:
     from mambapeft_vision.run.arguments import ArgumentParser
@@ -45,6 +47,9 @@ COMMANDS = {
     "cache": "list or clean the cache of decoded images",
 }
 
+_FORK_WORKERS = {"sweep", "reproduce", "mini", "demo", "check-science"}
+_ONLY_SHOWS = {"--dry-run", "--help", "-h", "pack", "unpack", "document", "compare"}
+
 
 def main(arguments: Sequence[str]) -> int | None:
     """Calls a command with the rest of the command line. Returns its exit code; None is success.
@@ -62,7 +67,11 @@ def main(arguments: Sequence[str]) -> int | None:
         from mambapeft_vision.utils.typed import nearest
 
         _parser().error(f"{command} is no command; {nearest(command, COMMANDS)}")
-    code: int | None = import_module(f"mambapeft_vision.commands.{command.replace('-', '_')}").main(rest)
+    if command in _FORK_WORKERS and not _ONLY_SHOWS & set(rest):
+        fork_server.start()  # it imports for the workers what this process imports next, and at the same time
+    with imports_kept():
+        module = import_module(f"mambapeft_vision.commands.{command.replace('-', '_')}")
+    code: int | None = module.main(rest)
     return code
 
 

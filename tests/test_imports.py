@@ -34,7 +34,7 @@ ALLOWED["integrations"] = {*ALLOWED}
 ALLOWED["benchmarks"] = {*ALLOWED}
 ALLOWED["package"] = {*ALLOWED} - {"benchmarks"}  # the public names in mambapeft_vision/__init__.py
 ALLOWED["commands"] = {*ALLOWED}
-ALLOWED["cli"] = {"commands", "package", "run", "utils"}
+ALLOWED["cli"] = {"commands", "package", "run", "sweep", "utils"}
 
 
 # Modules of backbones/ that methods may know.

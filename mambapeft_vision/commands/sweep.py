@@ -9,23 +9,15 @@ continues. Started several times, on one machine or on many with a common folder
 
 from collections.abc import Sequence
 
-from mambapeft_vision.sweep import fork_server
+from mambapeft_vision.integrations.wandb_summary import publish_sweep
+from mambapeft_vision.results.tables import read_standard
+from mambapeft_vision.run.exit import CRASH
+from mambapeft_vision.sweep.jobs import plan_jobs
+from mambapeft_vision.sweep.sweep import command_of, sweep, sweep_parser
 from mambapeft_vision.utils.paths import configs_folder
-from mambapeft_vision.utils.startup import imports_kept
-
-_ONLY_SHOWS = {"--dry-run", "--help", "-h"}
 
 
 def main(arguments: Sequence[str]) -> int:
-    if not _ONLY_SHOWS & set(arguments):
-        fork_server.start()  # it imports for the workers what this process imports next, and at the same time
-    with imports_kept():
-        from mambapeft_vision.integrations.wandb_summary import publish_sweep
-        from mambapeft_vision.results.tables import read_standard
-        from mambapeft_vision.run.exit import CRASH
-        from mambapeft_vision.sweep.jobs import plan_jobs
-        from mambapeft_vision.sweep.sweep import command_of, sweep, sweep_parser
-
     configs = configs_folder()
     options, overrides = sweep_parser(description=__doc__).parse_with_overrides(arguments)
     command = command_of(options, overrides, configs)
