@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from mambapeft_vision.backbones import create_backbone
-from mambapeft_vision.backbones.weights import load_weights
 from mambapeft_vision.benchmarks.measured import csv_text, write_rows
 from mambapeft_vision.data.image_list import read_list
 from mambapeft_vision.data.images import ImageSet, decode_list
 from mambapeft_vision.data.preprocessing import Preprocessing
+from mambapeft_vision.engine.module import Normalise
 from mambapeft_vision.utils.errors import UserError
 
 C = 0.05  # inverse strength of the regression's penalty; chosen once, with vim_nano's first weights
@@ -30,12 +30,9 @@ _MOST_CLASSES = 1000
 @torch.no_grad()
 def features(backbone: Any, images: ImageSet, preprocessing: Preprocessing) -> Tensor:
     """Features before the head, float32 [n, D], of a backbone in evaluation mode."""
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
-    found = []
-    for chunk in images.images.split(BATCH):
-        normalised = (chunk.float() / 255 - mean) / std
-        found.append(backbone.forward_head(backbone.forward_features(normalised), pre_logits=True))
-    return torch.cat(found).float()
+    normalise = Normalise(preprocessing)
+    tokens = (backbone.forward_features(normalise(chunk)) for chunk in images.images.split(BATCH))
+    return torch.cat([backbone.forward_head(one, pre_logits=True) for one in tokens]).float()
 
 
 def probe(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
@@ -68,11 +65,7 @@ def columns(model_name: str, weights: Sequence[Path]) -> dict[str, Any]:
     """The backbones to compare, by the name of their column."""
     if not weights:
         return {kind: create_backbone(model_name, kind) for kind in ("official", "random")}
-    found = {}
-    for file in weights:
-        found[file.stem] = create_backbone(model_name, "random")
-        load_weights(found[file.stem], file)
-    return found
+    return {file.stem: create_backbone(model_name, str(file)) for file in weights}
 
 
 def as_rows(found: Mapping[str, Mapping[str, float]]) -> list[dict[str, str]]:

@@ -16,26 +16,20 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from mambapeft_vision.adapter.build import build_method
-from mambapeft_vision.adapter.model import AdaptedModel, adapt
-from mambapeft_vision.adapter.presets import read_preset, registered_name
-from mambapeft_vision.backbones import create_backbone
+from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.backbones.contract import frozen_casts
 from mambapeft_vision.benchmarks.measured import stamp
+from mambapeft_vision.benchmarks.training import CLASSES, plan_of_method
 from mambapeft_vision.data.preprocessing import Preprocessing
 from mambapeft_vision.engine.cuda_graph import capture
 from mambapeft_vision.engine.module import Normalise
-from mambapeft_vision.utils.paths import configs_folder
-
-CLASSES = 100
+from mambapeft_vision.run.build import build_backbone, build_model
 
 
 def build(backbone: str, preset: str, kernel: str) -> AdaptedModel:
     """A backbone of configs/backbone with random weights and a preset, on the GPU."""
-    name = registered_name(configs_folder(), backbone)
-    specs = read_preset(configs_folder() / "method" / f"{preset}.yaml").methods_on(name)
-    methods = {key: build_method(key, spec, preset) for key, spec in specs.items()}
-    model = adapt(create_backbone(name, "random"), methods, CLASSES).cuda()
+    plan = plan_of_method(preset, [f"backbone={backbone}"])
+    model = build_model(plan, build_backbone(plan), CLASSES).cuda()
     model.backbone.set_kernel(kernel, "cuda")
     return model
 

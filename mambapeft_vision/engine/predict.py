@@ -185,7 +185,8 @@ def _pinned(batches: Batches, device: torch.device) -> Iterator[tuple[Tensor, Te
 
     def pin(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         with torch.cuda.device(device):
-            return tuple(tensor if tensor.is_cuda else tensor.pin_memory() for tensor in batch)  # type: ignore[return-value] # two
+            images, targets = (tensor if tensor.is_cuda else tensor.pin_memory() for tensor in batch)
+        return images, targets
 
     waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
     with ThreadPoolExecutor(1) as thread:

@@ -15,13 +15,12 @@ from mambapeft_vision.engine.device import resolve_device
 from mambapeft_vision.engine.distributed import check_devices
 from mambapeft_vision.engine.module import Normalise
 from mambapeft_vision.engine.precision import apply_precision, resolve_precision
-from mambapeft_vision.results.tables.render import LONGEST_NOTE
 from mambapeft_vision.run.build import build_backbone, build_dataset, build_model, set_kernel
 from mambapeft_vision.run.run_config import RunPlan
 from mambapeft_vision.utils.console import Console
 from mambapeft_vision.utils.environment import reset_peak_memory
 from mambapeft_vision.utils.malloc import keep_freed_memory
-from mambapeft_vision.utils.text import plain
+from mambapeft_vision.utils.text import LONGEST_NOTE, plain
 from mambapeft_vision.utils.timeline import mark
 
 

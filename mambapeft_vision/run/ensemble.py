@@ -14,7 +14,7 @@ from mambapeft_vision.engine.predict import TOP, Predictions
 from mambapeft_vision.results.layout import PREDICTIONS_FILE
 from mambapeft_vision.results.predictions import read_class_names, read_probabilities
 from mambapeft_vision.results.record import DERIVED, RunRecord, write_record
-from mambapeft_vision.run.inputs import CONTENT
+from mambapeft_vision.run.inputs import has_other_content
 from mambapeft_vision.run.run_config import make_run_folder
 from mambapeft_vision.utils.environment import git_state
 from mambapeft_vision.utils.errors import UserError
@@ -86,13 +86,17 @@ def _check_same_images(members: Sequence[Member]) -> None:
             ("task", lambda record: record.task),
             ("test split", lambda record: record.config["dataset"]["test_split"]),
             ("images (by their fingerprint)", lambda record: record.data_manifest),
-            ("images (by their content)", lambda record: record.versions.get(CONTENT)),
         ):
-            if None not in (of(member.record), of(first.record)) and of(member.record) != of(first.record):
+            if of(member.record) != of(first.record):
                 raise UserError(
                     f"{member.folder} has another {what} than {first.folder}: {plain(of(member.record))}, not "
                     f"{plain(of(first.record))}. Give runs that were tested on the same images"
                 )
+        if has_other_content(member.record, first.record):
+            raise UserError(
+                f"{member.folder} has another images (by their content) than {first.folder}. Give runs that were "
+                f"tested on the same images"
+            )
 
 
 def _label(members: Sequence[Member]) -> str:

@@ -80,6 +80,12 @@ def changed(then: Fingerprints, now: Fingerprints) -> str:
     )
 
 
+def has_other_content(first: RunRecord, second: RunRecord) -> bool:
+    """Whether two results are of images with other content, as far as both know theirs."""
+    contents = {record.versions.get(CONTENT) for record in (first, second)}
+    return len(contents - {None}) > 1
+
+
 class Inputs:
     """Fingerprints of the present inputs; each is computed once."""
 

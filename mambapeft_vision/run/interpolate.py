@@ -28,7 +28,7 @@ from mambapeft_vision.run.assemble import FRESH, Setup, Sources, assemble
 from mambapeft_vision.run.ensemble import derived_record
 from mambapeft_vision.run.evaluate import check_same_backbone, recorded_config
 from mambapeft_vision.run.finish import save_predictions, test
-from mambapeft_vision.run.inputs import CONTENT, Fingerprints, changed
+from mambapeft_vision.run.inputs import CONTENT, Fingerprints, changed, has_other_content
 from mambapeft_vision.run.own_code import NO_OWN_CODE, OwnCode
 from mambapeft_vision.run.run_config import make_plan, make_run_folder
 from mambapeft_vision.utils.atomic import write_text
@@ -138,8 +138,8 @@ def _ends(
 def _head_of(probe: Path, record: RunRecord) -> dict[str, Tensor]:
     """A linear probe's head. Raises UserError for a run on other images or weights."""
     other = read_record(probe)
-    contents = {one.versions.get(CONTENT) for one in (other, record)} - {None}
-    if (other.task, other.data_manifest) != (record.task, record.data_manifest) or len(contents) > 1 or other.trainable:
+    same = (other.task, other.data_manifest) == (record.task, record.data_manifest)
+    if not same or has_other_content(other, record) or other.trainable:
         raise UserError(f"{probe} is no linear probe on {record.task} with the same images; expected one")
     if other.backbone_sha256 != record.backbone_sha256:
         raise UserError(f"{probe} has other weights of the backbone; expected a linear probe on those of the run")

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import signal
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,10 +143,10 @@ def longest_first(jobs: Sequence[Job], speeds: Speeds) -> list[Job]:
     """
     seconds = [speeds.seconds(job.plan) for job in jobs]
     known = all(estimate is not None for estimate in seconds)
-    totals: Counter[str] = Counter()
+    totals: dict[str, float] = defaultdict(float)
     for job, estimate in zip(jobs, seconds, strict=True):
         size = estimate if known else job.plan.config["dataset"].get("num_test")
-        totals[task_key(job.plan)] += size or 0  # type: ignore[assignment] # of seconds
+        totals[task_key(job.plan)] += size or 0
     return sorted(jobs, key=lambda job: -totals[task_key(job.plan)])
 
 

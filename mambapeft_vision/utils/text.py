@@ -11,6 +11,7 @@ import unicodedata
 from typing import Any
 
 LONGEST = 200  # characters of one shown value
+LONGEST_NOTE = 2000  # characters of a note or a title
 
 # Control characters, and those that change the direction or the visibility of the text around them.
 _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")

@@ -68,6 +68,18 @@ def test_dtypes_under_autocast(backend, device):
     assert [t.dtype for t in outs] == wanted
 
 
+@pytest.mark.parametrize(("backend", "device"), FUSED)
+def test_the_gradient_of_a_branch_scale_is_that_of_the_definition(backend, device):
+    hidden, weight = torch.randn(3, 2, 8, device=device), torch.rand(8, device=device)
+
+    def gradient(backend):
+        scale = torch.tensor([0.5, 1.0, 2.0], device=device).requires_grad_()
+        normed, total = add_rms_norm(hidden, None, weight, 1e-5, scale, backend=backend)
+        return torch.autograd.grad((normed * hidden).sum() + total.sum(), scale)[0]
+
+    torch.testing.assert_close(gradient(backend), gradient("naive"))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_strided_hidden_and_repeats(device):
     hidden = torch.randn(2, 6, 20, device=device)

@@ -27,6 +27,8 @@ def add_rms_norm(
     """
     _check_shapes(hidden, residual, weight, branch_scale)
     chosen = backend_for(backend, hidden)
+    if branch_scale is not None and branch_scale.requires_grad:
+        chosen = "naive"  # kernels compute no gradient of a factor that is drawn, not learnt
     if chosen == "numba" and computes_now([hidden, residual, weight, branch_scale]):
         from mambapeft_kernels.rms_norm import compiled
 

@@ -14,7 +14,7 @@ from mambapeft_kernels.rms_norm import numba_loops as loops
 def add_rms_norm(
     hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float, branch_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See `mambapeft_kernels.add_rms_norm`."""
+    """See `mambapeft_kernels.add_rms_norm`; without a gradient of `branch_scale`."""
     return _Norm.apply(hidden, residual, weight, eps, branch_scale)
 
 

@@ -75,11 +75,9 @@ def _backward(
 def add_rms_norm(
     hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float, branch_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See `mambapeft_kernels.add_rms_norm`. A gradient of `branch_scale` is not computed: it is drawn, not learnt."""
+    """See `mambapeft_kernels.add_rms_norm`; without a gradient of `branch_scale`."""
     fused = hidden.dtype in (torch.float32, torch.bfloat16, torch.float16) and hidden.numel()
     if not fused or (residual is not None and residual.dtype != _WIDE):
-        return naive.add_rms_norm(hidden, residual, weight, eps, branch_scale)
-    if branch_scale is not None and branch_scale.requires_grad:
         return naive.add_rms_norm(hidden, residual, weight, eps, branch_scale)
     return torch.ops.mambapeft.add_rms_norm(hidden, residual, weight, eps, branch_scale)
 

@@ -302,12 +302,12 @@ def _label_text(labels: Sequence[int]) -> str:
 
 
 def _status(file: Path) -> tuple[int, int]:
-    """Bytes and time of change: ctime, too, as programs restore mtime. Raises UserError for a file that is missing."""
+    """Bytes and time of change: ctime, as programs set mtime back. Raises UserError for a file that is missing."""
     try:
         status = os.stat(file)
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}). Correct its path, or remove it.") from error
-    return status.st_size, max(status.st_mtime_ns, status.st_ctime_ns)
+    return status.st_size, status.st_ctime_ns if os.name == "posix" else status.st_mtime_ns
 
 
 def _free_name(folder: Path) -> Path:

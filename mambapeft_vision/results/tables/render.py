@@ -3,9 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from mambapeft_vision.utils.text import latex, markdown, plain
-
-LONGEST_NOTE = 2000  # characters
+from mambapeft_vision.utils.text import LONGEST_NOTE, latex, markdown, plain
 
 
 @dataclass(frozen=True)
