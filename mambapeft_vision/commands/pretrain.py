@@ -1,10 +1,10 @@
 """Pretrains a small backbone on labelled images (docs/how-to/pretrain.md).
 
   mambapeft pretrain folder sources.mine.path=/path/to/images steps=2000
-  mambapeft pretrain vim_nano minutes=5
+  mambapeft pretrain vim_nano steps=5000
 
 NAME is a file of configs/pretrain; every other word is one of its keys. The second line is short for
-`mambapeft train pretrain=vim_nano pretrain.minutes=5`.
+`mambapeft train pretrain=vim_nano pretrain.steps=5000`.
 """
 
 from collections.abc import Sequence

@@ -7,12 +7,11 @@ import torch
 from mambapeft_vision.utils.errors import UserError
 
 
-def resolve_device(name: str, rank: int = 0) -> torch.device:
+def resolve_device(name: str) -> torch.device:
     """`auto` → the first GPU, or the CPU; `cuda` → the first GPU; else the device itself.
 
     Args:
         name: auto, cpu, cuda or cuda:N.
-        rank: rank of this process in its run; rank i takes the i-th GPU.
 
     Raises: UserError when the device is not there.
     """
@@ -23,7 +22,7 @@ def resolve_device(name: str, rank: int = 0) -> torch.device:
     match = re.fullmatch(r"cuda(?::(\d+))?", name)
     if match is None:
         raise UserError(f"device={name!r}; expected auto, cpu, cuda or cuda:N")
-    index = rank or int(match[1] or 0)
+    index = int(match[1] or 0)
     if index >= torch.cuda.device_count():
         raise UserError(f"device={name}: PyTorch sees {torch.cuda.device_count()} GPUs; choose auto or cpu")
     return torch.device("cuda", index)

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed import distributed_c10d
 
+from mambapeft_vision.engine.device import resolve_device
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.processes import end_with_parent
 
@@ -50,12 +51,21 @@ def sum_over_ranks(tensors: list[Tensor]) -> None:
             tensor.copy_(total)
 
 
-def check_devices(count: int, device: torch.device) -> None:
-    """Raises UserError unless there are `count` devices like `device`. On a CPU any number goes, for tests."""
-    if device.type == "cuda" and count > torch.cuda.device_count():
+def device_of_rank(name: str, count: int, rank: int = 0) -> torch.device:
+    """The device of one rank of a run.
+
+    Args:
+        name: the run's device, as `resolve_device` takes it; rank 0 takes it, rank i the i-th GPU.
+        count: number of ranks. On a CPU any number goes, for tests.
+
+    Raises: UserError unless there are that many GPUs, and where a GPU is named that is not the first of several.
+    """
+    first = resolve_device(name)
+    if first.type == "cuda" and count > torch.cuda.device_count():
         raise UserError(f"trainer.devices={count}, but PyTorch sees {torch.cuda.device_count()} GPUs; lower it")
-    if device.type == "cuda" and count > 1 and device.index:
-        raise UserError(f"trainer.devices={count} takes the first {count} GPUs; leave trainer.device={device} out")
+    if first.type == "cuda" and count > 1 and first.index:
+        raise UserError(f"trainer.devices={count} takes the first {count} GPUs; leave trainer.device={name} out")
+    return torch.device("cuda", rank) if rank and first.type == "cuda" else first
 
 
 @contextmanager

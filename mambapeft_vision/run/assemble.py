@@ -11,8 +11,7 @@ import torch
 from mambapeft_vision.adapter.model import AdaptedModel
 from mambapeft_vision.backbones.contract import Backbone
 from mambapeft_vision.data import ConsoleProgress, Preprocessing, TaskDataModule
-from mambapeft_vision.engine.device import resolve_device
-from mambapeft_vision.engine.distributed import check_devices
+from mambapeft_vision.engine.distributed import device_of_rank
 from mambapeft_vision.engine.module import Normalise
 from mambapeft_vision.engine.precision import apply_precision, resolve_precision
 from mambapeft_vision.run.build import build_backbone, build_dataset, build_model, set_kernel
@@ -79,8 +78,7 @@ def assemble(
     """
     attach = partial(build_model, plan) if attach is None else attach
     kernel = plan.kernel if kernel is None else kernel
-    place = resolve_device(plan.recipe.device if device is None else device, rank)
-    check_devices(plan.recipe.devices, place)
+    place = device_of_rank(plan.recipe.device if device is None else device, plan.recipe.devices, rank)
     if rank and place.type == "cuda":
         torch.cuda.set_device(place)
     if place.type == "cpu":

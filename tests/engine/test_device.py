@@ -23,12 +23,6 @@ def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch):
     assert resolve_device("auto") == torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", ["cuda", "auto"])
-def test_each_rank_has_a_gpu_of_its_own(monkeypatch, name):
-    with_gpus(monkeypatch, 2)
-    assert [resolve_device(name, rank) for rank in (0, 1)] == [torch.device("cuda", 0), torch.device("cuda", 1)]
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [("cuda", "PyTorch sees 0 GPUs"), ("cuda:3", "PyTorch sees 0 GPUs"), ("tpu", "expected auto, cpu, cuda or cuda:N")],

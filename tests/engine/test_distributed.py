@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import crashes, runs
 
-from mambapeft_vision.engine.distributed import check_devices
+from mambapeft_vision.engine.distributed import device_of_rank
 from mambapeft_vision.results.record import read_record
 from mambapeft_vision.utils.errors import UserError
 
@@ -59,9 +59,19 @@ def test_a_rank_that_fails_ends_the_run(task, tmp_path):
     assert code == 1 and "error: rank 1 ended with 1" in err
 
 
-def test_more_gpus_than_there_are_is_an_error():
-    with pytest.raises(UserError, match=r"trainer\.devices=99, but PyTorch sees \d+ GPUs"):
-        check_devices(99, torch.device("cuda", 0))
+def test_each_rank_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("auto", "cuda", "cuda:0"):
+        assert [device_of_rank(name, 2, rank).index for rank in (0, 1)] == [0, 1]
+    assert device_of_rank("cuda:1", 1) == torch.device("cuda", 1)
+    assert device_of_rank("cpu", 99, 7) == torch.device("cpu")
+    for name, count, told in (
+        ("cuda", 99, r"trainer\.devices=99, but PyTorch sees 2 GPUs"),
+        ("cuda:1", 2, r"takes the first 2 GPUs; leave trainer\.device=cuda:1 out"),
+    ):
+        with pytest.raises(UserError, match=told):
+            device_of_rank(name, count)
 
 
 @pytest.mark.gpu

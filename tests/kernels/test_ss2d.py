@@ -22,6 +22,7 @@ if torch.cuda.is_available():
     CPU = CPU[:2]  # with a GPU the Triton kernels are compiled, not interpreted
 FUSED = CPU[2:] + GPU[1:]
 FP32_BAR = 1e-5
+LOOPED_POSITIONS = 256  # of a map, whose definition is evaluated step by step
 
 # batch, height, width, channels, states, rank. The interpreter is slow: it gets sizes that cross every boundary once.
 SMALL = [
@@ -50,11 +51,16 @@ def worst(found: dict[str, float]) -> str:
     return ", ".join(f"{k} {v:.1e}" for k, v in sorted(found.items(), key=lambda kv: -kv[1])[:4])
 
 
+def exact(u, weights):
+    """The definition in float64; on large maps the vectorised form, which takes seconds instead of a minute."""
+    return results(u, weights, torch.float64, "naive" if u.shape[1] * u.shape[2] <= LOOPED_POSITIONS else "torch")
+
+
 def check_float32(backend, device, shape, **options):
     batch, height, width, channels, states, rank = shape
     weights = make_weights(channels, states, rank, device=device, **options)
     u = make_map(batch, height, width, channels, device)
-    reference = results(u, weights, torch.float64, "naive")
+    reference = exact(u, weights)
     found = errors(results(u, weights, torch.float32, backend), reference)
     assert all(v <= FP32_BAR for v in found.values()), worst(found)
 
@@ -82,6 +88,16 @@ def test_cpu_forms_in_float64(shape, backend):
     weights, u = make_weights(channels, states, rank), make_map(batch, height, width, channels)
     found = errors(results(u, weights, torch.float64, backend), results(u, weights, torch.float64, "naive"))
     assert all(v <= 1e-13 for v in found.values()), worst(found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2, 28, 28, 48, 1, 12), (1, 40, 17, 20, 16, 3)], ids=str)
+def test_the_vectorised_form_is_the_definition_on_large_maps(shape):
+    """What `exact` takes there."""
+    batch, height, width, channels, states, rank = shape
+    weights, u = make_weights(channels, states, rank, device="cuda"), make_map(batch, height, width, channels, "cuda")
+    found = errors(results(u, weights, torch.float64, "torch"), results(u, weights, torch.float64, "naive"))
+    assert all(v <= 1e-12 for v in found.values()), worst(found)
 
 
 def test_chunks_of_the_cpu_form_change_nothing(monkeypatch):
@@ -124,7 +140,7 @@ def test_bfloat16_is_within_twice_plain_pytorch(backend, shape, weight_dtype):
     weights = make_weights(channels, states, rank, device="cuda")
     weights = SS2DWeights(*(t.bfloat16().double() for t in weights))
     u = make_map(batch, height, width, channels, "cuda").bfloat16()
-    reference = results(u, weights, torch.float64, "naive")
+    reference = exact(u, weights)
     plain = errors(results(u, weights, torch.bfloat16, "plain", weight_dtype), reference)
     found = errors(results(u, weights, torch.bfloat16, backend, weight_dtype), reference)
     ratios = {name: found[name] / max(plain[name], 1e-12) for name in found}

@@ -56,7 +56,9 @@ def composed(*overrides: str) -> PretrainConfig:
 
 
 def test_the_shipped_configs_are_valid(tmp_path):
-    nano = composed("pretrain=vim_nano", "pretrain.minutes=1e-1", "pretrain.sources.emoji.share=2")
+    nano = composed(
+        "pretrain=vim_nano", "pretrain.steps=null", "pretrain.minutes=1e-1", "pretrain.sources.emoji.share=2"
+    )
     assert (nano.minutes, nano.sources["emoji"].share, nano.sources["emoji"].flip) == (0.1, 2.0, 0.0)
     folder = composed("pretrain=folder", f"pretrain.sources.mine.path={tmp_path}", "pretrain.augment.jitter=0")
     assert (folder.steps, folder.minutes, folder.augment.jitter) == (2000, None, 0.0)
