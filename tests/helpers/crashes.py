@@ -41,13 +41,16 @@ _CONTEXT.set_forkserver_preload(["helpers.crashes"])
 
 
 def _warm_up() -> None:
-    """What every child would do first."""
+    """What every child would do first, in one thread: a child would wait for others, which are not forked with it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     skip_what_costs_time()
     git_state(), library_versions()
     runs.compose_train(runs.SMALL_BACKBONE)
     backbone = create_backbone("vim_pico_patch8_32", "random", depth=1, embed_dim=32)
     model = adapt(backbone, {"lora_p_x": LoRA(targets="in_proj", rank=4, rows="x")}, runs.CLASSES)
     model(torch.zeros(2, 3, 32, 32)).sum().backward()
+    torch.set_num_threads(threads)
 
 
 _warm_up()
