@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,13 @@ def test_version(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert capsys.readouterr().out.strip() == mambapeft_vision.__version__
+
+
+def test_the_package_is_the_command_too(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mambapeft", "--version"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("mambapeft_vision", run_name="__main__")
+    assert caught.value.code in (None, 0) and capsys.readouterr().out.strip() == mambapeft_vision.__version__
 
 
 @pytest.mark.parametrize(
