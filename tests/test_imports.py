@@ -35,6 +35,7 @@ ALLOWED["benchmarks"] = {*ALLOWED}
 ALLOWED["package"] = {*ALLOWED} - {"benchmarks"}  # the public names in mambapeft_vision/__init__.py
 ALLOWED["commands"] = {*ALLOWED}
 ALLOWED["cli"] = {"commands", "package", "run", "sweep", "utils"}
+ALLOWED["__main__"] = {"cli"}
 
 
 # Modules of backbones/ that methods may know.
@@ -50,7 +51,7 @@ def unit_of(module: str) -> str:
         return "backbones.contract"
     if parts[1:3] == ["integrations", "wandb_logger"]:  # what a run calls; the rest stands on runs and sweeps
         return "loggers"
-    is_unit = len(parts) > 1 and (parts[1] == "cli" or (ROOT / parts[0] / parts[1]).is_dir())
+    is_unit = len(parts) > 1 and (parts[1] in ("cli", "__main__") or (ROOT / parts[0] / parts[1]).is_dir())
     return parts[1] if is_unit else "package"
 
 
