@@ -70,6 +70,15 @@ def _convolution(backend: str, *tensors: Tensor) -> Convolution:
     return Convolution(triton_kernels.conv_silu, triton_kernels.conv_backward, backward_has_silu=False)
 
 
+def _in_one_launch(backend: str, dproj: Tensor, x: Tensor, w: "Weights") -> bool:
+    """Whether one kernel takes the gradients of u and x_proj's output to x's."""
+    if backend != "cuda":
+        return False
+    from mambapeft_kernels.ssm_mixer import cuda_kernels
+
+    return cuda_kernels.supports(dproj, x, w.x_proj, w.conv_weight)
+
+
 def run(xz: Tensor, z: Tensor | None, directions: tuple[Direction, ...], scale: float, backend: str) -> Tensor:
     """See `mambapeft_kernels.ssm_mixer`; `backend` is a fused one."""
     _check(directions)
@@ -250,8 +259,13 @@ def _mixer_backward(
         need_conv = wanted["conv_weight"] or wanted["conv_bias"]
         if need_xz or need_conv or wanted["x_proj"] or wanted["dt_proj"]:
             dproj = dt_proj_backward(draw, w.dt_proj, dbc)
-        if need_xz or need_conv:
-            conv, filters = _convolution(backend, x if dx is None else dx, x), (w.conv_weight, w.conv_bias, rev)
+        filters = w.conv_weight, w.conv_bias, rev
+        if dx is not None and not need_conv and _in_one_launch(backend, dproj, x, w):
+            from mambapeft_kernels.ssm_mixer import cuda_kernels
+
+            cuda_kernels.input_gradient(du, dproj, x, w.x_proj, *filters, dx)
+        elif need_xz or need_conv:
+            conv = _convolution(backend, x if dx is None else dx, x)
             x_proj_backward(du, dproj, x, w.x_proj, *filters, through_silu=not conv.backward_has_silu)
             sums = conv.backward(du, x, *filters, dx, need_conv)
             grads |= {name: _own(s) for name, s in zip(("conv_weight", "conv_bias"), sums)}
