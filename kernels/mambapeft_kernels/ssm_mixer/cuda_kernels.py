@@ -1,29 +1,59 @@
-"""The last part of the mixer's backward in CUDA C++ (input_gradient.cu): x_proj, SiLU and convolution in one launch."""
+"""Convolution, SiLU and x_proj in one launch, in CUDA C++: forward (input_projection.cu), and backward for x alone
+(input_gradient.cu).
+"""
 
 import torch
 from torch import Tensor
 
 from mambapeft_kernels import nvrtc
 
-_FILES = ("common.cuh", "causal_conv1d/filter.cuh", "ssm_mixer/input_gradient.cu")
-_BLOCK_CHANNELS, _BLOCK_RUNS, _THREADS = 128, 4, 128  # see input_gradient.cu
+_FILES = ("common.cuh", "causal_conv1d/filter.cuh")
+_THREADS = 128
 
 
-def supports(dproj: Tensor, x: Tensor, x_proj: list[Tensor], conv_weight: list[Tensor]) -> bool:
-    """Whether the kernel can compute this gradient: bfloat16, channels in groups of 32, few columns and taps."""
-    columns, channels, taps = dproj.shape[-1], x.shape[-1], conv_weight[0].shape[1]
+def supports(x: Tensor, x_proj: list[Tensor], conv_weight: list[Tensor], conv_bias: list[Tensor]) -> bool:
+    """Whether the kernels can compute this: bfloat16, channels in groups of 32, few columns and taps."""
+    columns, channels, taps = x_proj[0].shape[0], x.shape[-1], conv_weight[0].shape[1]
     return (
-        dproj.dtype == x.dtype == torch.bfloat16
+        x.dtype == torch.bfloat16
         and channels % 32 == 0
         and columns % 2 == 0
         and columns <= 96
         and taps <= 4
         and x.stride(-1) == 1
-        and all(stride % 4 == 0 for stride in x.stride()[:-1])
+        and all(stride % 8 == 0 for stride in x.stride()[:-1])
         and x.stride(-2) * x.shape[-2] < 1 << 31
         and all(w.dtype in (torch.bfloat16, torch.float32) for w in x_proj)
-        and all(t.data_ptr() % 16 == 0 for t in (x, *x_proj, *conv_weight))
+        and all(t.data_ptr() % 16 == 0 for t in (x, *x_proj, *conv_weight, *conv_bias))
     )
+
+
+def input_projection(
+    x: Tensor,
+    x_proj: list[Tensor],
+    rank: int,
+    conv_weight: list[Tensor],
+    conv_bias: list[Tensor],
+    reverse: tuple[bool, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """u = SiLU(conv(x)) [G, B, L, E]; of u x_projᵀ the low-rank Δ [G, B, L, R] in x's dtype and B|C in float32."""
+    groups, (batch, length), columns = len(reverse), x.shape[:2], x_proj[0].shape[0]
+    u = x.new_empty(groups, *x.shape)
+    low = x.new_empty(groups, batch, length, rank)
+    bc = x.new_empty(groups, batch, length, columns - rank, dtype=torch.float32)
+    index, number = nvrtc.index_type(u, x, bc)
+    runs = batch * -(-length // 4)  # of tokens, eight a block; see input_projection.cu
+    arguments = [x, *_ends(x_proj), *_ends(conv_weight, torch.float32), *_ends(conv_bias, torch.float32), u, low, bc]
+    nvrtc.run(
+        (*_FILES, "ssm_mixer/input_projection.cu"),
+        "input_projection",
+        {**_macros(x, x_proj, conv_weight, reverse), "INDEX": index, "R": rank},
+        (groups, -(-runs // 8)),
+        _THREADS,
+        x.device,
+        [*arguments, batch, length, number(x.stride(0))],
+    )
+    return u, low, bc
 
 
 def input_gradient(
@@ -44,26 +74,38 @@ def input_gradient(
         dx: of x's dtype, each token's channels side by side.
     """
     batch, length, channels = x.shape
-    weights = [w.to(torch.float32) for w in conv_weight]
-    biases = [b.to(torch.float32) for b in conv_bias]
     index, number = nvrtc.index_type(du, x, dx)
-    macros: dict[str, int | str] = {
+    tokens = 4 * (17 - conv_weight[0].shape[1])  # of a block; see input_gradient.cu
+    filters = [*_ends(x_proj), *_ends(conv_weight, torch.float32), *_ends(conv_bias, torch.float32)]
+    nvrtc.run(
+        (*_FILES, "ssm_mixer/input_gradient.cu"),
+        "input_gradient",
+        {**_macros(x, x_proj, conv_weight, reverse), "INDEX": index, "GL": dx.stride(1)},
+        (-(-channels // 128), -(-length // tokens), batch),
+        _THREADS,
+        x.device,
+        [du, dproj, x, *filters, dx, batch, length, number(x.stride(0)), number(dx.stride(0))],
+    )
+
+
+def _macros(
+    x: Tensor, x_proj: list[Tensor], conv_weight: list[Tensor], reverse: tuple[bool, ...]
+) -> dict[str, int | str]:
+    return {
         "IO_BF16": 1,
         "ALIGNED": 1,
         "WEIGHT_BF16": int(x_proj[0].dtype == torch.bfloat16),
-        "INDEX": index,
-        "E": channels,
-        "K": weights[0].shape[1],
-        "W": dproj.shape[-1],
+        "E": x.shape[-1],
+        "K": conv_weight[0].shape[1],
+        "W": x_proj[0].shape[0],
         "G": len(reverse),
         "REV0": int(reverse[0]),
         "REV1": int(reverse[-1]),
         "XL": x.stride(1),
-        "GL": dx.stride(1),
     }
-    tokens = _BLOCK_RUNS * (17 - weights[0].shape[1])
-    grid = ((channels + _BLOCK_CHANNELS - 1) // _BLOCK_CHANNELS, (length + tokens - 1) // tokens, batch)
-    ends = [(tensors[0], tensors[-1]) for tensors in (x_proj, weights, biases)]
-    filters = [tensor for pair in ends for tensor in pair]
-    arguments = [du, dproj, x, *filters, dx, batch, length, number(x.stride(0)), number(dx.stride(0))]
-    nvrtc.run(_FILES, "input_gradient", macros, grid, _THREADS, x.device, arguments)
+
+
+def _ends(tensors: list[Tensor], dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Both directions' tensors; the same one twice for one direction."""
+    ends = tensors[0], tensors[-1]
+    return ends if dtype is None else (ends[0].to(dtype), ends[1].to(dtype))

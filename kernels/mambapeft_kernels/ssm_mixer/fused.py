@@ -70,13 +70,13 @@ def _convolution(backend: str, *tensors: Tensor) -> Convolution:
     return Convolution(triton_kernels.conv_silu, triton_kernels.conv_backward, backward_has_silu=False)
 
 
-def _in_one_launch(backend: str, dproj: Tensor, x: Tensor, w: "Weights") -> bool:
-    """Whether one kernel takes the gradients of u and x_proj's output to x's."""
+def _joined(backend: str, x: Tensor, w: "Weights") -> bool:
+    """Whether one kernel computes the convolution together with x_proj, and another one its gradient for x."""
     if backend != "cuda":
         return False
     from mambapeft_kernels.ssm_mixer import cuda_kernels
 
-    return cuda_kernels.supports(dproj, x, w.x_proj, w.conv_weight)
+    return cuda_kernels.supports(x, w.x_proj, w.conv_weight, w.conv_bias)
 
 
 def run(xz: Tensor, z: Tensor | None, directions: tuple[Direction, ...], scale: float, backend: str) -> Tensor:
@@ -149,8 +149,14 @@ def _weights(tensors: list[Tensor], present: list[bool]) -> Weights:
 
 def _project(x: Tensor, w: Weights, reverse: tuple[bool, ...], backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """u, Δ [G, B, L, E] in x's dtype and B|C [G, B, L, 2N] float32."""
-    from mambapeft_kernels.ssm_mixer.projections import projections_forward
+    from mambapeft_kernels.ssm_mixer.projections import dt_proj_forward, projections_forward
 
+    if _joined(backend, x, w):
+        from mambapeft_kernels.ssm_mixer import cuda_kernels
+
+        rank = w.dt_proj[0].shape[1]
+        u, low, bc = cuda_kernels.input_projection(x, w.x_proj, rank, w.conv_weight, w.conv_bias, reverse)
+        return u, dt_proj_forward(low, w.dt_proj, w.dt_bias), bc
     u = _convolution(backend, x).forward(x, w.conv_weight, w.conv_bias, reverse)
     return u, *projections_forward(u, w.x_proj, w.dt_proj, w.dt_bias)
 
@@ -260,7 +266,7 @@ def _mixer_backward(
         if need_xz or need_conv or wanted["x_proj"] or wanted["dt_proj"]:
             dproj = dt_proj_backward(draw, w.dt_proj, dbc)
         filters = w.conv_weight, w.conv_bias, rev
-        if dx is not None and not need_conv and _in_one_launch(backend, dproj, x, w):
+        if dx is not None and not need_conv and _joined(backend, x, w):
             from mambapeft_kernels.ssm_mixer import cuda_kernels
 
             cuda_kernels.input_gradient(du, dproj, x, w.x_proj, *filters, dx)
