@@ -161,6 +161,18 @@ def _project(x: Tensor, w: Weights, reverse: tuple[bool, ...], backend: str) -> 
     return u, *projections_forward(u, w.x_proj, w.dt_proj, w.dt_bias)
 
 
+def _projection_gradient(backend: str, draw: Tensor, dt_proj: list[Tensor], dbc: Tensor) -> Tensor:
+    """The gradient of [dt | B | C], [G, B, L, R + 2N]."""
+    from mambapeft_kernels.ssm_mixer.projections import dt_proj_backward
+
+    if backend == "cuda":
+        from mambapeft_kernels.ssm_mixer import cuda_kernels
+
+        if cuda_kernels.supports_projection_gradient(draw, dt_proj, dbc):
+            return cuda_kernels.projection_gradient(draw, dt_proj, dbc)
+    return dt_proj_backward(draw, dt_proj, dbc)
+
+
 def _keep(x: Tensor, groups: int) -> bool:
     return 2 * groups * x.numel() * x.element_size() <= KEEP_BYTES
 
@@ -245,7 +257,7 @@ def _mixer_backward(
     Where z is a half of xz, both halves of the gradient are written into one buffer: nothing is copied to join them.
     """
     from mambapeft_kernels.selective_scan.triton_kernels import channel_sums
-    from mambapeft_kernels.ssm_mixer.projections import dt_proj_backward, x_proj_backward
+    from mambapeft_kernels.ssm_mixer.projections import x_proj_backward
 
     x, gate = halves(xz, z)
     w, wanted, rev = _weights(tensors, present), _wanted(need, present), tuple(reverse)
@@ -264,7 +276,7 @@ def _mixer_backward(
 
         need_conv = wanted["conv_weight"] or wanted["conv_bias"]
         if need_xz or need_conv or wanted["x_proj"] or wanted["dt_proj"]:
-            dproj = dt_proj_backward(draw, w.dt_proj, dbc)
+            dproj = _projection_gradient(backend, draw, w.dt_proj, dbc)
         filters = w.conv_weight, w.conv_bias, rev
         if dx is not None and not need_conv and _joined(backend, x, w):
             from mambapeft_kernels.ssm_mixer import cuda_kernels

@@ -8,12 +8,6 @@
 // rows are channels, columns tokens, and both, like the sum's index, are numbered so that a thread gets what it owns.
 // So du is read once, and never written.
 
-#if WEIGHT_BF16
-typedef unsigned short weight_t;
-#else
-typedef float weight_t;
-#endif
-
 constexpr int RUN = 16 - HALO;
 constexpr int WARPS = 4;
 constexpr int HALVES = (W + 31) / 32;           // a row of dproj is summed over in pieces of 32
@@ -31,12 +25,6 @@ __device__ __forceinline__ void stage(io_t (*tile)[LINE], const io_t* dproj, int
         if (column < W && token >= 0 && token < length) piece.load_vector(dproj + ((INDEX)token * W + column));
         piece.store_vector(tile[row] + column);
     }
-}
-
-__device__ __forceinline__ u32 bf16_pair(float lo, float hi) {
-    u32 pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
-    return pair;
 }
 
 // x_proj's columns of four channels, as the products want them: piece by piece 8 rows of x_proj from `row` on.
@@ -70,14 +58,6 @@ struct Projection {
 #endif
     }
 };
-
-// sum += a b: 16 channels, 8 tokens, 16 of W.
-__device__ __forceinline__ void multiply(float* sum, const u32* a, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) input_gradient(
     const io_t* __restrict__ du, const io_t* __restrict__ dproj, const io_t* __restrict__ x, const weight_t* p0,
@@ -118,8 +98,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) input_gradient(
                 const uint4 v = *(const uint4*)(operand + i * LINE + 32 * half);
 #pragma unroll
                 for (int c = 0; c < 4; c += 2) {
-                    multiply(g[c], projection.operand[c / 2][2 * half], v.x, v.y);
-                    multiply(g[c], projection.operand[c / 2][2 * half + 1], v.z, v.w);
+                    const u32 *low = projection.operand[c / 2][2 * half], *high = projection.operand[c / 2][2 * half + 1];
+                    multiply(g[c], low[0], low[1], low[2], low[3], v.x, v.y);
+                    multiply(g[c], high[0], high[1], high[2], high[3], v.z, v.w);
                 }
             }
 #pragma unroll

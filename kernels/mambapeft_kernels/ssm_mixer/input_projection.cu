@@ -6,21 +6,9 @@
 // over RUN tokens in a row, and keeps it as the operand of a tensor-core product (m16n8k16), whose rows (tokens) and inner
 // index (channels) are numbered so that a thread gives what it has. The warps' sums over channels meet in shared memory.
 
-#if WEIGHT_BF16
-typedef unsigned short weight_t;
-#else
-typedef float weight_t;
-#endif
-
 constexpr int RUN = 4, WARPS = 4, TOKENS = 8 * RUN;
 constexpr int TILES = (W + 7) / 8;  // of eight rows of x_proj
 constexpr int LINE = 8 * TILES + 2;
-
-__device__ __forceinline__ u32 bf16_pair(float lo, float hi) {
-    u32 pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
-    return pair;
-}
 
 // Eight neighbouring elements of a row of x_proj.
 __device__ __forceinline__ uint4 load_weights(const weight_t* from) {
@@ -32,14 +20,6 @@ __device__ __forceinline__ uint4 load_weights(const weight_t* from) {
     v.x = bf16_pair(a.x, a.y), v.y = bf16_pair(a.z, a.w), v.z = bf16_pair(b.x, b.y), v.w = bf16_pair(b.z, b.w);
     return v;
 #endif
-}
-
-// sum += a b: 16 tokens, 8 rows of x_proj, 16 channels.
-__device__ __forceinline__ void multiply(float* sum, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, TILES > 8 ? 3 : 4) input_projection(
