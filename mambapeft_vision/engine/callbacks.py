@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from mambapeft_vision.engine.checkpoint import INPUTS
 from mambapeft_vision.engine.module import FineTuning, TrainingModule
@@ -192,12 +193,17 @@ class StopAtNonFinite(Callback):
     ) -> None:
         module = _fine_tuning(pl_module)
         last = batch_idx + 1 == module.steps_per_epoch
-        if module.step.failed(wait=last):
+        # The end of a warm-up brings a new step, which knows nothing of the old one's failure.
+        warming_up = any(method.warming_up for method in module.model.methods.values())
+        if module.step.failed(wait=last and warming_up):
             self._stop(module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = _fine_tuning(pl_module)
-        wrong = not_finite_weights(module)
+        finite = _finite_weights(module)  # launched behind the last steps, before anything waits for them
+        if module.step.failed(wait=True):
+            self._stop(module)
+        wrong = [name for name, good in zip(module.model.trained(), finite.tolist()) if not good]
         if wrong:
             raise self._error(f"weights are not finite ({wrong[0]})", module.steps_done - 1, module)
 
@@ -231,10 +237,13 @@ class StopAtNonFinite(Callback):
 
 def not_finite_weights(module: FineTuning) -> list[str]:
     """Names of the trained tensors that hold NaN or infinity; waits for the device."""
-    trained = module.model.trained()
-    largest = torch._foreach_norm(list(trained.values()), math.inf)  # few launches, and NaN stays NaN
-    finite = torch.isfinite(torch.stack(largest)).tolist()
-    return [name for name, good in zip(trained, finite) if not good]
+    return [name for name, good in zip(module.model.trained(), _finite_weights(module).tolist()) if not good]
+
+
+def _finite_weights(module: FineTuning) -> Tensor:
+    """Whether each trained tensor is finite; does not wait for the device."""
+    largest = torch._foreach_norm(list(module.model.trained().values()), math.inf)  # few launches, and NaN stays NaN
+    return torch.isfinite(torch.stack(largest))
 
 
 def largest_gradient(module: FineTuning) -> tuple[str, float]:

@@ -2,7 +2,12 @@
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+from mambapeft_vision.engine import callbacks as engine_callbacks
 from mambapeft_vision.engine.callbacks import (
     Checkpoints,
     History,
@@ -55,3 +60,28 @@ def test_callbacks_of_pretraining_are_called_in_the_stated_order():
     kinds = kinds_in_trainer(callbacks_of_pretraining(Path("checkpoint"), 0, print))
     assert all(kinds.index(first) < kinds.index(second) for first, second in BEFORE_IN_PRETRAINING)
     assert set(kinds) == {kind for pair in BEFORE_IN_PRETRAINING for kind in pair}
+
+
+@pytest.mark.parametrize("warming_up", [False, True])
+def test_an_epoch_waits_for_its_steps_once_and_launches_its_last_check_before(warming_up, monkeypatch):
+    """But after a warm-up's last batch, before the step that knows of a failure is replaced."""
+    happened = []
+
+    def failed(wait=False):
+        happened.append("waited" if wait else "looked")
+        return False
+
+    def norms(tensors, order):
+        happened.append("launched")
+        return [torch.ones(()) for _ in tensors]
+
+    monkeypatch.setattr(engine_callbacks, "_fine_tuning", lambda module: module)
+    monkeypatch.setattr(torch, "_foreach_norm", norms)
+    methods = {"m": SimpleNamespace(warming_up=warming_up)}
+    model = SimpleNamespace(methods=methods, trained=lambda: {"weight": torch.ones(2)})
+    module = SimpleNamespace(step=SimpleNamespace(failed=failed), steps_per_epoch=2, model=model)
+    callback = StopAtNonFinite("task", "method", Path("checkpoint.ckpt"), ends_sweep=True)
+    for number in range(2):
+        callback.on_train_batch_end(None, module, None, None, number)
+    callback.on_train_epoch_end(None, module)
+    assert happened == ["looked", "waited" if warming_up else "looked", "launched", "waited"]
