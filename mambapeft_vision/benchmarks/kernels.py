@@ -111,7 +111,6 @@ def work(case: Case) -> dict[str, Work]:
         "projections_forward": Work(0, 0, x_proj + dt_proj, 2 * groups * plane + bc),
         "dt_proj_backward": Work(0, 0, dt_proj, groups * plane + bc),
         "x_proj_backward": Work(0, 0, x_proj, 2 * groups * plane),
-        "input_gradient": Work(0, 0, x_proj, (2 + groups) * plane),
         "norm_forward": Work(memory=rows * (2 + 4 + 2 + 4)),
         "norm_backward": Work(memory=rows * (2 + 4 + 4 + 2 + 4)),
     }
@@ -123,8 +122,7 @@ def work(case: Case) -> dict[str, Work]:
 def block_floor(case: Case, chip: Chip) -> tuple[float, str]:
     """The sum of the floors of a block's parts, one after another."""
     parts = work(case)
-    for other in ("scan_forward", "conv_backward", "x_proj_backward"):  # training has other kernels in their place
-        parts.pop(other)
+    parts.pop("scan_forward")
     return sum(w.floor(chip)[0] for w in parts.values()), "sum of parts"
 
 
@@ -189,7 +187,6 @@ def parts(case: Case, backend: str) -> Iterator[tuple[str, list[Callable[[], obj
     from mambapeft_kernels.causal_conv1d import cuda_kernels as conv_cuda
     from mambapeft_kernels.causal_conv1d import triton_kernels as conv_triton
     from mambapeft_kernels.selective_scan import triton_kernels as scan_triton
-    from mambapeft_kernels.ssm_mixer import cuda_kernels as mixer_cuda
     from mambapeft_kernels.ssm_mixer import projections
 
     on_cuda = backend == "cuda"
@@ -244,11 +241,6 @@ def parts(case: Case, backend: str) -> Iterator[tuple[str, list[Callable[[], obj
         "x_proj_backward",
         each(lambda s: projections.x_proj_backward(s["du"], s["dproj"], s["x"], w["x_proj"], *taps, not on_cuda)),
     )
-    if on_cuda and mixer_cuda.supports(sets[0]["x"], w["x_proj"], *taps[:2]):
-        yield (
-            "input_gradient",
-            each(lambda s: mixer_cuda.input_gradient(s["du"], s["dproj"], s["x"], w["x_proj"], *taps, s["dx"])),
-        )
 
 
 def norms(case: Case, backend: str) -> Iterator[tuple[str, list[Callable[[], object]]]]:

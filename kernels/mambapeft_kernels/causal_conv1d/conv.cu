@@ -6,6 +6,39 @@
 // and every row of x is read once for all taps and directions. All loops unroll, so the rows stay in registers.
 
 constexpr int RUN = 16;
+constexpr int HALO = K - 1;
+
+struct Filter {
+    float weight[K][2], bias[2];
+
+    __device__ __forceinline__ void load(const float* w, const float* b, int channel) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            bias[c] = b[channel + c];
+#pragma unroll
+            for (int k = 0; k < K; ++k) weight[k][c] = w[(channel + c) * K + k];
+        }
+    }
+};
+
+// Rows [start, start + COUNT) of a sample; zeros outside of it.
+template <int COUNT, int LINE>
+__device__ __forceinline__ void load_rows(Pack<2>* rows, const io_t* base, INDEX corner, int start, int length) {
+    const io_t* from = base + (corner + start * LINE);
+#pragma unroll
+    for (int r = 0; r < COUNT; ++r) {
+        rows[r].clear();
+        if (start + r >= 0 && start + r < length) rows[r].load_vector(from + r * LINE);
+    }
+}
+
+// The convolution at the row `at` of `x` (which holds the neighbours), before SiLU.
+__device__ __forceinline__ float preactivation(const Pack<2>* x, int at, const Filter& f, int c, bool reverse) {
+    float sum = f.bias[c];
+#pragma unroll
+    for (int k = 0; k < K; ++k) sum += f.weight[k][c] * x[reverse ? at + (K - 1 - k) : at - (K - 1 - k)].get(c);
+    return sum;
+}
 
 extern "C" __global__ void __launch_bounds__(128) conv_forward(
     const io_t* __restrict__ x, const float* w0, const float* w1, const float* b0, const float* b1,
@@ -17,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(128) conv_forward(
 #pragma unroll
     for (int d = 0; d < G; ++d) {
         const bool reverse = d ? REV1 : REV0;
-        Filter<2> filter;
+        Filter filter;
         filter.load(d ? w1 : w0, d ? b1 : b0, channel);
         io_t* to = u + ((((INDEX)d * batch + b) * length + start) * E + channel);
 #pragma unroll
@@ -49,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(128) conv_backward(
 #pragma unroll
     for (int d = 0; d < G; ++d) {
         const bool reverse = d ? REV1 : REV0;
-        Filter<2> filter;
+        Filter filter;
         filter.load(d ? w1 : w0, d ? b1 : b0, channel);
         // Tokens whose u reads this run: it and HALO tokens behind it (before it, when reading backwards).
         const int from = reverse ? start - HALO : start;

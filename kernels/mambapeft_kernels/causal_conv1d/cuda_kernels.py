@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mambapeft_kernels import nvrtc
 
-_FILES = ("common.cuh", "causal_conv1d/filter.cuh", "causal_conv1d/conv.cu")
+_FILES = ("common.cuh", "causal_conv1d/conv.cu")
 
 
 def supports(*tensors: Tensor) -> bool:

@@ -70,15 +70,6 @@ def _convolution(backend: str, *tensors: Tensor) -> Convolution:
     return Convolution(triton_kernels.conv_silu, triton_kernels.conv_backward, backward_has_silu=False)
 
 
-def _joined(backend: str, x: Tensor, w: "Weights") -> bool:
-    """Whether one kernel computes the convolution together with x_proj, and another one its gradient for x."""
-    if backend != "cuda":
-        return False
-    from mambapeft_kernels.ssm_mixer import cuda_kernels
-
-    return cuda_kernels.supports(x, w.x_proj, w.conv_weight, w.conv_bias)
-
-
 def run(xz: Tensor, z: Tensor | None, directions: tuple[Direction, ...], scale: float, backend: str) -> Tensor:
     """See `mambapeft_kernels.ssm_mixer`; `backend` is a fused one."""
     _check(directions)
@@ -149,28 +140,10 @@ def _weights(tensors: list[Tensor], present: list[bool]) -> Weights:
 
 def _project(x: Tensor, w: Weights, reverse: tuple[bool, ...], backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """u, Δ [G, B, L, E] in x's dtype and B|C [G, B, L, 2N] float32."""
-    from mambapeft_kernels.ssm_mixer.projections import dt_proj_forward, projections_forward
+    from mambapeft_kernels.ssm_mixer.projections import projections_forward
 
-    if _joined(backend, x, w):
-        from mambapeft_kernels.ssm_mixer import cuda_kernels
-
-        rank = w.dt_proj[0].shape[1]
-        u, low, bc = cuda_kernels.input_projection(x, w.x_proj, rank, w.conv_weight, w.conv_bias, reverse)
-        return u, dt_proj_forward(low, w.dt_proj, w.dt_bias), bc
     u = _convolution(backend, x).forward(x, w.conv_weight, w.conv_bias, reverse)
     return u, *projections_forward(u, w.x_proj, w.dt_proj, w.dt_bias)
-
-
-def _projection_gradient(backend: str, draw: Tensor, dt_proj: list[Tensor], dbc: Tensor) -> Tensor:
-    """The gradient of [dt | B | C], [G, B, L, R + 2N]."""
-    from mambapeft_kernels.ssm_mixer.projections import dt_proj_backward
-
-    if backend == "cuda":
-        from mambapeft_kernels.ssm_mixer import cuda_kernels
-
-        if cuda_kernels.supports_projection_gradient(draw, dt_proj, dbc):
-            return cuda_kernels.projection_gradient(draw, dt_proj, dbc)
-    return dt_proj_backward(draw, dt_proj, dbc)
 
 
 def _keep(x: Tensor, groups: int) -> bool:
@@ -257,7 +230,7 @@ def _mixer_backward(
     Where z is a half of xz, both halves of the gradient are written into one buffer: nothing is copied to join them.
     """
     from mambapeft_kernels.selective_scan.triton_kernels import channel_sums
-    from mambapeft_kernels.ssm_mixer.projections import x_proj_backward
+    from mambapeft_kernels.ssm_mixer.projections import dt_proj_backward, x_proj_backward
 
     x, gate = halves(xz, z)
     w, wanted, rev = _weights(tensors, present), _wanted(need, present), tuple(reverse)
@@ -276,14 +249,9 @@ def _mixer_backward(
 
         need_conv = wanted["conv_weight"] or wanted["conv_bias"]
         if need_xz or need_conv or wanted["x_proj"] or wanted["dt_proj"]:
-            dproj = _projection_gradient(backend, draw, w.dt_proj, dbc)
-        filters = w.conv_weight, w.conv_bias, rev
-        if dx is not None and not need_conv and _joined(backend, x, w):
-            from mambapeft_kernels.ssm_mixer import cuda_kernels
-
-            cuda_kernels.input_gradient(du, dproj, x, w.x_proj, *filters, dx)
-        elif need_xz or need_conv:
-            conv = _convolution(backend, x if dx is None else dx, x)
+            dproj = dt_proj_backward(draw, w.dt_proj, dbc)
+        if need_xz or need_conv:
+            conv, filters = _convolution(backend, x if dx is None else dx, x), (w.conv_weight, w.conv_bias, rev)
             x_proj_backward(du, dproj, x, w.x_proj, *filters, through_silu=not conv.backward_has_silu)
             sums = conv.backward(du, x, *filters, dx, need_conv)
             grads |= {name: _own(s) for name, s in zip(("conv_weight", "conv_bias"), sums)}

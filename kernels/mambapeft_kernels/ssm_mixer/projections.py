@@ -201,27 +201,21 @@ def projections_forward(
     groups, batch, length, channels = u.shape
     tokens, rank = batch * length, dt_proj[0].shape[1]
     pair_states = x_proj[0].shape[0] - rank
-    low = torch.empty(groups, batch, length, rank, dtype=u.dtype, device=u.device)
+    delta = torch.empty_like(u)
+    low = torch.empty(groups, tokens, rank, dtype=u.dtype, device=u.device)
     bc = torch.empty(groups, batch, length, pair_states, dtype=torch.float32, device=u.device)
+    precision = _precision(u)
     tile = _tile("x_proj", u.dtype)
     _x_proj[(triton.cdiv(tokens, tile["BLOCK_T"]), groups)](
         u, *_pair(x_proj), low, bc, tokens, channels, R=rank, S=pair_states, WP=_padded(rank + pair_states),
-        PRECISION=_precision(u), **tile,
+        PRECISION=precision, **tile,
     )  # fmt: skip
-    return dt_proj_forward(low, dt_proj, dt_bias), bc
-
-
-def dt_proj_forward(low: Tensor, dt_proj: list[Tensor], dt_bias: list[Tensor]) -> Tensor:
-    """Δ = softplus(low dt_projᵀ + dt_bias), [G, B, L, E], from the low-rank Δ [G, B, L, R]."""
-    groups, batch, length, rank = low.shape
-    tokens, channels = batch * length, len(dt_bias[0])
-    delta = torch.empty(groups, batch, length, channels, dtype=low.dtype, device=low.device)
-    tile = _tile("dt_proj", low.dtype)
+    tile = _tile("dt_proj", u.dtype)
     _dt_proj[(triton.cdiv(channels, tile["BLOCK_E"]), triton.cdiv(tokens, tile["BLOCK_T"]), groups)](
-        low, *_pair(dt_proj), *_pair(dt_bias), delta, tokens, channels, R=rank, RP=_padded(rank),
-        PRECISION=_precision(low), **tile,
+        low, *_pair(dt_proj), *_pair(dt_bias), delta, tokens, channels, R=rank, RP=_padded(rank), PRECISION=precision,
+        **tile,
     )  # fmt: skip
-    return delta
+    return delta, bc
 
 
 def dt_proj_backward(draw: Tensor, dt_proj: list[Tensor], dbc: Tensor) -> Tensor:
