@@ -16,7 +16,7 @@ from mambapeft_vision.utils.paths import configs_folder
 
 RUNS = (
     "experiment=demo",
-    "dataset=mini/digits,mini/sprites_loc,mini/solids_count",
+    "dataset=mini/digits,mini/sprites_loc,mini/sprites_ori,mini/solids_count,mini/solids_distance",
     "method=scratch,linear_probe,lora_p_x",
     "seed=0",
     "trainer.device=cpu",
