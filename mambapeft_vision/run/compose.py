@@ -27,7 +27,7 @@ def compose(
     (`trainer.max_epochs=3`) are made from one that Hydra composed: as long as no file of `configs` changes.
 
     Args:
-        root: "train" or "evaluate".
+        root: "train", "evaluate" or a config in Hydra's store.
         overrides: as on the command line, such as `method=[a,d]` or `trainer.max_epochs=3`.
         config_dir: a folder with options of your own, such as method/mine.yaml.
         configs: the folder with train.yaml, if it is not the package's.
@@ -36,7 +36,8 @@ def compose(
     configs = configs or configs_folder()
     choices = [text for text in overrides if _is_choice(text, configs)]
     values = [text for text in overrides if text not in choices]
-    if config_dir is None and all(map(_is_value, values)):
+    in_files = (configs / f"{root}.yaml").is_file()  # Hydra's store, which has others, may change
+    if config_dir is None and in_files and all(map(_is_value, values)):
         try:
             return _with_values(_chosen(root, tuple(choices), configs, _files(configs)), values)
         except (HydraException, OmegaConfBaseException):

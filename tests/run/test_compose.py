@@ -7,6 +7,7 @@ from pathlib import Path
 import hydra
 import pytest
 from helpers import runs
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import Container, DictConfig, OmegaConf
 
@@ -68,6 +69,12 @@ def test_mistakes_are_told_as_hydra_tells_them(overrides):
     with pytest.raises(type(expected.value)) as found:
         compose("train", overrides)
     assert (str(found.value), str(found.value.__cause__)) == (str(expected.value), str(expected.value.__cause__))
+
+
+def test_a_root_in_hydras_store_is_the_one_that_is_there_now():
+    for number in (1, 2):
+        ConfigStore.instance().store(name="of_a_test", node={"number": number})
+        assert compose("of_a_test", []).number == number
 
 
 def test_a_change_stays_in_its_own_config_and_a_file_that_changes_is_read_again(tmp_path):
