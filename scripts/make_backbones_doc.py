@@ -6,6 +6,7 @@ python scripts/make_backbones_doc.py [--check]
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -121,10 +122,10 @@ def document() -> str:
     return "\n".join([HEAD, sizes_table(), "", PRESETS_HEAD, presets_table(), ""])
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Writes docs/backbones.md from the backbones and presets themselves.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when it is not up to date")
-    check = parser.parse_args().check
+    check = parser.parse_args(arguments).check
     text = document()
     if check:
         return 0 if DOCUMENT.is_file() and DOCUMENT.read_text(encoding="utf-8") == text else 1

@@ -7,6 +7,7 @@ With --check nothing is written; the exit status is 1 when docs/methods.md is no
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from mambapeft_vision.adapter.presets import Preset, read_presets
@@ -63,10 +64,10 @@ def document(presets: dict[str, Preset]) -> str:
     return "\n".join(parts)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Writes docs/methods.md from the presets' headers.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when it is not up to date")
-    check = parser.parse_args().check
+    check = parser.parse_args(arguments).check
     text = document(read_presets(ROOT / "configs" / "method"))
     if check:
         return 0 if DOCUMENT.is_file() and DOCUMENT.read_text(encoding="utf-8") == text else 1

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def unit_of(module: str) -> str:
     return parts[1] if is_unit else "package"
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Every module of the project by its dotted name."""
     found = {}
@@ -64,6 +66,7 @@ def modules() -> dict[str, Path]:
     return found
 
 
+@cache
 def imported(path: Path) -> set[str]:
     """Names of the project that a file imports, wherever in the file, but for type checkers alone."""
     found = set()

@@ -4,18 +4,18 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from mambapeft_vision.adapter.presets import fitting_presets, read_preset, registered_name
 from mambapeft_vision.benchmarks.mini_settings import RATES, SEARCH_TASKS, Setting
 from mambapeft_vision.data.generated.mini import IMPORTED
 from mambapeft_vision.results.paper import PAPER
-from mambapeft_vision.run.config import register_schemas
+from mambapeft_vision.run.compose import compose
 from mambapeft_vision.run.exit import nearest
 from mambapeft_vision.run.inputs import Inputs
 from mambapeft_vision.run.run_config import Resolved
@@ -133,14 +133,13 @@ def plan_runs(
     benchmark: Benchmark, wanted: Sequence[Wanted], seeds: Sequence[int], overrides: Sequence[str] = ()
 ) -> list[Job]:
     """The runs that are wanted. Composes once a method and once a task, not once a run."""
-    register_schemas()
     inputs, jobs = Inputs(), []
     given = [*benchmark.given, *overrides]
-    with initialize_config_dir(str(benchmark.configs), version_base="1.3"):
-        names = {name: None for want in wanted for name in want.tasks}
-        tasks = {name: compose("train", [f"dataset={name}", *given]) for name in names}
-        changed = {(want.method, want.overrides): None for want in wanted}
-        methods = {key: compose("train", [f"method=[{key[0]}]", *given, *key[1]]) for key in changed}
+    composed = partial(compose, "train", configs=benchmark.configs)
+    names = {name: None for want in wanted for name in want.tasks}
+    tasks = {name: composed([f"dataset={name}", *given]) for name in names}
+    changed = {(want.method, want.overrides): None for want in wanted}
+    methods = {key: composed([f"method=[{key[0]}]", *given, *key[1]]) for key in changed}
     resolved = {name: Resolved(cfg) for name, cfg in tasks.items()}
     specs = {name: specs_of(benchmark.configs, name) for name, _ in methods}
     for want in wanted:

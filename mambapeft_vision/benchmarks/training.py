@@ -31,7 +31,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from PIL import Image
@@ -50,7 +49,7 @@ from mambapeft_vision.results.metrics import read_metrics
 from mambapeft_vision.results.plots import png, save_png
 from mambapeft_vision.results.tables.render import Table, to_markdown
 from mambapeft_vision.run.build import build_backbone, build_model, set_kernel
-from mambapeft_vision.run.config import register_schemas
+from mambapeft_vision.run.compose import compose
 from mambapeft_vision.run.run import train
 from mambapeft_vision.run.run_config import RunPlan, make_plan
 from mambapeft_vision.sweep.worker_cache import Kept
@@ -99,9 +98,7 @@ def overrides(task: Path, outputs: Path, method: str, *more: str) -> list[str]:
 
 
 def plan_of(arguments: list[str]) -> tuple[DictConfig, RunPlan]:
-    register_schemas()
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose("train", arguments)
+    cfg = compose("train", arguments, configs=ROOT / "configs")
     return cfg, make_plan(cfg)
 
 

@@ -7,6 +7,7 @@ Light to import: `--help`, tab completion and config errors do not wait for PyTo
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
@@ -114,6 +115,7 @@ def to_dict(cfg: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], container)  # a DictConfig becomes a dict whose keys are the schema's names
 
 
+@cache
 def register_schemas() -> None:
     """Makes the schemas known to Hydra, under the names that the root configs list first."""
     store = ConfigStore.instance()

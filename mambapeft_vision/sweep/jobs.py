@@ -10,7 +10,6 @@ from enum import Enum
 from functools import cached_property
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from omegaconf import DictConfig, OmegaConf
@@ -18,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from mambapeft_vision.data.tasks import TASKS
 from mambapeft_vision.results.layout import CHECKPOINT_FILE
 from mambapeft_vision.results.record import is_finished, read_record
-from mambapeft_vision.run.config import register_schemas
+from mambapeft_vision.run.compose import compose
 from mambapeft_vision.run.inputs import Inputs
 from mambapeft_vision.run.overrides import glob_options, sweep_name
 from mambapeft_vision.run.run_config import Resolved, RunPlan, make_plan, seed_is_within
@@ -80,15 +79,13 @@ def plan_jobs(arguments: Sequence[str], configs: Path) -> list[Job]:
         configs: folder with train.yaml.
     Raises: UserError and Hydra's exceptions for mistakes in any of the runs.
     """
-    register_schemas()
-    with initialize_config_dir(str(configs), version_base="1.3"):
-        if not any(argument.partition("=")[0] == "dataset" for argument in arguments):
-            arguments = [ALL_TASKS, *arguments]
-        composer = _Composer(sweep_name(arguments))
-        inputs, jobs = Inputs(), {}
-        for choices in itertools.product(*_choices(arguments, configs)):
-            for job in composer.jobs(choices, inputs):
-                jobs[job.folder] = job
+    if not any(argument.partition("=")[0] == "dataset" for argument in arguments):
+        arguments = [ALL_TASKS, *arguments]
+    composer = _Composer(sweep_name(arguments), configs)
+    inputs, jobs = Inputs(), {}
+    for choices in itertools.product(*_choices(arguments, configs)):
+        for job in composer.jobs(choices, inputs):
+            jobs[job.folder] = job
     return list(jobs.values())
 
 
@@ -142,8 +139,8 @@ class _Composer:
     choices, where no value outside of `dataset` refers to it and `dataset` refers to nothing that is swept.
     """
 
-    def __init__(self, sweep: str) -> None:
-        self._sweep = sweep
+    def __init__(self, sweep: str, configs: Path) -> None:
+        self._sweep, self._configs = sweep, configs
         self._composed: dict[tuple[str, ...], _Composed] = {}
         self._first_task: _Choice | None = None
         self._first_with: dict[tuple[str, ...], Sequence[_Choice]] = {}  # first choices of each task
@@ -176,7 +173,7 @@ class _Composer:
     def _compose(self, choices: Sequence[_Choice]) -> "_Composed":
         texts = tuple(text for choice in choices if choice.key != "seed" for text in choice.texts())
         if texts not in self._composed:
-            cfg = compose("train", list(texts))
+            cfg = compose("train", texts, configs=self._configs)
             cfg.sweep = cfg.sweep or self._sweep
             self._composed[texts] = _Composed(cfg)
         return self._composed[texts]

@@ -3,7 +3,6 @@
 import argparse
 import copy
 
-import huggingface_hub
 import numpy as np
 import pytest
 import timm
@@ -224,8 +223,7 @@ def hub(monkeypatch):
         asked.append((repository, file))
         raise OSError("offline")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    hub_with(monkeypatch, {})
+    hub_with(monkeypatch, {}, download)
     return asked
 
 
@@ -270,8 +268,8 @@ def test_what_is_downloaded_is_what_was_measured(monkeypatch, answers):
         asked.update(options)
         raise OSError("offline")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    hub_with(monkeypatch, {"OpenGVLab/VideoMamba": {"videomamba_t16_in1k_res224to448.pth": 10**8}} if answers else {})
+    files = {"OpenGVLab/VideoMamba": {"videomamba_t16_in1k_res224to448.pth": 10**8}}
+    hub_with(monkeypatch, files if answers else {}, download)
     with pytest.raises(UserError, match="could not be fetched"):
         create_backbone("videomamba_tiny_patch16_448", depth=1)
     assert asked == {"revision": "commit of None" if answers else None, "local_files_only": not answers}

@@ -5,7 +5,6 @@ cache); where that is impossible they are skipped, with the reason.
 """
 
 import copy
-import os
 import re
 import subprocess
 import sys
@@ -20,13 +19,13 @@ import timm
 import timm.optim
 import timm.utils
 import torch
+from helpers import crashes
 from timm.models._hub import save_for_hf
 
 from mambapeft_vision.backbones.registry import registered
 from mambapeft_vision.backbones.timm_model import stream
 from mambapeft_vision.utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = [name for name in registered() if "_pico_" in name or "_nano_" in name]
 SEQUENCES = [name for name in TINY if not name.startswith("vmamba")]  # VMamba's maps: test_vmamba.py
 PUBLISHED = [name for name in registered() if name not in TINY]
@@ -107,15 +106,9 @@ def run_timm_tests(source: Path, folder: Path, names: list[str]) -> dict[str, st
                 items[:] = [item for item, name in zip(items, names) if name in NAMES and in_reach(item, name)]
         """)
     )
-    paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml=report.xml", "test_models.py"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-    )
-    assert (folder / "report.xml").is_file(), done.stdout + done.stderr
+    options = ["-q", "-p", "no:cacheprovider", "--junitxml=report.xml", "test_models.py"]
+    crashes.run_to_end(exec, f"import os, pytest; os.chdir({str(folder)!r}); pytest.main({options})", seconds=3600)
+    assert (folder / "report.xml").is_file()
     results = {}
     for case in ElementTree.parse(folder / "report.xml").iter("testcase"):
         problems = [child.get("message", "") for child in case if child.tag in ("failure", "error", "skipped")]

@@ -3,13 +3,11 @@
 import csv
 import signal
 from collections.abc import Sequence
-from copy import deepcopy
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 from lightning.pytorch import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,7 +19,6 @@ from mambapeft_vision.run.run import train
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 TRAIN_IMAGES, TEST_IMAGES, CLASSES = 40, 20, 3
-FOLDERS = ("dataset.folder", "paths.data", "paths.outputs", "paths.cache")
 SMALL_BACKBONE = ["backbone=vim_pico", "+backbone.depth=2", "+backbone.embed_dim=32"]
 SMALL_VIT = ["backbone=vit_s", "backbone.weights=random", "+backbone.depth=2", "+backbone.embed_dim=32"]
 SMALL_MAMBAREG = ["backbone=mambareg_s", *SMALL_VIT[1:]]
@@ -64,19 +61,6 @@ def overrides(task: Path, outputs: Path, *more: str) -> list[str]:
 
 
 def compose_train(command: Sequence[str]) -> DictConfig:
-    """As the command composes it. Folders are filled in afterwards: commands that differ in them are composed once."""
-    words = [word.partition("=") for word in command]
-    folders = {key: value for key, _, value in words if key in FOLDERS and value.startswith("/")}
-    if len(folders) < sum(key in FOLDERS for key, _, _ in words):  # one is given twice, or is no folder
-        return compose("train", command)
-    cfg = deepcopy(_composed(tuple(f"{key}=/" if key in folders else word for (key, *_), word in zip(words, command))))
-    for key, folder in folders.items():
-        OmegaConf.update(cfg, key, folder)
-    return cfg
-
-
-@cache
-def _composed(command: tuple[str, ...]) -> DictConfig:
     return compose("train", command)
 
 

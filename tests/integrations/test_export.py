@@ -139,32 +139,39 @@ def test_cards_and_notes_know_the_channels(tmp_path, channels, mean):
 @pytest.mark.parametrize(
     "name",
     [
-        # Sequences and maps; what the others have of their own, timm's and torch's exports go through.
-        pytest.param(name, marks=[] if name in (VIM, "vmamba_pico_patch4_32") else [pytest.mark.exhaustive])
+        # Maps; sequences are below; what the others have of their own, timm's and torch's exports go through.
+        pytest.param(name, marks=[] if name == "vmamba_pico_patch4_32" else [pytest.mark.exhaustive])
         for name in BACKBONES
+        if name != VIM
     ],
 )
 def test_onnx_of_every_backbone_takes_any_batch(tmp_path, name):
+    folder = saved(tmp_path / "run", preset_for(name), name=name)
+    run(folder, "onnx", tmp_path / "model.onnx")
+    notes = check_onnx(tmp_path / "model.onnx", folder)
+    assert notes["task"] == "tiny" and notes["input_size"] == "[3, 32, 32]" and notes["mean"].startswith("[0.485")
+
+
+def check_onnx(file: Path, folder: Path) -> dict[str, str]:
+    """Asserts that a program computes what the adapter in `folder` does, for several batches. Returns its notes."""
     import onnxruntime as runtime
 
-    attached = ("svp",) if name == VIM else ()
-    folder = saved(tmp_path / "run", preset_for(name), *attached, name=name)
-    run(folder, "onnx", tmp_path / "model.onnx")
-    session = runtime.InferenceSession(tmp_path / "model.onnx")
-    notes = session.get_modelmeta().custom_metadata_map
-    assert notes["task"] == "tiny" and notes["input_size"] == "[3, 32, 32]" and notes["mean"].startswith("[0.485")
+    session = runtime.InferenceSession(file)
     for batch in (1, 3):
         (found,) = session.run(["logits"], {"images": IMAGES[:batch].numpy()})
         close(torch.from_numpy(np.asarray(found)), logits(folder)[:batch])
+    return session.get_modelmeta().custom_metadata_map
 
 
 @pytest.mark.slow
 def test_int8_is_smaller_and_its_accuracy_is_measured_on_the_runs_own_images(tmp_path, monkeypatch):
+    """Of a method that is merged and one that stays attached."""
     monkeypatch.chdir(tmp_path)
     task = runs.lay_out_task(tmp_path / "task")
-    record = runs.run(runs.overrides(task, tmp_path / "outputs", "trainer.max_epochs=2"))
+    record = runs.run(runs.overrides(task, tmp_path / "outputs", "trainer.max_epochs=2", "method=[lora_p_x,svp]"))
     folder = runs.only_run_folder(tmp_path / "outputs")
     said = export(Request(folder, tmp_path / "model.onnx", int8=True), "onnx")
+    assert check_onnx(tmp_path / "model.onnx", folder)["task"] == "custom/tiny"
     sizes = [(tmp_path / name).stat().st_size for name in ("model.int8.onnx", "model.onnx")]
     assert sizes[0] < 0.9 * sizes[1]
     assert f"accuracy on {runs.TEST_IMAGES} test images" in said[2] and f"{record.accuracy:.2%} in float32" in said[2]

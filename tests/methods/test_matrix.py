@@ -102,7 +102,8 @@ def test_merged_output_equal_or_obstacle_stated(row, tmp_path):
 
 
 @matrix
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+# float32 trains in the runs of all other tests, and every row's gradients in float64 are above.
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.exhaustive), "bf16"])
 def test_trains_a_step(row, precision):
     model = move(tiny_model(row, torch.float32)).train()
     before = {name: p.clone() for name, p in model.trained().items()}

@@ -1,7 +1,6 @@
 """The table of counts and the generated documentation follow from the presets."""
 
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,9 @@ from mambapeft_vision.results.paper import PAPER, PUBLISHED, VIM_S, VIT_S, paper
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_methods_document_is_up_to_date(monkeypatch):
+def test_methods_document_is_up_to_date():
     script = str(ROOT / "scripts" / "make_methods_doc.py")
-    monkeypatch.setattr(sys, "argv", [script, "--check"])
-    assert runpy.run_path(script)["main"]() == 0, f"run: python {script}"
+    assert runpy.run_path(script)["main"](["--check"]) == 0, f"run: python {script}"
 
 
 def test_counts_command(capsys):

@@ -27,6 +27,7 @@ from mambapeft_vision.data.image_list import parse_list, read_list
 from mambapeft_vision.data.images import decode_list
 from mambapeft_vision.data.manifest import MANIFEST_FILE, read_entry
 from mambapeft_vision.data.own.table import read_table
+from mambapeft_vision.data.prepare import archive
 from mambapeft_vision.data.prepare.archive import copy_tasks, extract_tasks
 from mambapeft_vision.data.prepare.importer import EncodedImage, EncodedSplits, import_task, lay_out_task, read_labelled
 from mambapeft_vision.data.prepare.verify import verify_task
@@ -266,9 +267,9 @@ def _(world: World) -> Action:
 # Lists
 
 
-@attack("a list of bad lines", words=["more bad lines"], mib=100)
+@attack("a list of bad lines", words=["more bad lines"], mib=50)
 def _(world: World) -> Action:
-    (world.folder / "test.txt").write_text("x\n" * 1_500_000)
+    (world.folder / "test.txt").write_text("x\n" * 400_000)
     return lambda: read_list(world.folder / "test.txt", 2, remedy="")
 
 
@@ -286,7 +287,7 @@ def _(world: World) -> Action:
 
 @attack("a list of three million lines", words=["lines; expected at most"], mib=200, disk_mib=40)
 def _(world: World) -> Action:
-    (world.folder / "test.txt").write_bytes(b"".join(b"%07x 0\n" % number for number in range(3_000_000)))
+    (world.folder / "test.txt").write_bytes(b"a 0\n" * 3_000_000)
     return lambda: read_list(world.folder / "test.txt", 2, remedy="")
 
 
@@ -418,9 +419,10 @@ def _(world: World) -> Action:
     return extraction(world, {f"toy/{i}/{'d/' * 900}f": b"x" for i in range(100)})
 
 
-@attack("a zip of many folders", words=["folders: expected at most"], seconds=15, disk_mib=40)
+@attack("a zip of many folders", words=["folders: expected at most"], seconds=3)
 def _(world: World) -> Action:
-    return extraction(world, {f"toy/{i}/{i}/f": b"" for i in range(60_000)})
+    archive.MAX_FOLDERS //= 10  # in a process of its own
+    return extraction(world, {f"toy/{i}/{'d/' * 12}f": b"" for i in range(800)})
 
 
 @attack("a zip of names of 60 KB", words=["longer than 1,024 bytes"], seconds=2)
@@ -718,7 +720,7 @@ def test_the_table_finds_what_it_is_to_find(tmp_path):
     """Rows that must fail: too much memory, too much time, another exception, a victim that changes."""
 
     def outcome(act):
-        return hostile.outcome_of(hostile.Attack(lambda world: lambda: act(world), (), 1.0, 50, 1), tmp_path)
+        return hostile.outcome_of(hostile.Attack(lambda world: lambda: act(world), (), 0, 50, 1), tmp_path)
 
     def endless(_):
         while True:

@@ -394,8 +394,7 @@ def test_weights_can_be_pinned(tmp_path):
 
 def test_official_weights_can_be_pinned_before_they_are_read(tmp_path, monkeypatch, mark):
     bare_pickle(tmp_path / "official.pth", Malice(mark))
-    hub_with(monkeypatch, {})
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **kwargs: str(tmp_path / "official.pth"))
+    hub_with(monkeypatch, {}, lambda *args, **kwargs: str(tmp_path / "official.pth"))
     with pytest.raises(UserError, match="backbone.weights_sha256"):
         create_backbone("vim_tiny_patch16_224", "official", weights_sha256="0" * 64, depth=1)
     assert not mark.exists()

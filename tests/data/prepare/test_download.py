@@ -1,6 +1,5 @@
 """Fetching the archive: from the hub, or one message with the ways to get it by hand."""
 
-import huggingface_hub
 import pytest
 from helpers.hub import hub_with
 
@@ -15,8 +14,7 @@ def test_the_hub_delivers_once(tmp_path, monkeypatch):
         asked.append(arguments)
         (arguments["local_dir"] / arguments["filename"]).write_bytes(b"zip")
 
-    hub_with(monkeypatch, {HUB_DATASET: {ARCHIVE_NAME: 4_660_000_000}})
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", deliver)
+    hub_with(monkeypatch, {HUB_DATASET: {ARCHIVE_NAME: 4_660_000_000}}, deliver)
     folder = tmp_path / "new" / "folder"
     assert fetch_archive(folder) == fetch_archive(folder) == folder / ARCHIVE_NAME
     found = [(a["repo_id"], a["repo_type"], a["revision"], a["local_dir"]) for a in asked]
@@ -25,14 +23,12 @@ def test_the_hub_delivers_once(tmp_path, monkeypatch):
 
 def test_an_archive_that_is_too_large_is_not_downloaded(tmp_path, monkeypatch):
     hub_with(monkeypatch, {HUB_DATASET: {ARCHIVE_NAME: 10**11}})
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
     with pytest.raises(UserError, match="has 100,000,000,000 bytes; expected at most 20,000,000,000"):
         fetch_archive(tmp_path)
 
 
 def test_a_hub_that_does_not_answer_is_named(tmp_path, monkeypatch):
     hub_with(monkeypatch, {})
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
     with pytest.raises(UserError, match=r"could not be downloaded \(OSError: offline\)"):
         fetch_archive(tmp_path)
 
@@ -42,8 +38,7 @@ def test_a_failure_names_the_reason_and_both_places(tmp_path, monkeypatch, error
     def fail(**arguments):
         raise error
 
-    hub_with(monkeypatch, {HUB_DATASET: {}})
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    hub_with(monkeypatch, {HUB_DATASET: {}}, fail)
     with pytest.raises(UserError, match="continues where it stopped") as caught:
         fetch_archive(tmp_path)
     message = str(caught.value)

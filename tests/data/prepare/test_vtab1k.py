@@ -7,7 +7,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 from helpers.hub import hub_with
 
@@ -171,8 +170,7 @@ def test_offline_fails_with_one_message(run, root, capsys, monkeypatch):
     def offline(*arguments, **options):
         raise OSError("no network")
 
-    hub_with(monkeypatch, {})
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    hub_with(monkeypatch, {}, offline)
     assert run() == BAD
     assert "ownload by hand" in capsys.readouterr().err
     assert not root.exists()
@@ -182,10 +180,9 @@ def test_a_download_is_laid_out_and_the_manual_next_run_needs_no_network(run, ro
     def deliver(**arguments):
         (arguments["local_dir"] / arguments["filename"]).write_bytes(archive.read_bytes())
 
-    hub_with(monkeypatch, {HUB_DATASET: {}})
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", deliver)
+    hub_with(monkeypatch, {HUB_DATASET: {}}, deliver)
     assert run("--tasks", "toy") == GOOD
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
+    hub_with(monkeypatch, {})
     assert run() == GOOD
     assert tasks_in(root) == ["other", "toy"]
 
