@@ -1,8 +1,9 @@
 """Checks on a CPU that pretraining helps and that LoRA_p(X) adds to it: scratch < linear_probe < lora_p_x.
 
-Three methods on three tasks that need no download, on every small backbone whose weights come with the package (or on
-backbone=...), through the sweep: finished runs are not repeated. Ends with tables and a verdict for each backbone on
-the mean over tasks and seeds; exit code 1 where an order is lost. Not a part of `make test`: it trains for minutes.
+Three methods on the five tasks that need no download, on every small backbone whose weights come with the package (or
+on backbone=...), through the sweep: finished runs are not repeated. Ends with tables and a verdict for each backbone on
+the mean over groups of tasks, because one task is natural and four are structured; exit code 1 where an order is lost.
+Not a part of `make test`: it trains for minutes.
 """
 
 from collections.abc import Sequence

@@ -14,7 +14,7 @@ How a difference would carry over to other tasks is another question; the number
 import itertools
 import math
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -143,7 +143,10 @@ class Ordering:
 
 
 def ordering(records: Iterable[RunRecord], expected: Sequence[str]) -> Ordering:
-    """The mean over tasks and seeds of each method, and where they are not strictly in the expected order.
+    """The mean of each method, and where they are not strictly in the expected order.
+
+    Natural, specialized and structured tasks count alike, however many there are of each: the mean is over groups, of
+    which each is a mean over tasks and seeds.
 
     Args:
         records: records of other methods too; those are left out.
@@ -151,12 +154,12 @@ def ordering(records: Iterable[RunRecord], expected: Sequence[str]) -> Ordering:
     Raises: UserError where methods were not all run on the same tasks and seeds, once each.
     """
     runs: dict[str, Counter[tuple[str, int]]] = {name: Counter() for name in expected}
-    accuracies: dict[str, list[float]] = {name: [] for name in expected}
+    accuracies: dict[str, defaultdict[str, list[float]]] = {name: defaultdict(list) for name in expected}
     for record in records:
         name = "+".join(record.methods)
         if name in runs:
             runs[name][record.task, record.seed] += 1
-            accuracies[name].append(100 * record.accuracy)
+            accuracies[name][record.group].append(100 * record.accuracy)
     every = Counter(set().union(*runs.values()))
     unequal = [f"{name} has {sum(found.values())} runs" for name, found in runs.items() if found != every]
     if unequal or not every:
@@ -164,6 +167,6 @@ def ordering(records: Iterable[RunRecord], expected: Sequence[str]) -> Ordering:
             f"{'; '.join(unequal) or 'there are no runs'}: expected one of each method ({', '.join(expected)}) on each "
             f"of {len(every)} pairs of task and seed. Run the whole comparison again"
         )
-    means = {name: statistics.fmean(values) for name, values in accuracies.items()}
+    means = {name: statistics.fmean(map(statistics.fmean, groups.values())) for name, groups in accuracies.items()}
     neighbours = itertools.pairwise(expected)
     return Ordering(means, tuple((low, high) for low, high in neighbours if not means[low] < means[high]))

@@ -1,5 +1,7 @@
 """The verdict of `make check-science`, and the demo's sentence."""
 
+from dataclasses import replace
+
 import pytest
 from helpers.fake_records import fake_record
 
@@ -28,6 +30,17 @@ def test_the_order_is_that_of_the_means():
     verdict = ordering(records(**GOOD, full=[0.0] * 4), EXPECTED)
     assert verdict.means == pytest.approx({"scratch": 25.0, "linear_probe": 27.5, "lora_p_x": 30.0})
     assert not verdict.broken and "holds" in str(verdict) and "27.50" in str(verdict)
+
+
+def test_groups_of_tasks_count_alike():
+    """One natural task and three structured ones: the mean over tasks would be the other way round."""
+    found = {"scratch": [0.1, 0.5, 0.5, 0.5], "full": [0.6, 0.4, 0.4, 0.4]}
+    every = []
+    for preset, accuracies in found.items():
+        for number, accuracy in enumerate(accuracies):
+            record = fake_record(f"mini/{number}", preset, 0, accuracy)
+            every.append(replace(record, group="structured" if number else "natural"))
+    assert ordering(every, ("scratch", "full")).means == pytest.approx({"scratch": 30.0, "full": 50.0})
 
 
 @pytest.mark.parametrize(
