@@ -7,6 +7,7 @@ Every op has a `naive.py` that is its definition, and one file for each faster b
 from mambapeft_kernels.backends import BACKENDS, FUSED, available_backends, describe, resolve_backend
 from mambapeft_kernels.compile_ahead import BlockSizes, StageSizes, compile_ahead, compile_stages_ahead
 from mambapeft_kernels.depthwise_conv2d import depthwise_conv_silu
+from mambapeft_kernels.gelu import gelu
 from mambapeft_kernels.layer_norm import add_layer_norm, layer_norm
 from mambapeft_kernels.low_rank import low_rank_add
 from mambapeft_kernels.matmul import product
@@ -30,6 +31,7 @@ __all__ = [
     "compile_stages_ahead",
     "depthwise_conv_silu",
     "describe",
+    "gelu",
     "layer_norm",
     "look_up",
     "low_rank_add",

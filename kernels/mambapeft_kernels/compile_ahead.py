@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mambapeft_kernels.backends import FUSED
 from mambapeft_kernels.depthwise_conv2d import depthwise_conv_silu
+from mambapeft_kernels.gelu import gelu
 from mambapeft_kernels.layer_norm import add_layer_norm, layer_norm
 from mambapeft_kernels.low_rank import low_rank_add
 from mambapeft_kernels.pixel_lookup import look_up
@@ -87,7 +88,7 @@ def stage_tasks(
 ) -> tuple[Callable[[], object], ...]:
     """Functions that launch all of it together, those that compile longest first."""
     every = [_Stage(sizes, dtype, device, backend) for sizes in stages]
-    return tuple(
+    each = (
         task
         for tasks_of in (
             lambda stage: (partial(stage.scans, train=True), partial(stage.scans, train=False)),
@@ -96,6 +97,7 @@ def stage_tasks(
         for stage in every
         for task in tasks_of(stage)
     )
+    return *each, *(stage.gelu for stage in every[:1])  # one variant serves all
 
 
 def _started(work: tuple[Callable[[], object], ...]) -> tuple[Future, ...]:
@@ -240,6 +242,10 @@ class _Stage:
         for rank in (16, 4):
             up = self._wide(self._sizes.channels, rank)
             low_rank_add(out, self._activations(len(out), rank), up, 1.0, self._backend)
+
+    def gelu(self) -> None:
+        """The MLPs'; its kernels know of sizes only whether they are multiples of 16."""
+        self._back(gelu(self._map(16).requires_grad_(), self._backend))
 
     def _map(self, channels: int) -> Tensor:
         return self._activations(_MAPS, self._sizes.height, self._sizes.map_width, channels)

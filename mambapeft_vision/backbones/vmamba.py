@@ -508,7 +508,7 @@ class VMamba(TimmModel):
         """Chooses the kernel backend of all ops; returns the name of what will run on `device`."""
         resolved = resolve_backend(kernel, device)
         for module in self.modules():
-            if isinstance(module, (Norm, SS2D)):
+            if isinstance(module, (Mlp, Norm, SS2D)):
                 module.kernel = resolved
         return resolved
 

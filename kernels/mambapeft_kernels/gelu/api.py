@@ -1,0 +1,22 @@
+"""The one public function of GELU."""
+
+from torch import Tensor
+
+from mambapeft_kernels.backends import FUSED, backend_for
+from mambapeft_kernels.gelu import naive
+
+
+def gelu(x: Tensor, backend: str = "auto") -> Tensor:
+    """x Φ(x), Φ the distribution function of the normal distribution; not its approximation by tanh.
+
+    Args:
+        x: any shape; 16-bit activations are computed in float32 and rounded once.
+        backend: one of `mambapeft_kernels.BACKENDS` or "auto".
+    Returns: a tensor of x's shape and dtype.
+    Raises: ValueError for a backend that cannot run here.
+    """
+    if backend_for(backend, x) in FUSED:
+        from mambapeft_kernels.gelu import triton_kernels as triton
+
+        return triton.gelu(x)
+    return naive.gelu(x)
