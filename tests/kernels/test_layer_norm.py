@@ -76,6 +76,39 @@ def test_dtypes_under_autocast(device):
     assert [t.dtype for t in outs] == [bf16, fp32, bf16, fp32, fp32, fp32]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_in_bfloat16_rows_are_kept_without_their_mean(device):
+    """Half of the bytes of the sum; rounded with its mean, 1,000 deviations, the sum would give wrong gradients."""
+    hidden, weight, bias = (draw(*s).to(device) for s in ((4, 6, 32), (32,), (32,)))
+    residual, dnormed = 1e3 + draw(4, 6, 32, seed=1).to(device), draw(4, 6, 32, seed=2).to(device)
+    gradients, kept = [], []
+    for dtype, backend in ((torch.bfloat16, "triton"), (torch.float64, "naive")):
+        wide = torch.promote_types(dtype, torch.float32)
+        leaves = [t.to(d).requires_grad_() for t, d in ((hidden, dtype), (residual, wide), (weight, wide))]
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((t.shape, t.dtype)) or t, lambda t: t):
+            normed, total = add_layer_norm(*leaves, bias.to(wide), backend=backend)
+        assert relative_error(total, hidden + residual) < 1e-6
+        gradients.append(torch.autograd.grad(normed, leaves, dnormed.to(dtype)))
+        if backend == "triton":
+            assert kept == [(hidden.shape, torch.bfloat16), (weight.shape, torch.float32)]
+    for found, expected in zip(*gradients):
+        assert relative_error(found, expected) < 1e-2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_second_derivatives_in_bfloat16(device):
+    """The rows that are kept have a history of their own: through it alone comes this derivative of a gradient."""
+    found = []
+    for dtype, backend in ((torch.bfloat16, "triton"), (torch.float64, "naive")):
+        hidden, dnormed = (draw(3, 4, 16, seed=s).to(device, dtype) for s in (0, 1))
+        residual = draw(3, 4, 16, seed=2).to(device, torch.promote_types(dtype, torch.float32)).requires_grad_()
+        ones = torch.ones(16, device=device, dtype=residual.dtype)
+        normed, _ = add_layer_norm(hidden, residual, ones, 0 * ones, backend=backend)
+        (first,) = torch.autograd.grad(normed, residual, dnormed, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), residual)[0])
+    assert relative_error(*found) < 3e-2
+
+
 @pytest.mark.parametrize("name", ["x", "weight", "bias"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_only_the_gradient_asked_for(device, name):
@@ -104,7 +137,7 @@ def test_registered_op_is_consistent(device, keep):
     weight, bias = torch.ones(8, device=device), torch.zeros(8, device=device)
     add_layer_norm(hidden, None, weight, bias, backend="triton")  # registers the op
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    args = (hidden, hidden.detach().clone() if keep else None, weight, bias, 1e-5, None, keep)
+    args = (hidden, hidden.detach().clone() if keep else None, weight, bias, 1e-5, None, keep, keep)
     torch.library.opcheck(torch.ops.mambapeft.add_layer_norm, args, test_utils=tests)
 
 

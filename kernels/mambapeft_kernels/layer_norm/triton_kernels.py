@@ -1,7 +1,7 @@
 """LayerNorm in Triton, alone or with residual addition and drop path: one launch forward, one backward.
 
-A program owns a few whole rows. The backward computes the statistics again from the input (or the residual sum), which
-the network keeps anyway.
+A program owns a few whole rows. The backward computes the statistics again from what was kept: the input, or the
+residual sum; in bfloat16 the sum without its mean, which is half of the bytes and as exact as the gradients are.
 """
 
 import torch
@@ -16,17 +16,23 @@ _FUSED = torch.float32, torch.bfloat16, torch.float16
 
 
 @triton.jit
-def _unit(total, D, mask, eps):
-    """(total - mean) / deviation of each row, and 1 / deviation."""
-    centred = tl.where(mask, total - (tl.sum(total, axis=1) / D)[:, None], 0.0)
+def _centred(total, D, mask):
+    """total - mean of each row."""
+    return tl.where(mask, total - (tl.sum(total, axis=1) / D)[:, None], 0.0)
+
+
+@triton.jit
+def _unit(centred, D, eps):
+    """centred / deviation of each row, and 1 / deviation."""
     factor = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)
     return centred * factor[:, None], factor
 
 
 @triton.jit(do_not_specialize=["rows", "per_sample"])
 def _forward(
-    hidden_ptr, residual_ptr, weight_ptr, bias_ptr, scale_ptr, normed_ptr, out_ptr, rows, per_sample, D, eps,
-    HAS_RESIDUAL: tl.constexpr, HAS_SCALE: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    hidden_ptr, residual_ptr, weight_ptr, bias_ptr, scale_ptr, normed_ptr, out_ptr, centred_ptr, rows, per_sample, D,
+    eps, HAS_RESIDUAL: tl.constexpr, HAS_SCALE: tl.constexpr, KEEP: tl.constexpr, KEEP_CENTRED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
@@ -39,7 +45,10 @@ def _forward(
         total += tl.load(residual_ptr + at, mask=mask, other=0.0)
     if KEEP:
         tl.store(out_ptr + at, total, mask=mask)
-    unit, _ = _unit(total, D, mask, eps)
+    centred = _centred(total, D, mask)
+    if KEEP_CENTRED:
+        tl.store(centred_ptr + at, centred.to(centred_ptr.dtype.element_ty), mask=mask)
+    unit, _ = _unit(centred, D, eps)
     weight = tl.load(weight_ptr + col, mask=col < D, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + col, mask=col < D, other=0.0).to(tl.float32)
     normed = unit * weight[None, :] + bias[None, :]
@@ -59,7 +68,8 @@ def _backward(
     mask = (row < rows)[:, None] & (col < D)[None, :]
     at = row[:, None] * D + col[None, :]
     dnormed = tl.load(dnormed_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    unit, factor = _unit(tl.load(total_ptr + at, mask=mask, other=0.0).to(tl.float32), D, mask, eps)
+    total = tl.load(total_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    unit, factor = _unit(_centred(total, D, mask), D, eps)
     part = tl.program_id(0).to(tl.int64) * D + col
     if NEED_WEIGHT:
         tl.store(dweight_ptr + part, tl.sum(dnormed * unit, axis=0), mask=col < D)
@@ -83,7 +93,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """See `mambapeft_kernels.layer_norm`."""
     if x.dtype not in _FUSED or not x.numel():
         return naive.layer_norm(x, weight, bias, eps)
-    return torch.ops.mambapeft.add_layer_norm(x, None, weight, bias, eps, None, False)[0]
+    return torch.ops.mambapeft.add_layer_norm(x, None, weight, bias, eps, None, False, False)[0]
 
 
 def add_layer_norm(
@@ -93,7 +103,11 @@ def add_layer_norm(
     fused = hidden.dtype in _FUSED and hidden.numel() and (residual is None or residual.dtype == torch.float32)
     if not fused or (branch_scale is not None and branch_scale.requires_grad):
         return naive.add_layer_norm(hidden, residual, weight, bias, eps, branch_scale)
-    return torch.ops.mambapeft.add_layer_norm(hidden, residual, weight, bias, eps, branch_scale, True)
+    trains = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (hidden, residual, weight, bias)
+    )
+    centre = trains and hidden.dtype == torch.bfloat16  # float16 has not the range of the sums
+    return torch.ops.mambapeft.add_layer_norm(hidden, residual, weight, bias, eps, branch_scale, True, centre)[:2]
 
 
 def _tile(width: int) -> dict[str, int]:
@@ -104,8 +118,8 @@ def _tile(width: int) -> dict[str, int]:
 @torch.library.custom_op(
     "mambapeft::add_layer_norm",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor? residual, Tensor weight, Tensor bias, float eps, Tensor? branch_scale, bool keep)"
-    " -> (Tensor, Tensor)",
+    schema="(Tensor hidden, Tensor? residual, Tensor weight, Tensor bias, float eps, Tensor? branch_scale, bool keep, "
+    "bool centre) -> (Tensor, Tensor, Tensor)",
 )
 def _op(
     hidden: Tensor,
@@ -115,26 +129,29 @@ def _op(
     eps: float,
     branch_scale: Tensor | None,
     keep: bool,
-) -> tuple[Tensor, Tensor]:
-    """normed, and with `keep` the residual sum."""
+    centre: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """normed; with `keep` the residual sum; with `centre` that without its mean, rounded to hidden's dtype."""
     width = hidden.shape[-1]
     rows = hidden.numel() // width
     normed = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     out = torch.empty(hidden.shape if keep else (0,), dtype=torch.float32, device=hidden.device)
+    centred = torch.empty(hidden.shape if centre else (0,), dtype=hidden.dtype, device=hidden.device)
     tile = _tile(width)
     with torch.cuda.device_of(hidden):
         _forward[(triton.cdiv(rows, tile["ROWS"]),)](
             hidden.contiguous(), out if residual is None else residual.contiguous(), weight.contiguous(),
-            bias.contiguous(), weight if branch_scale is None else branch_scale.contiguous(), normed, out, rows,
-            rows // hidden.shape[0], width, eps, HAS_RESIDUAL=residual is not None,
-            HAS_SCALE=branch_scale is not None, KEEP=keep, **tile,
+            bias.contiguous(), weight if branch_scale is None else branch_scale.contiguous(), normed, out,
+            centred, rows, rows // hidden.shape[0], width, eps, HAS_RESIDUAL=residual is not None,
+            HAS_SCALE=branch_scale is not None, KEEP=keep, KEEP_CENTRED=centre, **tile,
         )  # fmt: skip
-    return normed, out
+    return normed, out, centred
 
 
 @_op.register_fake
-def _(hidden, residual, weight, bias, eps, branch_scale, keep):
-    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape if keep else (0,), dtype=torch.float32)
+def _(hidden, residual, weight, bias, eps, branch_scale, keep, centre):
+    out = hidden.new_empty(hidden.shape if keep else (0,), dtype=torch.float32)
+    return hidden.new_empty(hidden.shape), out, hidden.new_empty(hidden.shape if centre else (0,))
 
 
 @torch.library.custom_op(
@@ -181,24 +198,33 @@ def _(dnormed, dout, total, weight, branch_scale, eps, dtype, need):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, _, weight, bias, eps, branch_scale, keep = inputs
-    ctx.save_for_backward(output[1] if keep else hidden, weight, branch_scale)
+    hidden, _, weight, bias, eps, branch_scale, keep, centre = inputs
+    _, out, centred = output
+    kept = centred if centre else out if keep else hidden
+    ctx.save_for_backward(kept, weight, branch_scale)
     ctx.set_materialize_grads(False)
     ctx.keep, ctx.eps = keep, eps
     ctx.dtypes = hidden.dtype, torch.float32, weight.dtype, bias.dtype
-    if not keep:
-        ctx.mark_non_differentiable(output[1])
+    empty = [t for t, has in ((out, keep), (centred, centre)) if not has]
+    ctx.mark_non_differentiable(*empty)
 
 
-def _differentiate(ctx, dnormed, dout):
+def _differentiate(ctx, dnormed, dout, dcentred):
     total, weight, branch_scale = ctx.saved_tensors
     need = list(ctx.needs_input_grad[:4])
-    if differentiated_again(dnormed):
-        return *_plainly(ctx, dnormed, dout if ctx.keep else None, total, weight, branch_scale), None, None, None
-    grads = torch.ops.mambapeft.add_layer_norm_backward(
-        dnormed, dout if ctx.keep else None, total, weight, branch_scale, ctx.eps, ctx.dtypes[0], need
-    )
-    return *(g.to(dtype) if n else None for g, dtype, n in zip(grads, ctx.dtypes, need)), None, None, None
+    dout = dout if ctx.keep else None
+    if dcentred is not None:  # only this function reads what is centred, so this is a derivative of a gradient
+        wide = dcentred.float()
+        wide = wide - wide.mean(-1, keepdim=True)
+        dout = wide if dout is None else dout + wide
+    if any(differentiated_again(t) for t in (dnormed, dout, dcentred) if t is not None):
+        grads = _plainly(ctx, dnormed, dout, total, weight, branch_scale)
+    else:
+        found = torch.ops.mambapeft.add_layer_norm_backward(
+            dnormed, dout, total, weight, branch_scale, ctx.eps, ctx.dtypes[0], need
+        )
+        grads = [g.to(dtype) if n else None for g, dtype, n in zip(found, ctx.dtypes, need)]
+    return *grads, None, None, None, None
 
 
 def _plainly(
