@@ -66,9 +66,7 @@ def _(x):
 def _op_backward(grad: Tensor, x: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
-        _backward[(triton.cdiv(x.numel(), _TILE["BLOCK"]),)](
-            grad.contiguous(), x.contiguous(), out, x.numel(), **_TILE
-        )
+        _backward[(triton.cdiv(x.numel(), _TILE["BLOCK"]),)](grad.contiguous(), x.contiguous(), out, x.numel(), **_TILE)
     return out
 
 
