@@ -16,7 +16,7 @@ from mambapeft_kernels.backends import FUSED
 from mambapeft_kernels.depthwise_conv2d import depthwise_conv_silu
 from mambapeft_kernels.gelu import gelu
 from mambapeft_kernels.layer_norm import add_layer_norm, layer_norm
-from mambapeft_kernels.low_rank import low_rank_add
+from mambapeft_kernels.low_rank import low_rank_add, low_rank_product
 from mambapeft_kernels.pixel_lookup import look_up
 from mambapeft_kernels.rms_norm import add_rms_norm
 from mambapeft_kernels.selective_scan.checkpoints import CHUNK, empty_checkpoints
@@ -238,10 +238,11 @@ class _Stage:
 
     def low_rank(self) -> None:
         """LoRA beside in_proj."""
-        out = self._map(self._sizes.channels).flatten(0, 2)
+        out, x = (self._map(n).flatten(0, 2) for n in (self._sizes.channels, self._sizes.width))
+        weight = self._activations(self._sizes.channels, self._sizes.width)
         for rank in (16, 4):
             up = self._wide(self._sizes.channels, rank)
-            low_rank_add(out, self._activations(len(out), rank), up, 1.0, self._backend)
+            low_rank_product(out, x, weight, self._activations(len(out), rank), up, 1.0, self._backend)
 
     def gelu(self) -> None:
         """The MLPs'; its kernels know of sizes only whether they are multiples of 16."""

@@ -5,9 +5,8 @@ from functools import partial
 import pytest
 import torch
 from helpers.kernel_cases import relative_error
-from mambapeft_kernels import low_rank_add
 from mambapeft_kernels.low_rank import linear as low_rank
-from mambapeft_kernels.low_rank import naive
+from mambapeft_kernels.low_rank import low_rank_add, low_rank_product, naive
 from mambapeft_kernels.low_rank.linear import LowRankFactors, add_low_rank, low_rank_linear
 
 CPU = [pytest.param("cpu", id="interpreter")] if not torch.cuda.is_available() else []
@@ -191,3 +190,46 @@ def test_on_a_gpu_the_kernel_is_chosen_and_a_recorded_launch_repeats_it(monkeypa
         low_rank_add(out, low, up, 0.5)
     graph.replay()
     assert torch.equal(out, expected)
+
+
+# The map and its update in one launch
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (5, 33, 10, 3), (131, 96, 70, 16), (257, 64, 130, 96)], ids=str)
+@pytest.mark.parametrize(("device", "dtype"), ROUNDING)
+def test_a_map_and_its_update(device, shape, dtype):
+    """Ragged, whole tiles and beyond, with strides; as exact as the product and the update one after another."""
+    m, k, n, r = shape
+    x, weight = (drawn(*s, device=device, dtype=dtype, seed=i) for i, s in enumerate(((m, k), (n, k))))
+    low, up = strided(m, n, r, device, dtype)[1], drawn(n, r, device=device, dtype=torch.float32, seed=3)
+    expected = exact(x.double() @ weight.double().T, low, up, 0.3)
+    out, apart = torch.full((m, n), float("nan"), device=device, dtype=dtype), x.new_empty(m, n)
+    low_rank_product(apart, x, weight, low, up, 0.3, backend="naive")
+    for strides in (weight, weight.T.contiguous().T):
+        kept = low_rank_product(out, x, strides, low, up, 0.3, backend="triton")
+        assert torch.equal(kept, (up * 0.3).to(dtype))
+        assert relative_error(out, expected) <= max(1.1 * relative_error(apart, expected), 1e-4) < 1e-2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_wide_maps_and_float32_are_products_apart(device, monkeypatch):
+    from mambapeft_kernels.low_rank import triton_kernels as triton
+
+    monkeypatch.setattr(triton, "_product", None)
+    for k, dtype in ((600, torch.bfloat16), (8, torch.float32)):
+        shapes = (6, 5), (6, k), (5, k), (6, 4), (5, 4)
+        out, x, weight, low, up = (drawn(*s, device=device, dtype=dtype, seed=i) for i, s in enumerate(shapes))
+        expected = x @ weight.T
+        low_rank_add(expected, low, up, 0.3, backend="triton")
+        low_rank_product(out, x, weight, low, up, 0.3, backend="triton")
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_registered_product_is_consistent(device):
+    shapes = (5, 4), (5, 8), (4, 8), (5, 3), (4, 3)
+    tensors = [drawn(*s, device=device, dtype=torch.float16, seed=i) for i, s in enumerate(shapes)]
+    low_rank_product(*tensors, backend="triton")  # registers the op
+    torch.library.opcheck(
+        torch.ops.mambapeft.low_rank_product, (*tensors, 0.5), test_utils=("test_schema", "test_faketensor")
+    )

@@ -1,5 +1,6 @@
-"""The one public function of the low-rank update."""
+"""The public functions of the low-rank update."""
 
+import torch
 from torch import Tensor
 
 from mambapeft_kernels.backends import FUSED, resolve_for
@@ -25,6 +26,29 @@ def low_rank_add(out: Tensor, low: Tensor, up: Tensor, scale: float = 1.0, backe
 
         return triton.low_rank_add(out, low, up, scale)
     return naive.low_rank_add(out, low, up, scale)
+
+
+def low_rank_product(
+    out: Tensor, x: Tensor, weight: Tensor, low: Tensor, up: Tensor, scale: float = 1.0, backend: str = "auto"
+) -> Tensor:
+    """out = x @ weightᵀ + low @ (scale · up)ᵀ: a linear map and its update, in one launch where that is faster.
+
+    Not an op of autograd's, as `low_rank_add`.
+
+    Args:
+        out: [m, n], contiguous, is overwritten. x: [m, k], weight: [n, k]. These have out's dtype.
+        low, up, backend: as in `low_rank_add`.
+    Returns: scale · up, as `low_rank_add` does.
+    Raises: as `low_rank_add`.
+    """
+    _check(out, low, up)
+    if resolve_for(backend, out) in FUSED:
+        from mambapeft_kernels.low_rank import triton_kernels as triton
+
+        if triton.takes(x, weight):
+            return triton.low_rank_product(out, x, weight, low, up, scale)
+    torch.mm(x, weight.T, out=out)
+    return low_rank_add(out, low, up, scale, backend)
 
 
 def _check(out: Tensor, low: Tensor, up: Tensor) -> None:

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambapeft_kernels import low_rank_add, product
 from mambapeft_kernels.derivatives import differentiated_again, no_autocast, plain_gradients
+from mambapeft_kernels.low_rank import low_rank_add, low_rank_product
+from mambapeft_kernels.matmul import product
 
 
 class LowRankFactors(NamedTuple):
@@ -96,11 +97,16 @@ class _LowRankLinear(torch.autograd.Function):
             weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
             out = flat.new_empty(*x.shape[:-1], weight.shape[0])
             flat_out = out.view(-1, out.shape[-1])
-            if bias is None:
-                torch.mm(flat, weight.T, out=flat_out)
+            if bias is None and settings.rows == (None,):
+                down, low, mask = _narrowed(flat, settings, factors)
+                up = low_rank_product(flat_out, flat, weight, low, factors[1], settings.scales[0])
+                kept = _Kept(flat, down, low, mask, (up,))
             else:
-                torch.addmm(bias, flat, weight.T, out=flat_out)
-            kept = _add_branches(flat_out, flat, settings, factors)
+                if bias is None:
+                    torch.mm(flat, weight.T, out=flat_out)
+                else:
+                    torch.addmm(bias, flat, weight.T, out=flat_out)
+                kept = _add_branches(flat_out, flat, settings, factors)
         ctx.settings, ctx.factor_dtypes = settings, [t.dtype for t in factors]
         ctx.save_for_backward(weight, *kept.tensors(), x, plain_weight, plain_bias, *factors)
         return out
@@ -198,21 +204,24 @@ def _drawn(settings: _Settings, x: Tensor, factors: Sequence[Tensor]) -> Tensor 
 
 
 def _add_branches(out: Tensor, x: Tensor, settings: _Settings, factors: Sequence[Tensor]) -> _Kept:
-    """Adds the branches to out [m, out] for x [m, in] of one dtype; returns what `_branch_gradients` needs.
-
-    All branches go down in one product, side by side, and up in one each.
-    """
-    downs, dtype = list(factors[::2]), x.dtype
-    ranks = [len(down) for down in downs]
-    down = torch.cat(downs, out=x.new_empty(sum(ranks), x.shape[1])) if len(downs) > 1 else downs[0].to(dtype)
-    low, mask = x @ down.T, None
-    if settings.dropout:
-        low, mask = torch.native_dropout(low, settings.dropout, True)
+    """Adds the branches to out [m, out] for x [m, in] of one dtype; returns what `_branch_gradients` needs."""
+    down, low, mask = _narrowed(x, settings, factors)
+    ranks = [len(part) for part in factors[::2]]
     ups = tuple(
         low_rank_add(_features(out, rows), part, up, scale)
         for part, up, scale, rows in zip(low.split(ranks, dim=1), factors[1::2], settings.scales, settings.rows)
     )
     return _Kept(x, down, low, mask, ups)
+
+
+def _narrowed(x: Tensor, settings: _Settings, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """down of all branches one below another, dropout(down(x)) [m, Σr] by one product, and the dropout's mask."""
+    downs = list(factors[::2])
+    down = downs[0].to(x.dtype)
+    if len(downs) > 1:
+        down = torch.cat(downs, out=x.new_empty(sum(map(len, downs)), x.shape[1]))
+    low = x @ down.T
+    return (down, *torch.native_dropout(low, settings.dropout, True)) if settings.dropout else (down, low, None)
 
 
 def _branch_gradients(
