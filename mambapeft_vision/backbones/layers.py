@@ -4,7 +4,9 @@ from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
-from mambapeft_kernels import gelu
+from mambapeft_kernels import FUSED, gelu
+from mambapeft_kernels.derivatives import differentiated_again, plain_gradients, transformed
+from mambapeft_kernels.gelu import gelu_of_frozen_linear
 from mambapeft_kernels.low_rank.linear import compute_dtype
 from timm.layers import lecun_normal_
 from torch import Tensor, nn
@@ -69,8 +71,42 @@ class PortedConv2d(Ported, nn.Conv2d):
     """`nn.Conv2d`, its weights read through ports; or by a kernel instead, where `computes_as` says so."""
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.read("bias")
-        return self._conv_forward(x, self.read("weight"), bias)
+        weight, bias = self.read("weight"), None if self.bias is None else self.read("bias")
+        frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+        if not (frozen and x.requires_grad and self._is_plain) or transformed() or torch.compiler.is_compiling():
+            return self._conv_forward(x, weight, bias)
+        x, weight, bias = (None if t is None else t.to(compute_dtype(x)) for t in (x, weight, bias))
+        return _FrozenConvolution.apply(x, weight, bias, (self.stride, self.padding, self.dilation, self.groups))
+
+    @property
+    def _is_plain(self) -> bool:
+        return self.padding_mode == "zeros" and not isinstance(self.padding, str)
+
+
+class _FrozenConvolution(torch.autograd.Function):
+    """PyTorch's convolution keeps its input for the weight's gradient even where nothing asks for that."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, geometry):
+        ctx.save_for_backward(weight)
+        ctx.geometry, ctx.shape = geometry, x.shape
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        ctx.memory_format = torch.channels_last if last else torch.contiguous_format
+        return F.conv2d(x, weight, bias, *geometry)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        if differentiated_again(grad):  # a linear map: its gradient is the same at every input
+            anywhere = grad.new_zeros(ctx.shape, requires_grad=True)
+            (dx,) = plain_gradients(lambda x: F.conv2d(x, weight, None, *ctx.geometry), (anywhere,), (True,), grad)
+            return dx, None, None, None
+        unread = grad.new_empty(ctx.shape).to(memory_format=ctx.memory_format)
+        stride, padding, dilation, groups = ctx.geometry
+        dx, _, _ = torch.ops.aten.convolution_backward(
+            grad, unread, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+        )
+        return dx, None, None, None
 
 
 def computes_as(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
@@ -98,6 +134,10 @@ _HOOKS_OF_ALL_MODULES = tuple(
 )
 
 
+# Inputs of an MLP up to which its hidden layer is computed again: there a product's time is that of its bytes.
+_MOST_INPUTS_AGAIN = 128
+
+
 class Mlp(nn.Module):
     """fc2(GELU(fc1(h))), with a side port beside the whole of it."""
 
@@ -109,7 +149,17 @@ class Mlp(nn.Module):
         self.kernel = "torch"
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.side(h, self.fc2(gelu(self.fc1(h), self.kernel)), self.training)
+        return self.side(h, self.fc2(self._hidden(h)), self.training)
+
+    def _hidden(self, h: Tensor) -> Tensor:
+        """GELU(fc1(h)); narrow frozen maps keep h for the backward pass instead of the hidden layer."""
+        fc1, dtype = self.fc1, compute_dtype(h)
+        narrow = fc1.in_features <= _MOST_INPUTS_AGAIN and dtype == torch.bfloat16 and self.kernel in FUSED
+        if narrow and h.requires_grad and computes_as(fc1, PortedLinear) and not fc1.side.branches:
+            weight, bias = fc1.read("weight", dtype), fc1.read("bias", dtype)
+            if not weight.requires_grad and not bias.requires_grad:
+                return gelu_of_frozen_linear(h.to(dtype), weight, bias, self.kernel)
+        return gelu(fc1(h), self.kernel)
 
 
 class PortedLayerNorm(Ported, nn.LayerNorm):

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
 
-from mambapeft_vision.backbones import vmamba
+from mambapeft_vision.backbones import layers, vmamba
 from mambapeft_vision.backbones import weights as weights_module
-from mambapeft_vision.backbones.ports import taken_ports
+from mambapeft_vision.backbones.layers import Mlp, PortedConv2d
+from mambapeft_vision.backbones.ports import FunctionBranch, taken_ports
 from mambapeft_vision.backbones.vmamba import OFFICIAL_SIZES, VMamba
 from mambapeft_vision.backbones.weights import Checkpoint, load_state
 from mambapeft_vision.utils.errors import UserError
@@ -258,6 +259,43 @@ def test_block_ports_see_the_map_row_by_row():
     assert seen == [((1, 35, 8), (5, 7))] * 2
     model.blocks[1].input.value = lambda tokens, layout: (tokens + 1, layout)
     assert not torch.allclose(model(images), expected)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_frozen_convolutions_keep_no_input_and_have_pytorchs_derivatives(memory_format):
+    torch.manual_seed(0)
+    conv = PortedConv2d(4, 6, 3, 2, padding=1).double().requires_grad_(False)
+    x = torch.randn(2, 4, 7, 5, dtype=torch.float64).to(memory_format=memory_format)
+    kept, found = [], []
+    for run in (conv, lambda x: F.conv2d(x, conv.weight, conv.bias, 2, 1)):
+        leaf = x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+            out = run(leaf)
+        (first,) = torch.autograd.grad(out.sin().sum(), leaf, create_graph=True)
+        found.append([out, first, *torch.autograd.grad(first.square().sum(), leaf)])
+        found.append(torch.autograd.grad(run(leaf).sin().sum(), leaf))
+    assert kept == [conv.weight.shape, x.shape, conv.weight.shape]  # ours, and PyTorch's
+    torch.testing.assert_close(found[:2], found[2:], rtol=1e-12, atol=1e-12)
+    assert found[1][0].is_contiguous(memory_format=memory_format)
+
+
+def test_narrow_frozen_mlps_compute_their_hidden_layer_again(monkeypatch):
+    """Where fused kernels run under autocast; not where a weight trains, a branch joins or maps are wide."""
+    calls = []
+    monkeypatch.setattr(layers, "gelu_of_frozen_linear", lambda *given: calls.append(1) or F.gelu(F.linear(*given[:3])))
+    monkeypatch.setattr(layers, "gelu", lambda x, kernel: F.gelu(x))
+    narrow, wide, trained, beside = (Mlp(d, 8, name="mlp").requires_grad_(False) for d in (4, 129, 4, 4))
+    trained.fc1.weight.requires_grad_()
+    beside.fc1.side.add(FunctionBranch("owner", lambda x: x.new_zeros(1)))
+    for mlp, times in ((narrow, 1), (wide, 0), (trained, 0), (beside, 0)):
+        mlp.kernel = "triton"
+        x = torch.randn(3, mlp.fc1.in_features, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = mlp(x)
+            assert len(calls) == times and torch.equal(out, mlp.fc2(F.gelu(mlp.fc1(x))))
+        calls.clear()
+        mlp(x)
+        assert not calls
 
 
 def test_the_head_is_replaced_by_a_zero_one():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.kernel_cases import relative_error
-from mambapeft_kernels import gelu
+from mambapeft_kernels.gelu import gelu, gelu_of_frozen_linear
 
 CPU = [pytest.param("cpu", id="interpreter")] if not torch.cuda.is_available() else []
 DEVICES = [*CPU, pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)]
@@ -76,3 +76,28 @@ def test_registered_op_is_consistent(device):
     gelu(x, "triton")  # registers the op
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.mambapeft.gelu, (x,), test_utils=tests)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_behind_a_frozen_map_the_input_is_kept_and_the_bits_are_the_same(device):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (3, 4, 10), (16, 10), (16,), (3, 4, 16)
+    x, weight, bias, grad = (torch.randn(*s, generator=generator).to(device, torch.float16) for s in shapes)
+    x.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        found = gelu_of_frozen_linear(x, weight, bias, "triton")
+    assert kept == [x.shape, weight.shape, bias.shape]
+    expected = gelu(F.linear(x, weight, bias), "triton")
+    assert torch.equal(found, expected)
+    assert torch.equal(*(torch.autograd.grad(out, x, grad)[0] for out in (found, expected)))
+
+
+def test_second_derivatives_behind_a_frozen_map():
+    x, weight = (torch.linspace(-1, 1, n, dtype=torch.float64).view(-1, 4) for n in (8, 12))
+    bias, leaves = weight.sum(1), [x.clone().requires_grad_() for _ in range(2)]
+    outs = gelu_of_frozen_linear(leaves[0], weight, bias), F.gelu(F.linear(leaves[1], weight, bias))
+    for out, leaf in zip(outs, leaves):
+        (first,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+        first.square().sum().backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-12, atol=1e-12)

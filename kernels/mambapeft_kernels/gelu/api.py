@@ -20,3 +20,12 @@ def gelu(x: Tensor, backend: str = "auto") -> Tensor:
 
         return triton.gelu(x)
     return naive.gelu(x)
+
+
+def gelu_gradient(grad: Tensor, x: Tensor, backend: str = "auto") -> Tensor:
+    """The gradient of x from `grad`, that of gelu(x); for functions with a backward pass of their own."""
+    if backend_for(backend, x) in FUSED:
+        from mambapeft_kernels.gelu import triton_kernels as triton
+
+        return triton.gelu_gradient(grad, x)
+    return naive.gelu_gradient(grad, x)

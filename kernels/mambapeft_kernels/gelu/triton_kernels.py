@@ -44,9 +44,16 @@ def _backward(grad_ptr, x_ptr, out_ptr, size, BLOCK: tl.constexpr):
 
 def gelu(x: Tensor) -> Tensor:
     """See `mambapeft_kernels.gelu`. In float32 the formula would be the larger error, and PyTorch's op takes it."""
-    if x.dtype not in (torch.bfloat16, torch.float16) or not x.numel():
-        return naive.gelu(x)
-    return torch.ops.mambapeft.gelu(x)
+    return torch.ops.mambapeft.gelu(x) if _takes(x) else naive.gelu(x)
+
+
+def gelu_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """See `mambapeft_kernels.gelu.api.gelu_gradient`."""
+    return torch.ops.mambapeft.gelu_backward(grad, x) if _takes(x) else naive.gelu_gradient(grad, x)
+
+
+def _takes(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16) and x.numel() > 0
 
 
 @torch.library.custom_op("mambapeft::gelu", mutates_args=(), schema="(Tensor x) -> Tensor")

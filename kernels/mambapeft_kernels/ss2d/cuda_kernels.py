@@ -12,7 +12,7 @@ from mambapeft_kernels.ss2d.gradients import summed
 
 _WARP, _SAMPLES = 16, 4  # channels of a warp, samples of a block
 _STEPS = 8  # steps of a chunk
-# Warps of a block, best first. A block of the backward leaves a part of the projections' gradient: the fewer the better.
+# Warps of a block, best first. Each block of the backward leaves a part of the projections' gradient.
 _WARPS = {"forward": (6, 4, 8, 3, 2, 1), "backward": (12, 6, 4, 8, 3, 2, 1), "ends": (6, 4, 8, 3, 2, 1)}
 # Blocks of six warps that registers leave room for on a multiprocessor.
 _MIN_BLOCKS = {"forward": 4, "backward": 2, "ends": 4}
