@@ -78,21 +78,22 @@ def test_dtypes_under_autocast(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_in_bfloat16_rows_are_kept_without_their_mean(device):
-    """Half of the bytes of the sum; rounded with its mean, 1,000 deviations, the sum would give wrong gradients."""
+    """For a frozen weight. The mean is 1,000 deviations here: the sum, rounded with it, would give wrong gradients."""
     hidden, weight, bias = (draw(*s).to(device) for s in ((4, 6, 32), (32,), (32,)))
     residual, dnormed = 1e3 + draw(4, 6, 32, seed=1).to(device), draw(4, 6, 32, seed=2).to(device)
     gradients, kept = [], []
     for dtype, backend in ((torch.bfloat16, "triton"), (torch.float64, "naive")):
         wide = torch.promote_types(dtype, torch.float32)
-        leaves = [t.to(d).requires_grad_() for t, d in ((hidden, dtype), (residual, wide), (weight, wide))]
+        leaves = [t.to(d).requires_grad_() for t, d in ((hidden, dtype), (residual, wide))]
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((t.shape, t.dtype)) or t, lambda t: t):
-            normed, total = add_layer_norm(*leaves, bias.to(wide), backend=backend)
+            normed, total = add_layer_norm(*leaves, weight.to(wide), bias.to(wide), backend=backend)
         assert relative_error(total, hidden + residual) < 1e-6
         gradients.append(torch.autograd.grad(normed, leaves, dnormed.to(dtype)))
         if backend == "triton":
             assert kept == [(hidden.shape, torch.bfloat16), (weight.shape, torch.float32)]
     for found, expected in zip(*gradients):
-        assert relative_error(found, expected) < 1e-2
+        # Triton's interpreter cuts numbers off to bfloat16, where a GPU rounds them.
+        assert relative_error(found, expected) < (1e-2 if device == "cpu" else 2e-3)
 
 
 @pytest.mark.parametrize("device", DEVICES)

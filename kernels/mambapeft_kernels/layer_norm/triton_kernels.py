@@ -1,7 +1,7 @@
 """LayerNorm in Triton, alone or with residual addition and drop path: one launch forward, one backward.
 
 A program owns a few whole rows. The backward computes the statistics again from what was kept: the input, or the
-residual sum; in bfloat16 the sum without its mean, which is half of the bytes and as exact as the gradients are.
+residual sum; for frozen weights in bfloat16 the sum without its mean, rounded, which is half of the bytes.
 """
 
 import torch
@@ -103,10 +103,9 @@ def add_layer_norm(
     fused = hidden.dtype in _FUSED and hidden.numel() and (residual is None or residual.dtype == torch.float32)
     if not fused or (branch_scale is not None and branch_scale.requires_grad):
         return naive.add_layer_norm(hidden, residual, weight, bias, eps, branch_scale)
-    trains = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (hidden, residual, weight, bias)
-    )
-    centre = trains and hidden.dtype == torch.bfloat16  # float16 has not the range of the sums
+    backward = torch.is_grad_enabled() and (hidden.requires_grad or (residual is not None and residual.requires_grad))
+    # The weight's gradient is as exact as what is kept; and float16 has not the range of the sums.
+    centre = backward and hidden.dtype == torch.bfloat16 and not weight.requires_grad
     return torch.ops.mambapeft.add_layer_norm(hidden, residual, weight, bias, eps, branch_scale, True, centre)[:2]
 
 
