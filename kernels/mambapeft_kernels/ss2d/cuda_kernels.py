@@ -18,6 +18,7 @@ _WARPS = {"forward": (6, 4, 8, 3, 2, 1), "backward": (12, 6, 4, 8, 3, 2, 1), "en
 _MIN_BLOCKS = {"forward": 4, "backward": 2, "ends": 4}
 # Warps that keep an H200 busy. With fewer, directions get blocks of their own; then sequences are cut into segments.
 WANTED_WARPS = {"forward": 2_600, "backward": 1_500}
+_FILE = {name: f"ss2d/scan_{name}.cu" for name in _WARPS}
 MIN_CHUNKS = 8  # chunks of a segment
 
 
@@ -134,7 +135,7 @@ class Scans:
         blocks = max(1, _MIN_BLOCKS[name] * 6 // warps)
         macros = self.macros | more | {"WARPS": warps, "MIN_BLOCKS": blocks, "SHARED": shared}
         nvrtc.run(
-            ("common.cuh", "ss2d/scan.cuh", f"ss2d/scan_{name}.cu"), f"ss2d_{name}", macros,
+            ("common.cuh", "ss2d/scan.cuh", _FILE[name]), f"ss2d_{name}", macros,
             (self.channels // (_WARP * warps) * planes, self.groups, segments), 32 * warps, self.u.device,
             [*arguments, self.batch, self.chunks, *(last or [])], shared=shared,
         )  # fmt: skip
@@ -147,7 +148,9 @@ class Scans:
         """Bytes of shared memory of a block: `struct Shared` in the kernels' files."""
         rows, tile = _SAMPLES * _STEPS, _WARP * self._warps(name) + 8
         row = pitch(self.rank) if pitch(self.rank) // 8 % 2 else pitch(self.rank) + 8
-        tiles = {"forward": 4, "ends": 2, "backward": 6}[name] * rows
+        tiles = {"forward": 4, "ends": 2, "backward": 10}[name] * rows
+        buffers, places = 2, 96
         if name == "backward":
             tiles += (self.rank + 7) // 8 * 8
-        return 2 * (2 * rows * row + tiles * tile) + 96
+            buffers, places = 3, 128
+        return 2 * (buffers * rows * row + tiles * tile) + places

@@ -27,9 +27,10 @@ __device__ __forceinline__ u32 pack(float lo, float hi) {
     return pair;
 }
 
-// The places that chunks read, of three in turn; beyond the last step that of the last.
+// The places that chunks read, of some in turn; beyond the last step that of the last.
+template <int CHUNKS = 3>
 struct Places {
-    int at[3][T];
+    int at[CHUNKS][T];
 
     __device__ __forceinline__ void find(int k, int chunk, int slot) {
         if (threadIdx.x >= T) return;

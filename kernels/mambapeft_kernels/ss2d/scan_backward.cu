@@ -4,17 +4,19 @@
 // Chunk by chunk from the end: the states of a chunk come from the one that the forward kept, and stay in registers while
 // the adjoint runs back. What is summed over channels goes through shared memory in bfloat16: there the block's warps
 // share one product, [steps and samples, channels] times [channels, δ | B | C], whose right side is dt_proj and ones.
+// What a chunk leaves there is summed and written beside the next chunk: one barrier a chunk, and warps without a product
+// need not wait for the others.
 
 constexpr int B_AT = R, C_AT = R + 1;      // columns of a row
 constexpr int TASKS = ROWS / 16 * PIECES;  // products of 16 rows and 8 columns
 
 struct __align__(16) Shared {
-    io_t rows[2][ROWS * PITCH];
+    io_t rows[3][ROWS * PITCH];  // of the chunk before, the present and the next one, in turn
     // Where a lane has read u and dy, it leaves what is to be summed over channels for B and for C.
-    io_t u[2][ROWS * TP], dy[2][ROWS * TP];
-    io_t du[ROWS * TP], draw[ROWS * TP];  // draw: of Δ before softplus
-    io_t turned[KT * 8 * TP];             // dt_projᵀ
-    Places places;
+    io_t u[3][ROWS * TP], dy[3][ROWS * TP];
+    io_t du[2][ROWS * TP], draw[2][ROWS * TP];  // draw: of Δ before softplus
+    io_t turned[KT * 8 * TP];                   // dt_projᵀ
+    Places<4> places;
 };
 static_assert(sizeof(Shared) <= SHARED, "the launch asks for too little shared memory");
 
@@ -32,8 +34,8 @@ struct Arguments {
 };
 
 // Sums a chunk's rows over the block's channels, and writes them.
-__device__ __forceinline__ void write_sums(const Arguments& p, const Shared& shared, int side, const int* places, int k,
-                                           int chunk, const Lane& at) {
+__device__ __forceinline__ void write_sums(const Arguments& p, const Shared& shared, int third, int side,
+                                           const int* places, int k, int chunk, const Lane& at) {
 #if NEED_PROJ
     for (int task = at.warp; task < TASKS; task += WARPS) {
         const int m = task / PIECES, n = task % PIECES;
@@ -46,7 +48,7 @@ __device__ __forceinline__ void write_sums(const Arguments& p, const Shared& sha
         if (n < KT) {
 #pragma unroll
             for (int kk = 0; kk < WARPS; ++kk) {
-                load_matrices(x, shared.draw + left + 16 * kk);
+                load_matrices(x, shared.draw[side] + left + 16 * kk);
                 load_matrices(w, shared.turned + right + 16 * kk);  // two matrices, twice
                 multiply(out, x, w, out);
             }
@@ -54,9 +56,9 @@ __device__ __forceinline__ void write_sums(const Arguments& p, const Shared& sha
         if (n == B_AT / 8) {  // and C_AT / 8: R is even
 #pragma unroll
             for (int kk = 0; kk < WARPS; ++kk) {
-                load_matrices(x, shared.u[side] + left + 16 * kk);
+                load_matrices(x, shared.u[third] + left + 16 * kk);
                 multiply(out, x, pick_b, out);
-                load_matrices(x, shared.dy[side] + left + 16 * kk);
+                load_matrices(x, shared.dy[third] + left + 16 * kk);
                 multiply(out, x, pick_c, out);
             }
         }
@@ -74,14 +76,14 @@ __device__ __forceinline__ void write_sums(const Arguments& p, const Shared& sha
 }
 
 // Adds a chunk's share of dt_proj's gradient: [16 channels of a warp, steps and samples] times [steps and samples, δ].
-__device__ __forceinline__ void add_weight_gradient(float (*total)[4], const Shared& shared, const io_t* rows,
+__device__ __forceinline__ void add_weight_gradient(float (*total)[4], const io_t* draw, const io_t* rows,
                                                     const Lane& at) {
 #if NEED_WEIGHT
 #pragma unroll
     for (int kk = 0; kk < ROWS / 16; ++kk) {
         u32 x[4], w[4];
         const int row = 16 * kk + at.lane % 8;
-        load_turned(x, shared.draw + (row + at.lane / 16 * 8) * TP + at.warp * 16 + at.lane / 8 % 2 * 8);
+        load_turned(x, draw + (row + at.lane / 16 * 8) * TP + at.warp * 16 + at.lane / 8 % 2 * 8);
 #pragma unroll
         for (int n = 0; n < KT; ++n) {
             load_turned(w, rows + (row + at.lane / 8 % 2 * 8) * PITCH + 8 * n);  // two matrices, twice
@@ -138,34 +140,44 @@ __device__ __forceinline__ void scan_back(const Arguments& p, io_t* du, int k, c
     rows.start(shared.rows[0], shared.places.at[0], end);
     tile.start(shared.u[0], p.u);
     tile.start(shared.dy[0], p.dy);
-    int slot = 0;
+    int third = 0, third_before = 0;
+    TileCopier now = tile;
+    Pack<8> before[TileCopier::COUNT];
+    // Sums and writes what the chunk `back` has left.
+    auto finish = [&](int back, int third) {
+        const int side = back & 1;
+        if (NEED_U) now.write<!FIRST>(du, shared.du[side], before);
+        write_sums(p, shared, third, side, shared.places.at[back & 3], k, end - back, at);
+        add_weight_gradient(total_weight, shared.draw[side], shared.rows[third], at);
+    };
     for (int back = 0; back < p.chunks; ++back) {
-        const int chunk = end - back, side = back & 1, this_slot = slot, next = slot == 2 ? 0 : slot + 1;
+        const int chunk = end - back, side = back & 1, next = third == 2 ? 0 : third + 1;
         const float start[2] = {low(start_next), high(start_next)};
-        const TileCopier now = tile;
-        Pack<8> before[TileCopier::COUNT];
-        wait_for_copies();  // and the sums of the chunk before have been read
-        if (!FIRST && NEED_U) now.read(before, du);
+        const TileCopier here = tile;
+        wait_for_copies();  // and everyone has left the chunk before
         if (back + 1 < p.chunks) {
+            const int* places = shared.places.at[back + 1 & 3];
             start_next = *(const u32*)(ckpt + (i64)(chunk - 1) * E);
-            tile.find(shared.places.at[next], chunk - 1);
-            rows.start(shared.rows[side ^ 1], shared.places.at[next], chunk - 1);
-            tile.start(shared.u[side ^ 1], p.u);
-            tile.start(shared.dy[side ^ 1], p.dy);
-            shared.places.find(k, chunk - 2, next == 2 ? 0 : next + 1);
+            tile.find(places, chunk - 1);
+            rows.start(shared.rows[next], places, chunk - 1);
+            tile.start(shared.u[next], p.u);
+            tile.start(shared.dy[next], p.dy);
+            shared.places.find(k, chunk - 2, back + 2 & 3);
         }
-        slot = next;
+        if (back) finish(back - 1, third_before);
+        now = here;
+        if (!FIRST && NEED_U) now.read(before, du);
 
         float delta[T][2], fade[T][2], slope[T][2], h[T][2];
 #pragma unroll
         for (int j = 0; j < T / 2; ++j) {
             float raw[4];
-            dir.raw(raw, shared.rows[side], j, at.lane);
+            dir.raw(raw, shared.rows[third], j, at.lane);
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int s = 2 * j + i;
-                const float B = low(inputs_of(shared.rows[side], s, at.t));
-                const u32 u = *cell_of(shared.u[side], s, at.t, at.local);
+                const float B = low(inputs_of(shared.rows[third], s, at.t));
+                const u32 u = *cell_of(shared.u[third], s, at.t, at.local);
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
                     const float v = raw[2 * c + i], in = c ? high(u) : low(u);
@@ -179,8 +191,8 @@ __device__ __forceinline__ void scan_back(const Arguments& p, io_t* du, int k, c
         }
 #pragma unroll
         for (int s = T - 1; s >= 0; --s) {
-            const u32 bc = inputs_of(shared.rows[side], s, at.t);
-            u32 *u = cell_of(shared.u[side], s, at.t, at.local), *dy = cell_of(shared.dy[side], s, at.t, at.local);
+            const u32 bc = inputs_of(shared.rows[third], s, at.t);
+            u32 *u = cell_of(shared.u[third], s, at.t, at.local), *dy = cell_of(shared.dy[third], s, at.t, at.local);
             const u32 two_u = *u, two_dy = *dy;
             const float B = low(bc), C = high(bc);
             float into_u[2], draw[2], for_b[2], for_c[2];
@@ -198,15 +210,14 @@ __device__ __forceinline__ void scan_back(const Arguments& p, io_t* du, int k, c
                 if (NEED_BIAS) total_bias[c] += draw[c];
                 if (NEED_OFFSET) total_offset[c] += grad * C;
             }
-            if (NEED_U) *cell_of(shared.du, s, at.t, at.local) = pack(into_u[0], into_u[1]);
-            if (NEED_PROJ || NEED_WEIGHT) *cell_of(shared.draw, s, at.t, at.local) = pack(draw[0], draw[1]);
+            if (NEED_U) *cell_of(shared.du[side], s, at.t, at.local) = pack(into_u[0], into_u[1]);
+            if (NEED_PROJ || NEED_WEIGHT) *cell_of(shared.draw[side], s, at.t, at.local) = pack(draw[0], draw[1]);
             if (NEED_PROJ) *u = pack(for_b[0], for_b[1]), *dy = pack(for_c[0], for_c[1]);
         }
-        __syncthreads();
-        if (NEED_U) now.write<!FIRST>(du, shared.du, before);
-        write_sums(p, shared, side, shared.places.at[this_slot], k, chunk, at);
-        add_weight_gradient(total_weight, shared, shared.rows[side], at);
+        third_before = third, third = next;
     }
+    __syncthreads();
+    finish(p.chunks - 1, third_before);
     write_weight_gradient(total_weight, p.dweight, k, at);
     if (!live) return;
     const i64 cell = (((i64)sample * at.segments + at.segment) * 4 + k) * E + at.channel;

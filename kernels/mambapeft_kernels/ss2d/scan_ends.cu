@@ -3,7 +3,7 @@
 
 struct __align__(16) Shared {
     io_t rows[2][ROWS * PITCH], map[2][ROWS * TP];
-    Places places;
+    Places<> places;
 };
 static_assert(sizeof(Shared) <= SHARED, "the launch asks for too little shared memory");
 
