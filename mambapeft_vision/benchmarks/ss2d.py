@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from mambapeft_kernels import add_layer_norm, depthwise_conv_silu, layer_norm, resolve_backend
+from mambapeft_kernels.ss2d.fused import padded
 from torch import Tensor
 
 from mambapeft_vision.benchmarks.kernel_cases import errors
@@ -92,6 +93,7 @@ def ops(case: Case) -> Iterator[tuple[str, list[Callable[[], object]]]]:
         return [torch.randn(shape, device="cuda", dtype=dtype) for _ in range(count)]
 
     us, douts = draw(wide), draw(wide)
+    weights = padded(us[0], weights, backend)
     kept = [kernels.ss2d(u, *weights, backend, True)[1:] for u in us]
     only_u = [True] + [False] * len(weights)
     yield "ss2d_forward", [partial(kernels.ss2d, u, *weights, backend, False) for u in us]

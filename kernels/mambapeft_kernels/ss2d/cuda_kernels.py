@@ -49,6 +49,8 @@ class Scans:
         batch, height, width, channels = u.shape
         self.u, self.proj = u, proj
         self.batch, self.length, self.channels, self.rank = batch, height * width, channels, w.dt_projs_weight.shape[2]
+        if proj.shape[-1] != DIRECTIONS * pitch(self.rank):
+            raise ValueError(f"ss2d: expected {pitch(self.rank)} rows of x_proj a direction; pad the weight")
         self.weights = [t.float().contiguous() for t in (w.dt_projs_weight, w.dt_projs_bias, w.A_logs)]
         self.skip = w.Ds.float().contiguous()
         # [4, E, 1] and [4, E] are the same.

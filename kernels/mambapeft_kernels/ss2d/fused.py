@@ -18,8 +18,17 @@ def ss2d(u: Tensor, weights: SS2DWeights, backend: str) -> Tensor:
     """See `mambapeft_kernels.ss2d`; backend: cuda or triton."""
     if u.numel() == 0:
         return torch.zeros_like(u) + 0 * u  # no place or no sample: an empty result that keeps its graph
+    weights = padded(u, weights, backend)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (u, *weights))
     return torch.ops.mambapeft.ss2d(u, *weights, backend, save)[0]
+
+
+def padded(u: Tensor, weights: SS2DWeights, backend: str) -> SS2DWeights:
+    """The weights as both ops want them: in CUDA C++, each direction's rows of x_proj end at 16 bytes."""
+    missing = _pitch(u, weights, backend) - weights.x_proj_weight.shape[1]
+    if not missing:
+        return weights
+    return weights._replace(x_proj_weight=F.pad(weights.x_proj_weight, (0, 0, 0, missing)))
 
 
 _WEIGHTS = (
@@ -51,7 +60,7 @@ def _forward(
     w = SS2DWeights(x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset)
     u = u.contiguous()
     with torch.cuda.device_of(u):
-        proj = u.flatten(1, 2) @ _x_proj(u, w, backend).T
+        proj = u.flatten(1, 2) @ _x_proj(u, w).T
         scans = _scans(u, proj, w, backend)
         y, ckpt = scans.forward(save)
         complete = len(y) == 1 and scans.adds_skip
@@ -64,7 +73,7 @@ def _(u, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_stat
     w = SS2DWeights(x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset)
     if not save:
         return u.new_empty(u.shape), u.new_empty(0), u.new_empty(0)
-    proj = u.new_empty(u.shape[0], u.shape[1] * u.shape[2], DIRECTIONS * _pitch(u, w, backend))
+    proj = u.new_empty(u.shape[0], u.shape[1] * u.shape[2], DIRECTIONS * x_proj_weight.shape[1])
     return u.new_empty(u.shape), proj, u.new_empty(_scans(u, proj, w, backend).checkpoint_shape)
 
 
@@ -111,7 +120,7 @@ def _backward(
             scans = _scans(u, proj, w, backend)
             found = scans.backward(dout, ckpt, wanted)
             if need_u:
-                parts, weight = found["u"], _x_proj(u, w, backend)
+                parts, weight = found["u"], _x_proj(u, w)
                 if len(parts) == 1 and scans.adds_skip:
                     du = parts.view_as(u)
                     du.flatten(0, 2).addmm_(found["proj"].flatten(0, 1), weight)
@@ -120,7 +129,7 @@ def _backward(
                     du = triton.merge(parts, dout, skip, found["proj"], weight)
             if asked["x_proj_weight"]:
                 rows = product(found["proj"].flatten(0, 1).T, u.flatten(0, 2), torch.float32)
-                grads["x_proj_weight"] = rows.unflatten(0, (DIRECTIONS, -1))[:, : x_proj_weight.shape[1]].contiguous()
+                grads["x_proj_weight"] = rows.view(x_proj_weight.shape)
             grads["dt_projs_weight"], grads["dt_projs_bias"] = found["weight"], found["bias"]
             if asked["A_logs"]:
                 A = -torch.exp(A_logs.float())
@@ -163,7 +172,9 @@ def _differentiate(ctx, dout, *_):
 
 
 def _definition(u: Tensor, *weights: Tensor | None) -> Tensor:
-    return naive.ss2d(u, SS2DWeights(*weights))  # type: ignore[arg-type]  # the first five are never None
+    w = SS2DWeights(*weights)  # type: ignore[arg-type]  # the first five are never None
+    rows = w.dt_projs_weight.shape[2] + 2 * w.A_logs.shape[1]  # without the padding
+    return naive.ss2d(u, w._replace(x_proj_weight=w.x_proj_weight[:, :rows]))
 
 
 torch.library.register_autograd("mambapeft::ss2d", _differentiate, setup_context=_setup_context)
@@ -197,11 +208,9 @@ def _scans(u: Tensor, proj: Tensor, w: SS2DWeights, backend: str):
     return triton_kernels.Scans(u, proj, w)
 
 
-def _x_proj(u: Tensor, w: SS2DWeights, backend: str) -> Tensor:
+def _x_proj(u: Tensor, w: SS2DWeights) -> Tensor:
     """The projections of all directions as one matrix [4 P, E] in u's dtype."""
-    weight = w.x_proj_weight.to(u.dtype)
-    missing = _pitch(u, w, backend) - weight.shape[1]
-    return (F.pad(weight, (0, 0, 0, missing)) if missing else weight).flatten(0, 1).contiguous()
+    return w.x_proj_weight.to(u.dtype).flatten(0, 1).contiguous()
 
 
 def _skip(w: SS2DWeights) -> Tensor:
