@@ -8,7 +8,7 @@ from mambapeft_kernels.backends import BACKENDS, FUSED, available_backends, desc
 from mambapeft_kernels.compile_ahead import BlockSizes, StageSizes, compile_ahead, compile_stages_ahead
 from mambapeft_kernels.depthwise_conv2d import depthwise_conv_silu
 from mambapeft_kernels.gelu import gelu
-from mambapeft_kernels.layer_norm import add_layer_norm, layer_norm
+from mambapeft_kernels.layer_norm import add_branch, add_layer_norm, layer_norm
 from mambapeft_kernels.low_rank import low_rank_add
 from mambapeft_kernels.matmul import product
 from mambapeft_kernels.pixel_lookup import look_up
@@ -24,6 +24,7 @@ __all__ = [
     "Direction",
     "SS2DWeights",
     "StageSizes",
+    "add_branch",
     "add_layer_norm",
     "add_rms_norm",
     "available_backends",

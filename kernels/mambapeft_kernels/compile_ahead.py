@@ -15,7 +15,7 @@ from torch import Tensor
 from mambapeft_kernels.backends import FUSED
 from mambapeft_kernels.depthwise_conv2d import depthwise_conv_silu
 from mambapeft_kernels.gelu import gelu
-from mambapeft_kernels.layer_norm import add_layer_norm, layer_norm
+from mambapeft_kernels.layer_norm import add_branch, add_layer_norm, layer_norm
 from mambapeft_kernels.low_rank import low_rank_add, low_rank_product
 from mambapeft_kernels.pixel_lookup import look_up
 from mambapeft_kernels.rms_norm import add_rms_norm
@@ -235,6 +235,8 @@ class _Stage:
                 outputs = add_layer_norm(hidden, before, ones, ones, 1e-5, branch, self._backend)
                 self._back(*outputs)
                 self._back(outputs[0])  # nothing uses the sum of the last norm
+            for branch in (scale, None):  # before a stage's end
+                self._back(add_branch(hidden, residual, branch, hidden.dtype, self._backend))
 
     def low_rank(self) -> None:
         """LoRA beside in_proj."""

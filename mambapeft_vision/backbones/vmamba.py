@@ -19,6 +19,7 @@ from mambapeft_kernels import (
     FUSED,
     SS2DWeights,
     StageSizes,
+    add_branch,
     add_layer_norm,
     compile_stages_ahead,
     depthwise_conv_silu,
@@ -27,6 +28,7 @@ from mambapeft_kernels import (
     resolve_backend,
     ss2d,
 )
+from mambapeft_kernels.low_rank.linear import compute_dtype
 from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -538,9 +540,7 @@ class VMamba(TimmModel):
         pairs = itertools.repeat((None, None)) if scales is None else iter(scales.unflatten(0, (-1, 2)))
         for s, stage in enumerate(self.stages[:stop]):
             if s:
-                dtype = next(stage.parameters()).dtype  # the sum is float32 also in a model in bfloat16
-                total = stream.total().to(dtype)
-                stream = Stream(self.stages[s - 1].downsample(total))
+                stream = Stream(self._to_next_stage(self.stages[s - 1].downsample, stream))
             for block in stage.blocks:
                 arguments = stream, *next(pairs)
                 if self.grad_checkpointing:
@@ -550,6 +550,16 @@ class VMamba(TimmModel):
             if s in take:
                 taken.append(stream.state())
         return stream.state(), taken
+
+    def _to_next_stage(self, downsample: nn.Module, stream: Stream) -> Tensor:
+        """The first map [B, H', W', D'] of the next stage."""
+        first = cast(Block, self.stages[0].blocks[0])
+        weight = next(downsample.parameters(), first.norm.weight)
+        if isinstance(downsample, Downsample) and stream.residual is not None:  # its convolution rounds what it reads
+            total = add_branch(stream.hidden, stream.residual, stream.scale, compute_dtype(weight), first.op.kernel)
+        else:
+            total = stream.total().to(weight.dtype)  # the sum is float32 also in a model in bfloat16
+        return downsample(total)
 
     def normed(self, state: State, positions: Sequence[int] | None = None) -> Tensor:
         """As `TimmModel.normed`; the norm is that of the last stage, and states of others are only added up."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.kernel_cases import relative_error
-from mambapeft_kernels import add_layer_norm, layer_norm
+from mambapeft_kernels import add_branch, add_layer_norm, layer_norm
 
 CPU = [pytest.param("cpu", id="interpreter")] if not torch.cuda.is_available() else []
 DEVICES = [*CPU, pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)]
@@ -156,3 +156,33 @@ def test_wrong_shapes_are_named(change, message):
     arguments = {"hidden": torch.ones(2, 3, 4), "residual": None, "weight": torch.ones(4), "bias": torch.ones(4)}
     with pytest.raises(ValueError, match=message):
         add_layer_norm(**(arguments | change))
+
+
+# The sum alone
+
+
+@pytest.mark.parametrize("with_scale", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_sum_and_its_derivatives_are_the_definitions(device, dtype, with_scale):
+    """Bit for bit, also the gradient of a gradient; ragged and more than one tile."""
+    hidden = draw(3, 50, 47).to(device, torch.float16)
+    residual, grad = draw(3, 50, 47, seed=1).to(device).float(), draw(3, 50, 47, seed=2).to(device, dtype)
+    scale = torch.tensor([0, 1 / 0.9, 1], device=device) if with_scale else None
+    found = []
+    for backend in ("triton", "naive"):
+        leaves = [t.clone().requires_grad_() for t in (hidden, residual)]
+        out = add_branch(*leaves, scale, dtype, backend)
+        first = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+        again = torch.autograd.grad(out.float().square().sum(), leaves, create_graph=True)
+        found.append([out, *first, *torch.autograd.grad([t.float().sum() for t in again], leaves)])
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_registered_sum_is_consistent(device):
+    hidden = torch.randn(2, 3, 8, device=device, dtype=torch.float16, requires_grad=True)
+    args = (hidden, torch.randn(2, 3, 8, device=device), torch.ones(2, device=device), torch.float16)
+    add_branch(*args, backend="triton")  # registers the op
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.mambapeft.add_branch, args, test_utils=tests)

@@ -67,6 +67,30 @@ def add_layer_norm(
     return triton.add_layer_norm(hidden, residual, weight, bias, eps, branch_scale)
 
 
+def add_branch(
+    hidden: Tensor,
+    residual: Tensor,
+    branch_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """residual + branch_scale · hidden, the residual' of `add_layer_norm`, rounded once to `dtype`.
+
+    Args:
+        hidden, residual, branch_scale, backend: as in `add_layer_norm`.
+        dtype: of the result; None: the sum's own, at least float32.
+    Raises: as `add_layer_norm`.
+    """
+    expected = {"residual": (residual, hidden.shape), "branch_scale": (branch_scale, hidden.shape[:1])}
+    _check_shapes("add_branch", hidden, expected)
+    dtype = torch.promote_types(residual.dtype, torch.float32) if dtype is None else dtype
+    if backend_for(backend, hidden) not in FUSED:
+        return naive.add_branch(hidden, residual, branch_scale).to(dtype)
+    from mambapeft_kernels.layer_norm import triton_sum
+
+    return triton_sum.add_branch(hidden, residual, branch_scale, dtype)
+
+
 def _check_shapes(op: str, x: Tensor, expected: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
     if x.ndim < 2:
         raise ValueError(f"{op}: expected at least [B, D], got {tuple(x.shape)}")
