@@ -6,8 +6,9 @@ from torch import Tensor
 from mambapeft_kernels import nvrtc
 
 _FILES = ("common.cuh", "depthwise_conv2d/conv.cu")
+_BACK_FILES = ("common.cuh", "depthwise_conv2d/conv_back.cu")
 _FORWARD, _THROUGH_SILU, _INPUT_GRADIENT = 0, 1, 2  # MODE
-_ROWS, _WARPS = 2, 4  # rows of a thread, warps of a block
+_ROWS, _BACK_ROWS, _WARPS = 2, 4, 4  # rows of a thread, warps of a block
 
 
 def takes(x: Tensor) -> bool:
@@ -30,7 +31,13 @@ def input_gradient(g: Tensor, weight: Tensor) -> Tensor:
     return _run(_INPUT_GRADIENT, g, None, weight, None)
 
 
-def _run(mode: int, x: Tensor, du: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+def input_gradient_at_once(du: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The gradient of x from that of silu(conv(x)): `through_silu` and `input_gradient` in one launch."""
+    return _run(None, x, du, weight, bias)
+
+
+def _run(mode: int | None, x: Tensor, du: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """mode: of conv.cu; None: conv_back.cu."""
     batch, height, width, channels = x.shape
     out = torch.empty_like(x)
     macros: dict[str, int | str] = {
@@ -40,10 +47,11 @@ def _run(mode: int, x: Tensor, du: Tensor | None, weight: Tensor, bias: Tensor |
         "WIDTH": width,
         "E": channels,
         "HAS_BIAS": int(bias is not None),
-        "MODE": mode,
+        "MODE": -1 if mode is None else mode,
     }
-    items = batch * (-(-height // _ROWS))
+    items = batch * (-(-height // (_BACK_ROWS if mode is None else _ROWS)))
     grid = -(-items // _WARPS), -(-channels // 64)
     wide = (None if t is None else t.float().contiguous() for t in (weight, bias))
-    nvrtc.run(_FILES, "depthwise", macros, grid, 32 * _WARPS, x.device, [x, du, *wide, out, batch])
+    files, name = (_FILES, "depthwise") if mode is not None else (_BACK_FILES, "depthwise_back")
+    nvrtc.run(files, name, macros, grid, 32 * _WARPS, x.device, [x, du, *wide, out, batch])
     return out
