@@ -8,7 +8,6 @@ from torch import Tensor
 from mambapeft_kernels.depthwise_conv2d import naive, triton_kernels
 from mambapeft_kernels.derivatives import differentiated_again, plain_gradients
 
-
 AT_ONCE = True
 
 

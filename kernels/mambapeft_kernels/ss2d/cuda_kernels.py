@@ -12,13 +12,12 @@ from mambapeft_kernels.ss2d.gradients import summed
 
 _WARP, _SAMPLES = 16, 4  # channels of a warp, samples of a block
 _STEPS = 8  # steps of a chunk
-# Warps of a block, best first. Each block of the backward leaves a part of the projections' gradient.
-_WARPS = {"forward": (6, 4, 8, 3, 2, 1), "backward": (12, 6, 4, 8, 3, 2, 1), "ends": (6, 4, 8, 3, 2, 1)}
+_WARPS = (6, 4, 8, 3, 2, 1)  # warps of a block, best first
 # Blocks of six warps that registers leave room for on a multiprocessor.
 _MIN_BLOCKS = {"forward": 4, "backward": 2, "ends": 4}
 # Warps that keep an H200 busy. With fewer, directions get blocks of their own; then sequences are cut into segments.
 WANTED_WARPS = {"forward": 2_600, "backward": 1_500}
-_FILE = {name: f"ss2d/scan_{name}.cu" for name in _WARPS}
+_FILE = {name: f"ss2d/scan_{name}.cu" for name in _MIN_BLOCKS}
 MIN_CHUNKS = 8  # chunks of a segment
 
 
@@ -55,7 +54,8 @@ class Scans:
         self.skip = w.Ds.float().contiguous()
         # [4, E, 1] and [4, E] are the same.
         self.first, self.offset = (None if t is None else t.float().contiguous() for t in w[-2:])
-        self.groups = -(-batch // _SAMPLES)
+        self.warps = next(n for n in _WARPS if channels % (_WARP * n) == 0)
+        self.tiles, self.groups = channels // (_WARP * self.warps), -(-batch // _SAMPLES)
         self._warps_a_direction = self.groups * channels // _WARP
         chunks = -(-self.length // _STEPS)
         missing = WANTED_WARPS["backward"] // max(1, self._warps_a_direction * DIRECTIONS)
@@ -63,7 +63,7 @@ class Scans:
         self.segments = -(-chunks // self.chunks)
         self.macros: dict[str, int | str] = {
             "IO_BF16": 1, "ALIGNED": 1, "HEIGHT": height, "WIDTH": width, "E": channels, "R": self.rank,
-            "PP": pitch(self.rank), "EXACT": int(batch % _SAMPLES == 0),
+            "PP": pitch(self.rank), "WARPS": self.warps, "EXACT": int(batch % _SAMPLES == 0),
             "OFFSET": "u32" if u.numel() * u.element_size() < 2**32 else "unsigned long long",
         }  # fmt: skip
 
@@ -85,7 +85,7 @@ class Scans:
         planes, parts, cells = self._planes("backward"), self.batch * self.segments, (DIRECTIONS, 1, self.channels)
         narrow = {
             "u": (planes, self.batch, self.length, self.channels),
-            "proj": (self.channels // (_WARP * self._warps("backward")), *self.proj.shape),
+            "proj": (self.tiles, *self.proj.shape),
         }
         wide = {
             "weight": (self.groups * self.segments, DIRECTIONS, self.channels, self.rank),
@@ -133,22 +133,18 @@ class Scans:
         arguments: list,
         last: list[int] | None = None,
     ) -> None:
-        shared, warps = self._shared_bytes(name), self._warps(name)
-        blocks = max(1, _MIN_BLOCKS[name] * 6 // warps)
-        macros = self.macros | more | {"WARPS": warps, "MIN_BLOCKS": blocks, "SHARED": shared}
+        shared = self._shared_bytes(name)
+        blocks = max(1, _MIN_BLOCKS[name] * 6 // self.warps)
+        macros = self.macros | more | {"MIN_BLOCKS": blocks, "SHARED": shared}
         nvrtc.run(
             ("common.cuh", "ss2d/scan.cuh", _FILE[name]), f"ss2d_{name}", macros,
-            (self.channels // (_WARP * warps) * planes, self.groups, segments), 32 * warps, self.u.device,
+            (self.tiles * planes, self.groups, segments), 32 * self.warps, self.u.device,
             [*arguments, self.batch, self.chunks, *(last or [])], shared=shared,
         )  # fmt: skip
 
-    def _warps(self, name: str) -> int:
-        """Warps of a block."""
-        return next(n for n in _WARPS[name] if self.channels % (_WARP * n) == 0)
-
     def _shared_bytes(self, name: str) -> int:
         """Bytes of shared memory of a block: `struct Shared` in the kernels' files."""
-        rows, tile = _SAMPLES * _STEPS, _WARP * self._warps(name) + 8
+        rows, tile = _SAMPLES * _STEPS, _WARP * self.warps + 8
         row = pitch(self.rank) if pitch(self.rank) // 8 % 2 else pitch(self.rank) + 8
         tiles = {"forward": 4, "ends": 2, "backward": 10}[name] * rows
         buffers, places = 2, 96
