@@ -352,6 +352,7 @@ class Downsample(nn.ModuleDict):
 
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__({"1": PortedConv2d(dim, out_dim, 3, 2, padding=1), "3": Norm(out_dim)})
+        self.kernel = "auto"
 
     def forward(self, x: Tensor) -> Tensor:
         return self["3"](convolved(self["1"], x))
@@ -510,7 +511,7 @@ class VMamba(TimmModel):
         """Chooses the kernel backend of all ops; returns the name of what will run on `device`."""
         resolved = resolve_backend(kernel, device)
         for module in self.modules():
-            if isinstance(module, (Mlp, Norm, SS2D)):
+            if isinstance(module, (Downsample, Mlp, Norm, SS2D)):
                 module.kernel = resolved
         return resolved
 
@@ -553,10 +554,9 @@ class VMamba(TimmModel):
 
     def _to_next_stage(self, downsample: nn.Module, stream: Stream) -> Tensor:
         """The first map [B, H', W', D'] of the next stage."""
-        first = cast(Block, self.stages[0].blocks[0])
-        weight = next(downsample.parameters(), first.norm.weight)
+        weight = next(self.parameters())
         if isinstance(downsample, Downsample) and stream.residual is not None:  # its convolution rounds what it reads
-            total = add_branch(stream.hidden, stream.residual, stream.scale, compute_dtype(weight), first.op.kernel)
+            total = add_branch(stream.hidden, stream.residual, stream.scale, compute_dtype(weight), downsample.kernel)
         else:
             total = stream.total().to(weight.dtype)  # the sum is float32 also in a model in bfloat16
         return downsample(total)
