@@ -75,8 +75,10 @@ class PortedConv2d(Ported, nn.Conv2d):
         frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
         if not (frozen and x.requires_grad and self._is_plain) or transformed() or torch.compiler.is_compiling():
             return self._conv_forward(x, weight, bias)
-        x, weight, bias = (None if t is None else t.to(compute_dtype(x)) for t in (x, weight, bias))
-        return _FrozenConvolution.apply(x, weight, bias, (self.stride, self.padding, self.dilation, self.groups))
+        dtype = compute_dtype(x)
+        bias = None if bias is None else bias.to(dtype)
+        geometry = self.stride, self.padding, self.dilation, self.groups
+        return _FrozenConvolution.apply(x.to(dtype), weight.to(dtype), bias, geometry)
 
     @property
     def _is_plain(self) -> bool:
