@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from mambapeft_kernels.backends import FUSED, backend_for
+from mambapeft_kernels.backends import FUSED, resolve_for
+from mambapeft_kernels.derivatives import transformed
 from mambapeft_kernels.gelu import naive
 
 
@@ -15,7 +16,7 @@ def gelu(x: Tensor, backend: str = "auto") -> Tensor:
     Returns: a tensor of x's shape and dtype.
     Raises: ValueError for a backend that cannot run here.
     """
-    if backend_for(backend, x) in FUSED:
+    if resolve_for(backend, x) in FUSED and not transformed():
         from mambapeft_kernels.gelu import triton_kernels as triton
 
         return triton.gelu(x)
@@ -24,7 +25,7 @@ def gelu(x: Tensor, backend: str = "auto") -> Tensor:
 
 def gelu_gradient(grad: Tensor, x: Tensor, backend: str = "auto") -> Tensor:
     """The gradient of x from `grad`, that of gelu(x); for functions with a backward pass of their own."""
-    if backend_for(backend, x) in FUSED:
+    if resolve_for(backend, x) in FUSED and not transformed():
         from mambapeft_kernels.gelu import triton_kernels as triton
 
         return triton.gelu_gradient(grad, x)
