@@ -5,10 +5,10 @@ from torch import Tensor
 
 from mambapeft_kernels import nvrtc
 
-_FILES = ("common.cuh", "depthwise_conv2d/conv.cu")
-_BACK_FILES = ("common.cuh", "depthwise_conv2d/conv_back.cu")
-_FORWARD, _THROUGH_SILU, _INPUT_GRADIENT = 0, 1, 2  # MODE
-_ROWS, _BACK_ROWS, _WARPS = 2, 4, 4  # rows of a thread, warps of a block
+# Kernel → its file, and the rows of a map that a thread owns.
+_KERNELS = {"depthwise": ("conv.cu", 2), "depthwise_back": ("conv_back.cu", 4)}
+_FORWARD, _THROUGH_SILU, _INPUT_GRADIENT = 0, 1, 2  # MODE of conv.cu
+_WARPS = 4  # of a block
 
 
 def takes(x: Tensor) -> bool:
@@ -18,26 +18,26 @@ def takes(x: Tensor) -> bool:
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """silu(conv(x)), [B, H, W, E] contiguous."""
-    return _run(_FORWARD, x, None, weight, bias)
+    return _run("depthwise", x, None, weight, bias, MODE=_FORWARD)
 
 
 def through_silu(du: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The gradient of conv(x) from the gradient of its SiLU; conv(x) is recomputed."""
-    return _run(_THROUGH_SILU, x, du, weight, bias)
+    return _run("depthwise", x, du, weight, bias, MODE=_THROUGH_SILU)
 
 
 def input_gradient(g: Tensor, weight: Tensor) -> Tensor:
     """The gradient of x from the gradient of conv(x)."""
-    return _run(_INPUT_GRADIENT, g, None, weight, None)
+    return _run("depthwise", g, None, weight, None, MODE=_INPUT_GRADIENT)
 
 
 def input_gradient_at_once(du: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The gradient of x from that of silu(conv(x)): `through_silu` and `input_gradient` in one launch."""
-    return _run(None, x, du, weight, bias)
+    """The gradient of x from the gradient of silu(conv(x)), in one launch."""
+    return _run("depthwise_back", x, du, weight, bias)
 
 
-def _run(mode: int | None, x: Tensor, du: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """mode: of conv.cu; None: conv_back.cu."""
+def _run(kernel: str, x: Tensor, du: Tensor | None, weight: Tensor, bias: Tensor | None, **more: int) -> Tensor:
+    """more: further macros."""
     batch, height, width, channels = x.shape
     out = torch.empty_like(x)
     macros: dict[str, int | str] = {
@@ -47,11 +47,14 @@ def _run(mode: int | None, x: Tensor, du: Tensor | None, weight: Tensor, bias: T
         "WIDTH": width,
         "E": channels,
         "HAS_BIAS": int(bias is not None),
-        "MODE": -1 if mode is None else mode,
+        **more,
     }
-    items = batch * (-(-height // (_BACK_ROWS if mode is None else _ROWS)))
+    file, rows = _KERNELS[kernel]
+    items = batch * (-(-height // rows))
     grid = -(-items // _WARPS), -(-channels // 64)
     wide = (None if t is None else t.float().contiguous() for t in (weight, bias))
-    files, name = (_FILES, "depthwise") if mode is not None else (_BACK_FILES, "depthwise_back")
-    nvrtc.run(files, name, macros, grid, 32 * _WARPS, x.device, [x, du, *wide, out, batch])
+    nvrtc.run(
+        ("common.cuh", f"depthwise_conv2d/{file}"), kernel, macros, grid, 32 * _WARPS, x.device,
+        [x, du, *wide, out, batch],
+    )  # fmt: skip
     return out
