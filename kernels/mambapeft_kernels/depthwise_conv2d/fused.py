@@ -8,8 +8,6 @@ from torch import Tensor
 from mambapeft_kernels.depthwise_conv2d import naive, triton_kernels
 from mambapeft_kernels.derivatives import differentiated_again, plain_gradients
 
-AT_ONCE = True
-
 
 def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     """See `mambapeft_kernels.depthwise_conv_silu`; backend: cuda or triton."""
@@ -54,9 +52,6 @@ def _op_backward(
     dout, x, weight = dout.contiguous(), x.contiguous(), weight.contiguous()
     kernels = _kernels(x, backend)
     with torch.cuda.device_of(x):
-        if kernels is not triton_kernels and not need_weight and AT_ONCE:
-            dx = kernels.input_gradient_at_once(dout, x, weight, bias) if need_x else x.new_empty(0)
-            return dx, x.new_empty(0, dtype=torch.float32)
         g = kernels.through_silu(dout, x, weight, bias)
         dx = kernels.input_gradient(g, weight) if need_x else x.new_empty(0)
         sums = triton_kernels.filter_gradients(g, x) if need_weight else x.new_empty(0, dtype=torch.float32)

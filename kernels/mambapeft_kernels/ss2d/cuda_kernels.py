@@ -17,7 +17,6 @@ _WARPS = (6, 4, 8, 3, 2, 1)  # warps of a block, best first
 _MIN_BLOCKS = {"forward": 4, "backward": 2, "ends": 4}
 # Warps that keep an H200 busy. With fewer, directions get blocks of their own; then sequences are cut into segments.
 WANTED_WARPS = {"forward": 2_600, "backward": 1_500}
-_FILE = {name: f"ss2d/scan_{name}.cu" for name in _MIN_BLOCKS}
 MIN_CHUNKS = 8  # chunks of a segment
 
 
@@ -137,7 +136,7 @@ class Scans:
         blocks = max(1, _MIN_BLOCKS[name] * 6 // self.warps)
         macros = self.macros | more | {"MIN_BLOCKS": blocks, "SHARED": shared}
         nvrtc.run(
-            ("common.cuh", "ss2d/scan.cuh", _FILE[name]), f"ss2d_{name}", macros,
+            ("common.cuh", "ss2d/scan.cuh", f"ss2d/scan_{name}.cu"), f"ss2d_{name}", macros,
             (self.tiles * planes, self.groups, segments), 32 * self.warps, self.u.device,
             [*arguments, self.batch, self.chunks, *(last or [])], shared=shared,
         )  # fmt: skip
