@@ -63,6 +63,9 @@ def capture(function: Callable[..., Any], *inputs: Tensor, device: torch.device,
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise CaptureError(first_cause(error)) from error
+    # Capturing writes the generator's present seed to the device, on PyTorch's own stream. On a busy GPU that can come
+    # after the seed of the first replay, which then draws what an earlier step has drawn.
+    torch.cuda.synchronize(device)
     return Graph(graph, places, output)
 
 

@@ -98,7 +98,9 @@ def test_work_that_waits_for_the_device_cannot_be_captured_and_the_device_is_fit
 @pytest.mark.gpu
 @on_gpu
 def test_a_seed_decides_what_the_next_replay_draws():
+    """Not the seed at the time of the capture."""
     drawn = torch.zeros(5, device=GPU)
+    cuda_graph.seed(GPU, 7)
 
     def draw() -> None:
         drawn.copy_(torch.rand(5, device=GPU))
