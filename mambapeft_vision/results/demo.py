@@ -27,7 +27,8 @@ def compare(records: Mapping[str, RunRecord]) -> str:
     probe, lora, full = (records[name] for name in ("linear_probe", "lora_p_x", "full"))
     return (
         f"LoRA_p(X) trains {lora.trainable / full.trainable:.1%} of the backbone's parameters; its accuracy is "
-        f"{_difference(lora, probe)} linear probing's and {_difference(lora, full)} full fine-tuning's."
+        f"{_difference(lora, probe)} linear probing's and {_difference(lora, full)} full fine-tuning's "
+        "at the same learning rate."
     )
 
 
