@@ -350,7 +350,7 @@ class Ported(nn.Module):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._weight_ports: dict[str, WeightPort] = {}
-        self._casts: dict[str, tuple[Tensor, Tensor]] = {}  # name → the weight that was cast, and its cast
+        self.casts: dict[str, tuple[Tensor, Tensor]] = {}  # name → the weight that was cast, and its cast
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The present value of a parameter: the output of its port, or the parameter itself if it has no port.
@@ -361,7 +361,7 @@ class Ported(nn.Module):
         port = self._weight_ports.get(name)
         if port is not None:
             return port(weight)
-        source, cast = self._casts.get(name, (None, None))
+        source, cast = self.casts.get(name, (None, None))
         return cast if cast is not None and source is weight and cast.dtype == dtype else weight
 
     def weight_port(self, name: str, parameter: str) -> WeightPort:
@@ -429,8 +429,8 @@ def frozen_casts(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
             torch._foreach_copy_(casts, [weight for *_, weight in held])  # a few launches for all of them
     try:
         for (module, name, weight), cast in zip(held, casts):
-            module._casts[name] = weight, cast
+            module.casts[name] = weight, cast
         yield
     finally:
         for module, name, _ in held:
-            module._casts.pop(name, None)
+            module.casts.pop(name, None)

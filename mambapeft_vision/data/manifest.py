@@ -171,14 +171,14 @@ def is_as_verified(task_folder: Path, entry: TaskEntry, listings: Iterable[Image
         return True
     states = states_of(task_folder, entry.lists)  # before they are read: what changes meanwhile is noticed next time
     key = (str(task_folder), entry.sha256, *states.items())
-    if key not in _contents:
-        _contents[key] = _content_sha256(task_folder, entry)
-        if _contents[key] == entry.sha256:  # only copied or touched
+    if key not in known_contents:
+        known_contents[key] = _content_sha256(task_folder, entry)
+        if known_contents[key] == entry.sha256:  # only copied or touched
             note(task_folder, entry.sha256, states)
-    return _contents[key] == entry.sha256
+    return known_contents[key] == entry.sha256
 
 
-_contents: dict[tuple[object, ...], str] = {}  # task and state of its files → sha256 of their content
+known_contents: dict[tuple[object, ...], str] = {}  # task and state of its files → sha256 of their content
 
 
 def images_digest(listing: ImageList) -> bytes:
@@ -189,7 +189,7 @@ def images_digest(listing: ImageList) -> bytes:
     """
 
     def digest(entry: Entry) -> bytes:
-        return _image_hash(listing, entry, "blake2b")
+        return image_hash(listing, entry, "blake2b")
 
     state = f"{listing.folder} {state_of(listing)}"
     if state not in _digests:
@@ -209,7 +209,7 @@ def _content_sha256(task_folder: Path, entry: TaskEntry) -> str:
         hashes[listing.file.name] = listing.sha256
         with ThreadPoolExecutor(available_cpus()) as pool:
             images = [item for item in listing.entries if item.path not in hashes]
-            digests = pool.map(lambda item, found=listing: _image_hash(found, item, "sha256").hex(), images)
+            digests = pool.map(lambda item, found=listing: image_hash(found, item, "sha256").hex(), images)
             hashes |= dict(zip((item.path for item in images), digests, strict=True))
     return task_sha256(hashes)
 
@@ -218,7 +218,7 @@ def _checksum(entry: TaskEntry) -> str:
     return sha256_json(asdict(entry))
 
 
-def _image_hash(listing: ImageList, entry: Entry, algorithm: str) -> bytes:
+def image_hash(listing: ImageList, entry: Entry, algorithm: str) -> bytes:
     digest = hashlib.new(algorithm)
     try:
         with open_plain(listing.path(entry), max_bytes=MAX_IMAGE_BYTES, follow_links=True) as file:

@@ -160,7 +160,7 @@ class TaskDataModule(LightningDataModule):
         self._train_set: ImageSet | None = None
         self._test_set: ImageSet | None = None
         self._prefetch: Prefetch | None = None
-        self._listings: dict[str, ImageList] = {}
+        self.listings: dict[str, ImageList] = {}
         self._progress: ProgressCallback | None = None
 
     # Loading
@@ -199,11 +199,11 @@ class TaskDataModule(LightningDataModule):
         splits = (self.test_split,) if test_only else (self.train_split, self.test_split)
         self._find_classes((self.train_split, self.test_split))
         self.notes = read_notes(self.folder) if self.own is not None else []
-        self._listings = {split: self._checked_list(split) for split in splits}
+        self.listings = {split: self._checked_list(split) for split in splits}
         if not test_only and self.own is None:  # own images have their notes from when they were split
             self.notes += self._notes_on_splits()
         if self.shots is not None and not test_only:
-            self._listings[self.train_split] = self._few(self._listings[self.train_split], self.shots)
+            self.listings[self.train_split] = self._few(self.listings[self.train_split], self.shots)
 
     def load_test(self, preprocessing: Preprocessing, progress: ProgressCallback | None = None) -> None:
         """Checks the test split alone and prepares `test_dataloader`. Raises UserError."""
@@ -221,9 +221,9 @@ class TaskDataModule(LightningDataModule):
         """
         if self.preprocessing == preprocessing and self._train_set is not None:
             return
-        if self.train_split not in self._listings:  # a caller that checked first need not wait for it twice
+        if self.train_split not in self.listings:  # a caller that checked first need not wait for it twice
             self.check()
-        self._train_set = cached_list(self._listings[self.train_split], preprocessing, self.cache, progress)
+        self._train_set = cached_list(self.listings[self.train_split], preprocessing, self.cache, progress)
         self._test_set = None
         self._progress = progress
         self.preprocessing = preprocessing
@@ -265,7 +265,7 @@ class TaskDataModule(LightningDataModule):
 
     def _notes_on_splits(self) -> Iterator[str]:
         """Yields notes on splits that give the accuracy another meaning than users expect."""
-        train, test = self._listings[self.train_split].entries, self._listings[self.test_split].entries
+        train, test = self.listings[self.train_split].entries, self.listings[self.test_split].entries
         shared = {entry.path for entry in train} & {entry.path for entry in test}
         if shared:
             yield f"{len(shared):,} of the {len(test):,} test images are training images too, such as {min(shared)}."
@@ -339,7 +339,7 @@ class TaskDataModule(LightningDataModule):
     @property
     def test_names(self) -> list[str]:
         """Paths of the test images relative to the task's folder, in list order."""
-        return [entry.path for entry in self._listings[self.test_split].entries]
+        return [entry.path for entry in self.listings[self.test_split].entries]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -349,13 +349,13 @@ class TaskDataModule(LightningDataModule):
     @functools.cached_property
     def manifest_hash(self) -> str:
         """Fingerprint of the task's files: the manifest's sha256, or `unverified:…` (see manifest.py)."""
-        if not self._listings:
+        if not self.listings:
             raise UserError(f"The images of {self.name} are not loaded: call load(preprocessing) first.")
         return self.fingerprint()
 
     def fingerprint(self, *, check_images: bool = False) -> str:
         """As `manifest_hash`, computed anew; `check_images` reads the images instead of trusting the manifest."""
-        return manifest_hash(self.folder, self._listings.values(), check_images=check_images)
+        return manifest_hash(self.folder, self.listings.values(), check_images=check_images)
 
     def current_fingerprint(self, *, read_images: bool = True) -> str | None:
         """The fingerprint of the present files; None if they are missing.
@@ -392,7 +392,7 @@ class TaskDataModule(LightningDataModule):
     @functools.cached_property
     def image_format(self) -> str:
         """How the task's images are encoded (see encoding.py): releases of a benchmark differ in it."""
-        return encoding_of([listing.path(entry) for listing in self._listings.values() for entry in listing.entries])
+        return encoding_of([listing.path(entry) for listing in self.listings.values() for entry in listing.entries])
 
     # Batches
 
@@ -421,7 +421,7 @@ class TaskDataModule(LightningDataModule):
         """Starts a process that decodes the test split into the cache, if there is a cache."""
         if self.preprocessing is None or self.cache is None or self._test_set is not None:
             return
-        listing = self._listings[self.test_split]
+        listing = self.listings[self.test_split]
         if is_cacheable(listing, self.preprocessing):
             self._prefetch = Prefetch(listing, self.num_classes, self.preprocessing, self.cache)
 
@@ -432,7 +432,7 @@ class TaskDataModule(LightningDataModule):
         if self._prefetch is not None:
             self._prefetch.wait(self._progress)
             self._prefetch = None
-        listing = self._listings[self.test_split]
+        listing = self.listings[self.test_split]
         if self.cache is None and len(listing) > KEEP_IN_MEMORY:
             return DecodingLoader(listing, self.preprocessing, self.test_batch_size, self.num_workers)
         if self._test_set is None:

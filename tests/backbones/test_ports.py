@@ -148,7 +148,7 @@ def test_only_frozen_weights_without_a_port_are_cast(linear):
     with frozen_casts(linear, torch.bfloat16):
         assert torch.equal(linear.read("weight", torch.bfloat16), 2 * linear.weight)
     with frozen_casts(linear, None):
-        assert not linear._casts
+        assert not linear.casts
 
 
 # -- blocks ---------------------------------------------------------------------------------------------------

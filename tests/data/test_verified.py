@@ -29,14 +29,14 @@ def verified(toy_folder, toy):
 @pytest.fixture
 def reads(monkeypatch):
     """The images that were read, in order."""
-    read, seen = manifest._image_hash, []
+    read, seen = manifest.image_hash, []
 
     def noted(listing, entry, algorithm):
         seen.append(entry.path)
         return read(listing, entry, algorithm)
 
-    monkeypatch.setattr(manifest, "_image_hash", noted)
-    monkeypatch.setattr(manifest, "_contents", {})  # as in a new process
+    monkeypatch.setattr(manifest, "image_hash", noted)
+    monkeypatch.setattr(manifest, "known_contents", {})  # as in a new process
     return seen
 
 
@@ -111,11 +111,11 @@ def test_a_note_that_is_damaged_or_cannot_be_written_costs_a_reading(verified, r
     for damage in ("", "{", "[]", '{"sha256": 1}', file.read_text().replace('"test": "', '"test": "0')):
         file.write_text(damage)
         reads.clear()
-        manifest._contents.clear()
+        manifest.known_contents.clear()
         assert of(folder).manifest_hash == sha256 and len(reads) == 18, damage
     file.unlink()
     file.mkdir()
-    manifest._contents.clear()
+    manifest.known_contents.clear()
     reads.clear()
     assert of(folder).manifest_hash == of(folder).manifest_hash == sha256 and len(reads) == 18  # once a process
 
@@ -125,7 +125,7 @@ def test_a_list_of_several_labels_is_verified_by_its_images_too(toy_folder):
         file = toy_folder / f"{split}.txt"
         file.write_text(file.read_text().replace(" 2", " 0,2").replace(" 1", " -"))
     lists = {split: read_list(toy_folder / f"{split}.txt", 3, remedy="", several=True) for split in ("test",)}
-    hashes = {entry.path: manifest._image_hash(lists["test"], entry, "sha256").hex() for entry in lists["test"].entries}
+    hashes = {entry.path: manifest.image_hash(lists["test"], entry, "sha256").hex() for entry in lists["test"].entries}
     sha256 = manifest.task_sha256(hashes | {"test.txt": lists["test"].sha256})
     write_entry(toy_folder.parent, "toy", manifest.TaskEntry(sha256, {"test": lists["test"].sha256}, 4, 1, {}, True))
     assert manifest_hash(toy_folder, lists.values(), check_images=True) == sha256
@@ -142,7 +142,7 @@ def test_a_task_is_verified_again_where_its_images_changed(verified, toy):
 
 def test_the_question_takes_little_time(verified, monkeypatch):
     folder, _ = verified
-    listing = of(folder)._listings["test"]
+    listing = of(folder).listings["test"]
     many = listing.chosen([number % 4 for number in range(1000)])
     started = time.process_time()
     manifest.state_of(many)

@@ -91,7 +91,7 @@ def test_few_shot_lists_become_splits(tmp_path):
         name="fewshot/pets", folder=tmp_path / "data" / "pets", num_classes=2, train_split="shots4_seed1"
     )
     data.check()
-    assert len(data._listings["shots4_seed1"]) == 8 and not data.manifest_hash.startswith("unverified")
+    assert len(data.listings["shots4_seed1"]) == 8 and not data.manifest_hash.startswith("unverified")
     assert data.manifest_hash == data.fingerprint(check_images=True)
 
 
