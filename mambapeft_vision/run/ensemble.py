@@ -94,7 +94,7 @@ def _check_same_images(members: Sequence[Member]) -> None:
                 )
         if has_other_content(member.record, first.record):
             raise UserError(
-                f"{member.folder} has another images (by their content) than {first.folder}. Give runs that were "
+                f"{member.folder} was tested on images of other content than {first.folder}. Give runs that were "
                 f"tested on the same images"
             )
 

@@ -93,7 +93,7 @@ def of_other_pixels(record: RunRecord) -> RunRecord:
 def test_runs_on_other_pixels_are_refused(world, tmp_path):
     """Files of the same sizes: the task is not verified, so its fingerprint is the same."""
     first, second = world.member("lora 0"), world.member("lora 1")
-    with pytest.raises(UserError, match="another images .by their content"):
+    with pytest.raises(UserError, match="was tested on images of other content than"):
         ensemble([first, Member(second.folder, of_other_pixels(second.record))], tmp_path)
     probe = shutil.copytree(world.folders["probe"], tmp_path / "probe")
     write_record(probe, of_other_pixels(world.record("probe")))
