@@ -178,11 +178,13 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def size_limit(bytes_: int) -> Iterator[None]:
     """No file of this process may become larger, whoever writes it: EFBIG."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    sys.dont_write_bytecode, before = True, sys.dont_write_bytecode  # Python keeps what it could write of a module
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        sys.dont_write_bytecode = before
 
 
 @contextmanager
