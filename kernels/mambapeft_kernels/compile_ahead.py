@@ -8,6 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
+from threading import Lock
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +28,9 @@ _BATCH, _LENGTH = 2, 2 * CHUNK  # sizes of the zeros; kernels are not specialise
 _MAPS = 4  # samples of VMamba's zeros: kernels know whether their number is a multiple of 4
 # Which directions of a block's call read backwards.
 _REVERSE = False, True
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -101,10 +106,36 @@ def stage_tasks(
 
 
 def _started(work: tuple[Callable[[], object], ...]) -> tuple[Future, ...]:
+    create_launchers_one_at_a_time()
     executor = ThreadPoolExecutor(len(work), thread_name_prefix="compile ahead")
     futures = tuple(executor.submit(task) for task in work)
     executor.shutdown(wait=False)
     return futures
+
+
+@cache
+def create_launchers_one_at_a_time() -> None:
+    """Makes it safe that several threads launch kernels of Triton for the first time.
+
+    Until version 3.6 each signature's launcher is a C module of its own, and all have the same name. Python keeps one
+    module object a name, and loading one of them again writes its functions into that object. So a thread that was
+    interrupted between loading and reading could get the launcher of another kernel.
+    """
+    import triton
+
+    driver = triton.runtime.driver.active
+    driver.launcher_cls = one_at_a_time(driver.launcher_cls)
+
+
+def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
+    """The same function, which threads wait for."""
+    lock = Lock()
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with lock:
+            return function(*args, **kwargs)
+
+    return call
 
 
 def tasks(

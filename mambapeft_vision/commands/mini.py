@@ -234,8 +234,6 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     backbone = ArgumentParser(add_help=False)
     backbone.add_argument("--backbone", default=VIM_NANO, metavar="NAME", help="a config (default: %(default)s)")
-    places = ArgumentParser(add_help=False)
-    places.add_argument("places", nargs="*", type=Path, help="folders with runs, or files of `pack`")
     benchmark = _benchmark_parser(backbone)
     for stage, what in {**STAGES, "memba": "Memba's parts, one changed at a time, on val200 of five tasks"}.items():
         command = commands.add_parser(stage, help=what, parents=[benchmark])
@@ -257,19 +255,28 @@ def _parser() -> ArgumentParser:
         "--cache", default="data/cache", metavar="DIR", help="folder of decoded images (default: %(default)s)"
     )
     between.set_defaults(run=run_interpolations)
-    packed = commands.add_parser("pack", help="the results of a backbone in one file", parents=[backbone, places])
+    outputs, results = _places_parser(Path("outputs")), _places_parser(RESULTS)
+    packed = commands.add_parser("pack", help="the results of a backbone in one file", parents=[backbone, outputs])
     packed.add_argument("--out", type=Path, help="default: results/mini/BACKBONE.runs.json")
-    packed.set_defaults(run=pack, places=[Path("outputs")])
+    packed.set_defaults(run=pack)
     unpacked = commands.add_parser("unpack", help="the results in such a file as finished runs, which are not repeated")
     unpacked.add_argument("bundle", type=Path)
     unpacked.add_argument("--out", type=Path, default=Path("outputs"))
     unpacked.set_defaults(run=unpack)
-    written = commands.add_parser("document", help="tables and pictures of a backbone", parents=[backbone, places])
+    written = commands.add_parser("document", help="tables and pictures of a backbone", parents=[backbone, results])
     written.add_argument("--out", type=Path, default=Path("results/report/mini-benchmark.md"))
-    written.set_defaults(run=document, places=[RESULTS])
-    compared = commands.add_parser("compare", help="all backbones in one table", parents=[places])
+    written.set_defaults(run=document)
+    compared = commands.add_parser("compare", help="all backbones in one table", parents=[results])
     compared.add_argument("--out", type=Path, default=Path("results/report/mini-backbones.md"))
-    compared.set_defaults(run=compare, places=[RESULTS])
+    compared.set_defaults(run=compare)
+    return parser
+
+
+def _places_parser(default: Path) -> ArgumentParser:
+    """One a default: what a command sets as the default of a shared argument would be every command's."""
+    parser = ArgumentParser(add_help=False)
+    what = f"folders with runs, or files of `pack` (default: {default})"
+    parser.add_argument("places", nargs="*", type=Path, default=[default], metavar="PLACE", help=what)
     return parser
 
 

@@ -303,3 +303,11 @@ def test_the_stages_from_start_to_bundle(data, tmp_path):
     assert json.loads(bundle.read_text())["format"] == 1
     key = lambda record: (record.fingerprint, record.seed)  # noqa: E731
     assert sorted(find_records([bundle]), key=key) == sorted(records, key=key)
+
+
+@pytest.mark.parametrize("command, place", [("pack", "outputs"), ("document", "results/mini")])
+def test_each_command_looks_where_its_help_says(command, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(place).mkdir(parents=True)
+    with pytest.raises(UserError, match=f"below {place};"):
+        mini.main([command])

@@ -1,6 +1,9 @@
 """Compilation ahead of the first step: what it launches runs, and is what a model launches."""
 
 import importlib
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,6 +12,8 @@ from mambapeft_kernels.compile_ahead import (
     StageSizes,
     compile_ahead,
     compile_stages_ahead,
+    create_launchers_one_at_a_time,
+    one_at_a_time,
     stage_tasks,
     tasks,
 )
@@ -47,6 +52,57 @@ def test_where_nothing_compiles_nothing_is_started():
     assert compile_ahead(SIZES, 0.5, torch.float32, torch.device("cpu"), "triton") == ()
     assert compile_ahead(SIZES, 0.5, torch.float32, torch.device("cuda", 0), "torch") == ()
     assert compile_stages_ahead((), torch.float32, torch.device("cpu"), "triton") == ()
+
+
+def in_threads(work, threads: int = 8) -> list:
+    """What `work(i)` returns in each of that many threads, which take turns as often as Python can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(threads) as executor:
+            return list(executor.map(work, range(threads)))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_threads_that_create_launchers_take_turns():
+    inside = []
+
+    def create(kernel: int) -> bool:
+        inside.append(kernel)
+        time.sleep(0.002)
+        return inside.pop() == kernel and not inside
+
+    create = one_at_a_time(create)
+    assert all(in_threads(lambda thread: all(create(thread) for _ in range(5))))
+
+
+@pytest.mark.gpu
+def test_threads_get_the_launchers_of_their_kernels():
+    """At once after `create_launchers_one_at_a_time`; without it Triton 3.6 mixes them up."""
+    import triton
+
+    gelu_kernels = importlib.import_module("mambapeft_kernels.gelu.triton_kernels")
+    for task in tasks(SIZES, 0.5, torch.bfloat16, torch.device("cuda"), "triton"):
+        task()
+    create_launchers_one_at_a_time()
+    modules = [importlib.import_module(f"mambapeft_kernels.{op}.triton_kernels") for op in ("rms_norm", "low_rank")]
+    kernels = [kernel for module in [*modules, gelu_kernels] for kernel in compiled_kernels(module)]
+    driver = triton.runtime.driver.active
+    expected = [driver.launcher_cls(kernel.src, kernel.metadata).launch for kernel in kernels]
+
+    def wrong(first: int) -> int:
+        order = [(first + k) % len(kernels) for k in range(300)]
+        found = (driver.launcher_cls(kernels[k].src, kernels[k].metadata).launch for k in order)
+        return sum(launch is not expected[k] for launch, k in zip(found, order))
+
+    assert len(kernels) > 4 and not any(in_threads(wrong))
+
+
+def compiled_kernels(module) -> list:
+    """The variants of a module's Triton kernels that this process has launched."""
+    caches = (k.device_caches.values() for k in vars(module).values() if hasattr(k, "device_caches"))
+    return [kernel for cache in caches for device in cache for kernel in device[0].values()]
 
 
 class Noted:
