@@ -19,6 +19,8 @@ from mambapeft_vision.results.tables import find_records, read_standard
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results" / "mini"
 VIM_NANO = RESULTS / "vim_nano.runs.json"
+# With the weights of that day; the tuned runs with those of today are still to be done.
+TUNED, TUNED_RESULTS = "Learning rates chosen on val200", ROOT / "results" / "mini-2026-11-25"
 CSV = ROOT / "docs" / "mini.csv"
 
 
@@ -46,11 +48,11 @@ def recipe_summary() -> list[dict[str, str]]:
 
 
 @cache
-def document(backbone: str = "vim_nano") -> tuple[str, dict[str, bytes]]:
+def document(backbone: str = "vim_nano", results: Path = RESULTS) -> tuple[str, dict[str, bytes]]:
     """The generated part of a backbone's page, and its pictures by file name."""
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / ("mini.md" if backbone == "vim_nano" else f"mini-{backbone}.md")
-        write_document(page, records(RESULTS / f"{backbone}.runs.json"), read_standard(ROOT / "configs"))
+        write_document(page, records(results / f"{backbone}.runs.json"), read_standard(ROOT / "configs"))
         return page.read_text(encoding="utf-8"), _pictures(folder)
 
 
@@ -74,7 +76,7 @@ def _summaries(backbone: str) -> str:
 
 def pictures() -> dict[str, bytes]:
     """All of them, by file name."""
-    found = dict(backbones()[1])
+    found = backbones()[1] | document(results=TUNED_RESULTS)[1]
     for file in RESULTS.glob("*.runs.json"):
         found |= document(file.name.removesuffix(".runs.json"))[1]
     return found
@@ -89,7 +91,7 @@ def part(*headings: str) -> str:
 
     A heading is given by how it ends, since its start names backbone and weights.
     """
-    text = document()[0]
+    text = document(results=TUNED_RESULTS if headings[0] == TUNED else RESULTS)[0]
     for level, heading in enumerate(headings, start=2):
         marks = "#" * level
         sections = re.split(rf"^{marks} (?=\S)", text, flags=re.MULTILINE)[1:]

@@ -15,15 +15,21 @@ from svg import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, SKY, YELLOW, Bar, D
 DOCS = Path(__file__).resolve().parents[1]
 IMAGES = DOCS / "images"
 
+LORA_AND_KIN = (
+    *("lora_", "dora_", "prodial", "rslora", "pissa", "loha", "lokr", "hira", "vera", "miss", "c3a", "cdvft"),
+    "fourierft",
+)
+
 # Family → colour and shape; the first family that holds a preset counts.
 FAMILIES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "baselines": (INK, "cross", ("scratch", "full", "linear_probe")),
     "several parts": (RED, "diamond", ("all", "hybrid", "hybrid_wo_proj", "memba", "sdt", "sdlora")),
-    "LoRA and kin": (BLUE, "circle", ("lora_", "dora_", "prodial")),
-    "adapters": (PURPLE, "square", ("parallel_adapter",)),
-    "tokens": (GREEN, "triangle", ("cls_token", "pos_embed", "prompt", "affix")),
+    "LoRA and kin": (BLUE, "circle", LORA_AND_KIN),
+    "rotations": (SKY, "diamond", ("oft", "boft", "hra")),
+    "adapters": (PURPLE, "square", ("parallel_adapter", "pfeiffer", "houlsby", "convpass", "repadapter", "lst")),
+    "tokens": (GREEN, "triangle", ("cls_token", "pos_embed", "prompt", "affix", "svp", "vpt_deep")),
     "state space": (ORANGE, "down", ("a", "d", "bias", "conv1d", "additional_scan", "state_offset", "output_offset")),
-    "existing tensors": (YELLOW, "square", ("bitfit", "norm")),
+    "existing tensors": (YELLOW, "square", ("bitfit", "norm", "diffit", "ssf", "ia3", "gps")),
 }
 
 

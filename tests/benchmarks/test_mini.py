@@ -86,7 +86,7 @@ def test_presets_of_vim_s_fit_and_others_say_why_not():
 def test_the_published_runs_count_as_finished():
     """Of three presets, as all take a while: a change of what decides a run would have them run again."""
     published = {record.fingerprint for record in read_bundle(runs.ROOT / "results" / "mini" / "vim_nano.runs.json")}
-    settings = Benchmark(runs.CONFIGS, ["lora_p_x", "sdt", "hybrid"])
+    settings = Benchmark(runs.CONFIGS, ["lora_in_proj", "sdt", "hybrid"])
     for stage in ("recipe", "search"):
         jobs = jobs_of_stage(stage, settings)
         assert len(jobs) == {"recipe": 3 * 13 * 3, "search": 3 * 5 * 5}[stage]
