@@ -147,6 +147,23 @@ def test_bfloat16_is_within_twice_plain_pytorch(backend, shape, weight_dtype):
     assert all(v <= 2.0 for v in ratios.values()), worst(ratios)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(4, 28, 28, 384, 1, 12), (8, 56, 56, 192, 1, 6), (8, 14, 14, 768, 1, 24)], ids=str)
+def test_the_last_places_are_right_and_repeat(shape):
+    """Blocks are full of samples, and the segments' chunks end behind the sequence: nothing may come from there."""
+    from mambapeft_kernels.ss2d.cuda_kernels import Scans, pitch
+
+    weights, u = make_weights(*shape[3:], device="cuda"), make_map(*shape[:4], "cuda").bfloat16()
+    scans = Scans(u, u.new_empty(shape[0], shape[1] * shape[2], 4 * pitch(shape[5])), weights)
+    assert scans.segments > 1 and scans.segments * scans.chunks * 8 > shape[1] * shape[2]
+    reference = exact(u, weights)
+    found, again = (results(u, weights, torch.bfloat16, "cuda", torch.float32) for _ in range(2))
+    assert all(torch.equal(found[name], again[name]) for name in found)
+    for name in ("out", "d u"):
+        wrong, right = ((t.double() ** 2).mean((0, 3)) for t in (found[name] - reference[name], reference[name]))
+        assert (wrong / right).sqrt().max() <= 0.02, name
+
+
 @pytest.mark.parametrize(("backend", "device"), FUSED)
 def test_sixteen_bit_inputs_with_float32_weights(backend, device):
     """As under autocast. Triton's interpreter truncates where a GPU rounds to bfloat16: hence the coarse bar here."""

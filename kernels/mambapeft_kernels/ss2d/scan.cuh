@@ -1,6 +1,7 @@
 // What both directions of the pass share. Macros: HEIGHT, WIDTH of the map; E channels; R dt_rank, even; PP elements of a
 // direction in a row of `proj`, [δ (R) | B | C | zeros], a multiple of 8; WARPS of a block; HAS_FIRST (initial states),
-// HAS_OFFSET (state offsets); EXACT (the samples fill every block); OFFSET, the type that counts the bytes of every tensor.
+// HAS_OFFSET (state offsets); EXACT (the samples fill every block); WHOLE (the steps fill the chunks of all segments);
+// OFFSET, the type that counts the bytes of every tensor.
 //
 // One state a channel (N = 1), bfloat16. A warp owns 16 channels of four samples and a lane two channels of one sample,
 // for the whole sequence: the recurrence is a loop in registers. Δ is a matrix product, [16 channels, R] times [R, two
@@ -14,7 +15,6 @@ constexpr int KT = (R + 7) / 8, PIECES = PP / 8;       // 16-byte pieces of δ, 
 constexpr int ROWS = SAMPLES * T;                      // of a chunk: (step / 2, sample, step % 2)
 constexpr int PITCH = PIECES % 2 ? PP : PP + 8;        // of a row in shared memory: ldmatrix meets no bank twice
 constexpr int TP = CB + 8;                             // the same of the block's channels of a step and sample
-#define WHOLE (HEIGHT * WIDTH % 8 == 0)  // every chunk has all of its steps
 constexpr float LN2 = 0.6931471805599453f;
 
 __device__ __forceinline__ u32 smem(const void* p) { return (u32)__cvta_generic_to_shared(p); }
