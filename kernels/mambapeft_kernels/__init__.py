@@ -6,6 +6,7 @@ Every op has a `naive.py` that is its definition, and one file for each faster b
 
 from mambapeft_kernels.backends import BACKENDS, FUSED, available_backends, describe, resolve_backend
 from mambapeft_kernels.compile_ahead import BlockSizes, StageSizes, compile_ahead, compile_stages_ahead
+from mambapeft_kernels.conv_stem import conv_norm_gelu
 from mambapeft_kernels.depthwise_conv2d import depthwise_conv_silu
 from mambapeft_kernels.gelu import gelu
 from mambapeft_kernels.layer_norm import add_branch, add_layer_norm, layer_norm
@@ -14,7 +15,7 @@ from mambapeft_kernels.matmul import product
 from mambapeft_kernels.pixel_lookup import look_up
 from mambapeft_kernels.rms_norm import add_rms_norm
 from mambapeft_kernels.selective_scan import selective_scan
-from mambapeft_kernels.ss2d import SS2DWeights, prefix_states, ss2d
+from mambapeft_kernels.ss2d import SS2DWeights, prefix_states, ss2d, ss2d_norm
 from mambapeft_kernels.ssm_mixer import Direction, ssm_mixer
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "available_backends",
     "compile_ahead",
     "compile_stages_ahead",
+    "conv_norm_gelu",
     "depthwise_conv_silu",
     "describe",
     "gelu",
@@ -41,5 +43,6 @@ __all__ = [
     "resolve_backend",
     "selective_scan",
     "ss2d",
+    "ss2d_norm",
     "ssm_mixer",
 ]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mambapeft_kernels.backends import FUSED
+from mambapeft_kernels.conv_stem import conv_norm_gelu
 from mambapeft_kernels.depthwise_conv2d import depthwise_conv_silu
 from mambapeft_kernels.gelu import gelu
 from mambapeft_kernels.layer_norm import add_branch, add_layer_norm, layer_norm
@@ -22,7 +23,7 @@ from mambapeft_kernels.low_rank import low_rank_add, low_rank_product
 from mambapeft_kernels.pixel_lookup import look_up
 from mambapeft_kernels.rms_norm import add_rms_norm
 from mambapeft_kernels.selective_scan.checkpoints import CHUNK, empty_checkpoints
-from mambapeft_kernels.ss2d import SS2DWeights, ss2d
+from mambapeft_kernels.ss2d import SS2DWeights, ss2d_norm
 
 _BATCH, _LENGTH = 2, 2 * CHUNK  # sizes of the zeros; kernels are not specialised on either
 _MAPS = 4  # samples of VMamba's zeros: kernels know whether their number is a multiple of 4
@@ -102,7 +103,7 @@ def stage_tasks(
         for stage in every
         for task in tasks_of(stage)
     )
-    return *each, *(stage.gelu for stage in every[:1])  # one variant serves all
+    return *each, *(task for stage in every[:1] for task in (stage.stem, stage.gelu))  # one variant of GELU serves all
 
 
 def _started(work: tuple[Callable[[], object], ...]) -> tuple[Future, ...]:
@@ -247,7 +248,12 @@ class _Stage:
             Ds=self._wide(4 * e),
         )
         u = self._map(e).requires_grad_(train)
-        self._back(ss2d(u, weights, self._backend))
+        from mambapeft_kernels.layer_norm.triton_kernels import norm_of_sum  # imports Triton
+
+        ones = self._wide(e)
+        self._back(ss2d_norm(u, weights, ones, ones, 1e-5, self._backend))
+        for planes in (1, 2):  # the scans of so few samples left four
+            norm_of_sum(torch.stack([u.detach()] * planes), ones, ones, 1e-5, train)
 
     def convolution(self) -> None:
         filters = self._wide(self._sizes.channels, 1, 3, 3)
@@ -255,19 +261,22 @@ class _Stage:
         self._back(depthwise_conv_silu(x, filters, None, self._backend))
 
     def norms(self) -> None:
-        """out_norm, and the norms of residual sums: with and without drop path, and the first of a stage."""
-        ones = self._wide(self._sizes.channels)
-        self._back(layer_norm(self._map(self._sizes.channels).requires_grad_(), ones, ones, 1e-5, self._backend))
+        """The norms of residual sums: with and without drop path, and the first of a stage; and that behind it."""
         ones, scale = self._wide(self._sizes.width), self._wide(_MAPS)
-        for train in (True, False):
-            hidden = self._map(self._sizes.width).requires_grad_(train)
-            residual = hidden.detach().float().requires_grad_(train)
-            for before, branch in ((residual, scale), (residual, None), (None, None)):
-                outputs = add_layer_norm(hidden, before, ones, ones, 1e-5, branch, self._backend)
-                self._back(*outputs)
-                self._back(outputs[0])  # nothing uses the sum of the last norm
-            for branch in (scale, None):  # before a stage's end
-                self._back(add_branch(hidden, residual, branch, hidden.dtype, self._backend))
+        hidden = self._map(self._sizes.width).requires_grad_()
+        residual = hidden.detach().float().requires_grad_()
+        for before, branch in ((residual, scale), (residual, None), (None, None)):
+            outputs = add_layer_norm(hidden, before, ones, ones, 1e-5, branch, self._backend)
+            self._back(*outputs)
+            self._back(outputs[0])  # nothing uses the sum of the last norm
+        for branch in (scale, None):  # before a stage's end
+            self._back(add_branch(hidden, residual, branch, hidden.dtype, self._backend))
+        self._back(layer_norm(hidden, ones, ones, 1e-5, self._backend, ones))  # behind a convolution
+        hidden = hidden.detach()
+        layer_norm(hidden, ones, ones, 1e-5, self._backend, ones)
+        for before in (hidden, None):  # in inference
+            add_layer_norm(hidden, before, ones, ones, 1e-5, None, self._backend, narrow=True)
+        add_branch(hidden, hidden, None, hidden.dtype, self._backend)
 
     def low_rank(self) -> None:
         """LoRA beside in_proj."""
@@ -276,6 +285,12 @@ class _Stage:
         for rank in (16, 4):
             up = self._wide(self._sizes.channels, rank)
             low_rank_product(out, x, weight, self._activations(len(out), rank), up, 1.0, self._backend)
+
+    def stem(self) -> None:
+        """The first layer in front of the first stage, for images of three channels."""
+        width = self._sizes.width // 2
+        images, ones = self._activations(_MAPS, 3, 4 * self._sizes.height, 4 * self._sizes.map_width), self._wide(width)
+        conv_norm_gelu(images, self._wide(width, 3, 3, 3), ones, ones, ones, 2, 1, 1e-5, self._backend)
 
     def gelu(self) -> None:
         """The MLPs'; its kernels know of sizes only whether they are multiples of 16."""

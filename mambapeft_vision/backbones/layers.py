@@ -71,7 +71,11 @@ class PortedConv2d(Ported, nn.Conv2d):
     """`nn.Conv2d`, its weights read through ports; or by a kernel instead, where `computes_as` says so."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.read("weight"), None if self.bias is None else self.read("bias")
+        return self.convolve(x, None if self.bias is None else self.read("bias"))
+
+    def convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution with another bias, or without one."""
+        weight = self.read("weight")
         frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
         if not (frozen and x.requires_grad and self._is_plain) or transformed() or torch.compiler.is_compiling():
             return self._conv_forward(x, weight, bias)
@@ -103,7 +107,7 @@ class _FrozenConvolution(torch.autograd.Function):
             anywhere = grad.new_zeros(ctx.shape, requires_grad=True)
             (dx,) = plain_gradients(lambda x: F.conv2d(x, weight, None, *ctx.geometry), (anywhere,), (True,), grad)
             return dx, None, None, None
-        unread = grad.new_empty(ctx.shape).to(memory_format=ctx.memory_format)
+        unread = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.memory_format)
         stride, padding, dilation, groups = ctx.geometry
         dx, _, _ = torch.ops.aten.convolution_backward(
             grad, unread, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
@@ -156,11 +160,13 @@ class Mlp(nn.Module):
     def _hidden(self, h: Tensor) -> Tensor:
         """GELU(fc1(h)); narrow frozen maps keep h for the backward pass instead of the hidden layer."""
         fc1, dtype = self.fc1, compute_dtype(h)
-        narrow = fc1.in_features <= _MOST_INPUTS_AGAIN and dtype == torch.bfloat16 and self.kernel in FUSED
-        if narrow and h.requires_grad and computes_as(fc1, PortedLinear) and not fc1.side.branches:
+        fused = dtype == torch.bfloat16 and self.kernel in FUSED and not transformed()
+        if fused and computes_as(fc1, PortedLinear) and not fc1.side.branches and fc1.bias is not None:
             weight, bias = fc1.read("weight", dtype), fc1.read("bias", dtype)
-            if not weight.requires_grad and not bias.requires_grad:
-                return gelu_of_frozen_linear(h.to(dtype), weight, bias, self.kernel)
+            again = h.requires_grad and fc1.in_features <= _MOST_INPUTS_AGAIN
+            frozen = not weight.requires_grad and not bias.requires_grad
+            if not torch.is_grad_enabled() or (frozen and again):
+                return gelu_of_frozen_linear(h.to(dtype), weight.to(dtype), bias.to(dtype), self.kernel)
         return gelu(fc1(h), self.kernel)
 
 

@@ -22,11 +22,13 @@ from mambapeft_kernels import (
     add_branch,
     add_layer_norm,
     compile_stages_ahead,
+    conv_norm_gelu,
     depthwise_conv_silu,
     layer_norm,
     prefix_states,
     resolve_backend,
     ss2d,
+    ss2d_norm,
 )
 from mambapeft_kernels.low_rank.linear import compute_dtype
 from timm.layers import trunc_normal_
@@ -74,18 +76,21 @@ class Norm(Ported):
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] → [..., D]."""
-        return layer_norm(x, self.read("weight"), self.read("bias"), self.eps, self.kernel)
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """[..., D] → [..., D]; shift: [D], added to x first."""
+        return layer_norm(x, self.read("weight"), self.read("bias"), self.eps, self.kernel, shift)
 
 
 def add_norm(norm: nn.Module, hidden: Tensor, residual: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """The norm of residual + scale · hidden [B, ..., D], and that sum in at least float32; scale: [B] or None.
 
-    One pass makes both, unless other code takes part in the norm; then the norm is called.
+    One pass makes both, unless other code takes part in the norm; then the norm is called. In inference fused kernels
+    round the sum to hidden's dtype once it is normed: the sums of all blocks are a third of an evaluation's bytes.
     """
     if computes_as(norm, Norm):
-        return add_layer_norm(hidden, residual, norm.read("weight"), norm.read("bias"), norm.eps, scale, norm.kernel)
+        weights = norm.read("weight"), norm.read("bias")
+        narrow = not torch.is_grad_enabled() and norm.kernel in FUSED
+        return add_layer_norm(hidden, residual, *weights, norm.eps, scale, norm.kernel, narrow)
     total = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     if scale is not None:
         total = total * scale.view(-1, *[1] * (hidden.ndim - 1))
@@ -96,6 +101,15 @@ def add_norm(norm: nn.Module, hidden: Tensor, residual: Tensor | None, scale: Te
 def convolved(conv: nn.Module, x: Tensor) -> Tensor:
     """A convolution of channel-last maps, [B, H, W, C] → [B, H', W', C']."""
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def normed_convolution(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(conv(x)) of channel-last maps; fused kernels of norms add the convolution's bias, unless that trains."""
+    if computes_as(conv, PortedConv2d) and conv.bias is not None and computes_as(norm, Norm) and norm.kernel in FUSED:
+        bias = conv.read("bias")
+        if not (torch.is_grad_enabled() and bias.requires_grad):
+            return norm(conv.convolve(x.permute(0, 3, 1, 2), None).permute(0, 2, 3, 1), bias)
+    return norm(convolved(conv, x))
 
 
 class SS2D(Ported):
@@ -200,11 +214,18 @@ class SS2D(Ported):
             x, z = x.chunk(2, dim=-1)
             z = z if self.gate.value is None else self.gate.value(z)
         u = self._conv_silu(x)
-        y = ss2d(u, self.weights(u.dtype), self.kernel)
+        y = self._normed_scans(u)
+        return self.out_proj(y if z is None else y * F.silu(z))
+
+    def _normed_scans(self, u: Tensor) -> Tensor:
+        """out_norm of the scans' sum, [B, H, W, E]."""
+        norm, weights = self.out_norm, self.weights(u.dtype)
+        if self.output_offset.value is None and computes_as(norm, Norm):
+            return ss2d_norm(u, weights, norm.read("weight"), norm.read("bias"), norm.eps, self.kernel)
+        y = ss2d(u, weights, self.kernel)
         if self.output_offset.value is not None:
             y = y + torch.stack(self.output_offset.value()).sum(0).to(y.dtype)
-        y = self.out_norm(y)
-        return self.out_proj(y if z is None else y * F.silu(z))
+        return norm(y)
 
     def _conv_silu(self, x: Tensor) -> Tensor:
         """silu(conv2d(x)), [B, H, W, E]; conv2d is called if other code takes part in it."""
@@ -330,9 +351,19 @@ class PatchEmbed(nn.ModuleDict):
         self.grid_size = tuple(math.ceil(size / patch_size) for size in img_size)
 
     def forward(self, images: Tensor) -> Tensor:
+        return normed_convolution(self["5"], self["7"], self._half(images))
+
+    def _half(self, images: Tensor) -> Tensor:
+        """gelu(norm(conv)), the map of half the sides: [B, H', W', D/2]; one launch where nothing of it is trained."""
+        conv, norm, dtype = self["0"], self["2"], compute_dtype(images)
+        if computes_as(conv, PortedConv2d) and computes_as(norm, Norm) and norm.kernel in FUSED:
+            weights = conv.read("weight"), conv.read("bias"), norm.read("weight"), norm.read("bias")
+            trained = torch.is_grad_enabled() and any(t.requires_grad for t in (images, *weights))
+            if not trained and dtype in (torch.bfloat16, torch.float16):
+                stride, padding = conv.stride[0], cast(tuple[int, int], conv.padding)[0]
+                return conv_norm_gelu(images.to(dtype), *weights, stride, padding, norm.eps, norm.kernel)
         images = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # then the first map lies as norms read it
-        x = F.gelu(self["2"](self["0"](images).permute(0, 2, 3, 1)))
-        return self["7"](convolved(self["5"], x))
+        return F.gelu(norm(conv(images).permute(0, 2, 3, 1)))
 
 
 class VanillaPatchEmbed(nn.ModuleDict):
@@ -355,7 +386,7 @@ class Downsample(nn.ModuleDict):
         self.kernel = "auto"
 
     def forward(self, x: Tensor) -> Tensor:
-        return self["3"](convolved(self["1"], x))
+        return normed_convolution(self["1"], self["3"], x)
 
 
 class PatchMerging(nn.Module):

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from mambapeft_kernels import layer_norm
 from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
 
@@ -282,7 +283,13 @@ def test_frozen_convolutions_keep_no_input_and_have_pytorchs_derivatives(memory_
 def test_narrow_frozen_mlps_compute_their_hidden_layer_again(monkeypatch):
     """Where fused kernels run under autocast; not where a weight trains, a branch joins or maps are wide."""
     calls = []
-    monkeypatch.setattr(layers, "gelu_of_frozen_linear", lambda *given: calls.append(1) or F.gelu(F.linear(*given[:3])))
+
+    def counted(x, weight, bias, kernel):
+        calls.append(kernel)
+        assert {t.dtype for t in (x, weight, bias)} == {torch.bfloat16}  # it computes without autocast
+        return F.gelu(F.linear(x, weight, bias))
+
+    monkeypatch.setattr(layers, "gelu_of_frozen_linear", counted)
     monkeypatch.setattr(layers, "gelu", lambda x, kernel: F.gelu(x))
     narrow, wide, trained, beside = (Mlp(d, 8, name="mlp").requires_grad_(False) for d in (4, 129, 4, 4))
     trained.fc1.weight.requires_grad_()
@@ -296,6 +303,59 @@ def test_narrow_frozen_mlps_compute_their_hidden_layer_again(monkeypatch):
         calls.clear()
         mlp(x)
         assert not calls
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # where nothing is kept, the product applies GELU
+            mlp(x)
+        assert len(calls) == (mlp is not beside)
+        calls.clear()
+
+
+def test_a_frozen_stem_begins_with_one_launch(monkeypatch):
+    """Where fused kernels run under autocast; not where a part of it trains, is hooked, or float32 is asked for."""
+    calls = []
+
+    def counted(*given):
+        calls.append(given[-1])
+        return conv_norm_gelu(*given[:-1], "naive")
+
+    conv_norm_gelu = vmamba.conv_norm_gelu
+    monkeypatch.setattr(vmamba, "conv_norm_gelu", counted)
+    images = torch.randn(2, 3, 10, 14)
+
+    def launches(change=lambda stem: None, half: bool = True, kernel: str = "triton") -> int:
+        calls.clear()
+        stem = tiny().float().requires_grad_(False).patch_embed
+        plain = stem(images)
+        change(stem)
+        with monkeypatch.context() as patch:
+            # No such kernels here.
+            patch.setattr(vmamba, "layer_norm", lambda *given: layer_norm(*given[:4], "torch", given[5]))
+            for module in stem.modules():
+                module.kernel = kernel
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                out = stem(images)
+        assert (out.float() - plain).norm() < 2e-2 * plain.norm()
+        return len(calls)
+
+    assert launches() == 1
+    assert launches(half=False) == launches(kernel="torch") == 0
+    assert launches(lambda stem: stem["2"].bias.requires_grad_()) == 0
+    assert launches(lambda stem: stem["0"].register_forward_hook(lambda *_: None)) == 0
+
+
+@pytest.mark.parametrize("kernel", ["triton", "torch"])
+def test_fused_kernels_round_sums_in_inference_alone(monkeypatch, kernel):
+    rounded = []
+    plainly = vmamba.add_layer_norm
+    monkeypatch.setattr(
+        vmamba, "add_layer_norm", lambda *given: rounded.append(given[-1]) or plainly(*given[:-2], "torch")
+    )
+    norm = vmamba.Norm(4)
+    norm.kernel = kernel
+    hidden = torch.randn(2, 3, 3, 4)
+    vmamba.add_norm(norm, hidden, None, None)
+    with torch.no_grad():
+        vmamba.add_norm(norm, hidden, None, None)
+    assert rounded == [False, kernel == "triton"]
 
 
 def test_the_head_is_replaced_by_a_zero_one():

@@ -79,9 +79,10 @@ def test_registered_op_is_consistent(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_behind_a_frozen_map_the_input_is_kept_and_the_bits_are_the_same(device):
+def test_behind_a_frozen_map_the_input_is_kept_and_the_gradient_is_the_same(device):
+    """On a GPU the product applies GELU, to what is not rounded: its error is the smaller one."""
     generator = torch.Generator().manual_seed(0)
-    shapes = (3, 4, 10), (16, 10), (16,), (3, 4, 16)
+    shapes = (30, 40, 16), (64, 16), (64,), (30, 40, 64)
     x, weight, bias, grad = (torch.randn(*s, generator=generator).to(device, torch.float16) for s in shapes)
     x.requires_grad_()
     kept = []
@@ -89,7 +90,9 @@ def test_behind_a_frozen_map_the_input_is_kept_and_the_bits_are_the_same(device)
         found = gelu_of_frozen_linear(x, weight, bias, "triton")
     assert kept == [x.shape, weight.shape, bias.shape]
     expected = gelu(F.linear(x, weight, bias), "triton")
-    assert torch.equal(found, expected)
+    exact = F.gelu(F.linear(x.double(), weight.double(), bias.double()))
+    assert torch.equal(found, expected) or relative_error(found, exact) < relative_error(expected, exact)
+    assert torch.equal(found, gelu_of_frozen_linear(x, weight, bias, "triton"))
     assert torch.equal(*(torch.autograd.grad(out, x, grad)[0] for out in (found, expected)))
 
 

@@ -96,6 +96,43 @@ def test_in_bfloat16_rows_are_kept_without_their_mean(device):
         assert relative_error(found, expected) < (1e-2 if device == "cpu" else 2e-3)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "trained"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)]
+)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_shift_is_added_first(device, dtype, trained):
+    """In inference, for frozen weights in bfloat16, and (then it is a sum of its own) for all others."""
+    x, weight, bias, shift, grad = (
+        draw(*s, seed=i).to(device, dtype) for i, s in enumerate(((3, 5, 32), (32,), (32,), (32,), (3, 5, 32)))
+    )
+    found, expected = [], []
+    for out, kind, backend in ((found, dtype, "triton"), (expected, torch.float64, "naive")):
+        wide = torch.promote_types(kind, torch.float32)
+        leaf, vectors = x.to(kind).requires_grad_(), [t.to(wide) for t in (weight, bias, shift)]
+        vectors[0].requires_grad_(trained)
+        normed = layer_norm(leaf, *vectors[:2], 1e-5, backend, vectors[2])
+        with torch.no_grad():
+            again = layer_norm(leaf, *vectors[:2], 1e-5, backend, vectors[2])
+        out += [normed, again, torch.autograd.grad(normed, leaf, grad.to(kind))[0]]
+    bound = 1e-5 if dtype == torch.float32 else 2e-2 if device == "cpu" else 1e-2
+    assert all(relative_error(a, b) < bound for a, b in zip(found, expected))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "naive"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_narrow_sums_are_rounded_once_they_are_normed(device, backend):
+    hidden = draw(4, 6, 32).to(device, torch.float16)
+    residual, weight, bias = (draw(*s, seed=i).to(device).float() for i, s in enumerate(((4, 6, 32), (32,), (32,)), 1))
+    scale = torch.arange(4, device=device) / 2
+    wide, narrow = (add_layer_norm(hidden, residual, weight, bias, 1e-5, scale, backend, n) for n in (False, True))
+    assert torch.equal(wide[0], narrow[0]) and torch.equal(wide[1].half(), narrow[1])
+    expected = add_layer_norm(hidden, narrow[1].float(), weight, bias, 1e-5, None, backend)
+    found = add_layer_norm(hidden, narrow[1], weight, bias, 1e-5, None, backend, narrow=True)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1].half())
+    sums = [add_branch(hidden, r, scale, torch.float16, backend) for r in (narrow[1], narrow[1].float())]
+    assert torch.equal(*sums)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_second_derivatives_in_bfloat16(device):
     """The rows that are kept have a history of their own: through it alone comes this derivative of a gradient."""
@@ -138,7 +175,18 @@ def test_registered_op_is_consistent(device, keep):
     weight, bias = torch.ones(8, device=device), torch.zeros(8, device=device)
     add_layer_norm(hidden, None, weight, bias, backend="triton")  # registers the op
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    args = (hidden, hidden.detach().clone() if keep else None, weight, bias, 1e-5, None, keep, keep)
+    args = (
+        hidden,
+        hidden.detach().clone() if keep else None,
+        weight,
+        bias,
+        1e-5,
+        None,
+        keep,
+        keep,
+        False,
+        None if keep else bias.clone(),
+    )
     torch.library.opcheck(torch.ops.mambapeft.add_layer_norm, args, test_utils=tests)
 
 

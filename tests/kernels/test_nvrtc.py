@@ -11,7 +11,8 @@ from mambapeft_kernels.compile_ahead import stage_tasks, tasks
 
 pytest.importorskip("cuda.core", reason="NOT RUN: cuda-core is not installed")
 pytest.importorskip("cuda.bindings.nvrtc", reason="NOT RUN: cuda-bindings, for the CUDA of PyTorch, is not installed")
-from mambapeft_kernels import nvrtc
+from mambapeft_kernels import depthwise_conv_silu, nvrtc
+from mambapeft_kernels.depthwise_conv2d import triton_kernels
 
 SOURCE = 'extern "C" __global__ void fill(float* x) {{ x[threadIdx.x] = {}; }}'
 
@@ -82,10 +83,15 @@ def test_interpreter_every_kernel_of_vmamba_compiles(tmp_path, monkeypatch):
     scans, _, convolution, *_ = stage_tasks((sizes,), torch.bfloat16, torch.device("cpu"), "cuda")
     scans()
     convolution()
+    filters = torch.zeros(96, 1, 3, 3, requires_grad=True)  # their gradients need that of conv(x)
+    maps = torch.zeros(4, 3, 5, 96, dtype=torch.bfloat16, requires_grad=True)
+    monkeypatch.setattr(triton_kernels, "filter_gradients", lambda g, x: torch.zeros(10, 96))
+    depthwise_conv_silu(maps, filters, None, "cuda").backward(torch.zeros_like(maps))
     assert set(compiled) == {
         ("ss2d_forward", None),
         ("ss2d_backward", None),
         *(("depthwise", mode) for mode in range(3)),
+        ("depthwise_back", 3),
     }
 
 

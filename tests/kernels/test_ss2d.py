@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.kernel_cases import errors, relative_error
-from mambapeft_kernels import SS2DWeights, prefix_states, ss2d
+from mambapeft_kernels import SS2DWeights, layer_norm, prefix_states, ss2d, ss2d_norm
 
 from mambapeft_vision.benchmarks.ss2d_cases import cast, make_map, make_weights, output_gradient, results
 
@@ -428,3 +428,48 @@ def test_what_has_no_such_op_is_refused(monkeypatch):
         ss2d(torch.ones(1, 2, 2, 8), cast(make_weights(8, 1, 2), torch.float32), backend="mamba_ssm")
     with pytest.raises(ValueError, match=r"tokens must be \[4, n, 8\]"):
         prefix_states(torch.ones(3, 2, 8), make_weights(8, 1, 2))
+
+
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize(("backend", "device"), FUSED)
+def test_the_norm_adds_up_what_the_scans_leave_apart(backend, device, save):
+    """Rounded once less than by the two ops; with every gradient."""
+    channels = 64 if device == "cuda" else 4
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    grad = torch.linspace(-1, 2, 6 * channels, dtype=torch.float64, device=device).view(1, 2, 3, channels)
+
+    def run(function, dtype, backend):
+        wide = torch.promote_types(dtype, torch.float32)
+        u = make_map(1, 2, 3, channels, device).to(dtype).requires_grad_(save)
+        weights = cast(make_weights(channels, 1, 2, device=device), wide, grad=save)
+        norm = [torch.linspace(*ends, channels, dtype=wide, device=device) for ends in ((0.5, 2), (-1, 1))]
+        norm = [t.requires_grad_(save) for t in norm]
+        out = function(u, weights, *norm, 1e-5, backend)
+        return [out, *(torch.autograd.grad(out, [u, *weights, *norm], grad.to(dtype)) if save else ())]
+
+    def two_ops(u, weights, norm_weight, norm_bias, eps, backend):
+        return layer_norm(ss2d(u, weights, backend), norm_weight, norm_bias, eps, backend)
+
+    expected, apart = run(ss2d_norm, torch.float64, "naive"), run(two_ops, dtype, backend)
+    found, again = run(ss2d_norm, dtype, backend), run(ss2d_norm, dtype, backend)
+    assert all(map(torch.equal, found, again)) and found[0].dtype == dtype
+    for one, other, right in zip(found, apart, expected):
+        assert relative_error(one, right) < (FP32_BAR if dtype == torch.float32 else 1.2 * relative_error(other, right))
+
+
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize(("backend", "device"), FUSED)
+def test_the_op_with_the_norm_is_consistent(backend, device, save):
+    weights = cast(make_weights(4, 1, 2, device=device), torch.float32, grad=save)
+    u, norm = make_map(1, 1, 2, 4, device).float().requires_grad_(save), torch.ones(4, device=device)
+    tests = ("test_schema", "test_faketensor") + (("test_autograd_registration",) if save else ())
+    args = (u, *weights, norm, norm.clone(), 1e-5, backend, save)
+    torch.library.opcheck(torch.ops.mambapeft.ss2d_norm, args, test_utils=tests)
+
+    def curvature(name):
+        def loss(x):
+            return ss2d_norm(x, weights, norm, norm, 1e-5, name).exp().sum()
+
+        return torch.autograd.functional.hvp(loss, u.detach(), torch.ones_like(u))[1]
+
+    assert relative_error(curvature(backend), curvature("naive")) < 1e-4

@@ -15,8 +15,10 @@ struct Column {
 extern "C" __global__ void __launch_bounds__(128) depthwise(
     const io_t* __restrict__ x, const io_t* __restrict__ du, const float* __restrict__ weight,
     const float* __restrict__ bias, io_t* __restrict__ out, int batch) {
-    const int pair = blockIdx.y * 32 + threadIdx.x % 32;
-    const i64 item = (i64)blockIdx.x * 4 + threadIdx.x / 32;
+    // The last maps first: the product before has written them last, and the one behind begins with the first.
+    const unsigned block = gridDim.x - 1 - blockIdx.x, across = (E + 63) / 64;
+    const int pair = block % across * 32 + threadIdx.x % 32;
+    const i64 item = (i64)(block / across) * 4 + threadIdx.x / 32;
     if (pair >= PAIRS || item >= (i64)batch * GROUPS) return;
     const int first = (int)(item % GROUPS) * ROWS;
     const i64 map = item / GROUPS * (HEIGHT * WIDTH) * E + 2 * pair;

@@ -1,13 +1,23 @@
-"""The depthwise convolution in CUDA C++ (conv.cu), for an even number of channels; Triton has gradients of filters."""
+"""The depthwise convolution in CUDA C++, for an even number of channels; Triton has gradients of filters."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mambapeft_kernels import nvrtc
 
-_FILES = ("common.cuh", "depthwise_conv2d/conv.cu")
-_FORWARD, _THROUGH_SILU, _INPUT_GRADIENT = 0, 1, 2  # MODE
-_ROWS, _WARPS = 2, 4  # rows of a thread, warps of a block
+
+class _Kernel(NamedTuple):
+    file: str
+    name: str
+    rows: int  # of a thread
+    mode: int  # the macro MODE
+
+
+_FORWARD, _THROUGH_SILU, _INPUT_GRADIENT = (_Kernel("conv.cu", "depthwise", 2, mode) for mode in range(3))
+_BACKWARD = _Kernel("conv_back.cu", "depthwise_back", 4, 3)
+_WARPS = 4  # of a block
 
 
 def takes(x: Tensor) -> bool:
@@ -30,7 +40,12 @@ def input_gradient(g: Tensor, weight: Tensor) -> Tensor:
     return _run(_INPUT_GRADIENT, g, None, weight, None)
 
 
-def _run(mode: int, x: Tensor, du: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+def backward(du: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The gradient of x from that of silu(conv(x)): `through_silu` and `input_gradient` in one launch."""
+    return _run(_BACKWARD, x, du, weight, bias)
+
+
+def _run(kernel: _Kernel, x: Tensor, du: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
     batch, height, width, channels = x.shape
     out = torch.empty_like(x)
     macros: dict[str, int | str] = {
@@ -40,10 +55,11 @@ def _run(mode: int, x: Tensor, du: Tensor | None, weight: Tensor, bias: Tensor |
         "WIDTH": width,
         "E": channels,
         "HAS_BIAS": int(bias is not None),
-        "MODE": mode,
+        "MODE": kernel.mode,
     }
-    items = batch * (-(-height // _ROWS))
-    grid = -(-items // _WARPS), -(-channels // 64)
+    items = batch * (-(-height // kernel.rows))
+    blocks = -(-items // _WARPS) * -(-channels // 64)
     wide = (None if t is None else t.float().contiguous() for t in (weight, bias))
-    nvrtc.run(_FILES, "depthwise", macros, grid, 32 * _WARPS, x.device, [x, du, *wide, out, batch])
+    files = "common.cuh", f"depthwise_conv2d/{kernel.file}"
+    nvrtc.run(files, kernel.name, macros, (blocks,), 32 * _WARPS, x.device, [x, du, *wide, out, batch])
     return out

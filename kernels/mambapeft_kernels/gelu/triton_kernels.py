@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambapeft_kernels.block_order import from_last
 from mambapeft_kernels.derivatives import differentiated_again, plain_gradients
 from mambapeft_kernels.gelu import naive
 
@@ -12,7 +13,7 @@ _TILE = {"BLOCK": 2048, "num_warps": 4}
 
 
 @triton.jit
-def _distribution(x):
+def distribution(x):
     """Φ(x) to 8e-8 and e^(-x²/2): formula 7.1.26 of Abramowitz and Stegun, Handbook of Mathematical Functions."""
     t = 1.0 / (1.0 + 0.23164190 * tl.abs(x))
     density = tl.exp2(x * x * -0.72134752)
@@ -23,21 +24,21 @@ def _distribution(x):
 
 @triton.jit
 def _forward(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = from_last().to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    below, _ = _distribution(x)
+    below, _ = distribution(x)
     tl.store(out_ptr + at, (x * below).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _backward(grad_ptr, x_ptr, out_ptr, size, BLOCK: tl.constexpr):
     """grad · (Φ(x) + x Φ'(x))."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = from_last().to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    below, density = _distribution(x)
+    below, density = distribution(x)
     slope = below + x * (0.39894228 * density)
     tl.store(out_ptr + at, (grad * slope).to(out_ptr.dtype.element_ty), mask=mask)
 

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """(x - mean(x)) / √(var(x) + eps) · weight + bias over the last dimension; computed in at least float32."""
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, shift: Tensor | None = None) -> Tensor:
+    """(x - mean(x)) / √(var(x) + eps) · weight + bias over the last dimension, x plus shift; in at least float32."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide if shift is None else wide + shift
     centred = wide - wide.mean(-1, keepdim=True)
     unit = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     return (unit * weight.to(wide.dtype) + bias.to(wide.dtype)).to(x.dtype)
@@ -19,10 +20,12 @@ def add_layer_norm(
     bias: Tensor,
     eps: float = 1e-5,
     branch_scale: Tensor | None = None,
+    narrow: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """residual' = residual + branch_scale · hidden;  normed = LayerNorm(residual'), in `hidden`'s dtype."""
-    residual = add_branch(hidden, residual, branch_scale)
-    return layer_norm(residual, weight, bias, eps).to(hidden.dtype), residual
+    total = add_branch(hidden, residual, branch_scale)
+    normed = layer_norm(total, weight, bias, eps).to(hidden.dtype)
+    return normed, total.to(hidden.dtype) if narrow else total
 
 
 def add_branch(hidden: Tensor, residual: Tensor | None, branch_scale: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambapeft_kernels.block_order import from_last
 from mambapeft_kernels.derivatives import differentiated_again, plain_gradients
 from mambapeft_kernels.layer_norm import naive
 
@@ -30,21 +31,26 @@ def _unit(centred, D, eps):
 
 @triton.jit(do_not_specialize=["rows", "per_sample"])
 def _forward(
-    hidden_ptr, residual_ptr, weight_ptr, bias_ptr, scale_ptr, normed_ptr, out_ptr, centred_ptr, rows, per_sample, D,
-    eps, HAS_RESIDUAL: tl.constexpr, HAS_SCALE: tl.constexpr, KEEP: tl.constexpr, KEEP_CENTRED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    hidden_ptr, residual_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, normed_ptr, out_ptr, centred_ptr, rows,
+    per_sample, D, eps, PLANES: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    HAS_SCALE: tl.constexpr, KEEP: tl.constexpr, KEEP_CENTRED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """hidden: PLANES maps [rows, D] one after another, which are added up."""
+    row = from_last().to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (col < D)[None, :]
     at = row[:, None] * D + col[None, :]
     total = tl.load(hidden_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    for plane in tl.static_range(1, PLANES):
+        total += tl.load(hidden_ptr + plane * rows.to(tl.int64) * D + at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_SHIFT:
+        total += tl.load(shift_ptr + col, mask=col < D, other=0.0).to(tl.float32)[None, :]
     if HAS_SCALE:
         total *= tl.load(scale_ptr + row // per_sample, mask=row < rows, other=0.0).to(tl.float32)[:, None]
     if HAS_RESIDUAL:
-        total += tl.load(residual_ptr + at, mask=mask, other=0.0)
+        total += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if KEEP:
-        tl.store(out_ptr + at, total, mask=mask)
+        tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
     centred = _centred(total, D, mask)
     if KEEP_CENTRED:
         tl.store(centred_ptr + at, centred.to(centred_ptr.dtype.element_ty), mask=mask)
@@ -63,14 +69,14 @@ def _backward(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dweight, dbias: partial sums [programs, D]; hidden's gradient is the residual's times the branch's scale."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = from_last().to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (col < D)[None, :]
     at = row[:, None] * D + col[None, :]
     dnormed = tl.load(dnormed_ptr + at, mask=mask, other=0.0).to(tl.float32)
     total = tl.load(total_ptr + at, mask=mask, other=0.0).to(tl.float32)
     unit, factor = _unit(_centred(total, D, mask), D, eps)
-    part = tl.program_id(0).to(tl.int64) * D + col
+    part = from_last().to(tl.int64) * D + col
     if NEED_WEIGHT:
         tl.store(dweight_ptr + part, tl.sum(dnormed * unit, axis=0), mask=col < D)
     if NEED_BIAS:
@@ -89,24 +95,56 @@ def _backward(
             tl.store(dhidden_ptr + at, grad.to(dhidden_ptr.dtype.element_ty), mask=mask)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | None = None) -> Tensor:
     """See `mambapeft_kernels.layer_norm`."""
     if x.dtype not in _FUSED or not x.numel():
-        return naive.layer_norm(x, weight, bias, eps)
-    return torch.ops.mambapeft.add_layer_norm(x, None, weight, bias, eps, None, False, False)[0]
+        return naive.layer_norm(x, weight, bias, eps, shift)
+    backward = torch.is_grad_enabled() and x.requires_grad
+    # The backward pass knows of no shift, so it wants the rows that are centred behind it.
+    if shift is not None and backward and (weight.requires_grad or x.dtype != torch.bfloat16):
+        return layer_norm(x + shift.to(x.dtype), weight, bias, eps)
+    centre = shift is not None and backward
+    return torch.ops.mambapeft.add_layer_norm(x, None, weight, bias, eps, None, False, centre, False, shift)[0]
 
 
 def add_layer_norm(
-    hidden: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, branch_scale: Tensor | None
+    hidden: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    branch_scale: Tensor | None,
+    narrow: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `mambapeft_kernels.add_layer_norm`. A gradient of `branch_scale` is not computed: it is drawn, not learnt."""
-    fused = hidden.dtype in _FUSED and hidden.numel() and (residual is None or residual.dtype == torch.float32)
-    if not fused or (branch_scale is not None and branch_scale.requires_grad):
-        return naive.add_layer_norm(hidden, residual, weight, bias, eps, branch_scale)
     backward = torch.is_grad_enabled() and (hidden.requires_grad or (residual is not None and residual.requires_grad))
+    sums = (torch.float32, hidden.dtype) if narrow and not backward else (torch.float32,)
+    fused = hidden.dtype in _FUSED and hidden.numel() and (residual is None or residual.dtype in sums)
+    if not fused or (branch_scale is not None and branch_scale.requires_grad):
+        return naive.add_layer_norm(hidden, residual, weight, bias, eps, branch_scale, narrow)
     # The weight's gradient is as exact as what is kept; and float16 has not the range of the sums.
     centre = backward and hidden.dtype == torch.bfloat16 and not weight.requires_grad
-    return torch.ops.mambapeft.add_layer_norm(hidden, residual, weight, bias, eps, branch_scale, True, centre)[:2]
+    out = torch.ops.mambapeft.add_layer_norm(
+        hidden, residual, weight, bias, eps, branch_scale, True, centre, narrow and not backward, None
+    )
+    return out[0], out[1]
+
+
+def norm_of_sum(parts: Tensor, weight: Tensor, bias: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
+    """LayerNorm(Σ parts[i]) and, with `keep`, that sum in the parts' dtype; for ops that launch it among their kernels.
+
+    parts: [planes, ..., D] contiguous.
+    """
+    width, kept = parts.shape[-1], keep and len(parts) > 1
+    normed = parts.new_empty(parts.shape[1:])
+    total = torch.empty_like(normed) if kept else parts[0] if keep else parts.new_empty(0)
+    rows, tile = normed.numel() // width, _tile(width)
+    _forward[(triton.cdiv(rows, tile["ROWS"]),)](
+        parts, parts, weight.contiguous(), bias.contiguous(), weight, weight, normed, total, parts, rows, rows, width,
+        eps, PLANES=len(parts), HAS_SHIFT=False, HAS_RESIDUAL=False, HAS_SCALE=False, KEEP=kept, KEEP_CENTRED=False,
+        **tile,
+    )  # fmt: skip
+    return normed, total
 
 
 def _tile(width: int) -> dict[str, int]:
@@ -118,7 +156,7 @@ def _tile(width: int) -> dict[str, int]:
     "mambapeft::add_layer_norm",
     mutates_args=(),
     schema="(Tensor hidden, Tensor? residual, Tensor weight, Tensor bias, float eps, Tensor? branch_scale, bool keep, "
-    "bool centre) -> (Tensor, Tensor, Tensor)",
+    "bool centre, bool narrow, Tensor? shift) -> (Tensor, Tensor, Tensor)",
 )
 def _op(
     hidden: Tensor,
@@ -129,27 +167,34 @@ def _op(
     branch_scale: Tensor | None,
     keep: bool,
     centre: bool,
+    narrow: bool,
+    shift: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """normed; with `keep` the residual sum; with `centre` that without its mean, rounded to hidden's dtype."""
+    """normed; with `keep` the residual sum; with `centre` that without its mean, rounded to hidden's dtype.
+
+    narrow: the sum is rounded to hidden's dtype too. shift: [D], added to each row of hidden.
+    """
     width = hidden.shape[-1]
     rows = hidden.numel() // width
     normed = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    out = torch.empty(hidden.shape if keep else (0,), dtype=torch.float32, device=hidden.device)
+    sum_dtype = hidden.dtype if narrow else torch.float32
+    out = torch.empty(hidden.shape if keep else (0,), dtype=sum_dtype, device=hidden.device)
     centred = torch.empty(hidden.shape if centre else (0,), dtype=hidden.dtype, device=hidden.device)
     tile = _tile(width)
     with torch.cuda.device_of(hidden):
         _forward[(triton.cdiv(rows, tile["ROWS"]),)](
             hidden.contiguous(), out if residual is None else residual.contiguous(), weight.contiguous(),
-            bias.contiguous(), weight if branch_scale is None else branch_scale.contiguous(), normed, out,
-            centred, rows, rows // hidden.shape[0], width, eps, HAS_RESIDUAL=residual is not None,
+            bias.contiguous(), weight if branch_scale is None else branch_scale.contiguous(),
+            weight if shift is None else shift.contiguous(), normed, out, centred, rows, rows // hidden.shape[0], width,
+            eps, PLANES=1, HAS_SHIFT=shift is not None, HAS_RESIDUAL=residual is not None,
             HAS_SCALE=branch_scale is not None, KEEP=keep, KEEP_CENTRED=centre, **tile,
         )  # fmt: skip
     return normed, out, centred
 
 
 @_op.register_fake
-def _(hidden, residual, weight, bias, eps, branch_scale, keep, centre):
-    out = hidden.new_empty(hidden.shape if keep else (0,), dtype=torch.float32)
+def _(hidden, residual, weight, bias, eps, branch_scale, keep, centre, narrow, shift):
+    out = hidden.new_empty(hidden.shape if keep else (0,), dtype=hidden.dtype if narrow else torch.float32)
     return hidden.new_empty(hidden.shape), out, hidden.new_empty(hidden.shape if centre else (0,))
 
 
@@ -197,7 +242,7 @@ def _(dnormed, dout, total, weight, branch_scale, eps, dtype, need):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, _, weight, bias, eps, branch_scale, keep, centre = inputs
+    hidden, _, weight, bias, eps, branch_scale, keep, centre, *_ = inputs
     _, out, centred = output
     kept = centred if centre else out if keep else hidden
     ctx.save_for_backward(kept, weight, branch_scale)
@@ -223,7 +268,7 @@ def _differentiate(ctx, dnormed, dout, dcentred):
             dnormed, dout, total, weight, branch_scale, ctx.eps, ctx.dtypes[0], need
         )
         grads = [g.to(dtype) if n else None for g, dtype, n in zip(found, ctx.dtypes, need)]
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None, None
 
 
 def _plainly(

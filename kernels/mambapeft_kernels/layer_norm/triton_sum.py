@@ -20,7 +20,7 @@ def _forward(hidden_ptr, residual_ptr, scale_ptr, out_ptr, size, HAS_SCALE: tl.c
     total = tl.load(hidden_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if HAS_SCALE:
         total *= tl.load(scale_ptr + sample).to(tl.float32)
-    total += tl.load(residual_ptr + at, mask=mask, other=0.0)
+    total += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -43,7 +43,9 @@ def _backward(
 
 def add_branch(hidden: Tensor, residual: Tensor, branch_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """See `mambapeft_kernels.add_branch`. A gradient of `branch_scale` is not computed: it is drawn, not learnt."""
-    fused = residual.dtype == torch.float32 and hidden.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    narrow = residual.dtype == hidden.dtype and not (torch.is_grad_enabled() and residual.requires_grad)
+    fused = hidden.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    fused = fused and (narrow or residual.dtype == torch.float32)
     if not fused or not hidden.numel() or (branch_scale is not None and branch_scale.requires_grad):
         return naive.add_branch(hidden, residual, branch_scale).to(dtype)
     return torch.ops.mambapeft.add_branch(hidden, residual, branch_scale, dtype)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mambapeft_kernels.backends import FUSED, backend_for, computes_now
+from mambapeft_kernels.layer_norm import layer_norm
+from mambapeft_kernels.layer_norm.api import check_shapes as check_norm_shapes
 
 DIRECTIONS = 4
 
@@ -72,6 +74,26 @@ def ss2d(u: Tensor, weights: SS2DWeights, backend: str = "auto") -> Tensor:
     from mambapeft_kernels.ss2d import naive
 
     return naive.ss2d(u, weights)
+
+
+def ss2d_norm(
+    u: Tensor, weights: SS2DWeights, norm_weight: Tensor, norm_bias: Tensor, eps: float = 1e-5, backend: str = "auto"
+) -> Tensor:
+    """LayerNorm(ss2d(u)) over the channels; in fused kernels the norm adds up what the directions leave apart.
+
+    Args:
+        u, weights, backend: as in `ss2d`. norm_weight, norm_bias, eps: as in `layer_norm`.
+    Returns: [B, H, W, E] in u's dtype.
+    Raises: as `ss2d` and `layer_norm`.
+    """
+    chosen = backend_for(backend, u)
+    if chosen in FUSED and u.numel():
+        from mambapeft_kernels.ss2d import fused
+
+        _check_shapes(u, weights)
+        check_norm_shapes("ss2d_norm", u, {"weight": (norm_weight, u.shape[-1:]), "bias": (norm_bias, u.shape[-1:])})
+        return fused.ss2d_norm(u, weights, norm_weight, norm_bias, eps, chosen)
+    return layer_norm(ss2d(u, weights, backend), norm_weight, norm_bias, eps, backend)
 
 
 def prefix_states(tokens: Tensor, weights: SS2DWeights) -> Tensor:

@@ -4,11 +4,14 @@ Forward: one product for the projections of all directions, the scans, their sum
 kernel that adds up the parts of u's gradient. Only tensors that require a gradient get one.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mambapeft_kernels.derivatives import differentiated_again, plain_gradients
+from mambapeft_kernels.layer_norm.naive import layer_norm
 from mambapeft_kernels.matmul import product
 from mambapeft_kernels.ss2d import naive
 from mambapeft_kernels.ss2d.api import DIRECTIONS, SS2DWeights
@@ -21,6 +24,15 @@ def ss2d(u: Tensor, weights: SS2DWeights, backend: str) -> Tensor:
     weights = padded(u, weights, backend)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (u, *weights))
     return torch.ops.mambapeft.ss2d(u, *weights, backend, save)[0]
+
+
+def ss2d_norm(
+    u: Tensor, weights: SS2DWeights, norm_weight: Tensor, norm_bias: Tensor, eps: float, backend: str
+) -> Tensor:
+    """See `mambapeft_kernels.ss2d.api.ss2d_norm`, for maps with elements."""
+    given = u, *padded(u, weights, backend), norm_weight, norm_bias
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    return torch.ops.mambapeft.ss2d_norm(*given, eps, backend, save)[0]
 
 
 def padded(u: Tensor, weights: SS2DWeights, backend: str) -> SS2DWeights:
@@ -69,12 +81,61 @@ def _forward(
 
 
 @_forward.register_fake
-def _(u, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset, backend, save):
+def _fake_forward(
+    u, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset, backend, save
+):
     w = SS2DWeights(x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset)
     if not save:
         return u.new_empty(u.shape), u.new_empty(0), u.new_empty(0)
     proj = u.new_empty(u.shape[0], u.shape[1] * u.shape[2], DIRECTIONS * x_proj_weight.shape[1])
     return u.new_empty(u.shape), proj, u.new_empty(_scans(u, proj, w, backend).checkpoint_shape)
+
+
+@torch.library.custom_op(
+    "mambapeft::ss2d_norm",
+    mutates_args=(),
+    schema=f"(Tensor u, {_WEIGHTS}, Tensor norm_weight, Tensor norm_bias, float eps, str backend, bool save)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _norm(
+    u: Tensor,
+    x_proj_weight: Tensor,
+    dt_projs_weight: Tensor,
+    dt_projs_bias: Tensor,
+    A_logs: Tensor,
+    Ds: Tensor,
+    initial_states: Tensor | None,
+    state_offset: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    backend: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `_forward`, and first the norm of y, which adds up what the scans leave apart; y only if `save`."""
+    from mambapeft_kernels.layer_norm.triton_kernels import norm_of_sum
+    from mambapeft_kernels.ss2d import triton_kernels as triton
+
+    w = SS2DWeights(x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset)
+    u = u.contiguous()
+    with torch.cuda.device_of(u):
+        proj = u.flatten(1, 2) @ _x_proj(u, w).T
+        scans = _scans(u, proj, w, backend)
+        parts, ckpt = scans.forward(save)
+        if not scans.adds_skip:
+            parts = triton.merge(parts, u, _skip(w), None, None)[None]
+        normed, y = norm_of_sum(parts, norm_weight, norm_bias, eps, save)
+    return normed.view_as(u), y.view_as(u) if save else y, proj if save else proj.new_empty(0), ckpt
+
+
+@_norm.register_fake
+def _(
+    u, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset, norm_weight, norm_bias,
+    eps, backend, save,
+):  # fmt: skip
+    weights = x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset
+    y, proj, ckpt = _fake_forward(u, *weights, backend, save)
+    return u.new_empty(u.shape), y if save else u.new_empty(0), proj, ckpt
 
 
 @torch.library.custom_op(
@@ -178,6 +239,38 @@ def _definition(u: Tensor, *weights: Tensor | None) -> Tensor:
 
 
 torch.library.register_autograd("mambapeft::ss2d", _differentiate, setup_context=_setup_context)
+
+
+def _setup_norm_context(ctx, inputs, output) -> None:
+    *tensors, ctx.eps, ctx.backend, _ = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_norm(ctx, dnormed, *_):
+    need = list(ctx.needs_input_grad[:-3])
+    *tensors, y, proj, ckpt = ctx.saved_tensors
+    if differentiated_again(dnormed):
+        grads = plain_gradients(partial(_norm_definition, ctx.eps), tensors, need, dnormed)
+        return *grads, None, None, None
+    *scanned, norm_weight, _ = tensors
+    dy, _, *norm_grads = torch.ops.mambapeft.add_layer_norm_backward(
+        dnormed, None, y, norm_weight, None, ctx.eps, y.dtype, [any(need[:-2]), False, *need[-2:]]
+    )
+    grads = [None] * len(scanned)
+    if any(need[:-2]):
+        grads = torch.ops.mambapeft.ss2d_backward(dy, *scanned, proj, ckpt, ctx.backend, need[:-2])
+    given = (*grads, *norm_grads)
+    return *(g.to(t.dtype) if asked else None for g, t, asked in zip(given, tensors, need)), None, None, None
+
+
+def _norm_definition(eps: float, u: Tensor, *weights: Tensor | None) -> Tensor:
+    *scanned, norm_weight, norm_bias = weights
+    return layer_norm(_definition(u, *scanned), norm_weight, norm_bias, eps)  # type: ignore[arg-type]  # never None
+
+
+torch.library.register_autograd("mambapeft::ss2d_norm", _differentiate_norm, setup_context=_setup_norm_context)
 
 
 def _in_cuda(u: Tensor, w: SS2DWeights, backend: str) -> bool:

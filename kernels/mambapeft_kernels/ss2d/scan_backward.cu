@@ -249,5 +249,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) ss2d_backward(
     const int plane = blockIdx.x % planes;
     io_t* mine = du + (i64)plane * batch * L * E;
     scan_back<true>(p, mine, plane, at, shared);
-    for (int k = plane + planes; k < 4; k += planes) scan_back<false>(p, mine, k, at, shared);
+    // 0, 2, 1, 3: a direction that comes back over the places of the one before finds the last of them in the cache.
+    for (int i = plane + planes; i < 4; i += planes) {
+        const int k = planes == 1 ? i % 2 * 2 + i / 2 : i;
+        scan_back<false>(p, mine, k, at, shared);
+    }
 }
