@@ -358,6 +358,22 @@ def test_fused_kernels_round_sums_in_inference_alone(monkeypatch, kernel):
     assert rounded == [False, kernel == "triton"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: needs a CUDA GPU, which is not here")
+@pytest.mark.parametrize("batch", [5, 16, 32])
+def test_an_evaluation_repeats_bit_for_bit_on_a_gpu(batch):
+    """As wide as VMamba-S: its scans are cut into segments that depend on the number of images."""
+    torch.manual_seed(0)
+    model = VMamba(224, dims=(96, 192), depths=(1, 1), ssm_ratio=2.0, num_classes=0).cuda().eval()
+    model.set_kernel("auto", "cuda")
+    images = torch.randn(batch, 3, 224, 224, device="cuda")
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        first = model.forward_features(images)
+        assert all(torch.equal(model.forward_features(images), first) for _ in range(5))
+        alone = model.forward_features(images[:1])
+    assert (alone - first[:1]).float().norm() < 2e-2 * first[:1].float().norm()
+
+
 def test_the_head_is_replaced_by_a_zero_one():
     model = tiny(num_classes=0)
     images = torch.randn(1, 3, 40, 40, dtype=torch.float64)

@@ -350,6 +350,38 @@ def test_torch_compile_keeps_the_op_whole(backend, device):
     torch.compiler.reset()
 
 
+# Maps [B, H, W, E] of VMamba-S and -T at small batches: sequences of a multiple of 8 places, cut into segments whose
+# chunks do not add up to them, and (the last two) that do, or that are not cut.
+CUT = [(16, 28, 28, 384), (32, 28, 28, 192), (32, 56, 56, 192), (3, 16, 8, 96), (16, 56, 56, 192), (64, 28, 28, 384)]
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation")
+@pytest.mark.filterwarnings("ignore:Deterministic behavior was enabled")
+@pytest.mark.parametrize("shape", CUT, ids=str)
+def test_scans_end_with_the_sequence(shape, poisoned):
+    """Places at both ends of every direction are as exact as all others, and twenty runs have the same bits."""
+    channels = shape[-1]
+    weights = cast(make_weights(channels, 1, channels // 32 * 2, False, device="cuda"), torch.float32, grad=False)
+    x, grad = (make_map(*shape, "cuda", seed).bfloat16() for seed in (1, 2))
+
+    def run(x, grad, weights, backend, train):
+        u = x.detach().requires_grad_(train)
+        with torch.set_grad_enabled(train):
+            out = ss2d(u, weights, backend=backend)
+        return [out.detach(), *(torch.autograd.grad(out, u, grad) if train else ())]
+
+    for train in (False, True):
+        first = run(x, grad, weights, "cuda", train)
+        assert all(torch.equal(a, b) for _ in range(20) for a, b in zip(run(x, grad, weights, "cuda", train), first))
+    wide = weights.each(torch.Tensor.double)
+    for found, right in zip(first, run(x[:1].double(), grad[:1].double(), wide, "torch", True)):
+        found = found[:1].flatten(1, 2).double()
+        right = right.flatten(1, 2)
+        for places in (slice(None), slice(0, 1), slice(-1, None)):
+            assert relative_error(found[:, places], right[:, places]) < 2e-2
+
+
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.gpu
 def test_cuda_graph(backend):

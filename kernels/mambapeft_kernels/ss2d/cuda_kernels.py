@@ -60,10 +60,9 @@ class Scans:
         missing = WANTED_WARPS["backward"] // max(1, self._warps_a_direction * DIRECTIONS)
         self.chunks = -(-chunks // max(1, min(missing, chunks // MIN_CHUNKS)))
         self.segments = -(-chunks // self.chunks)
-        is_whole = self.segments * self.chunks * _STEPS == self.length
         self.macros: dict[str, int | str] = {
             "IO_BF16": 1, "ALIGNED": 1, "HEIGHT": height, "WIDTH": width, "E": channels, "R": self.rank,
-            "PP": pitch(self.rank), "WARPS": self.warps, "EXACT": int(batch % _SAMPLES == 0), "WHOLE": int(is_whole),
+            "PP": pitch(self.rank), "WARPS": self.warps, "EXACT": int(batch % _SAMPLES == 0),
             "OFFSET": "u32" if u.numel() * u.element_size() < 2**32 else "unsigned long long",
         }  # fmt: skip
 

@@ -1,7 +1,6 @@
 // What both directions of the pass share. Macros: HEIGHT, WIDTH of the map; E channels; R dt_rank, even; PP elements of a
 // direction in a row of `proj`, [δ (R) | B | C | zeros], a multiple of 8; WARPS of a block; HAS_FIRST (initial states),
-// HAS_OFFSET (state offsets); EXACT (the samples fill every block); WHOLE (the steps fill the chunks of all segments);
-// OFFSET, the type that counts the bytes of every tensor.
+// HAS_OFFSET (state offsets); EXACT (the samples fill every block); OFFSET, the type that counts the bytes of every tensor.
 //
 // One state a channel (N = 1), bfloat16. A warp owns 16 channels of four samples and a lane two channels of one sample,
 // for the whole sequence: the recurrence is a loop in registers. Δ is a matrix product, [16 channels, R] times [R, two
@@ -9,12 +8,14 @@
 
 constexpr int T = 8;  // steps of a chunk
 constexpr int L = HEIGHT * WIDTH;
+constexpr int ALL_CHUNKS = (L + T - 1) / T;             // of a sequence
 constexpr int SAMPLES = 4;                             // of a block
 constexpr int CB = 16 * WARPS, THREADS = 32 * WARPS;   // channels, threads
 constexpr int KT = (R + 7) / 8, PIECES = PP / 8;       // 16-byte pieces of δ, of a row
 constexpr int ROWS = SAMPLES * T;                      // of a chunk: (step / 2, sample, step % 2)
 constexpr int PITCH = PIECES % 2 ? PP : PP + 8;        // of a row in shared memory: ldmatrix meets no bank twice
 constexpr int TP = CB + 8;                             // the same of the block's channels of a step and sample
+#define WHOLE (HEIGHT * WIDTH % 8 == 0)  // every chunk has all of its steps
 constexpr float LN2 = 0.6931471805599453f;
 
 __device__ __forceinline__ u32 smem(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -25,6 +26,12 @@ __device__ __forceinline__ u32 pack(float lo, float hi) {
     u32 pair;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
     return pair;
+}
+
+// Chunks of the segment that begins with chunk `from`: the last one may have fewer than the others. Where chunks are WHOLE,
+// nothing else stops a scan behind the end of the sequence.
+__device__ __forceinline__ int chunks_from(int from, int chunks) {
+    return from + chunks < ALL_CHUNKS ? chunks : ALL_CHUNKS - from;
 }
 
 // The places that chunks read, of some in turn; beyond the last step that of the last.

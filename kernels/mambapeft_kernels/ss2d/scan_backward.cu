@@ -109,7 +109,7 @@ __device__ __forceinline__ void write_weight_gradient(float (*total)[4], float* 
 // The adjoint of direction k. FIRST: nothing is in du yet. du: the part of this block.
 template <bool FIRST>
 __device__ __forceinline__ void scan_back(const Arguments& p, io_t* du, int k, const Lane& at, Shared& shared) {
-    const int from = at.segment * p.chunks, end = from + p.chunks - 1;
+    const int from = at.segment * p.chunks, chunks = chunks_from(from, p.chunks), end = from + chunks - 1;
     const bool live = EXACT || at.first_sample + at.t < p.batch;
     const int sample = live ? at.first_sample + at.t : 0;
     __syncthreads();  // nobody uses what is shared any more
@@ -150,12 +150,12 @@ __device__ __forceinline__ void scan_back(const Arguments& p, io_t* du, int k, c
         write_sums(p, shared, third, side, shared.places.at[back & 3], k, end - back, at);
         add_weight_gradient(total_weight, shared.draw[side], shared.rows[third], at);
     };
-    for (int back = 0; back < p.chunks; ++back) {
+    for (int back = 0; back < chunks; ++back) {
         const int chunk = end - back, side = back & 1, next = third == 2 ? 0 : third + 1;
         const float start[2] = {low(start_next), high(start_next)};
         const TileCopier here = tile;
         wait_for_copies();  // and everyone has left the chunk before
-        if (back + 1 < p.chunks) {
+        if (back + 1 < chunks) {
             const int* places = shared.places.at[back + 1 & 3];
             start_next = *(const u32*)(ckpt + (i64)(chunk - 1) * E);
             tile.find(places, chunk - 1);
@@ -217,7 +217,7 @@ __device__ __forceinline__ void scan_back(const Arguments& p, io_t* du, int k, c
         third_before = third, third = next;
     }
     __syncthreads();
-    finish(p.chunks - 1, third_before);
+    finish(chunks - 1, third_before);
     write_weight_gradient(total_weight, p.dweight, k, at);
     if (!live) return;
     const i64 cell = (((i64)sample * at.segments + at.segment) * 4 + k) * E + at.channel;

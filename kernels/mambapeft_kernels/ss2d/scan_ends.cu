@@ -19,7 +19,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) ss2d_ends(
     const int first_sample = blockIdx.y * SAMPLES;
     // Nothing comes after the last segment; ADJOINT after the first.
     const int segment = blockIdx.z + ADJOINT, segments = gridDim.z + 1;
-    const int from = ADJOINT ? (segment + 1) * chunks - 1 : segment * chunks, ahead = ADJOINT ? -1 : 1;
+    const int count = chunks_from(segment * chunks, chunks);
+    const int from = segment * chunks + (ADJOINT ? count - 1 : 0), ahead = ADJOINT ? -1 : 1;
     shared.places.find(k, from, 0);
     shared.places.find(k, from + ahead, 1);
     const RowCopier rows(proj, k, first_sample, batch);
@@ -31,10 +32,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) ss2d_ends(
     tile.find(shared.places.at[0], from);
     rows.start(shared.rows[0], shared.places.at[0], from);
     tile.start(shared.map[0], map);
-    for (int c = 0; c < chunks; ++c) {
+    for (int c = 0; c < count; ++c) {
         const int chunk = from + c * ahead, side = c & 1, other = side ^ 1;
         wait_for_copies();
-        if (c + 1 < chunks) {
+        if (c + 1 < count) {
             tile.find(shared.places.at[other], chunk + ahead);
             rows.start(shared.rows[other], shared.places.at[other], chunk + ahead);
             tile.start(shared.map[other], map);

@@ -25,6 +25,7 @@ __device__ __forceinline__ void scan(const Arguments& p, io_t* y, int k, Shared&
     const bool live = EXACT || first_sample + t < p.batch;
     const int sample = live ? first_sample + t : 0;
     const int segment = blockIdx.z, segments = gridDim.z, from = segment * p.chunks;
+    const int chunks = chunks_from(from, p.chunks);
     __syncthreads();  // nobody uses what is shared any more
     shared.places.find(k, from, 0);
     shared.places.find(k, from + 1, 1);
@@ -47,10 +48,10 @@ __device__ __forceinline__ void scan(const Arguments& p, io_t* y, int k, Shared&
     TileCopier now = tile, last = tile;  // of the chunks that are computed and written
     rows.start(shared.rows[0], shared.places.at[0], from);
     tile.start(shared.u[0], p.u);
-    for (int c = 0; c < p.chunks; ++c) {
+    for (int c = 0; c < chunks; ++c) {
         const int chunk = from + c, side = c & 1, other = side ^ 1;
         wait_for_copies();
-        if (c + 1 < p.chunks) {
+        if (c + 1 < chunks) {
             tile.find(shared.places.at[other], chunk + 1);
             rows.start(shared.rows[other], shared.places.at[other], chunk + 1);
             tile.start(shared.u[other], p.u);
@@ -84,7 +85,7 @@ __device__ __forceinline__ void scan(const Arguments& p, io_t* y, int k, Shared&
         last = now, now = tile;
     }
     __syncthreads();
-    last.write<!FIRST>(y, shared.y[p.chunks - 1 & 1], before);
+    last.write<!FIRST>(y, shared.y[chunks - 1 & 1], before);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) ss2d_forward(
