@@ -63,6 +63,30 @@ def test_bfloat16_is_within_twice_plain_pytorch(shape, backend):
         assert relative_error(a, c) <= 2 * relative_error(b, c)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(4, 56, 56, 192), (3, 7, 7, 1536), (2, 13, 15, 70), (3, 2, 1, 66), (1, 1, 1, 2)], ids=str
+)
+def test_behind_frozen_filters_the_gradient_is_rounded_once(shape, dtype):
+    """One kernel in CUDA C++ makes it, whose blocks leave rows and channels over at these shapes' edges."""
+    generator = torch.Generator().manual_seed(5)
+    x, grad, weight, bias = (
+        torch.randn(*size, generator=generator).bfloat16().to("cuda")
+        for size in (shape, shape, (shape[-1], 1, 3, 3), shape[-1:])
+    )
+
+    def gradient(dtype, backend):
+        wide = torch.promote_types(dtype, torch.float32)
+        leaf = x.to(dtype).requires_grad_()
+        out = depthwise_conv_silu(leaf, weight.to(wide) / 2, bias.to(wide), backend)
+        return torch.autograd.grad(out, leaf, grad.to(dtype))[0]
+
+    found, again = gradient(dtype, "cuda"), gradient(dtype, "cuda")
+    bound = 1e-5 if dtype == torch.float32 else 2e-3
+    assert torch.equal(found, again) and relative_error(found, gradient(torch.float64, "naive")) < bound
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_dtypes_under_autocast(device):
     found = run("triton", device, torch.bfloat16, (2, 3, 3, 8), weights=torch.float32)
