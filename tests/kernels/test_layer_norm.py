@@ -109,11 +109,13 @@ def test_a_shift_is_added_first(device, dtype, trained):
     for out, kind, backend in ((found, dtype, "triton"), (expected, torch.float64, "naive")):
         wide = torch.promote_types(kind, torch.float32)
         leaf, vectors = x.to(kind).requires_grad_(), [t.to(wide) for t in (weight, bias, shift)]
-        vectors[0].requires_grad_(trained)
+        for vector in vectors:
+            vector.requires_grad_(trained)
         normed = layer_norm(leaf, *vectors[:2], 1e-5, backend, vectors[2])
         with torch.no_grad():
             again = layer_norm(leaf, *vectors[:2], 1e-5, backend, vectors[2])
-        out += [normed, again, torch.autograd.grad(normed, leaf, grad.to(kind))[0]]
+        leaves = [leaf, *(vectors if trained else ())]
+        out += [normed, again, *torch.autograd.grad(normed, leaves, grad.to(kind))]
     bound = 1e-5 if dtype == torch.float32 else 2e-2 if device == "cpu" else 1e-2
     assert all(relative_error(a, b) < bound for a, b in zip(found, expected))
 

@@ -23,7 +23,7 @@ def layer_norm(
     Args:
         x: [..., D], any floating dtype. weight, bias: [D].
         backend: one of `mambapeft_kernels.BACKENDS` or "auto".
-        shift: [D], added to x first, such as the bias of the map before; fused kernels give it no gradient.
+        shift: [D], added to x first, such as the bias of the map before; a sum of its own where a vector trains.
     Returns: [..., D] in x's dtype; statistics are computed in at least float32.
     Raises: ValueError for shapes that do not fit each other or a backend that cannot run here.
     """

@@ -99,11 +99,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tenso
     """See `mambapeft_kernels.layer_norm`."""
     if x.dtype not in _FUSED or not x.numel():
         return naive.layer_norm(x, weight, bias, eps, shift)
-    backward = torch.is_grad_enabled() and x.requires_grad
-    # The backward pass knows of no shift, so it wants the rows that are centred behind it.
-    if shift is not None and backward and (weight.requires_grad or x.dtype != torch.bfloat16):
-        return layer_norm(x + shift.to(x.dtype), weight, bias, eps)
-    centre = shift is not None and backward
+    # The backward pass knows of no shift: it wants the rows that are centred behind it, or else a sum of its own.
+    centre = False
+    if shift is not None and torch.is_grad_enabled():
+        trained = weight.requires_grad or shift.requires_grad
+        if trained or (x.requires_grad and x.dtype != torch.bfloat16):
+            return layer_norm(x + shift.to(x.dtype), weight, bias, eps)
+        centre = x.requires_grad
     return torch.ops.mambapeft.add_layer_norm(x, None, weight, bias, eps, None, False, centre, False, shift)[0]
 
 
