@@ -4,7 +4,8 @@ python tests/helpers/every_cuda_kernel.py     # prints the number of runs; resul
 """
 
 import torch
-from helpers.kernel_cases import make_directions, make_xz, results
+from helpers.kernel_cases import cast, make_directions, make_xz, results
+from mambapeft_kernels import ssm_mixer
 
 # batch, length, channels, states, rank: whole and ragged chunks of tokens, tiles of channels and lanes of states.
 SHAPES = [(2, 17, 64, 16, 4), (3, 9, 100, 5, 3), (1, 25, 70, 19, 2), (2, 8, 136, 22, 6), (1, 1, 33, 32, 1)]
@@ -19,7 +20,11 @@ def main() -> None:
                 directions = make_directions(channels, states, rank, offsets=offsets, device="cuda")[chosen]
                 found = results(make_xz(batch, length, channels, "cuda"), directions, dtype, "cuda", torch.float32)
                 assert all(t.isfinite().all() for t in found.values())
-                runs += 1
+                # Frozen weights: in bfloat16 other kernels.
+                xz = make_xz(batch, length, channels, "cuda").to(dtype).requires_grad_()
+                out = ssm_mixer(xz, cast(directions, torch.float32, grad=False), backend="cuda")
+                assert torch.autograd.grad(out, xz, torch.ones_like(out))[0].isfinite().all()
+                runs += 2
     torch.cuda.synchronize()
     print(f"{runs} runs of the CUDA C++ kernels")
 

@@ -53,10 +53,14 @@ def test_interpreter_every_kernel_compiles(states, dtype, index, arch, tmp_path,
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(nvrtc, "run", compile_only)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    sizes = BlockSizes(width=8, channels=16, states=states, rank=2, taps=4)
+    sizes = BlockSizes(width=8, channels=64, states=states, rank=2, taps=4)
     for task in tasks(sizes, 0.5, dtype, torch.device("cpu"), "cuda")[:2]:  # the mixer's
         task()
-    assert sorted(set(compiled)) == ["conv_backward", "conv_forward", "scan_backward", "scan_forward"]
+    tensor = dtype == torch.bfloat16 and states == 16
+    assert set(compiled) == {
+        *("conv_backward", "conv_forward", "scan_forward"),
+        "scan_backward_tensor" if tensor else "scan_backward",
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, tests run these kernels")

@@ -10,6 +10,7 @@ from mambapeft_kernels.selective_scan.checkpoints import CHUNK, empty_checkpoint
 
 _FORWARD = ("common.cuh", "selective_scan/scan_forward.cu")
 _BACKWARD = ("common.cuh", "selective_scan/scan_backward.cu")
+_BACKWARD_TENSOR = ("common.cuh", "selective_scan/scan_backward_tensor.cu")
 
 # Launch choices by compute capability, measured with scripts/bench_kernels.py; they change no result beyond rounding.
 # Forward: (more than 16 states, keeps checkpoints) → lanes of a channel pair, blocks that registers leave room for.
@@ -42,6 +43,11 @@ def _backward_layout(states: int, dtype: torch.dtype) -> tuple[int, int]:
         return 4, 4
     # Six states a lane need more shared memory than a block has by default, where inputs are float32.
     return (4, 6) if states <= 24 and dtype == torch.bfloat16 else (8, 4)
+
+
+def _on_tensor_cores(u: Tensor, states: int) -> bool:
+    """Whether scan_backward_tensor.cu takes the scan of these u [G, B, L, E]: bfloat16, whole tiles of its products."""
+    return u.dtype == torch.bfloat16 and states == 16 and u.shape[-1] % 64 == 0
 
 
 def _aligned(*tensors: Tensor | None) -> bool:
@@ -149,7 +155,8 @@ def scan_backward(
     offset = any(t is not None for t in state_offset)
     written = z if dz is None else dz
     index, number = nvrtc.index_type(dout, u, bc, z, ckpt, dz, dbc, dA)
-    macros: dict[str, int | str] = {
+    strides = [number(t.stride(0)) for t in (dout, z, written)]
+    shape: dict[str, int | str] = {
         "CHUNK": CHUNK,
         "IO_BF16": int(u.dtype == torch.bfloat16),
         "ALIGNED": int(_aligned(u, z, dout, dz)),
@@ -157,9 +164,19 @@ def scan_backward(
         "E": channels,
         "INDEX": index,
         **_lines(O=dout, Z=z, G=written),
+        "NEED_DZ": int(dz is not None),
+    }
+    if shape["ALIGNED"] and _on_tensor_cores(u, states) and not offset and not need_dA:
+        nvrtc.run(
+            _BACKWARD_TENSOR, "scan_backward_tensor", shape, (blocks, batch, groups), 128, u.device,
+            [dout, u, delta, bc, z, total, ckpt, *_wide(A_log), *_wide(D), du, draw, dz, dbc,
+             batch, length, *strides, scale, _bits(reverse)],
+        )  # fmt: skip
+        return du, draw, dbc, None
+    macros: dict[str, int | str] = {
+        **shape,
         "P": lanes,
         "ST": per_lane,
-        "NEED_DZ": int(dz is not None),
         "NEED_DA": int(need_dA),
         "HAS_SO": int(offset),
         **_choice(u.device, "backward", states > 16, offset or need_dA),
@@ -167,6 +184,6 @@ def scan_backward(
     nvrtc.run(
         _BACKWARD, "scan_backward", macros, (blocks, batch, groups), 128, u.device,
         [dout, u, delta, bc, z, total, ckpt, *_wide(A_log), *_wide(D), *_wide(state_offset), du, draw, dz, dbc, dA,
-         batch, length, *(number(t.stride(0)) for t in (dout, z, written)), scale, _bits(reverse)],
+         batch, length, *strides, scale, _bits(reverse)],
     )  # fmt: skip
     return du, draw, dbc, dA

@@ -152,9 +152,13 @@ extern "C" __global__ void __launch_bounds__(THREADS * G, MIN_BLOCKS) scan_forwa
         if (G == 2 && second && !both_here) other.load(out + out_at, 1, live);
         if (it + 1 < chunks) fetch(reverse ? j - 1 : j + 1, in);
 
+        // The assembler keeps loads behind earlier stores: y is stored behind the last step, so that steps overlap.
+        float ys[T];
+        float4 next = shared.step[0][pair + pair / 4];
 #pragma unroll
         for (int i = 0; i < T; ++i) {
-            const float4 step = shared.step[i][pair + pair / 4];
+            const float4 step = next;
+            if (i + 1 < T) next = shared.step[i + 1][pair + pair / 4];
             float y0 = 0.0f, y1 = 0.0f;
 #pragma unroll
             for (int s4 = 0; s4 < ST / 4; ++s4) {
@@ -177,8 +181,11 @@ extern "C" __global__ void __launch_bounds__(THREADS * G, MIN_BLOCKS) scan_forwa
             // Half of a pair's lanes finish one of its two channels, half the other.
             float y = (part & 1 ? y1 : y0) + __shfl_xor_sync(0xffffffffu, part & 1 ? y0 : y1, 1);
             if constexpr (P == 4) y += __shfl_xor_sync(0xffffffffu, y, 2);
-            if (part < 2) ((float*)shared.y[i])[2 * pair + part] = y;
+            ys[i] = y;
         }
+#pragma unroll
+        for (int i = 0; i < T; ++i)
+            if (part < 2) ((float*)shared.y[i])[2 * pair + part] = ys[i];
         if (SAVE && it + 1 < chunks) checkpoint(reverse ? j - 1 : j + 1);
         sync_direction();
 
