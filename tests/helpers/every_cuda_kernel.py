@@ -20,11 +20,12 @@ def main() -> None:
                 directions = make_directions(channels, states, rank, offsets=offsets, device="cuda")[chosen]
                 found = results(make_xz(batch, length, channels, "cuda"), directions, dtype, "cuda", torch.float32)
                 assert all(t.isfinite().all() for t in found.values())
-                # Frozen weights: in bfloat16 other kernels.
-                xz = make_xz(batch, length, channels, "cuda").to(dtype).requires_grad_()
-                out = ssm_mixer(xz, cast(directions, torch.float32, grad=False), backend="cuda")
-                assert torch.autograd.grad(out, xz, torch.ones_like(out))[0].isfinite().all()
-                runs += 2
+                runs += 1
+                if channels % 64 == 0:  # with frozen weights, bfloat16 has another kernel for the scans
+                    xz = make_xz(batch, length, channels, "cuda").to(dtype).requires_grad_()
+                    out = ssm_mixer(xz, cast(directions, torch.float32, grad=False), backend="cuda")
+                    assert torch.autograd.grad(out, xz, torch.ones_like(out))[0].isfinite().all()
+                    runs += 1
     torch.cuda.synchronize()
     print(f"{runs} runs of the CUDA C++ kernels")
 
