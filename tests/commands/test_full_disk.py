@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from helpers import runs
 from helpers.fake_records import fake_record
+from helpers.file_size import size_limit
 from helpers.run_files import result_of
 from PIL import Image
 
@@ -172,19 +172,6 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records = [fake_record("mini/usps", preset, 0, 0.7, backbone=backbone) for preset in ("lora_p_x", "linear_probe")]
     write_bundle(Path(bundle(folder)), records)
     return folder
-
-
-@contextmanager
-def size_limit(bytes_: int) -> Iterator[None]:
-    """No file of this process may become larger, whoever writes it: EFBIG."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    sys.dont_write_bytecode, before = True, sys.dont_write_bytecode  # Python keeps what it could write of a module
-    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        sys.dont_write_bytecode = before
 
 
 @contextmanager

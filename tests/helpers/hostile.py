@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from helpers.file_size import limit_for_good
+
 from mambapeft_vision.utils.errors import UserError
 
 MIB = 1 << 20
@@ -184,7 +186,7 @@ def _limit(row: Attack) -> None:
     # Address space, which threads and maps take more of than memory; what is measured in the end is memory.
     ceiling = in_use + (2 * row.mib + 1024) * MIB
     resource.setrlimit(resource.RLIMIT_AS, (ceiling, ceiling))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (row.disk_mib * MIB,) * 2)
+    limit_for_good(row.disk_mib * MIB)
     seconds = int(row.seconds) + 2
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     signal.alarm(10 * seconds)  # for what waits and computes nothing

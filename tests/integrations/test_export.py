@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import re
-import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ import timm
 import torch
 from helpers import runs
 from helpers.fake_records import fake_record
+from helpers.file_size import size_limit
 from helpers.hub import hub_with
 from helpers.method_cases import CLASSES, methods_of, move, specs
 from safetensors.torch import save_file
@@ -605,13 +605,8 @@ def test_a_full_disk_ends_the_writing_of_int8_weights_with_its_reason(tmp_path: 
     model = tmp_path / "m.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), model)
     small = tmp_path / "small.onnx"
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
-    try:
-        with pytest.raises(OSError, match="File too large") as caught:
-            program.quantise(model, small)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with size_limit(64), pytest.raises(OSError, match="File too large") as caught:
+        program.quantise(model, small)
     assert caught.value.filename == str(small) and [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
     assert 0 < program.quantise(model, small).stat().st_size < model.stat().st_size
     assert {file.name for file in tmp_path.iterdir()} == {"m.onnx", "small.onnx"}

@@ -1,10 +1,10 @@
 """The journal of a search whose process was killed while it wrote."""
 
 import os
-import resource
 
 import optuna
 import pytest
+from helpers.file_size import size_limit
 
 from mambapeft_vision.search.search import JOURNAL, Journal, drop_incomplete_line
 
@@ -35,13 +35,8 @@ def test_a_line_that_the_disk_took_in_part_is_dropped_at_once(tmp_path):
     file = tmp_path / JOURNAL
     journal = Journal(str(file))
     journal.append_logs([{"number": 1}])
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 5, hard))
-    try:
-        with pytest.raises(OSError, match="File too large") as error:
-            journal.append_logs([{"number": 2}])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with size_limit(file.stat().st_size + 5), pytest.raises(OSError, match="File too large") as error:
+        journal.append_logs([{"number": 2}])
     assert error.value.filename == str(file)
     journal.append_logs([{"number": 3}])
     assert list(Journal(str(file)).read_logs(0)) == [{"number": 1}, {"number": 3}]
