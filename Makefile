@@ -40,8 +40,7 @@ test-all: test ## all tests, with the rest of large products of cases (see CONTR
 test test-gpu: export PYTHONDONTWRITEBYTECODE =
 
 test: $(INSTALLED) ## the tests (GPU tests skip themselves where there is no GPU)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --ignore=tests/kernels tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/kernels # alone: see its conftest.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-gpu: $(INSTALLED) ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu

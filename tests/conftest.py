@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from importlib import import_module
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,6 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 CPU_BUDGET_S, CPU_BUDGET_OF_A_FILE_S = 5, 15
 CPU_TIMES = pytest.StashKey[dict[str, float]]()
-
-# The project is imported inside the fixtures: tests/kernels chooses Triton's interpreter before its first import.
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,13 @@ def finished(task, tmp_path_factory) -> FinishedRun:
     return FinishedRun(command, runs.only_run_folder(outputs), record)
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Imports the project, too: this is called before other conftest.py are loaded, which may import parts of it."""
     parser.addoption("--exhaustive", action="store_true", help="also run the tests marked exhaustive (CONTRIBUTING.md)")
+    options = pluginmanager.get_plugin("pytestconfig").known_args_namespace
+    if "PYTEST_XDIST_WORKER" in os.environ or not getattr(options, "numprocesses", None):  # this process runs tests
+        import_project()
+        gc.disable()  # until all is collected: collections take a fifth of the time of imports
 
 
 @pytest.hookimpl(trylast=True)
@@ -100,6 +104,32 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[CPU_TIMES] = {}
 
 
+def import_project() -> None:
+    """As the commands import it, in half the time that `import lightning` takes alone: before any test imports that.
+
+    Without a GPU, Triton is imported for its interpreter, in which tests/kernels checks the kernels.
+    """
+    from mambapeft_vision.utils.startup import imports_kept
+
+    with imports_kept():
+        import torch
+
+        with pytest.MonkeyPatch.context() as patch:
+            if not torch.cuda.is_available():
+                patch.setenv("TRITON_INTERPRET", "1")
+                import_kernels()
+        import mambapeft_vision.run.run  # noqa: F401
+
+
+def import_kernels() -> None:
+    """All modules with Triton kernels: they and Triton's own are for the interpreter, or not, from then on."""
+    import mambapeft_kernels
+
+    for file in Path(mambapeft_kernels.__path__[0]).rglob("*.py"):
+        if "@triton.jit" in file.read_text():
+            import_module(f"mambapeft_kernels.{file.parent.name}.{file.stem}")
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker of pytest-xdist hands its times to the process that reports."""
     if hasattr(session.config, "workeroutput"):
@@ -130,6 +160,7 @@ def pytest_collection_finish() -> None:
     """Modules and tests live to the end: each look through them for garbage takes longer than most tests."""
     gc.collect()
     gc.freeze()
+    gc.enable()
     from helpers.quick import skip_what_costs_time
 
     skip_what_costs_time()
@@ -147,10 +178,10 @@ def pytest_terminal_summary(terminalreporter) -> None:
         outcome: sum("gpu" in getattr(report, "keywords", ()) for report in terminalreporter.stats.get(outcome, []))
         for outcome in ("passed", "failed", "error", "skipped")
     }
+    if not counts["passed"]:
+        return
     import torch
 
-    if not torch.cuda.is_available() or not counts["passed"]:
-        return
     from mambapeft_vision.utils.atomic import write_json
     from mambapeft_vision.utils.environment import git_state, library_versions
 

@@ -65,7 +65,9 @@ def read_preset(path: str | Path) -> Preset:
         )
     if not re.fullmatch(r"\d{1,3}(,\d{3})*|\d+", header["count"]):
         raise UserError(f"{path}: count: {header['count']!r}; expected a whole number such as 1,769,472")
-    content = yaml.safe_load(text) or {}
+    content = (
+        yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
+    )  # of libyaml: a tenth of the time
     is_global = "# @package _global_" in text.splitlines()
     return Preset(
         name=path.stem,

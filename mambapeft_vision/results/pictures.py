@@ -7,13 +7,11 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mambapeft_vision.results.layout import CONFUSION_FILE, CURVES_FILE, METRICS_FILE, PREDICTIONS_FILE
-from mambapeft_vision.results.plots import confusion_matrix, drawn, figure_text, save_png, training_curves
+from mambapeft_vision.results.plots import confusion_matrix, drawn, figure_text, save, save_png, training_curves
 from mambapeft_vision.results.record import RunRecord
-from mambapeft_vision.utils.atomic import atomic_path
 from mambapeft_vision.utils.text import plain
 
 # Okabe and Ito's green and orange: told apart with any kind of colour blindness.
@@ -68,10 +66,10 @@ def page_of_predictions(
     figure.suptitle(figure_text(title))
     for place, axes in enumerate(figure.subplots(ROWS, COLUMNS).flat):
         axes.set_axis_off()
+        axes.set(xticks=[], yticks=[])  # else their places are computed all the same, in more time than all the rest
         if place < len(images):
             _draw(axes, images[place], int(predicted[place]), int(labels[place]), class_names)
-    with atomic_path(path) as temporary:
-        FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=110)
+    save(figure, path, dpi=110)
 
 
 def _draw(axes: Axes, image: np.ndarray, predicted: int, label: int, names: Sequence[str] | None) -> None:

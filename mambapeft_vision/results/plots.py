@@ -50,13 +50,14 @@ without_latex()  # when this is imported: each text that is drawn asks for it
 def png(figure: Figure, dpi: int = 130) -> bytes:
     """A figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=dpi)
+    figure.set_dpi(dpi)
+    FigureCanvasAgg(figure).print_png(buffer)  # print_figure draws twice
     return buffer.getvalue()
 
 
-def save(figure: Figure, path: str | Path) -> None:
+def save(figure: Figure, path: str | Path, dpi: int = 130) -> None:
     """Writes a PNG atomically."""
-    save_png(png(figure), path)
+    save_png(png(figure, dpi), path)
 
 
 def save_png(content: bytes, path: str | Path) -> None:
@@ -135,7 +136,7 @@ def accuracy_against_parameters(collection: Collection) -> Figure | None:
         axes.legend(loc="lower left")
     named = [(str(numbers[name]), x, y, OURS) for name, x, y in named_rows]
     named += [(str(numbers[preset]), x, y, PUBLISHED) for preset, x, y in published if preset in numbers]
-    FigureCanvasAgg(figure).draw()  # fixes the layout, on which the places of the numbers depend
+    figure.draw_without_rendering()  # fixes the layout, on which the places of the numbers depend
     _number_points(axes, named, [(x, y) for _, x, y in (*ours, *published)])
     return figure
 

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mambapeft_vision.adapter.predict import Prediction, batched, predictions, prepared
-from mambapeft_vision.results.plots import figure_text
+from mambapeft_vision.results.plots import figure_text, save
 from mambapeft_vision.run.trained import TrainedModel
-from mambapeft_vision.utils.atomic import atomic_path
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import shown
 from mambapeft_vision.utils.typed import nearest
@@ -92,8 +90,7 @@ def draw(found: Explanation, path: Path) -> None:
     axes.set_title(figure_text(f"what speaks for {found.class_name} ({found.probability:.0%})"))
     for each in (plain_axes, axes):
         each.set_axis_off()
-    with atomic_path(path) as temporary:
-        FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=110)
+    save(figure, path, dpi=110)
 
 
 def _label_of(trained: TrainedModel, class_name: str) -> int:

@@ -37,7 +37,7 @@ from mambapeft_vision.sweep import fork_server, pool, sweep  # noqa: F401 (impor
 from mambapeft_vision.utils.environment import git_state, library_versions
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["helpers.crashes"])
+_CONTEXT.set_forkserver_preload([*fork_server.PRELOAD, "helpers.crashes"])
 
 
 def _warm_up() -> None:

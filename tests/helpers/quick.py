@@ -3,9 +3,9 @@
 import importlib.metadata
 import io
 import os
+import pickle
 import sys
 from collections.abc import Callable
-from copy import deepcopy
 from functools import cache
 from typing import Any
 
@@ -14,6 +14,7 @@ import yaml
 LONGEST_YAML = 20_000  # characters
 
 
+@cache
 def skip_what_costs_time() -> None:
     """For the rest of this process and its forks.
 
@@ -29,13 +30,11 @@ def skip_what_costs_time() -> None:
     if torch is not None and not torch.cuda.is_available():
         for devices in (torch.cuda, torch.xpu, torch.mtia):
             devices._lazy_call = lambda *_, **__: None
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        quicken_the_interpreter()
 
 
 def _parse_yaml_once() -> None:
     """Files of configs are parsed once, however often they are composed. What cannot be parsed is parsed as ever."""
-    parse, parsed = yaml.load, dict[tuple[str, str], object]()
+    parse, parsed = yaml.load, dict[tuple[str, str], bytes]()
 
     def load(stream: Any, Loader: type) -> object:
         if not isinstance(stream, io.TextIOWrapper) or not stream.seekable():
@@ -47,8 +46,8 @@ def _parse_yaml_once() -> None:
             content = parse(stream, Loader)
             if len(known[0]) == LONGEST_YAML:
                 return content
-            parsed[known] = content
-        return deepcopy(parsed[known])
+            parsed[known] = pickle.dumps(content)
+        return pickle.loads(parsed[known])
 
     yaml.load = load
 

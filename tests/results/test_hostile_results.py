@@ -350,7 +350,7 @@ def test_drawing_that_fails_is_a_warning(collection, monkeypatch, capsys, error)
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(plots.FigureCanvasAgg, "print_figure", fail)
+    monkeypatch.setattr(plots.FigureCanvasAgg, "print_png", fail)
     page = report([collection], title="t")
     assert "<td>" in page and "<img" not in page
     warnings = capsys.readouterr().err.splitlines()
