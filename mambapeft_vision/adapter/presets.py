@@ -23,6 +23,7 @@ from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.typed import nearest
 from mambapeft_vision.utils.untrusted import read_yaml
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's takes a tenth of the time
 _KEYS = ("backbone", "count", "paper", "run")
 
 
@@ -65,9 +66,7 @@ def read_preset(path: str | Path) -> Preset:
         )
     if not re.fullmatch(r"\d{1,3}(,\d{3})*|\d+", header["count"]):
         raise UserError(f"{path}: count: {header['count']!r}; expected a whole number such as 1,769,472")
-    content = (
-        yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
-    )  # of libyaml: a tenth of the time
+    content = yaml.load(text, Loader=_LOADER) or {}
     is_global = "# @package _global_" in text.splitlines()
     return Preset(
         name=path.stem,
