@@ -47,6 +47,7 @@ def test_a_rank_that_fails_ends_the_run(task, tmp_path):
     script.write_text(
         "import os, sys\n"
         f"sys.path[:0] = [{str(runs.ROOT)!r}, {str(runs.ROOT / 'tests')!r}]\n"
+        "import mambapeft_vision.sweep.preload\n"  # imports in half the time
         "from helpers import runs\n"
         "from mambapeft_vision.run import fit\n"
         "if __name__ == '__main__':\n"

@@ -6,6 +6,10 @@ import sys
 PROGRAM = """
 import sys
 
+from mambapeft_vision.utils.startup import FewMetrics
+
+# As the commands do: Lightning imports torchmetrics, which imports huggingface_hub where transformers is installed.
+sys.modules["torchmetrics"] = FewMetrics("torchmetrics")
 import mambapeft_vision.data.prepare.vtab1k
 
 def imported(*packages):
@@ -19,11 +23,8 @@ class NotInstalled:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, NotInstalled())
-# Where transformers is installed, as for tests against peft, Lightning's torchmetrics imports huggingface_hub with it.
-import importlib.util
-hub = () if importlib.util.find_spec("transformers") else ("huggingface_hub",)
 mambapeft_vision.data.DemoDataModule
-assert not (found := imported("triton", "wandb", "sklearn", "timm", *hub)), found
+assert not (found := imported("triton", "wandb", "sklearn", "huggingface_hub", "timm")), found
 """
 
 
