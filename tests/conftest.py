@@ -76,7 +76,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """What a file has imported and cached lives to the end, too: runs look through all that is not frozen."""
     if nextitem is not None and nextitem.path != item.path:
-        gc.collect(1)
+        gc.collect()  # of what is not frozen yet
         gc.freeze()
 
 

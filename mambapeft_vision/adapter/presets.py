@@ -4,6 +4,7 @@ The header is the file's leading comment: lines of text (a description, then the
 `key: value` lines: backbone (default vim_s), count (trained parameters without the head), paper, run.
 """
 
+import copy
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.typed import nearest
 from mambapeft_vision.utils.untrusted import read_yaml
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's takes a tenth of the time
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's takes a tenth of the time
 _KEYS = ("backbone", "count", "paper", "run")
 
 
@@ -66,7 +67,7 @@ def read_preset(path: str | Path) -> Preset:
         )
     if not re.fullmatch(r"\d{1,3}(,\d{3})*|\d+", header["count"]):
         raise UserError(f"{path}: count: {header['count']!r}; expected a whole number such as 1,769,472")
-    content = yaml.load(text, Loader=_LOADER) or {}
+    content = _Loader(text).get_single_data() or {}
     is_global = "# @package _global_" in text.splitlines()
     return Preset(
         name=path.stem,
@@ -107,12 +108,14 @@ def fitting_presets(
     Returns: the names of the presets that attach, and for each other preset the reason why it does not.
     """
     fitting, reasons = [], {}
+    with torch.device("meta"):
+        bare = create_backbone(backbone, "random", **one_block(backbone))
     for name, preset in read_presets(folder).items():
         if names is not None and name not in names:
             continue
         try:
             with torch.device("meta"):
-                model = create_backbone(backbone, "random", **one_block(backbone))
+                model = copy.deepcopy(bare)
                 specs = scaled(preset.methods, model) if of_vim_s else preset.methods_on(backbone)
                 adapt(model, {key: build_method(key, spec, name) for key, spec in specs.items()}, 2)
         except UserError as error:

@@ -28,7 +28,7 @@ def skip_what_costs_time() -> None:
     _parse_yaml_once()
     torch = sys.modules.get("torch")
     if torch is not None and not torch.cuda.is_available():
-        for devices in (torch.cuda, torch.xpu, torch.mtia):
+        for devices in (torch.cuda, torch.cuda.random, torch.xpu, torch.xpu.random, torch.mtia):
             devices._lazy_call = lambda *_, **__: None
 
 

@@ -14,7 +14,7 @@ if NO_GPU:
     quicken_the_interpreter()
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if NO_GPU:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from helpers.method_cases import (
 from mambapeft_vision.adapter.build import build_method
 from mambapeft_vision.adapter.files import read_adapter
 from mambapeft_vision.adapter.load import apply_adapter
-from mambapeft_vision.adapter.model import adapt
+from mambapeft_vision.adapter.model import AdaptedModel, adapt
 from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.weights import export_official
 
@@ -37,6 +38,19 @@ BACKBONES = {
     "mambareg_s": "mambareg_small_patch16_224",
     "vit_s": "ported_deit_small_patch16_224",
 }
+
+
+@cache
+def without_values(name: str) -> torch.nn.Module:
+    """A backbone of shapes alone; to be copied."""
+    with torch.device("meta"):
+        return create_backbone(name, "random")
+
+
+@cache
+def as_made(row: tuple[str, ...]) -> AdaptedModel:
+    """A row's model, not to be changed."""
+    return tiny_model(row)
 
 
 @matrix
@@ -65,8 +79,8 @@ def test_gradient_reaches_every_owned_tensor_and_no_other(row):
 @pytest.mark.parametrize("name", PRESETS)
 def test_count_is_the_headers(name):
     preset = PRESETS[name]
-    with torch.device("meta"):  # shapes without values
-        backbone = create_backbone(BACKBONES[preset.backbone], "random")
+    with torch.device("meta"):
+        backbone = copy.deepcopy(without_values(BACKBONES[preset.backbone]))
         model = adapt(backbone, methods_of(preset.methods), CLASSES)
         finish_warmup(model)  # what counts is what the finished adapter holds
     counts = model.counts()
@@ -132,7 +146,7 @@ def test_order_of_a_hybrid_does_not_matter(row):
 
 @matrix
 def test_a_method_starts_the_same_whatever_stands_beside_it(row):
-    together = tiny_model(row).owned()
+    together = as_made(row).owned()
     name, spec = next(iter(specs(row).items()))
     alone = adapt(tiny_backbone(row), methods_of({name: spec}), CLASSES, seed=3)
     if WARMED_UP in row:
@@ -143,7 +157,7 @@ def test_a_method_starts_the_same_whatever_stands_beside_it(row):
 
 @matrix
 def test_config_is_json_and_builds_the_method_again(row):
-    for name, method in tiny_model(row).methods.items():
+    for name, method in as_made(row).methods.items():
         config = json.loads(json.dumps(method.config()))
         assert config["_target_"].startswith("mambapeft_vision.methods.")
         assert build_method(name, config, "test").config() == config
@@ -164,7 +178,7 @@ def test_a_deep_copy_stands_alone(row):
 
 @matrix
 def test_every_owned_tensor_is_in_one_optimiser_group(row):
-    model = tiny_model(row)
+    model = as_made(row)
     groups = model.param_groups(lr=1e-3, weight_decay=1e-4)
     held = [id(p) for group in groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.trained().values())

@@ -94,7 +94,9 @@ def test_a_backend_that_is_not_here_is_forgotten(backend, left, monkeypatch):
 
 def test_a_backend_that_a_notebook_chose_is_no_matter():
     program = (
-        "import io, mambapeft_vision; from matplotlib.figure import Figure\n"  # which none of the package precedes
+        "import io, os, mambapeft_vision\n"
+        "assert 'MPLBACKEND' not in os.environ\n"  # old releases of Matplotlib fail when they are imported
+        "from matplotlib.figure import Figure\n"
         "Figure(figsize=(1, 1)).savefig(file := io.BytesIO())\n"
         "assert file.getvalue()[:4] == b'\\x89PNG'"
     )
