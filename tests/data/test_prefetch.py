@@ -1,5 +1,7 @@
 """Decoding the test split in another process while the first one trains."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
@@ -29,14 +31,20 @@ def load(folder, cache_folder):
     return task
 
 
+def prefetching() -> bool:
+    return any(process.name == "prefetch" for process in multiprocessing.active_children())
+
+
 @pytest.mark.slow
 def test_the_other_process_decodes_and_this_one_only_opens(folder, tmp_path, monkeypatch):
     task = load(folder, tmp_path / "cache")
     task.prefetch_test()
+    assert prefetching()
     expected = decode_list(read_list(folder / "test.txt", 2, remedy=""), LARGE)
     monkeypatch.setattr(cache, "decode_into", None)
     monkeypatch.setattr(cache, "decode_list", None)
     (batch,) = task.test_dataloader()
+    assert not prefetching()
     assert torch.equal(batch[0], expected.images) and batch[1].tolist() == [1, 0, 1]
 
 
@@ -52,4 +60,4 @@ def test_a_damaged_image_is_reported_where_the_images_are_asked_for(folder, tmp_
 def test_nothing_is_started_without_a_cache(folder):
     task = load(folder, None)
     task.prefetch_test()
-    assert task._prefetch is None
+    assert not prefetching()

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mambapeft_vision.engine import callbacks as engine_callbacks
 from mambapeft_vision.engine.callbacks import (
     Checkpoints,
     History,
@@ -19,6 +18,7 @@ from mambapeft_vision.engine.callbacks import (
 )
 from mambapeft_vision.engine.device import resolve_device
 from mambapeft_vision.engine.loop import make_trainer
+from mambapeft_vision.engine.module import FineTuning
 from mambapeft_vision.pretraining.callbacks import Length, Report, Validation, callbacks_of_pretraining
 from mambapeft_vision.utils.console import Console
 
@@ -62,6 +62,19 @@ def test_callbacks_of_pretraining_are_called_in_the_stated_order():
     assert set(kinds) == {kind for pair in BEFORE_IN_PRETRAINING for kind in pair}
 
 
+class OfTwoSteps(FineTuning):
+    """A module of which an epoch's end asks its step and its model."""
+
+    steps_per_epoch = 2
+
+    def __init__(self, step: object, model: object) -> None:
+        vars(self).update(in_use=step, model=model)
+
+    @property
+    def step(self) -> object:
+        return self.in_use
+
+
 @pytest.mark.parametrize("warming_up", [False, True])
 def test_an_epoch_waits_for_its_steps_once_and_launches_its_last_check_before(warming_up, monkeypatch):
     """But after a warm-up's last batch, before the step that knows of a failure is replaced."""
@@ -75,11 +88,10 @@ def test_an_epoch_waits_for_its_steps_once_and_launches_its_last_check_before(wa
         happened.append("launched")
         return [torch.ones(()) for _ in tensors]
 
-    monkeypatch.setattr(engine_callbacks, "_fine_tuning", lambda module: module)
     monkeypatch.setattr(torch, "_foreach_norm", norms)
     methods = {"m": SimpleNamespace(warming_up=warming_up)}
     model = SimpleNamespace(methods=methods, trained=lambda: {"weight": torch.ones(2)})
-    module = SimpleNamespace(step=SimpleNamespace(failed=failed), steps_per_epoch=2, model=model)
+    module = OfTwoSteps(SimpleNamespace(failed=failed), model)
     callback = StopAtNonFinite("task", "method", Path("checkpoint.ckpt"), ends_sweep=True)
     for number in range(2):
         callback.on_train_batch_end(None, module, None, None, number)

@@ -37,15 +37,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """A folder with nothing but the installed wheel. Both steps need no network."""
-    built, site = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("site")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    build = ["wheel", "--no-build-isolation", "--no-deps", "--no-index", f"--wheel-dir={built}", str(ROOT)]
-    subprocess.run([*pip, *build], check=True, capture_output=True, text=True)
-    (wheel,) = built.glob("*.whl")
-    subprocess.run(
-        [*pip, "install", "--no-deps", "--no-index", "--no-compile", f"--target={site}", str(wheel)], check=True
-    )
+    """A folder with nothing but the package: pip builds a wheel and installs that. It needs no network."""
+    site = tmp_path_factory.mktemp("site")
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "--no-compile", "--disable-pip-version-check"]
+    install = [sys.executable, "-m", "pip", "install", "--quiet", *options, f"--target={site}", str(ROOT)]
+    subprocess.run(install, check=True, capture_output=True, text=True)
     return site
 
 
