@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from helpers.stand_ins import no_decoding
 from PIL import Image
 
 from mambapeft_vision.data import Preprocessing, cache
@@ -24,11 +25,6 @@ def listing(tmp_path, monkeypatch):
         Image.fromarray(random.randint(0, 255, (9, 7, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
     (tmp_path / "test.txt").write_text("".join(f"{number}.png {number % 2}\n" for number in range(4)))
     return read_list(tmp_path / "test.txt", 2, remedy="")
-
-
-def no_decoding(monkeypatch):
-    monkeypatch.setattr(cache, "decode_into", None)
-    monkeypatch.setattr(cache, "decode_list", None)
 
 
 def test_cached_images_are_the_decoded_ones_and_are_decoded_once(listing, tmp_path, monkeypatch):

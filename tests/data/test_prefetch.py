@@ -5,9 +5,10 @@ import multiprocessing
 import numpy as np
 import pytest
 import torch
+from helpers.stand_ins import no_decoding
 from PIL import Image
 
-from mambapeft_vision.data import Preprocessing, TaskDataModule, cache
+from mambapeft_vision.data import Preprocessing, TaskDataModule
 from mambapeft_vision.data.image_list import read_list
 from mambapeft_vision.data.images import decode_list
 from mambapeft_vision.utils.errors import UserError
@@ -41,8 +42,7 @@ def test_the_other_process_decodes_and_this_one_only_opens(folder, tmp_path, mon
     task.prefetch_test()
     assert prefetching()
     expected = decode_list(read_list(folder / "test.txt", 2, remedy=""), LARGE)
-    monkeypatch.setattr(cache, "decode_into", None)
-    monkeypatch.setattr(cache, "decode_list", None)
+    no_decoding(monkeypatch)
     (batch,) = task.test_dataloader()
     assert not prefetching()
     assert torch.equal(batch[0], expected.images) and batch[1].tolist() == [1, 0, 1]

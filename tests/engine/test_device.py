@@ -2,14 +2,10 @@
 
 import pytest
 import torch
+from helpers.stand_ins import with_gpus
 
 from mambapeft_vision.engine.device import resolve_device
 from mambapeft_vision.utils.errors import UserError
-
-
-def with_gpus(monkeypatch, count: int) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
 
 
 def test_cuda_and_auto_are_one_device(monkeypatch):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import crashes, runs
+from helpers.stand_ins import with_gpus
 
 from mambapeft_vision.engine.distributed import device_of_rank
 from mambapeft_vision.results.record import read_record
@@ -61,8 +62,7 @@ def test_a_rank_that_fails_ends_the_run(task, tmp_path):
 
 
 def test_each_rank_takes_its_own_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with_gpus(monkeypatch, 2)
     for name in ("auto", "cuda", "cuda:0"):
         assert [device_of_rank(name, 2, rank).index for rank in (0, 1)] == [0, 1]
     assert device_of_rank("cuda:1", 1) == torch.device("cuda", 1)

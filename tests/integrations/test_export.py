@@ -1,6 +1,5 @@
 """mambapeft export: whatever is written computes the same logits as the model."""
 
-import importlib
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from helpers.fake_records import fake_record
 from helpers.file_size import size_limit
 from helpers.hub import hub_with
 from helpers.method_cases import CLASSES, methods_of, move, specs
+from helpers.stand_ins import no_extension_of_peft
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -246,10 +246,9 @@ IN_PEFT = {
 
 @pytest.fixture
 def peft(monkeypatch) -> Any:
-    """Without the CUDA extension that its BOFT would compile first."""
     import peft
 
-    monkeypatch.setattr(importlib.import_module("peft.tuners.boft.layer"), "get_fbd_cuda", lambda: None)
+    no_extension_of_peft(monkeypatch)
     return peft
 
 

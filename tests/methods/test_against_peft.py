@@ -3,7 +3,6 @@
 Compared: output, gradients of the input and of every factor, and the merged weight.
 """
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.one_linear import OneLinear, attached
+from helpers.stand_ins import no_extension_of_peft
 from torch import Tensor, nn
 
 from mambapeft_vision.integrations.peft_forms import FORMS
@@ -201,8 +201,7 @@ def merged(method: Method, model: OneLinear) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(autouse=True)
 def no_extension(monkeypatch):
-    """peft's BOFT has a CUDA extension, which it would compile first."""
-    monkeypatch.setattr(importlib.import_module("peft.tuners.boft.layer"), "get_fbd_cuda", lambda: None)
+    no_extension_of_peft(monkeypatch)
 
 
 @pytest.mark.parametrize("name", CASES)

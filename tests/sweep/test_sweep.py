@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers import crashes, runs
 from helpers.fake_records import fake_record
+from helpers.stand_ins import with_gpus
 from hydra.errors import HydraException
 from rich.console import Console
 
@@ -310,7 +311,7 @@ def test_mistakes_in_a_file_of_rates_are_named(tmp_path, wrong, message):
 
 
 def test_gpus_are_those_that_this_process_sees(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with_gpus(monkeypatch, 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert visible_gpus() == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
