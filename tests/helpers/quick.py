@@ -23,8 +23,9 @@ def skip_what_costs_time() -> None:
     torch.manual_seed notes its calls, with a traceback, for each kind of device that is not there: not so here.
     """
     os.fsync = lambda _: None
-    if not hasattr(importlib.metadata.entry_points, "cache_clear"):
-        importlib.metadata.entry_points = cache(importlib.metadata.entry_points)
+    importlib.metadata.entry_points = cache(importlib.metadata.entry_points)
+    if registry := sys.modules.get("lightning.fabric.utilities.registry"):
+        registry.entry_points = importlib.metadata.entry_points
     _parse_yaml_once()
     torch = sys.modules.get("torch")
     if torch is not None and not torch.cuda.is_available():
