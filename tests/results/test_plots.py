@@ -8,6 +8,8 @@ import sys
 import numpy as np
 import pytest
 from helpers.fake_records import CONFIGS, fake_record
+from matplotlib.artist import Artist
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mambapeft_vision.data.tasks import TASKS
@@ -78,6 +80,20 @@ def test_files_are_images(tmp_path, collection):
         image.load()
         assert image.width > 1000
     assert Image.open(io.BytesIO(plots.png(plots.task_bars(collection)))).format == "PNG"
+
+
+def test_a_figure_is_drawn_once():
+    """Matplotlib's print_figure draws twice."""
+    drawings = []
+
+    class Drawn(Artist):
+        def draw(self, renderer):
+            drawings.append(renderer)
+
+    figure = Figure(figsize=(1, 1), layout="constrained")
+    figure.add_artist(Drawn())
+    assert Image.open(io.BytesIO(plots.png(figure, dpi=50))).size == (50, 50)
+    assert len(drawings) == 1
 
 
 INLINE = "module://matplotlib_inline_of_a_notebook.backend_inline"
