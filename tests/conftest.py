@@ -7,6 +7,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import import_module
+from importlib.util import find_spec
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def import_project() -> None:
         import torch
 
         with pytest.MonkeyPatch.context() as patch:
-            if not torch.cuda.is_available():
+            if not torch.cuda.is_available() and find_spec("triton") is not None:
                 patch.setenv("TRITON_INTERPRET", "1")
                 import_kernels()
         import mambapeft_vision.run.run  # noqa: F401
@@ -182,6 +183,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
         return
     import torch
 
+    if not torch.cuda.is_available():
+        return
     from mambapeft_vision.utils.atomic import write_json
     from mambapeft_vision.utils.environment import git_state, library_versions
 

@@ -4,13 +4,14 @@ It is on while these tests run, and no other test sees it.
 """
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
 from helpers.quick import quicken_the_interpreter
 
 NO_GPU = not torch.cuda.is_available()
-if NO_GPU:
+if NO_GPU and find_spec("triton") is not None:
     quicken_the_interpreter()
 
 
