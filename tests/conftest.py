@@ -126,9 +126,10 @@ def import_kernels() -> None:
     """All modules with Triton kernels: they and Triton's own are for the interpreter, or not, from then on."""
     import mambapeft_kernels
 
-    for file in Path(mambapeft_kernels.__path__[0]).rglob("*.py"):
+    (folder,) = map(Path, mambapeft_kernels.__path__)
+    for file in folder.rglob("*.py"):
         if "@triton.jit" in file.read_text():
-            import_module(f"mambapeft_kernels.{file.parent.name}.{file.stem}")
+            import_module(".".join(file.relative_to(folder.parent).with_suffix("").parts))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
