@@ -103,6 +103,21 @@ def cpu_time() -> float:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[CPU_TIMES] = {}
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        config.pluginmanager.register(FailuresAtOnce(config))
+
+
+class FailuresAtOnce:
+    """Names a failure when it is there: a run that is cut off writes no summary."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        reporter = self._config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and reporter is not None:
+            reporter.write(f"\nFAILED {report.nodeid} ({report.when})\n")
 
 
 def import_project() -> None:
