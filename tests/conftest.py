@@ -159,7 +159,7 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def report_cpu_times(terminalreporter: Any) -> None:
-    """The whole suite is to take six minutes on two cores: whatever takes long is said at the end of each run."""
+    """The whole suite is to take minutes on two cores: whatever takes long is said at the end of each run."""
     times = terminalreporter.config.stash[CPU_TIMES]
     long = sorted(((seconds, test) for test, seconds in times.items() if seconds > CPU_BUDGET_S), reverse=True)
     files: Counter[str] = Counter()
