@@ -239,6 +239,8 @@ class _Stage:
         self._wide = partial(torch.zeros, dtype=torch.float32, device=device)
 
     def scans(self, train: bool) -> None:
+        from mambapeft_kernels.layer_norm.triton_kernels import norm_of_sum  # imports Triton
+
         e, n, r = self._sizes.channels, self._sizes.states, self._sizes.rank
         weights = SS2DWeights(
             x_proj_weight=self._activations(4, r + 2 * n, e),  # cast by the model
@@ -248,8 +250,6 @@ class _Stage:
             Ds=self._wide(4 * e),
         )
         u = self._map(e).requires_grad_(train)
-        from mambapeft_kernels.layer_norm.triton_kernels import norm_of_sum  # imports Triton
-
         ones = self._wide(e)
         self._back(ss2d_norm(u, weights, ones, ones, 1e-5, self._backend))
         for planes in (1, 2):  # the scans of so few samples left four

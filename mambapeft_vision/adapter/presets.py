@@ -22,9 +22,8 @@ from mambapeft_vision.backbones import create_backbone
 from mambapeft_vision.backbones.registry import one_block
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.typed import nearest
-from mambapeft_vision.utils.untrusted import read_yaml
+from mambapeft_vision.utils.untrusted import SafeLoader, read_yaml
 
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's takes a tenth of the time
 _KEYS = ("backbone", "count", "paper", "run")
 
 
@@ -67,7 +66,7 @@ def read_preset(path: str | Path) -> Preset:
         )
     if not re.fullmatch(r"\d{1,3}(,\d{3})*|\d+", header["count"]):
         raise UserError(f"{path}: count: {header['count']!r}; expected a whole number such as 1,769,472")
-    content = _Loader(text).get_single_data() or {}
+    content = yaml.load(text, SafeLoader) or {}
     is_global = "# @package _global_" in text.splitlines()
     return Preset(
         name=path.stem,

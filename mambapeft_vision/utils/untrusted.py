@@ -177,6 +177,9 @@ def _children(value: Any) -> Iterator[Any]:
 # YAML
 
 
+SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's takes a tenth of the time
+
+
 class _Loader(yaml.SafeLoader):
     """YAML's plain values. Numbers such as 1e-3, which YAML 1.1 takes for text, are numbers."""
 
@@ -237,7 +240,7 @@ def refuse_references(content: Any, where: str) -> None:
 def _check_events(text: str, where: str) -> None:
     """Raises UserError for anchors (each alias is a copy), tags and large contents, before anything is built."""
     depth = 0
-    for values, event in enumerate(yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))):
+    for values, event in enumerate(yaml.parse(text, Loader=SafeLoader)):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             raise UserError(f"{plain(where)} has an anchor or alias; expected plain values. Write the values out")
         tag = getattr(event, "tag", None)

@@ -62,20 +62,6 @@ def takes(images: Tensor, weight: Tensor) -> bool:
     return images.dtype in (torch.bfloat16, torch.float16) and fits
 
 
-def conv_norm_gelu(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    stride: int,
-    padding: int,
-    eps: float,
-) -> Tensor:
-    """See `mambapeft_kernels.conv_norm_gelu`."""
-    return torch.ops.mambapeft.conv_norm_gelu(images, weight, bias, norm_weight, norm_bias, stride, padding, eps)
-
-
 def _sides(images: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int]:
     height, width = ((n + 2 * padding - weight.shape[2]) // stride + 1 for n in images.shape[2:])
     return height, width
@@ -87,7 +73,7 @@ def _sides(images: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[i
     schema="(Tensor images, Tensor weight, Tensor? bias, Tensor norm_weight, Tensor norm_bias, int stride, int padding,"
     " float eps) -> Tensor",
 )
-def _op(
+def conv_norm_gelu(
     images: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -97,6 +83,7 @@ def _op(
     padding: int,
     eps: float,
 ) -> Tensor:
+    """See `mambapeft_kernels.conv_norm_gelu`."""
     channels, inputs, side, _ = weight.shape
     height, width = _sides(images, weight, stride, padding)
     out = images.new_empty(len(images), height, width, channels)
@@ -114,6 +101,6 @@ def _op(
     return out
 
 
-@_op.register_fake
+@conv_norm_gelu.register_fake
 def _(images, weight, bias, norm_weight, norm_bias, stride, padding, eps):
     return images.new_empty(len(images), *_sides(images, weight, stride, padding), weight.shape[0])

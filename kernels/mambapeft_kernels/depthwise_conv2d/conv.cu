@@ -1,12 +1,11 @@
-// Depthwise 3x3 convolution on a channel-last map. Macros: IO_BF16; HEIGHT, WIDTH; E channels, even; HAS_BIAS; MODE: 0 u =
-// silu(conv(x)), 1 the gradient of conv(x) from that of u, 2 the gradient of x from that of conv(x) (the filter turned
-// round, no activation).
+// Depthwise 3x3 convolution on a channel-last map. Macros: IO_BF16; HEIGHT, WIDTH; E channels, even; HAS_BIAS; ROWS of a
+// thread; MODE: 0 u = silu(conv(x)), 1 the gradient of conv(x) from that of u, 2 the gradient of x from that of conv(x)
+// (the filter turned round, no activation).
 //
 // A thread owns two channels and ROWS rows of one map, and walks along the columns: what it has read of three columns
 // stays in registers. A warp reads 64 channels side by side.
 
-constexpr int ROWS = 2, IN = ROWS + 2;  // of outputs, and of what they read
-constexpr int PAIRS = E / 2, GROUPS = (HEIGHT + ROWS - 1) / ROWS;
+constexpr int IN = ROWS + 2;  // of what the outputs read
 
 struct Column {
     float at[IN][2];
@@ -15,13 +14,10 @@ struct Column {
 extern "C" __global__ void __launch_bounds__(128) depthwise(
     const io_t* __restrict__ x, const io_t* __restrict__ du, const float* __restrict__ weight,
     const float* __restrict__ bias, io_t* __restrict__ out, int batch) {
-    // The last maps first: the product before has written them last, and the one behind begins with the first.
-    const unsigned block = gridDim.x - 1 - blockIdx.x, across = (E + 63) / 64;
-    const int pair = block % across * 32 + threadIdx.x % 32;
-    const i64 item = (i64)(block / across) * 4 + threadIdx.x / 32;
-    if (pair >= PAIRS || item >= (i64)batch * GROUPS) return;
-    const int first = (int)(item % GROUPS) * ROWS;
-    const i64 map = item / GROUPS * (HEIGHT * WIDTH) * E + 2 * pair;
+    const Place place;
+    if (place.is_outside(batch)) return;
+    const int pair = place.pair, first = place.first_row();
+    const i64 map = place.map();
 
     float filter[9][2], shift[2];
 #pragma unroll

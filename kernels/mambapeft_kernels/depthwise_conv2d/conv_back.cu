@@ -4,8 +4,7 @@
 // A thread owns two channels and ROWS rows of one map, and walks along the columns. In step j it has columns j - 1, j and
 // j + 1 of x, makes column j of g from them, and with columns j - 2 and j - 1 of g column j - 1 of the gradient.
 
-constexpr int ROWS = 4, G_ROWS = ROWS + 2, X_ROWS = ROWS + 4;  // of the gradient, of g and of x: the first is 0, -1 and -2
-constexpr int PAIRS = E / 2, GROUPS = (HEIGHT + ROWS - 1) / ROWS;
+constexpr int G_ROWS = ROWS + 2, X_ROWS = ROWS + 4;  // of g and of x: the first is -1 and -2 of ours
 
 struct Column {
     float at[G_ROWS][2];
@@ -14,13 +13,10 @@ struct Column {
 extern "C" __global__ void __launch_bounds__(128) depthwise_back(
     const io_t* __restrict__ x, const io_t* __restrict__ du, const float* __restrict__ weight,
     const float* __restrict__ bias, io_t* __restrict__ out, int batch) {
-    // The last maps first: the product before has written them last, and the one behind begins with the first.
-    const unsigned block = gridDim.x - 1 - blockIdx.x, across = (E + 63) / 64;
-    const int pair = block % across * 32 + threadIdx.x % 32;
-    const i64 item = (i64)(block / across) * 4 + threadIdx.x / 32;
-    if (pair >= PAIRS || item >= (i64)batch * GROUPS) return;
-    const int first = (int)(item % GROUPS) * ROWS;
-    const i64 map = item / GROUPS * (HEIGHT * WIDTH) * E + 2 * pair;
+    const Place place;
+    if (place.is_outside(batch)) return;
+    const int pair = place.pair, first = place.first_row();
+    const i64 map = place.map();
 
     float filter[9][2], shift[2];
 #pragma unroll

@@ -56,10 +56,11 @@ def _run(kernel: _Kernel, x: Tensor, du: Tensor | None, weight: Tensor, bias: Te
         "E": channels,
         "HAS_BIAS": int(bias is not None),
         "MODE": kernel.mode,
+        "ROWS": kernel.rows,
     }
     items = batch * (-(-height // kernel.rows))
     blocks = -(-items // _WARPS) * -(-channels // 64)
     wide = (None if t is None else t.float().contiguous() for t in (weight, bias))
-    files = "common.cuh", f"depthwise_conv2d/{kernel.file}"
+    files = "common.cuh", "depthwise_conv2d/place.cuh", f"depthwise_conv2d/{kernel.file}"
     nvrtc.run(files, kernel.name, macros, (blocks,), 32 * _WARPS, x.device, [x, du, *wide, out, batch])
     return out

@@ -137,16 +137,37 @@ def norm_of_sum(parts: Tensor, weight: Tensor, bias: Tensor, eps: float, keep: b
 
     parts: [planes, ..., D] contiguous.
     """
-    width, kept = parts.shape[-1], keep and len(parts) > 1
+    kept = keep and len(parts) > 1
     normed = parts.new_empty(parts.shape[1:])
     total = torch.empty_like(normed) if kept else parts[0] if keep else parts.new_empty(0)
-    rows, tile = normed.numel() // width, _tile(width)
-    _forward[(triton.cdiv(rows, tile["ROWS"]),)](
-        parts, parts, weight.contiguous(), bias.contiguous(), weight, weight, normed, total, parts, rows, rows, width,
-        eps, PLANES=len(parts), HAS_SHIFT=False, HAS_RESIDUAL=False, HAS_SCALE=False, KEEP=kept, KEEP_CENTRED=False,
-        **tile,
-    )  # fmt: skip
+    _launch(parts, None, weight, bias, eps, None, None, normed, total if kept else None, None)
     return normed, total
+
+
+def _launch(
+    parts: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    branch_scale: Tensor | None,
+    shift: Tensor | None,
+    normed: Tensor,
+    out: Tensor | None,
+    centred: Tensor | None,
+) -> None:
+    """parts: [planes, ..., D]. Writes `normed`, and `out` and `centred` where they are given."""
+    width = normed.shape[-1]
+    rows, tile = normed.numel() // width, _tile(width)
+    given = (weight if t is None else t.contiguous() for t in (branch_scale, shift))
+    with torch.cuda.device_of(normed):
+        _forward[(triton.cdiv(rows, tile["ROWS"]),)](
+            parts.contiguous(), normed if residual is None else residual.contiguous(), weight.contiguous(),
+            bias.contiguous(), *given, normed, normed if out is None else out, normed if centred is None else centred,
+            rows, rows // normed.shape[0], width, eps, PLANES=len(parts), HAS_SHIFT=shift is not None,
+            HAS_RESIDUAL=residual is not None, HAS_SCALE=branch_scale is not None, KEEP=out is not None,
+            KEEP_CENTRED=centred is not None, **tile,
+        )  # fmt: skip
 
 
 def _tile(width: int) -> dict[str, int]:
@@ -176,21 +197,12 @@ def _op(
 
     narrow: the sum is rounded to hidden's dtype too. shift: [D], added to each row of hidden.
     """
-    width = hidden.shape[-1]
-    rows = hidden.numel() // width
     normed = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     sum_dtype = hidden.dtype if narrow else torch.float32
     out = torch.empty(hidden.shape if keep else (0,), dtype=sum_dtype, device=hidden.device)
     centred = torch.empty(hidden.shape if centre else (0,), dtype=hidden.dtype, device=hidden.device)
-    tile = _tile(width)
-    with torch.cuda.device_of(hidden):
-        _forward[(triton.cdiv(rows, tile["ROWS"]),)](
-            hidden.contiguous(), out if residual is None else residual.contiguous(), weight.contiguous(),
-            bias.contiguous(), weight if branch_scale is None else branch_scale.contiguous(),
-            weight if shift is None else shift.contiguous(), normed, out, centred, rows, rows // hidden.shape[0], width,
-            eps, PLANES=1, HAS_SHIFT=shift is not None, HAS_RESIDUAL=residual is not None,
-            HAS_SCALE=branch_scale is not None, KEEP=keep, KEEP_CENTRED=centre, **tile,
-        )  # fmt: skip
+    kept = out if keep else None, centred if centre else None
+    _launch(hidden[None], residual, weight, bias, eps, branch_scale, shift, normed, *kept)
     return normed, out, centred
 
 

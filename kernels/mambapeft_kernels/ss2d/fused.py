@@ -72,12 +72,18 @@ def _forward(
     w = SS2DWeights(x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset)
     u = u.contiguous()
     with torch.cuda.device_of(u):
-        proj = u.flatten(1, 2) @ _x_proj(u, w).T
-        scans = _scans(u, proj, w, backend)
-        y, ckpt = scans.forward(save)
-        complete = len(y) == 1 and scans.adds_skip
-        out = y.view_as(u) if complete else triton.merge(y, u, None if scans.adds_skip else _skip(w), None, None)
-    return out, proj if save else proj.new_empty(0), ckpt
+        parts, skip, proj, ckpt = _parts(u, w, backend, save)
+        complete = len(parts) == 1 and skip is None
+        out = parts.view_as(u) if complete else triton.merge(parts, u, skip, None, None)
+    return out, proj, ckpt
+
+
+def _parts(u: Tensor, w: SS2DWeights, backend: str, save: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """The parts of y [planes, B, L, E], the Σ D that they lack, and if `save` the projections and the states."""
+    proj = u.flatten(1, 2) @ _x_proj(u, w).T
+    scans = _scans(u, proj, w, backend)
+    parts, ckpt = scans.forward(save)
+    return parts, None if scans.adds_skip else _skip(w), proj if save else proj.new_empty(0), ckpt
 
 
 @_forward.register_fake
@@ -119,13 +125,11 @@ def _norm(
     w = SS2DWeights(x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, initial_states, state_offset)
     u = u.contiguous()
     with torch.cuda.device_of(u):
-        proj = u.flatten(1, 2) @ _x_proj(u, w).T
-        scans = _scans(u, proj, w, backend)
-        parts, ckpt = scans.forward(save)
-        if not scans.adds_skip:
-            parts = triton.merge(parts, u, _skip(w), None, None)[None]
+        parts, skip, proj, ckpt = _parts(u, w, backend, save)
+        if skip is not None:
+            parts = triton.merge(parts, u, skip, None, None)[None]
         normed, y = norm_of_sum(parts, norm_weight, norm_bias, eps, save)
-    return normed.view_as(u), y.view_as(u) if save else y, proj if save else proj.new_empty(0), ckpt
+    return normed.view_as(u), y.view_as(u) if save else y, proj, ckpt
 
 
 @_norm.register_fake
