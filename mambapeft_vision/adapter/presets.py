@@ -66,7 +66,7 @@ def read_preset(path: str | Path) -> Preset:
         )
     if not re.fullmatch(r"\d{1,3}(,\d{3})*|\d+", header["count"]):
         raise UserError(f"{path}: count: {header['count']!r}; expected a whole number such as 1,769,472")
-    content = yaml.load(text, SafeLoader) or {}
+    content = SafeLoader(text).get_single_data() or {}
     is_global = "# @package _global_" in text.splitlines()
     return Preset(
         name=path.stem,
