@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from mambapeft_vision.adapter.build import build_method
 from mambapeft_vision.adapter.model import adapt
