@@ -229,7 +229,12 @@ def test_the_sum_and_its_derivatives_are_the_definitions(device, dtype, with_sca
         first = torch.autograd.grad(out, leaves, grad, retain_graph=True)
         again = torch.autograd.grad(out.float().square().sum(), leaves, create_graph=True)
         found.append([out, *first, *torch.autograd.grad([t.float().sum() for t in again], leaves)])
-    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*found))
+    assert all(a.dtype == b.dtype for a, b in zip(*found))
+    (total, *gradients), (twice, *expected) = found
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected))
+    # The definition rounds scale · hidden before it adds, a GPU's multiply-add does not; float64 has this sum exactly.
+    once = add_branch(hidden.double(), residual.double(), scale, torch.float32, "naive").to(dtype)
+    assert torch.equal(total, twice) or torch.equal(total, once)
 
 
 @pytest.mark.parametrize("device", DEVICES)
