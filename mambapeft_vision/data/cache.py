@@ -14,8 +14,10 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,7 @@ _OUR_NAME = r"[0-9a-f]+\.images\.npy"
 _BLOCK = 16 << 20  # hashed at once by a thread
 _DIGEST_BYTES = 32
 _TOUCH_AFTER_S = 3600.0  # "last used" is noted to the hour
+Fill = Callable[[np.ndarray], None]  # puts a list's decoded images into an array, [n, C, H, W]
 verified: set[tuple[int, int, int, int]] = set()  # files whose checksum this process has compared
 
 
@@ -60,6 +63,7 @@ def cached_list(
     folder: Path | None,
     progress: ProgressCallback | None = None,
     *,
+    fill: Fill | None = None,
     must_keep: bool = False,
 ) -> ImageSet:
     """The decoded images of a list: from the cache, or decoded and put there.
@@ -69,6 +73,7 @@ def cached_list(
     Args:
         folder: the cache's folder; None: no cache.
         progress: called while images are decoded.
+        fill: decodes into the cache's file; None: `decode_into`.
         must_keep: nothing is decoded that the cache cannot take.
 
     Raises:
@@ -82,7 +87,8 @@ def cached_list(
     if images is None:
         obstacle = obstacle_to_caching(folder, _size(listing, preprocessing))
         if obstacle is None:
-            obstacle = _fill(file, shape, listing, preprocessing, progress)
+            by_threads = partial(decode_into, listing=listing, preprocessing=preprocessing, progress=progress)
+            obstacle = _fill(file, shape, fill or by_threads)
         if obstacle is not None:
             if must_keep:
                 raise UserError(obstacle)
@@ -95,30 +101,18 @@ def cached_list(
     return ImageSet(torch.from_numpy(images), listing.labels(), [entry.path for entry in listing.entries])
 
 
-def _fill(
-    file: Path,
-    shape: tuple[int, ...],
-    listing: ImageList,
-    preprocessing: Preprocessing,
-    progress: ProgressCallback | None,
-) -> str | None:
+def _fill(file: Path, shape: tuple[int, ...], fill: Fill) -> str | None:
     """Decodes into the cache, or waits for the process that does. Returns the disk's error, None if there is none."""
     try:
         with sole_writer(file) as temporary:
             if temporary is not None:
-                _decode_to(temporary, shape, listing, preprocessing, progress)
+                _decode_to(temporary, shape, fill)
     except OSError as error:
         return f"{file.parent}: {error.strerror}; set paths.cache to another disk or to null"
     return None
 
 
-def _decode_to(
-    file: Path,
-    shape: tuple[int, ...],
-    listing: ImageList,
-    preprocessing: Preprocessing,
-    progress: ProgressCallback | None,
-) -> None:
+def _decode_to(file: Path, shape: tuple[int, ...], fill: Fill) -> None:
     header = _header(shape)
     pixels = int(np.prod(shape))
     with open(file, "wb+") as opened:
@@ -127,7 +121,7 @@ def _decode_to(
         allocate(opened.fileno(), len(header) + pixels + _DIGEST_BYTES)
         opened.flush()
         images = np.memmap(opened, np.uint8, "r+", offset=len(header), shape=shape)
-        decode_into(images, listing, preprocessing, progress=progress)
+        fill(images)
         images.flush()
         opened.seek(len(header) + pixels)
         opened.write(checksum(opened.fileno(), len(header), pixels))

@@ -1,23 +1,34 @@
-"""Decoding into the cache in a process of its own, while this one trains on a GPU.
+"""Decoding into the cache in processes of their own, while this one trains on a GPU.
 
 A test split of VTAB-1K has up to 73,728 images, which take as long to decode as a good part of the training. Threads
-would contend with the training loop for Python's lock; a process does not.
+would contend with the training loop, and with each other, for Python's lock; processes do not.
 """
 
+import itertools
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
+from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
+import numpy as np
+
 from mambapeft_vision.data.cache import cached_list
 from mambapeft_vision.data.image_list import ImageList, parse_list
+from mambapeft_vision.data.images import decode_into
+from mambapeft_vision.data.manifest import images_digest, known_digests
 from mambapeft_vision.data.preprocessing import Preprocessing
-from mambapeft_vision.utils.processes import end_with_parent
+from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.processes import available_cpus, end_with_parent
 from mambapeft_vision.utils.progress import Progress, ProgressCallback
 
 _LOOK_EVERY_S = 0.2
+_THREADS = 2  # in each process; with more they wait for Python's lock
+_MOST_PROCESSES = 4
 
 
 class Prefetch:
@@ -26,17 +37,28 @@ class Prefetch:
     Args:
         num_classes: the task's number of classes.
         folder: the cache's folder.
+        processes: that decode; None: as many as the CPUs allow, up to four.
     """
 
-    def __init__(self, listing: ImageList, num_classes: int, preprocessing: Preprocessing, folder: Path) -> None:
+    def __init__(
+        self,
+        listing: ImageList,
+        num_classes: int,
+        preprocessing: Preprocessing,
+        folder: Path,
+        processes: int | None = None,
+    ) -> None:
         context = multiprocessing.get_context("spawn")  # a forked process would share what CUDA has started
         self._total, self._done = len(listing), context.Value("q", 0)
         self._started = time.monotonic()
+        self._digests, digests = context.Pipe(duplex=False)
+        processes = processes or max(1, min(_MOST_PROCESSES, available_cpus() // _THREADS))
         # The list's file, not its entries: starting would wait until the process, its imports done, has read them.
-        several = listing.several is not None
-        arguments = (listing.file, num_classes, several, preprocessing, folder, self._done)
-        self._process = context.Process(target=_decode, args=arguments, name="prefetch", daemon=True)
+        read = partial(parse_list, listing.file, num_classes, several=listing.several is not None)
+        arguments = (read, preprocessing, folder, processes, self._done, digests)
+        self._process = context.Process(target=_fill_cache, args=arguments, name="prefetch", daemon=True)
         self._process.start()
+        digests.close()
 
     def wait(self, progress: ProgressCallback | None = None) -> None:
         """Returns when the process has ended; meanwhile it calls `progress`."""
@@ -44,18 +66,66 @@ class Prefetch:
             self._process.join(_LOOK_EVERY_S)
             if progress is not None and 0 < self._done.value < self._total:
                 progress(Progress(self._done.value, self._total, time.monotonic() - self._started))
+        with suppress(EOFError, OSError):  # it has failed
+            known_digests.update(self._digests.recv())  # this process need not read the images, too
+        self._digests.close()
 
 
-def _decode(
-    file: Path, num_classes: int, several: bool, preprocessing: Preprocessing, folder: Path, done: Synchronized
+def _fill_cache(
+    read: Callable[[], tuple[ImageList, list[str]]],
+    preprocessing: Preprocessing,
+    folder: Path,
+    processes: int,
+    done: "Synchronized[int]",
+    digests: Connection,
 ) -> None:
     end_with_parent()
     with suppress(OSError):
         os.nice(5)  # the training process comes first
-
-    def count(progress: Progress) -> None:
-        done.value = progress.done
-
     with suppress(Exception):
-        listing, _ = parse_list(file, num_classes, several=several)
-        cached_list(listing, preprocessing, folder, count, must_keep=True)
+        listing, _ = read()
+        images_digest(listing)
+        digests.send(known_digests)
+        fill = partial(_fill, listing=listing, preprocessing=preprocessing, processes=processes, done=done)
+        cached_list(listing, preprocessing, folder, fill=fill, must_keep=True)
+
+
+def _fill(
+    images: np.ndarray, listing: ImageList, preprocessing: Preprocessing, processes: int, done: "Synchronized[int]"
+) -> None:
+    """As `decode_into`, for an array that is a mapped file: each of several forked processes fills a part of it.
+
+    done: counts the images that are decoded.
+    """
+
+    def decode(first: int, last: int) -> None:
+        counted = 0
+
+        def count(progress: Progress) -> None:
+            nonlocal counted
+            with done.get_lock():
+                done.value += progress.done - counted
+            counted = progress.done
+
+        part = listing.chosen(range(first, last))
+        decode_into(images[first:last], part, preprocessing, workers=_THREADS, progress=count)
+
+    bounds = [len(listing) * number // processes for number in range(processes + 1)]
+    children = [_fork(partial(decode, first, last)) for first, last in itertools.pairwise(bounds)]
+    codes = [os.waitpid(child, 0)[1] for child in children]
+    if any(codes):
+        raise UserError(f"{listing.file}: an image cannot be decoded")
+
+
+def _fork(work: Callable[[], None]) -> int:
+    """Does some work in a forked process, whose exit code is 1 where it fails. Returns the process's number."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        end_with_parent()  # the parent of the process that forks: both end with it
+        work()
+        code = 0
+    finally:
+        os._exit(code)

@@ -8,9 +8,11 @@ import torch
 from helpers.stand_ins import no_decoding
 from PIL import Image
 
-from mambapeft_vision.data import Preprocessing, TaskDataModule
+from mambapeft_vision.data import Preprocessing, TaskDataModule, manifest
+from mambapeft_vision.data.cache import cached_list
 from mambapeft_vision.data.image_list import read_list
 from mambapeft_vision.data.images import decode_list
+from mambapeft_vision.data.prefetch import Prefetch
 from mambapeft_vision.utils.errors import UserError
 
 LARGE = Preprocessing((2400, 2400), "bicubic", (0.5,) * 3, (0.5,) * 3)  # two such images are worth caching
@@ -43,9 +45,21 @@ def test_the_other_process_decodes_and_this_one_only_opens(folder, tmp_path, mon
     assert prefetching()
     expected = decode_list(read_list(folder / "test.txt", 2, remedy=""), LARGE)
     no_decoding(monkeypatch)
+    monkeypatch.setattr(manifest, "image_hash", None)  # the other process has read the images, too
     (batch,) = task.test_dataloader()
     assert not prefetching()
     assert torch.equal(batch[0], expected.images) and batch[1].tolist() == [1, 0, 1]
+
+
+@pytest.mark.slow
+def test_each_of_several_processes_decodes_a_part(folder, tmp_path, monkeypatch):
+    listing, seen = read_list(folder / "test.txt", 2, remedy=""), []
+    prefetch = Prefetch(listing, 2, LARGE, tmp_path / "cache", processes=2)
+    prefetch.wait(seen.append)
+    no_decoding(monkeypatch)
+    expected = decode_list(listing, LARGE)
+    assert torch.equal(cached_list(listing, LARGE, tmp_path / "cache").images, expected.images)
+    assert all(0 < progress.done < len(listing) for progress in seen)
 
 
 @pytest.mark.slow
