@@ -290,7 +290,8 @@ def test_the_committed_rates_are_those_that_were_measured():
         measured = {row["method"]: row["train_images_per_s"] for row in rows if row["batch"] == "32"}
     with open(runs.ROOT / "docs" / "rates.csv", newline="") as file:
         lines = csv.DictReader(line for line in file if not line.startswith("#"))
-        told = {line["preset"]: line["train_images_per_second"] for line in lines}
+        of_vim_s = [line for line in lines if line["backbone"] == "vim_small_patch16_224"]
+        told = {line["preset"]: line["train_images_per_second"] for line in of_vim_s}
     slowest = told.pop("*")
     assert told == measured and slowest in measured.values()
 
