@@ -1,7 +1,6 @@
 """Decoded images in memory."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,10 +10,8 @@ from torch import Tensor
 from mambapeft_vision.data.image_list import Entry, ImageList
 from mambapeft_vision.data.preprocessing import Preprocessing, decode_image, describe_failure
 from mambapeft_vision.utils.errors import UserError
-from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.utils.progress import ProgressCallback, ProgressMeter
-
-_AT_ONCE = 16  # images that a thread takes at a time
+from mambapeft_vision.utils.threads import map_in_threads
 
 
 @dataclass(frozen=True)
@@ -95,16 +92,9 @@ def decode_into(
 ) -> None:
     """Fills `images`, uint8 [n, C, H, W], as `decode_list` does."""
     meter = ProgressMeter(len(listing), progress)
-    threads = workers or available_cpus()
-    at_once = max(1, min(_AT_ONCE, len(listing) // (4 * threads)))
 
-    def decode(first: int) -> int:
-        entries = listing.entries[first : first + at_once]
-        for index, entry in enumerate(entries, start=first):
-            images[index] = decode_entry(listing, entry, preprocessing)
-        return len(entries)
+    def decode(index: int) -> None:
+        images[index] = decode_entry(listing, listing.entries[index], preprocessing)
 
-    # An error, or Ctrl-C, leaves the loop; map then cancels what is still waiting.
-    with ThreadPoolExecutor(threads) as pool:
-        for done in pool.map(decode, range(0, len(listing), at_once)):
-            meter.advance(done)
+    for _ in map_in_threads(decode, range(len(listing)), workers):
+        meter.advance()

@@ -4,7 +4,6 @@ A test split of VTAB-1K has up to 73,728 images, which take as long to decode as
 would contend with the training loop, and with each other, for Python's lock; processes do not.
 """
 
-import itertools
 import multiprocessing
 import os
 import time
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
-from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.sharedctypes import SynchronizedArray
 from pathlib import Path
 
 import numpy as np
@@ -49,13 +48,13 @@ class Prefetch:
         processes: int | None = None,
     ) -> None:
         context = multiprocessing.get_context("spawn")  # a forked process would share what CUDA has started
-        self._total, self._done = len(listing), context.Value("q", 0)
+        processes = processes or max(1, min(_MOST_PROCESSES, available_cpus() // _THREADS))
+        self._total, self._done = len(listing), context.Array("q", processes)
         self._started = time.monotonic()
         self._digests, digests = context.Pipe(duplex=False)
-        processes = processes or max(1, min(_MOST_PROCESSES, available_cpus() // _THREADS))
         # The list's file, not its entries: starting would wait until the process, its imports done, has read them.
         read = partial(parse_list, listing.file, num_classes, several=listing.several is not None)
-        arguments = (read, preprocessing, folder, processes, self._done, digests)
+        arguments = (read, preprocessing, folder, self._done, digests)
         self._process = context.Process(target=_fill_cache, args=arguments, name="prefetch", daemon=True)
         self._process.start()
         digests.close()
@@ -64,8 +63,9 @@ class Prefetch:
         """Returns when the process has ended; meanwhile it calls `progress`."""
         while self._process.is_alive():
             self._process.join(_LOOK_EVERY_S)
-            if progress is not None and 0 < self._done.value < self._total:
-                progress(Progress(self._done.value, self._total, time.monotonic() - self._started))
+            done = sum(self._done[:])
+            if progress is not None and 0 < done < self._total:
+                progress(Progress(done, self._total, time.monotonic() - self._started))
         with suppress(EOFError, OSError):  # it has failed
             known_digests.update(self._digests.recv())  # this process need not read the images, too
         self._digests.close()
@@ -75,8 +75,7 @@ def _fill_cache(
     read: Callable[[], tuple[ImageList, list[str]]],
     preprocessing: Preprocessing,
     folder: Path,
-    processes: int,
-    done: "Synchronized[int]",
+    done: "SynchronizedArray[int]",
     digests: Connection,
 ) -> None:
     end_with_parent()
@@ -86,32 +85,28 @@ def _fill_cache(
         listing, _ = read()
         images_digest(listing)
         digests.send(known_digests)
-        fill = partial(_fill, listing=listing, preprocessing=preprocessing, processes=processes, done=done)
+        fill = partial(_decode_by_parts, listing=listing, preprocessing=preprocessing, done=done)
         cached_list(listing, preprocessing, folder, fill=fill, must_keep=True)
 
 
-def _fill(
-    images: np.ndarray, listing: ImageList, preprocessing: Preprocessing, processes: int, done: "Synchronized[int]"
+def _decode_by_parts(
+    images: np.ndarray, listing: ImageList, preprocessing: Preprocessing, done: "SynchronizedArray[int]"
 ) -> None:
     """As `decode_into`, for an array that is a mapped file: each of several forked processes fills a part of it.
 
-    done: counts the images that are decoded.
+    done: for each process, the images that it has decoded.
     """
+    bounds = [len(listing) * number // len(done) for number in range(len(done) + 1)]
 
-    def decode(first: int, last: int) -> None:
-        counted = 0
-
+    def decode(number: int) -> None:
         def count(progress: Progress) -> None:
-            nonlocal counted
-            with done.get_lock():
-                done.value += progress.done - counted
-            counted = progress.done
+            done[number] = progress.done
 
+        first, last = bounds[number : number + 2]
         part = listing.chosen(range(first, last))
         decode_into(images[first:last], part, preprocessing, workers=_THREADS, progress=count)
 
-    bounds = [len(listing) * number // processes for number in range(processes + 1)]
-    children = [_fork(partial(decode, first, last)) for first, last in itertools.pairwise(bounds)]
+    children = [_fork(partial(decode, number)) for number in range(len(done))]
     codes = [os.waitpid(child, 0)[1] for child in children]
     if any(codes):
         raise UserError(f"{listing.file}: an image cannot be decoded")

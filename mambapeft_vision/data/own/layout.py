@@ -12,8 +12,8 @@ import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from mambapeft_vision.data.image_list import MAX_LIST_BYTES, MOST_CLASSES
@@ -29,8 +29,8 @@ from mambapeft_vision.utils.console import warn
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.hashing import sha256_json
 from mambapeft_vision.utils.lock import one_at_a_time
-from mambapeft_vision.utils.processes import available_cpus
 from mambapeft_vision.utils.progress import ConsoleProgress, ProgressMeter
+from mambapeft_vision.utils.threads import map_in_threads
 from mambapeft_vision.utils.untrusted import read_bytes, read_json, read_lines
 
 CLASSES_FILE, RECORD_FILE, IMAGES = "classes.txt", "task.json", "images"
@@ -231,10 +231,9 @@ def _require_two_images(source: Source, hashes: Sequence[str]) -> None:
 def _inspect(files: Sequence[Path]) -> list[FileFinding]:
     meter = ProgressMeter(len(files), ConsoleProgress("check images", "images") if len(files) > 500 else None)
     findings = []
-    with ThreadPoolExecutor(available_cpus()) as pool:
-        for finding in pool.map(lambda file: inspect_file(file, decode=True), files):
-            meter.advance()
-            findings.append(finding)
+    for finding in map_in_threads(partial(inspect_file, decode=True), files):
+        meter.advance()
+        findings.append(finding)
     return findings
 
 
