@@ -12,15 +12,13 @@ from pathlib import Path
 from statistics import fmean
 
 from mambapeft_vision.benchmarks.mini_backbones import comparison
-from mambapeft_vision.benchmarks.mini_document import recipe_and_tuned, write_document
+from mambapeft_vision.benchmarks.mini_document import stages_of, write_document
 from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.results.tables import find_records, read_standard
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results" / "mini"
 VIM_NANO = RESULTS / "vim_nano.runs.json"
-# With the weights of that day; the tuned runs with those of today are still to be done.
-TUNED, TUNED_RESULTS = "Learning rates chosen on val200", ROOT / "results" / "mini-2026-11-25"
 CSV = ROOT / "docs" / "mini.csv"
 
 
@@ -34,7 +32,7 @@ def recipe_summary() -> list[dict[str, str]]:
     """Mean accuracy in % and trained parameters of every preset at the paper's learning rate, over tasks and seeds."""
     runs: dict[str, list[RunRecord]] = defaultdict(list)
     standard = read_standard(ROOT / "configs")
-    for record in recipe_and_tuned(records(VIM_NANO), standard)[0]:
+    for record in stages_of(records(VIM_NANO), standard).recipe:
         runs[standard.describe(record.config)[0]].append(record)
     return [
         {
@@ -48,11 +46,11 @@ def recipe_summary() -> list[dict[str, str]]:
 
 
 @cache
-def document(backbone: str = "vim_nano", results: Path = RESULTS) -> tuple[str, dict[str, bytes]]:
+def document(backbone: str = "vim_nano") -> tuple[str, dict[str, bytes]]:
     """The generated part of a backbone's page, and its pictures by file name."""
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / ("mini.md" if backbone == "vim_nano" else f"mini-{backbone}.md")
-        write_document(page, records(results / f"{backbone}.runs.json"), read_standard(ROOT / "configs"))
+        write_document(page, records(RESULTS / f"{backbone}.runs.json"), read_standard(ROOT / "configs"))
         return page.read_text(encoding="utf-8"), _pictures(folder)
 
 
@@ -76,7 +74,7 @@ def _summaries(backbone: str) -> str:
 
 def pictures() -> dict[str, bytes]:
     """All of them, by file name."""
-    found = backbones()[1] | document(results=TUNED_RESULTS)[1]
+    found = dict(backbones()[1])
     for file in RESULTS.glob("*.runs.json"):
         found |= document(file.name.removesuffix(".runs.json"))[1]
     return found
@@ -91,7 +89,7 @@ def part(*headings: str) -> str:
 
     A heading is given by how it ends, since its start names backbone and weights.
     """
-    text = document(results=TUNED_RESULTS if headings[0] == TUNED else RESULTS)[0]
+    text = document()[0]
     for level, heading in enumerate(headings, start=2):
         marks = "#" * level
         sections = re.split(rf"^{marks} (?=\S)", text, flags=re.MULTILINE)[1:]

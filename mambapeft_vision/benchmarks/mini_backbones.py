@@ -8,7 +8,7 @@ from statistics import fmean
 from matplotlib.figure import Figure
 from scipy.stats import rankdata, spearmanr
 
-from mambapeft_vision.benchmarks.mini_document import recipe_and_tuned
+from mambapeft_vision.benchmarks.mini_document import stages_of
 from mambapeft_vision.results.paper import VIM_S, paper_row
 from mambapeft_vision.results.plots import COLOURS, figure_text, save
 from mambapeft_vision.results.record import RunRecord
@@ -34,19 +34,19 @@ class Column:
 
 
 def columns_of(records: Iterable[RunRecord], standard: Standard) -> tuple[list[Column], str]:
-    """A column for each backbone, and the kind of its runs: tuned ones if every backbone has some, else the recipe's.
+    """A column for each backbone, and the kind of its runs: tuned ones if every backbone has all, else the recipe's.
 
     Raises: UserError where no run is one of the benchmark's.
     """
     by_backbone: dict[str, list[RunRecord]] = {}
     for record in records:
         by_backbone.setdefault(record.backbone, []).append(record)
-    found = {name: recipe_and_tuned(of, standard)[:2] for name, of in by_backbone.items()}
-    found = {name: stages for name, stages in found.items() if stages[0]}
+    stages = {name: stages_of(of, standard) for name, of in by_backbone.items()}
+    found = {name: of for name, of in stages.items() if of.recipe}
     if not found:
         raise UserError("none of the runs is one of the mini benchmark's recipe; run mambapeft mini recipe")
-    is_tuned = all(tuned for _, tuned in found.values())
-    columns = [_column(name, tuned if is_tuned else recipe, standard) for name, (recipe, tuned) in found.items()]
+    is_tuned = all(of.tuned and not of.missing for of in found.values())
+    columns = [_column(name, of.tuned if is_tuned else of.recipe, standard) for name, of in found.items()]
     return columns, "settings chosen on val200" if is_tuned else "the paper's recipe"
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -12,7 +13,7 @@ from mambapeft_vision.benchmarks.mini_settings import SEARCH_TASKS, Choice, Sett
 from mambapeft_vision.results.compare import Paired, holm, paired
 from mambapeft_vision.results.paper import paper_row
 from mambapeft_vision.results.plots import accuracy_against_parameters, differences, group_bars, save
-from mambapeft_vision.results.record import RunRecord, is_derived
+from mambapeft_vision.results.record import DERIVED_KINDS, RunRecord, is_derived
 from mambapeft_vision.results.tables import (
     MISSING,
     Collection,
@@ -53,26 +54,46 @@ def write_document(path: Path, records: Sequence[RunRecord], standard: Standard)
 
 
 def _sections(pictures: Path, records: Sequence[RunRecord], standard: Standard) -> Iterable[str]:
-    recipe, tuned, found = recipe_and_tuned(records, standard)
-    if not recipe:
+    stages = stages_of(records, standard)
+    if not stages.recipe:
         raise UserError("none of the runs is one of the mini benchmark's recipe; run mambapeft mini recipe")
-    yield from _part("The paper's recipe", f"{pictures}-recipe", recipe, standard)
-    if tuned:
-        beside = [r for r in records if is_derived(r) and r.config["dataset"]["test_split"] == "test"]
-        yield from _part("Learning rates chosen on val200", f"{pictures}-tuned", [*tuned, *beside], standard)
-        yield to_markdown(_choices_table(found))
-        if any(choice.refined for choice in found.values()):
-            yield to_markdown(_refinements_table(found))
+    yield "## The paper's recipe\n"
+    yield from _tables(f"{pictures}-recipe", collect(stages.recipe, standard))
+    if stages.choices:
+        yield "## Settings chosen on val200\n"
+        if stages.missing:
+            yield f"{stages.missing:,} of these runs are left; a method is listed once all of its are done.\n"
+        if stages.tuned:
+            beside = [r for r in records if is_derived(r) and r.config["dataset"]["test_split"] == "test"]
+            found = [_by_method(one) for one in collect([*stages.tuned, *beside], standard)]
+            yield from _tables(f"{pictures}-tuned", found)
+        yield to_markdown(_choices_table(stages.choices))
+        if any(choice.refined for choice in stages.choices.values()):
+            yield to_markdown(_refinements_table(stages.choices))
     memba = memba_table(records, standard, SEARCH_TASKS)
     if len(memba.rows) > 1:
         yield f"## Memba\n\n{to_markdown(memba)}"
     yield _provenance(records)
 
 
-def recipe_and_tuned(
-    records: Sequence[RunRecord], standard: Standard
-) -> tuple[list[RunRecord], list[RunRecord], dict[str, Choice]]:
-    """The tested runs of the recipe, those at each method's chosen setting, and the choices."""
+@dataclass(frozen=True)
+class Stages:
+    """What the runs of one backbone show.
+
+    Args:
+        recipe: the tested runs at the paper's settings.
+        tuned: those at the chosen setting, of the methods that have as many of them as of the recipe's.
+        choices: the search's outcome by method.
+        missing: runs at a chosen setting that are left, of methods with a choice.
+    """
+
+    recipe: Sequence[RunRecord]
+    tuned: Sequence[RunRecord]
+    choices: Mapping[str, Choice]
+    missing: int
+
+
+def stages_of(records: Sequence[RunRecord], standard: Standard) -> Stages:
     trials = [
         (record, trial)
         for record in records
@@ -81,14 +102,29 @@ def recipe_and_tuned(
         if trial is not None
     ]
     found = choices(records, standard)
-    recipe = [record for record, (_, setting) in trials if setting == Setting()]
-    tuned = [record for record, (name, setting) in trials if name in found and setting == found[name].setting]
-    return recipe, tuned, found
+    recipe = [(name, record) for record, (name, setting) in trials if setting == Setting()]
+    tuned = [(name, record) for record, (name, setting) in trials if name in found and setting == found[name].setting]
+    left = {_place(*run) for run in recipe if run[0] in found} - {_place(*run) for run in tuned}
+    unfinished = {name for name, *_ in left}
+    shown = [record for name, record in tuned if name not in unfinished]
+    return Stages([record for _, record in recipe], shown, found, len(left))
 
 
-def _part(title: str, pictures: str, records: Sequence[RunRecord], standard: Standard) -> Iterable[str]:
-    yield f"## {title}\n"
-    for collection in collect(records, standard):
+def _place(method: str, record: RunRecord) -> tuple[str, str, int]:
+    return method, record.task, record.seed
+
+
+def _by_method(collection: Collection) -> Collection:
+    """Rows under their method's name alone, since its setting stands in a table of its own."""
+    rows = [
+        replace(row, settings={key: value for key, value in row.settings.items() if key in DERIVED_KINDS})
+        for row in collection.rows
+    ]
+    return replace(collection, rows=tuple(rows))
+
+
+def _tables(pictures: str, collections: Sequence[Collection]) -> Iterable[str]:
+    for collection in collections:
         yield to_markdown(summary_table(collection))
         scatter = accuracy_against_parameters(collection)
         if scatter is not None:

@@ -1,6 +1,7 @@
 """Results of earlier releases read as today's."""
 
 import json
+from pathlib import Path
 
 import pytest
 from helpers import runs
@@ -47,7 +48,7 @@ def test_older_results_name_no_classes_and_say_in_their_config_whether_an_image_
 
 
 def test_classes_that_moved_are_found():
-    record = read_bundle(runs.ROOT / "results" / "mini-2026-11-25" / "vim_nano.runs.json")[0]
+    record = read_bundle(Path(__file__).parent / "earlier" / "2026-11-25.runs.json")[0]
     plan = RunPlan(record.config, TrainerConfig(**record.config["trainer"]), record.fingerprint, runs.ROOT)
     assert build_dataset(plan).name == record.task
     assert type(build_logger(plan)).__name__ == "NoLogger"
