@@ -8,6 +8,7 @@
   mambapeft mini memba                     why Memba is where it is: leak, threshold, chunks, reset, identity
   mambapeft mini ensemble                  means of the best methods' probabilities, over seeds and over methods
   mambapeft mini interpolate               the best methods between pretrained and adapted weights
+  mambapeft mini all                       the four stages, the ensembles and the interpolations, one after another
   mambapeft mini pack                      all results of a backbone in one file, results/mini/BACKBONE.runs.json
   mambapeft mini unpack FILE               such a file as finished runs, to continue on another machine
   mambapeft mini document                  the tables and pictures of a backbone, into --out
@@ -68,17 +69,33 @@ def main(arguments: Sequence[str], started: float | None = None) -> int | None:
 
 
 def run_stage(options: argparse.Namespace) -> int | None:
+    return CRASH if _stage(options.command, _benchmark(options), options) is None else None
+
+
+def run_all(options: argparse.Namespace) -> int | None:
     benchmark = _benchmark(options)
-    complete = _run(jobs_of_stage(options.command, benchmark, _settings(options.command, benchmark)), options)
-    if options.command in ("search", "refine") and complete:
+    for stage in STAGES:
+        complete = _stage(stage, benchmark, options)
+        if not complete and not options.dry_run:
+            return CRASH if complete is None else None
+    if not options.dry_run:
+        run_ensembles(options)
+        run_interpolations(options)
+    return None
+
+
+def _stage(name: str, benchmark: Benchmark, options: argparse.Namespace) -> bool | None:
+    """As `_run`, and then says what a search has chosen."""
+    complete = _run(name, jobs_of_stage(name, benchmark, _settings(name, benchmark)), options)
+    if name in ("search", "refine") and complete:
         print_choices(_choices(benchmark))
-    return CRASH if complete is None else None
+    return complete
 
 
 def run_memba(options: argparse.Namespace) -> int | None:
     benchmark = _benchmark(options)
     jobs = memba_jobs(benchmark)
-    complete = _run(jobs, options)
+    complete = _run("memba", jobs, options)
     if complete:
         print(to_markdown(memba_table(records_of(jobs), read_standard(benchmark.configs), benchmark.search_tasks)))
     return CRASH if complete is None else None
@@ -101,9 +118,9 @@ def run_interpolations(options: argparse.Namespace) -> None:
         print(line, flush=True)
 
 
-def _run(jobs: Sequence[Job], options: argparse.Namespace) -> bool | None:
+def _run(stage: str, jobs: Sequence[Job], options: argparse.Namespace) -> bool | None:
     """Runs the unfinished jobs until the time is over. Returns whether all are finished now; None if some failed."""
-    print(f"planned in {time.monotonic() - options.started:.1f} s: {_counts(jobs)}", flush=True)
+    print(f"{stage}, planned after {time.monotonic() - options.started:.1f} s: {_counts(jobs)}", flush=True)
     if options.dry_run or not jobs:
         return False
     deadline = options.started + 60 * options.max_minutes
@@ -111,7 +128,7 @@ def _run(jobs: Sequence[Job], options: argparse.Namespace) -> bool | None:
     follower = run_in_time(jobs, workers, deadline=deadline, tasks=len(options.tasks))
     left = sum(job.state is not State.FINISHED for job in jobs) - len(follower.records)
     print(follower.state())
-    print(f"{left} runs are left; the same command continues" if left else f"{options.command} is complete", flush=True)
+    print(f"{left} runs are left; the same command continues" if left else f"{stage} is complete", flush=True)
     return None if follower.failures else not left
 
 
@@ -235,26 +252,24 @@ def _parser() -> ArgumentParser:
     backbone = ArgumentParser(add_help=False)
     backbone.add_argument("--backbone", default=VIM_NANO, metavar="NAME", help="a config (default: %(default)s)")
     benchmark = _benchmark_parser(backbone)
-    for stage, what in {**STAGES, "memba": "Memba's parts, one changed at a time, on val200 of five tasks"}.items():
-        command = commands.add_parser(stage, help=what, parents=[benchmark])
-        command.add_argument("--workers", type=int, help="processes that run at a time (default: one a GPU)")
-        command.add_argument(
-            "--max-minutes", type=float, default=float("inf"), help="stop in time and keep finished runs"
-        )
-        command.add_argument("--dry-run", action="store_true", help="only list what would run")
-        command.set_defaults(run=run_memba if stage == "memba" else run_stage)
+    running = _running_parser(benchmark)
+    best, device = _best_parser(), _device_parser()
+    for stage, what in STAGES.items():
+        commands.add_parser(stage, help=what, parents=[running]).set_defaults(run=run_stage)
+    memba = commands.add_parser("memba", help="Memba's parts, one changed at a time, on val200", parents=[running])
+    memba.set_defaults(run=run_memba)
     averaged = commands.add_parser(
-        "ensemble", help="ensembles of the tuned runs of the best methods", parents=[benchmark]
+        "ensemble", help="ensembles of the tuned runs of the best methods", parents=[benchmark, best]
     )
-    averaged.add_argument("--best", type=int, default=5, metavar="N", help="methods (default: %(default)s)")
     averaged.set_defaults(run=run_ensembles)
-    between = commands.add_parser("interpolate", help="the tuned runs of the best methods", parents=[benchmark])
-    between.add_argument("--best", type=int, default=5, metavar="N", help="methods (default: %(default)s)")
-    between.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    between.add_argument(
-        "--cache", default="data/cache", metavar="DIR", help="folder of decoded images (default: %(default)s)"
+    between = commands.add_parser(
+        "interpolate", help="the tuned runs of the best methods", parents=[benchmark, best, device]
     )
     between.set_defaults(run=run_interpolations)
+    every = commands.add_parser(
+        "all", help="the four stages, then `ensemble` and `interpolate`", parents=[running, best, device]
+    )
+    every.set_defaults(run=run_all)
     outputs, results = _places_parser(Path("outputs")), _places_parser(RESULTS)
     packed = commands.add_parser("pack", help="the results of a backbone in one file", parents=[backbone, outputs])
     packed.add_argument("--out", type=Path, help="default: results/mini/BACKBONE.runs.json")
@@ -269,6 +284,29 @@ def _parser() -> ArgumentParser:
     compared = commands.add_parser("compare", help="all backbones in one table", parents=[results])
     compared.add_argument("--out", type=Path, default=Path("results/report/mini-backbones.md"))
     compared.set_defaults(run=compare)
+    return parser
+
+
+def _running_parser(benchmark: ArgumentParser) -> ArgumentParser:
+    """The options of commands that train."""
+    parser = ArgumentParser(add_help=False, parents=[benchmark])
+    parser.add_argument("--workers", type=int, help="processes that run at a time (default: one a GPU)")
+    parser.add_argument("--max-minutes", type=float, default=float("inf"), help="stop in time and keep finished runs")
+    parser.add_argument("--dry-run", action="store_true", help="only list what would run")
+    return parser
+
+
+def _best_parser() -> ArgumentParser:
+    parser = ArgumentParser(add_help=False)
+    parser.add_argument("--best", type=int, default=5, metavar="N", help="methods (default: %(default)s)")
+    return parser
+
+
+def _device_parser() -> ArgumentParser:
+    """Where interpolated weights are tested, and on which images."""
+    parser = ArgumentParser(add_help=False)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--cache", default="data/cache", metavar="DIR", help="decoded images (default: %(default)s)")
     return parser
 
 

@@ -305,6 +305,25 @@ def test_the_stages_from_start_to_bundle(data, tmp_path):
     assert sorted(find_records([bundle]), key=key) == sorted(records, key=key)
 
 
+def test_one_command_runs_every_stage_and_stops_where_one_is_not_done(data, tmp_path, capsys):
+    outputs = tmp_path / "outputs"
+    few = ["--methods=linear_probe,lora_p_x", "--tasks=mini/usps", "--search-tasks=mini/usps", "--seeds=0,1"]
+    options = [*few, "--rates=1e-3", "--best=1", "--device=cpu", f"--cache={data}/cache", *TINY]
+
+    def said(*arguments: str) -> str:
+        assert not mini.main(["all", *options, f"paths.data={data}", f"paths.outputs={outputs}", *arguments])
+        return capsys.readouterr().out
+
+    planned = said("--dry-run")
+    assert "recipe, planned after" in planned and "tuned, planned after" in planned and not outputs.exists()
+    assert "is complete" not in said("--max-minutes=0") and not outputs.exists()
+    done = said()
+    places = [done.index(f"{name} is complete") for name in ("recipe", "search", "refine", "tuned")]
+    assert places == sorted(places)
+    assert " on mini/usps: " in done[places[-1] :] and ": α " in done[places[-1] :]
+    assert any(is_derived(record) for record in find_records([outputs]))
+
+
 @pytest.mark.parametrize("command, place", [("pack", "outputs"), ("document", "results/mini")])
 def test_each_command_looks_where_its_help_says(command, place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
