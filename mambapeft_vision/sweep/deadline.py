@@ -17,6 +17,7 @@ from mambapeft_vision.utils.untrusted import refuse_links
 
 LINE_EVERY_S = 15.0
 RECENT = 100  # runs, by whose longest the last ones are judged
+RETRY_S = 5  # until runs that other processes were at are looked for again
 
 
 class TimeUp(Exception):  # noqa: N818 (no error)
@@ -40,12 +41,17 @@ class Follower:
         self._next_line = self._started + LINE_EVERY_S
         self.records: list[RunRecord] = []
         self.failures: list[tuple[Job, str]] = []
+        self.elsewhere: list[Job] = []  # other processes are at them
 
     def started(self, job: Job) -> None:
         self.begun[str(job.folder)] = time.monotonic()
 
     def ended(self, job: Job, outcome: Outcome) -> None:
-        self.took.append(time.monotonic() - self.begun.pop(str(job.folder)))
+        seconds = time.monotonic() - self.begun.pop(str(job.folder))
+        if outcome.elsewhere:
+            self.elsewhere.append(job)
+            return
+        self.took.append(seconds)
         if outcome.record is None:
             self.failures.append((job, outcome.error))
             say(f"FAILED  {job.label}: {outcome.error}")
@@ -61,6 +67,13 @@ class Follower:
         if now >= self._deadline:
             raise TimeUp
 
+    def pause(self, seconds: float) -> None:
+        """Raises: TimeUp."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            time.sleep(min(1.0, seconds))
+            self.refresh()
+
     def enough(self) -> bool:
         """Whether a run that began now would probably not end in time."""
         return time.monotonic() + max(self.took, default=0.0) > self._deadline
@@ -69,6 +82,8 @@ class Follower:
         done, seconds = len(self.records), time.monotonic() - self._started
         left = self._jobs - done - len(self.failures)
         text = f"{done} of {self._jobs} done in {format_duration(seconds)}, {len(self.failures)} failed"
+        if self.elsewhere:
+            text += f", {len(self.elsewhere)} with other processes"
         if done and left:
             each = seconds / done
             text += f"; {1 / each:.2f} runs/s, {format_duration(left * each)} for the {left} left"
@@ -77,6 +92,9 @@ class Follower:
 
 def run_in_time(jobs: Sequence[Job], workers: int, *, deadline: float = float("inf"), tasks: int = 1) -> Follower:
     """Runs all unfinished jobs, `workers` at a time, until the deadline.
+
+    Several processes may share the jobs: each waits for the runs that another one is at, and does them if that one
+    ends before.
 
     Args:
         deadline: on the monotonic clock, seconds. No run begins that would probably end later; runs that are still
@@ -91,5 +109,10 @@ def run_in_time(jobs: Sequence[Job], workers: int, *, deadline: float = float("i
     outputs = Path(todo[0].plan.config["paths"]["outputs"]).expanduser()
     refuse_links(outputs / LOGS, outputs)
     with ended_by_sigterm(), suppress(TimeUp):
-        Pool(workers, gpus_of(todo), outputs / LOGS, tasks).run(todo, follower, follower.enough)
+        while todo:
+            Pool(workers, gpus_of(todo), outputs / LOGS, tasks).run(todo, follower, follower.enough)
+            todo = follower.elsewhere
+            if todo:
+                follower.pause(RETRY_S)
+                follower.elsewhere = []
     return follower

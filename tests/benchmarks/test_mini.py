@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -26,11 +27,13 @@ from mambapeft_vision.results.bundle import read_bundle
 from mambapeft_vision.results.record import is_derived
 from mambapeft_vision.results.tables import find_records, read_standard
 from mambapeft_vision.run.run_config import make_plan
+from mambapeft_vision.sweep import deadline
 from mambapeft_vision.sweep.deadline import Follower, TimeUp, run_in_time
 from mambapeft_vision.sweep.jobs import State
 from mambapeft_vision.sweep.pool import Queue, assignment_of
 from mambapeft_vision.sweep.worker import Outcome
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.lock import locked
 
 TINY = [
     *runs.SMALL_BACKBONE,
@@ -257,6 +260,33 @@ def test_no_run_begins_that_would_not_end_in_time(data, tmp_path):
     assert [job for job, _ in follower.failures] == [jobs[0]]
     with pytest.raises(TimeUp):
         Follower(1, deadline=now - 1).refresh()
+
+
+def test_a_run_that_another_process_is_at_is_waited_for(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(deadline, "RETRY_S", 0.1)
+    jobs = jobs_of_stage("recipe", benchmark(data, tmp_path))[:2]
+    jobs[0].folder.mkdir(parents=True)
+    held, free = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with locked(jobs[0].folder):
+            held.set()
+            free.wait(60)
+
+    class Watched(Follower):
+        def pause(self, seconds):
+            assert (len(self.records), self.elsewhere) == (1, [jobs[0]]) and "1 with other processes" in self.state()
+            free.set()
+            holder.join()
+            super().pause(seconds)
+
+    monkeypatch.setattr(deadline, "Follower", Watched)
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    follower = run_in_time(jobs, 1)
+    assert {record.fingerprint for record in follower.records} == {job.plan.fingerprint for job in jobs}
+    assert not follower.failures and not follower.elsewhere and "FAILED" not in capsys.readouterr().out
 
 
 # End to end
