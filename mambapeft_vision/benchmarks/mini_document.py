@@ -82,9 +82,9 @@ class Stages:
 
     Args:
         recipe: the tested runs at the paper's settings.
-        tuned: those at the chosen setting, of the methods that have as many of them as of the recipe's.
+        tuned: those at the chosen setting, of the methods with none missing.
         choices: the search's outcome by method.
-        missing: runs at a chosen setting that are left, of methods with a choice.
+        missing: runs at a chosen setting that are still to be done where the recipe's are.
     """
 
     recipe: Sequence[RunRecord]

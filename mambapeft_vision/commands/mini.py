@@ -55,6 +55,7 @@ from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.paths import configs_folder
 
 RESULTS = Path("results/mini")
+_NO_MEMBERS = "no tuned runs with stored probabilities are here; expected those of `mambapeft mini tuned`"
 
 
 def main(arguments: Sequence[str], started: float | None = None) -> int | None:
@@ -78,9 +79,15 @@ def run_all(options: argparse.Namespace) -> int | None:
         complete = _stage(stage, benchmark, options)
         if not complete and not options.dry_run:
             return CRASH if complete is None else None
-    if not options.dry_run:
-        run_ensembles(options)
-        run_interpolations(options)
+    if options.dry_run:
+        return None
+    if time.monotonic() > _deadline(options):
+        print("ensembles and interpolations are left; the same command continues")
+        return None
+    found = _choices(benchmark)
+    if not _ensembles(benchmark, found, options):
+        print(f"no ensembles: {_NO_MEMBERS}")  # results that were unpacked
+    _interpolations(benchmark, found, options)
     return None
 
 
@@ -103,18 +110,27 @@ def run_memba(options: argparse.Namespace) -> int | None:
 
 def run_ensembles(options: argparse.Namespace) -> None:
     benchmark = _benchmark(options)
+    if not _ensembles(benchmark, _choices(benchmark), options):
+        raise UserError(_NO_MEMBERS)
+
+
+def _ensembles(benchmark: Benchmark, found: Mapping[str, Choice], options: argparse.Namespace) -> int:
+    """Returns how many were made."""
     made = 0
-    for name, record in ensembles(benchmark, _choices(benchmark), options.best):
+    for name, record in ensembles(benchmark, found, options.best):
         print(f"{name}: {100 * record.accuracy:.2f} %", flush=True)
         made += 1
-    if not made:
-        raise UserError("no tuned runs with stored probabilities are here; expected those of `mambapeft mini tuned`")
+    return made
 
 
 def run_interpolations(options: argparse.Namespace) -> None:
     benchmark = _benchmark(options)
+    _interpolations(benchmark, _choices(benchmark), options)
+
+
+def _interpolations(benchmark: Benchmark, found: Mapping[str, Choice], options: argparse.Namespace) -> None:
     how = How(options.device, cache=options.cache, sources=Kept(len(benchmark.tasks)).sources)
-    for line in interpolations(benchmark, _choices(benchmark), options.best, how):
+    for line in interpolations(benchmark, found, options.best, how):
         print(line, flush=True)
 
 
@@ -123,13 +139,17 @@ def _run(stage: str, jobs: Sequence[Job], options: argparse.Namespace) -> bool |
     print(f"{stage}, planned after {time.monotonic() - options.started:.1f} s: {_counts(jobs)}", flush=True)
     if options.dry_run or not jobs:
         return False
-    deadline = options.started + 60 * options.max_minutes
     workers = options.workers or max(1, len(visible_gpus()))
-    follower = run_in_time(jobs, workers, deadline=deadline, tasks=len(options.tasks))
+    follower = run_in_time(jobs, workers, deadline=_deadline(options), tasks=len(options.tasks))
     left = sum(job.state is not State.FINISHED for job in jobs) - len(follower.records)
     print(follower.state())
     print(f"{left} runs are left; the same command continues" if left else f"{stage} is complete", flush=True)
     return None if follower.failures else not left
+
+
+def _deadline(options: argparse.Namespace) -> float:
+    """On the monotonic clock, seconds."""
+    return options.started + 60 * options.max_minutes
 
 
 def _settings(stage: str, benchmark: Benchmark) -> dict[str, list[Setting]]:
@@ -256,8 +276,8 @@ def _parser() -> ArgumentParser:
     best, device = _best_parser(), _device_parser()
     for stage, what in STAGES.items():
         commands.add_parser(stage, help=what, parents=[running]).set_defaults(run=run_stage)
-    memba = commands.add_parser("memba", help="Memba's parts, one changed at a time, on val200", parents=[running])
-    memba.set_defaults(run=run_memba)
+    memba = "Memba's parts, one changed at a time, on val200 of five tasks"
+    commands.add_parser("memba", help=memba, parents=[running]).set_defaults(run=run_memba)
     averaged = commands.add_parser(
         "ensemble", help="ensembles of the tuned runs of the best methods", parents=[benchmark, best]
     )
@@ -306,7 +326,9 @@ def _device_parser() -> ArgumentParser:
     """Where interpolated weights are tested, and on which images."""
     parser = ArgumentParser(add_help=False)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--cache", default="data/cache", metavar="DIR", help="decoded images (default: %(default)s)")
+    parser.add_argument(
+        "--cache", default="data/cache", metavar="DIR", help="folder of decoded images (default: %(default)s)"
+    )
     return parser
 
 

@@ -188,12 +188,10 @@ def images_digest(listing: ImageList) -> bytes:
         UserError: naming the image that cannot be read.
     """
 
-    def digest(entry: Entry) -> bytes:
-        return image_hash(listing, entry, "blake2b")
-
     state = f"{listing.folder} {state_of(listing)}"
     if state not in known_digests:
-        known_digests[state] = hashlib.sha256(b"".join(map_in_threads(digest, listing.entries))).digest()
+        hashed = partial(image_hash, listing, algorithm="blake2b")
+        known_digests[state] = hashlib.sha256(b"".join(map_in_threads(hashed, listing.entries))).digest()
     return known_digests[state]
 
 

@@ -17,7 +17,7 @@ from mambapeft_vision.utils.untrusted import refuse_links
 
 LINE_EVERY_S = 15.0
 RECENT = 100  # runs, by whose longest the last ones are judged
-RETRY_S = 5  # until runs that other processes were at are looked for again
+RETRY_S = 5.0  # until runs that other processes were at are looked for again
 
 
 class TimeUp(Exception):  # noqa: N818 (no error)
@@ -67,12 +67,14 @@ class Follower:
         if now >= self._deadline:
             raise TimeUp
 
-    def pause(self, seconds: float) -> None:
-        """Raises: TimeUp."""
-        until = time.monotonic() + seconds
+    def wait_for_others(self) -> list[Job]:
+        """The runs that other processes were at, to try again; after a pause where there are some. Raises: TimeUp."""
+        until = time.monotonic() + (RETRY_S if self.elsewhere else 0)
         while time.monotonic() < until:
-            time.sleep(min(1.0, seconds))
+            time.sleep(min(1.0, RETRY_S))
             self.refresh()
+        jobs, self.elsewhere = self.elsewhere, []
+        return jobs
 
     def enough(self) -> bool:
         """Whether a run that began now would probably not end in time."""
@@ -111,8 +113,5 @@ def run_in_time(jobs: Sequence[Job], workers: int, *, deadline: float = float("i
     with ended_by_sigterm(), suppress(TimeUp):
         while todo:
             Pool(workers, gpus_of(todo), outputs / LOGS, tasks).run(todo, follower, follower.enough)
-            todo = follower.elsewhere
-            if todo:
-                follower.pause(RETRY_S)
-                follower.elsewhere = []
+            todo = follower.wait_for_others()
     return follower

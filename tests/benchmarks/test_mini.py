@@ -274,11 +274,13 @@ def test_a_run_that_another_process_is_at_is_waited_for(data, tmp_path, monkeypa
             free.wait(60)
 
     class Watched(Follower):
-        def pause(self, seconds):
-            assert (len(self.records), self.elsewhere) == (1, [jobs[0]]) and "1 with other processes" in self.state()
+        def wait_for_others(self):
+            if not free.is_set():
+                assert (len(self.records), self.elsewhere) == (1, [jobs[0]])
+                assert "1 with other processes" in self.state()
             free.set()
             holder.join()
-            super().pause(seconds)
+            return super().wait_for_others()
 
     monkeypatch.setattr(deadline, "Follower", Watched)
     holder = threading.Thread(target=hold)
@@ -352,6 +354,13 @@ def test_one_command_runs_every_stage_and_stops_where_one_is_not_done(data, tmp_
     assert places == sorted(places)
     assert " on mini/usps: " in done[places[-1] :] and ": α " in done[places[-1] :]
     assert any(is_derived(record) for record in find_records([outputs]))
+    assert "ensembles and interpolations are left" in said("--max-minutes=0")
+    bundle = tmp_path / "mini.runs.json"
+    mini.main(["pack", str(outputs), f"--out={bundle}", "--backbone=vim_pico"])
+    mini.main(["unpack", str(bundle), f"--out={tmp_path}/elsewhere"])
+    unpacked = said(f"paths.outputs={tmp_path}/elsewhere")
+    assert "no ensembles: no tuned runs with stored probabilities are here" in unpacked
+    assert "lora_p_x: its runs are not here, only their results" in unpacked
 
 
 @pytest.mark.parametrize("command, place", [("pack", "outputs"), ("document", "results/mini")])
