@@ -92,6 +92,7 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "gpu-tests": gpu_tests,
     "mini": mini_benchmark.part,
     "mini-backbones": mini_benchmark.compared,
+    "mini-tables": mini_benchmark.tables,
     "include": include,
 }
 

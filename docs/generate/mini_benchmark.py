@@ -63,13 +63,13 @@ def backbones() -> tuple[str, dict[str, bytes]]:
 
 
 def compared() -> str:
-    """The comparison, then the summary and the paired comparison of every backbone but vim_nano, which has its page."""
-    others = sorted(file.name.removesuffix(".runs.json") for file in RESULTS.glob("*.runs.json") if file != VIM_NANO)
-    return "\n\n".join([backbones()[0], *(f"## {name}\n\n{_summaries(name)}" for name in others)])
+    """The comparison of all backbones."""
+    return backbones()[0]
 
 
-def _summaries(backbone: str) -> str:
-    return re.sub(r"^(#+) ", r"#\1 ", document(backbone)[0].partition("-->")[2], flags=re.MULTILINE)
+def tables(backbone: str) -> str:
+    """All tables of a backbone."""
+    return document(backbone)[0].partition("-->")[2].removesuffix("<!-- end -->\n")
 
 
 def pictures() -> dict[str, bytes]:

@@ -17,6 +17,7 @@ from mambapeft_vision.utils.atomic import write_text
 from mambapeft_vision.utils.errors import UserError
 
 PUBLISHED = "Vim-S, published"
+TUNED, RECIPE = "settings chosen on val200", "the paper's recipe"
 FEWEST = 3  # methods that an order needs
 
 
@@ -33,8 +34,8 @@ class Column:
         return dict(zip(methods, rankdata([-self.means[name].mean for name in methods]).tolist()))
 
 
-def columns_of(records: Iterable[RunRecord], standard: Standard) -> tuple[list[Column], str]:
-    """A column for each backbone, and the kind of its runs: tuned ones if every backbone has all, else the recipe's.
+def columns_of(records: Iterable[RunRecord], standard: Standard) -> dict[str, list[Column]]:
+    """For each kind of runs that every backbone has all of, a column for each backbone; the tuned ones first.
 
     Raises: UserError where no run is one of the benchmark's.
     """
@@ -45,9 +46,10 @@ def columns_of(records: Iterable[RunRecord], standard: Standard) -> tuple[list[C
     found = {name: of for name, of in stages.items() if of.recipe}
     if not found:
         raise UserError("none of the runs is one of the mini benchmark's recipe; run mambapeft mini recipe")
-    is_tuned = all(of.tuned and not of.missing for of in found.values())
-    columns = [_column(name, of.tuned if is_tuned else of.recipe, standard) for name, of in found.items()]
-    return columns, "settings chosen on val200" if is_tuned else "the paper's recipe"
+    recipe = {RECIPE: [_column(name, of.recipe, standard) for name, of in found.items()]}
+    if not all(of.tuned and not of.missing for of in found.values()):
+        return recipe
+    return {TUNED: [_column(name, of.tuned, standard) for name, of in found.items()], **recipe}
 
 
 def _column(name: str, records: Sequence[RunRecord], standard: Standard) -> Column:
@@ -141,6 +143,7 @@ def ranks_picture(columns: Sequence[Column]) -> Figure | None:
     axes.set_xticks(range(len(every)), [figure_text(column.name) for column in every], fontsize=8)
     axes.set_xlim(-0.9, len(every) - 0.1)
     axes.set_ylim(len(methods) + 0.6, 0.4)
+    axes.set_yticks([1, *range(5, len(methods) + 1, 5)])
     axes.set_ylabel("rank among the methods that all have")
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.set_title("dashed: moves by more than a third of the ranks", fontsize=8)
@@ -148,14 +151,16 @@ def ranks_picture(columns: Sequence[Column]) -> Figure | None:
 
 
 def comparison(pictures: Path, records: Iterable[RunRecord], standard: Standard) -> str:
-    """The comparison as Markdown; its picture is written to `<pictures>-ranks.png`."""
-    columns, stage = columns_of(records, standard)
-    parts = [to_markdown(correlations_table(columns)), to_markdown(averages_table(columns, stage))]
-    figure = ranks_picture(columns)
-    if figure is not None:
-        path = pictures.with_name(f"{pictures.name}-ranks.png")
-        save(figure, path)
-        parts.insert(1, f"![ranks of the methods on each backbone]({path.name})\n")
+    """The comparison as Markdown; its pictures are written to `<pictures>-ranks.png` and so on."""
+    parts = []
+    for stage, columns in columns_of(records, standard).items():
+        parts += [f"## All backbones, with {stage}\n", to_markdown(correlations_table(columns))]
+        figure = ranks_picture(columns)
+        if figure is not None:
+            path = pictures.with_name(f"{pictures.name}-{'tuned' if stage == TUNED else 'recipe'}-ranks.png")
+            save(figure, path)
+            parts.append(f"![ranks of the methods on each backbone, with {stage}]({path.name})\n")
+        parts.append(to_markdown(averages_table(columns, stage)))
     return "\n".join(parts)
 
 

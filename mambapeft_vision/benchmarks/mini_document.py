@@ -13,7 +13,7 @@ from mambapeft_vision.benchmarks.mini_settings import SEARCH_TASKS, Choice, Sett
 from mambapeft_vision.results.compare import Paired, holm, paired
 from mambapeft_vision.results.paper import paper_row
 from mambapeft_vision.results.plots import accuracy_against_parameters, differences, group_bars, save
-from mambapeft_vision.results.record import DERIVED_KINDS, RunRecord, is_derived
+from mambapeft_vision.results.record import DERIVED, RunRecord, is_derived
 from mambapeft_vision.results.tables import (
     MISSING,
     Collection,
@@ -65,8 +65,9 @@ def _sections(pictures: Path, records: Sequence[RunRecord], standard: Standard) 
             yield f"{stages.missing:,} of these runs are left; a method is listed once all of its are done.\n"
         if stages.tuned:
             beside = [r for r in records if is_derived(r) and r.config["dataset"]["test_split"] == "test"]
-            found = [_by_method(one) for one in collect([*stages.tuned, *beside], standard)]
+            found = [_by_method(one, standard) for one in collect([*stages.tuned, *beside], standard)]
             yield from _tables(f"{pictures}-tuned", found)
+            yield from _members(found, stages.tuned, standard)
         yield to_markdown(_choices_table(stages.choices))
         if any(choice.refined for choice in stages.choices.values()):
             yield to_markdown(_refinements_table(stages.choices))
@@ -114,13 +115,34 @@ def _place(method: str, record: RunRecord) -> tuple[str, str, int]:
     return method, record.task, record.seed
 
 
-def _by_method(collection: Collection) -> Collection:
-    """Rows under their method's name alone, since its setting stands in a table of its own."""
-    rows = [
-        replace(row, settings={key: value for key, value in row.settings.items() if key in DERIVED_KINDS})
-        for row in collection.rows
-    ]
-    return replace(collection, rows=tuple(rows))
+def _by_method(collection: Collection, standard: Standard) -> Collection:
+    """Rows under their method's name alone, since its setting stands in a table of its own.
+
+    An ensemble of several methods has its label for a name and comes last. Ensembles and interpolations that are not
+    made on every task with the same seeds are left out, as methods are whose runs are not all done.
+    """
+    rows, mixed = [], []
+    for row in collection.rows:
+        average = row.average([collection.tasks])
+        if _is_trained(row):
+            rows.append(replace(row, settings={}))
+        elif isinstance(average, Score) and average.seeds:
+            made = row.any_record.config[DERIVED]
+            if row.preset in standard.presets:
+                rows.append(replace(row, settings={made["kind"]: made["label"]}))
+            else:
+                mixed.append(replace(row, preset=made["label"], settings={}))
+    return replace(collection, rows=(*rows, *mixed))
+
+
+def _members(collections: Sequence[Collection], records: Sequence[RunRecord], standard: Standard) -> Iterable[str]:
+    """Which methods an ensemble of several has."""
+    name_of = {record.fingerprint: standard.describe(record.config)[0] for record in records}
+    for row in (row for collection in collections for row in collection.rows):
+        if not _is_trained(row) and not row.settings:
+            members = {name_of.get(one) for r in row.records.values() for one in r.config[DERIVED]["members"]}
+            names = ", ".join(sorted(filter(None, members)))
+            yield f"{row.preset}: an ensemble of {names}, with one seed each.\n"
 
 
 def _tables(pictures: str, collections: Sequence[Collection]) -> Iterable[str]:
@@ -225,17 +247,18 @@ def _provenance(records: Sequence[RunRecord]) -> str:
     def listed(values: Iterable[object]) -> str:
         return ", ".join(sorted({str(value) for value in values}))
 
-    hours = sum(record.wall_seconds for record in records) / 3600
+    runs = [record for record in records if not is_derived(record)]
+    hours = sum(record.wall_seconds for record in runs) / 3600
     facts = {
-        "PyTorch": (r.versions.get("torch", "?") for r in records),
-        "kernels": (r.kernel for r in records),
-        "precision": (r.precision for r in records),
-        "backbone sha256": (r.backbone_sha256[:12] for r in records),
-        "commit": (r.git_commit for r in records),
+        "PyTorch": (r.versions.get("torch", "?") for r in runs),
+        "kernels": (r.kernel for r in runs),
+        "precision": (r.precision for r in runs),
+        "backbone sha256": (r.backbone_sha256[:12] for r in runs),
+        "commit": (r.git_commit for r in runs),
     }
     told = "; ".join(f"{name} {listed(values)}" for name, values in facts.items())
-    devices = listed(record.device_name for record in records)
-    return f"{len(records):,} runs on {devices}, {hours:.1f} hours if they were made one after another; {told}.\n"
+    devices = listed(record.device_name for record in runs)
+    return f"{len(runs):,} runs on {devices}, {hours:.1f} hours if they were made one after another; {told}.\n"
 
 
 def _picture(figure: Figure, path: str, text: str) -> str:

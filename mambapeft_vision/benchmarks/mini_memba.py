@@ -81,9 +81,13 @@ def memba_table(records: Sequence[RunRecord], standard: Standard, tasks: Sequenc
 
 
 def _variant(record: RunRecord, standard: Standard) -> str | None:
-    """Which variant a run is; None for another one."""
-    specs = standard.presets["memba"].methods_on(None)
+    """Which variant a run is; None for another one, and for the trials of decay and scale."""
+    preset = standard.presets["memba"]
+    specs, trainer = preset.methods_on(None), {**standard.trainer, **preset.overrides.get("trainer", {})}
     names = set(record.config["method"])
+    scales = [(spec.get("scale"), specs.get(name, {}).get("scale")) for name, spec in record.config["method"].items()]
+    if record.config["trainer"]["weight_decay"] != trainer["weight_decay"] or any(a != b for a, b in scales):
+        return None
     if names == set(specs) - {"memba"}:
         return next(name for name, changed in VARIANTS.items() if changed is None)
     if names != set(specs):

@@ -42,7 +42,7 @@ def ensemble(members: Sequence[Member], out: Path, label: str | None = None) -> 
     Raises: UserError for runs on other images, or without stored probabilities.
     """
     distinct = {member.record.fingerprint: member for member in members}
-    chosen = [distinct[fingerprint] for fingerprint in sorted(distinct)]
+    chosen = sorted(distinct.values(), key=_place)
     if len(chosen) < 2:
         raise UserError(f"an ensemble of {len(chosen)} run; expected at least two different ones")
     _check_same_images(chosen)
@@ -67,6 +67,12 @@ def ensemble(members: Sequence[Member], out: Path, label: str | None = None) -> 
     )
     write_record(folder, record)
     return folder, record
+
+
+def _place(member: Member) -> tuple[list[str], int, str]:
+    """A sort key. The result takes its settings from the first member: it must be the same method on every task."""
+    record = member.record
+    return sorted(record.methods), record.seed, record.fingerprint
 
 
 def _sum(total: np.ndarray, shares: np.ndarray) -> np.ndarray:

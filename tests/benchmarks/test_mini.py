@@ -11,7 +11,15 @@ import pytest
 from helpers import crashes, runs
 from helpers.fake_records import fake_record
 
-from mambapeft_vision.benchmarks.mini import TASKS, Benchmark, benchmark_methods, jobs_of_stage, specs_of
+from mambapeft_vision.benchmarks.mini import (
+    TASKS,
+    Benchmark,
+    Wanted,
+    benchmark_methods,
+    jobs_of_stage,
+    plan_runs,
+    specs_of,
+)
 from mambapeft_vision.benchmarks.mini_memba import VARIANTS, memba_jobs, memba_table
 from mambapeft_vision.benchmarks.mini_settings import (
     BUDGET,
@@ -24,12 +32,12 @@ from mambapeft_vision.benchmarks.mini_settings import (
 )
 from mambapeft_vision.commands import mini
 from mambapeft_vision.results.bundle import read_bundle
-from mambapeft_vision.results.record import is_derived
+from mambapeft_vision.results.record import RunRecord, is_derived
 from mambapeft_vision.results.tables import find_records, read_standard
 from mambapeft_vision.run.run_config import make_plan
 from mambapeft_vision.sweep import deadline
 from mambapeft_vision.sweep.deadline import Follower, TimeUp, run_in_time
-from mambapeft_vision.sweep.jobs import State
+from mambapeft_vision.sweep.jobs import Job, State
 from mambapeft_vision.sweep.pool import Queue, assignment_of
 from mambapeft_vision.sweep.worker import Outcome
 from mambapeft_vision.utils.errors import UserError
@@ -224,19 +232,17 @@ def test_memba_s_variants_differ_in_one_part_and_are_told_apart():
     settings = Benchmark(runs.CONFIGS, ["memba"], rates=(1e-2,), search_tasks=SEARCH_TASKS[:1])
     jobs = memba_jobs(settings)
     assert len(jobs) == len(VARIANTS) == len({job.plan.fingerprint for job in jobs})
-    records = [
-        fake_record(
-            job.plan.task,
-            "memba",
-            0,
-            (10 + number) / 100,
-            method=job.plan.config["method"],
-            trainer={"learning_rate": 1e-2},
-            dataset={"train_split": "train800", "test_split": "val200"},
-        )
-        for number, job in enumerate(jobs)
-    ]
-    table = memba_table(records, read_standard(runs.CONFIGS), settings.search_tasks)
+
+    def record(job: Job, accuracy: float, **trainer: float) -> RunRecord:
+        trainer = {"learning_rate": 1e-2, **trainer}
+        splits = {"train_split": "train800", "test_split": "val200"}
+        method = job.plan.config["method"]
+        return fake_record(job.plan.task, "memba", 0, accuracy, method=method, trainer=trainer, dataset=splits)
+
+    records = [record(job, (10 + number) / 100) for number, job in enumerate(jobs)]
+    of_scale = Wanted("memba", Setting(1e-2, scale=10.0), settings.search_tasks)
+    trials = [record(jobs[0], 0.99, weight_decay=0.1), record(plan_runs(settings, [of_scale], [0])[0], 0.98)]
+    table = memba_table([*records, *trials], read_standard(runs.CONFIGS), settings.search_tasks)
     assert [row[0] for row in table.rows] == list(VARIANTS)
     assert [row[1] for row in table.rows] == [f"{10 + number}.00" for number in range(len(jobs))]
     assert jobs[-1].plan.methods == ["memba_lora_in_proj", "memba_lora_out_proj"]

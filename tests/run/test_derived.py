@@ -74,6 +74,20 @@ def test_an_ensemble_is_the_mean_of_the_probabilities(world, tmp_path):
     assert same == folder  # whatever the order
 
 
+def test_an_ensemble_has_the_settings_of_the_method_that_is_named_first(world, tmp_path):
+    """Whatever the fingerprints: else the ensembles of two methods on several tasks would be several rows."""
+    rates = set()
+    for probe, lora in (("0" * 64, "f" * 64), ("f" * 64, "0" * 64)):
+        members = [_changed(world.member("probe"), probe, 0.1), _changed(world.member("lora 0"), lora, 0.2)]
+        rates.add(ensemble(members, tmp_path / probe[0])[1].config["trainer"]["learning_rate"])
+    assert rates == {0.1}  # linear_probe comes before lora_p_x
+
+
+def _changed(member: Member, fingerprint: str, rate: float) -> Member:
+    config = {**member.record.config, "trainer": {**member.record.config["trainer"], "learning_rate": rate}}
+    return Member(member.folder, dataclasses.replace(member.record, fingerprint=fingerprint, config=config))
+
+
 def test_runs_on_other_images_are_refused(world, tmp_path):
     first, second = world.member("lora 0"), world.member("lora 1")
     with pytest.raises(UserError, match="another test split than .*: (val200, not test|test, not val200)"):

@@ -8,8 +8,10 @@ import pytest
 from helpers import runs
 
 from mambapeft_vision.results.bundle import read_bundle
+from mambapeft_vision.results.record import DERIVED, RunRecord
 from mambapeft_vision.run import run_config
 from mambapeft_vision.run.run_config import make_plan
+from mambapeft_vision.utils.hashing import sha256_json
 from mambapeft_vision.utils.identity import (
     SAME_EXPERIMENT,
     UNDECIDING,
@@ -41,11 +43,16 @@ def test_every_published_result_has_the_fingerprint_of_its_config():
     for file in files:
         content = json.loads(file.read_text())
         assert fingerprint(identity(content["config"])) == content["fingerprint"], file
-    published = {RESULTS / "mini" / "vim_nano": 8118, RESULTS / "mini" / "vmamba_nano": 5283, EARLIER: 81}
-    for path, number in published.items():
+    mini = {"vim_nano": 8817, "mambareg_nano": 8479, "vmamba_nano": 6710}
+    for path, number in {**{RESULTS / "mini" / name: count for name, count in mini.items()}, EARLIER: 81}.items():
         records = read_bundle(path.with_suffix(".runs.json"))
         assert len(records) == number
-        assert [r.fingerprint for r in records if run_config.fingerprint_of(r.config) != r.fingerprint] == []
+        assert [r.fingerprint for r in records if _fingerprint_by_config(r) != r.fingerprint] == []
+
+
+def _fingerprint_by_config(record: RunRecord) -> str:
+    made = record.config.get(DERIVED)  # a result that was made from finished runs
+    return run_config.fingerprint_of(record.config) if made is None else sha256_json(made)
 
 
 FOLDER = ("dataset=folder", "dataset.name=custom/tiny", "dataset.num_classes=3")
