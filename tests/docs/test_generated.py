@@ -21,10 +21,10 @@ def test_pictures_are_those_of_their_data() -> None:
 
 @pytest.mark.slow
 def test_the_summary_of_the_mini_benchmark_is_that_of_its_runs() -> None:
-    from mini_benchmark import recipe_summary
+    from mini_benchmark import summary
     from pictures import rows
 
-    assert rows("mini.csv") == recipe_summary(), "run python docs/generate/mini_benchmark.py"
+    assert rows("mini.csv") == summary(), "run python docs/generate/mini_benchmark.py"
 
 
 def test_the_readmes_table_is_that_of_the_runs() -> None:
@@ -32,10 +32,11 @@ def test_the_readmes_table_is_that_of_the_runs() -> None:
 
     measured = {row["method"]: row for row in rows("mini.csv")}
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = re.findall(r"^\| (\w+) \| ([\d,]+) \| ([\d.]+) \|$", text, flags=re.MULTILINE)
+    shown = re.findall(r"^\| (\w+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \|$", text, flags=re.MULTILINE)
     assert len(shown) > 4
-    for name, trained, accuracy in shown:
-        assert (trained.replace(",", ""), accuracy) == (measured[name]["trained"], measured[name]["accuracy"])
+    for name, trained, *accuracies in shown:
+        row = measured[name]
+        assert [trained.replace(",", ""), *accuracies] == [row["trained"], row["accuracy"], row["tuned"]]
 
 
 def test_config_keys_have_types_defaults_and_meanings() -> None:
