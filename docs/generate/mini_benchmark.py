@@ -116,7 +116,8 @@ def part(*headings: str) -> str:
 
 if __name__ == "__main__":
     with open(CSV, "w", newline="", encoding="utf-8") as file:
-        file.write("# The mini benchmark with the paper's settings and with chosen ones (tuned), made by docs/generate/mini_benchmark.py.\n")
+        file.write("# The mini benchmark with the paper's settings and with chosen ones (tuned); ")
+        file.write("made by docs/generate/mini_benchmark.py.\n")
         writer = csv.DictWriter(file, ["method", "trained", "accuracy", "tuned", "runs"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(summary())
