@@ -12,7 +12,7 @@ from mambapeft_vision.adapter.files import ADAPTER_FILE
 from mambapeft_vision.benchmarks.mini import Benchmark, jobs_of_stage
 from mambapeft_vision.benchmarks.mini_settings import Choice
 from mambapeft_vision.results.layout import PREDICTIONS_FILE
-from mambapeft_vision.results.record import DERIVED, RunRecord, is_finished, read_record
+from mambapeft_vision.results.record import DERIVED, RunRecord, is_finished, members_of, read_record
 from mambapeft_vision.results.tables import find_records
 from mambapeft_vision.run.ensemble import Member, ensemble
 from mambapeft_vision.run.interpolate import (
@@ -122,5 +122,9 @@ def _outputs(jobs: Sequence[Job]) -> Path:
 
 
 def _done(outputs: Path) -> set[tuple[str, float]]:
-    derived = [record.config.get(DERIVED, {}) for record in find_records([outputs])]
-    return {(of["members"][0], of["alpha"]) for of in derived if of.get("kind") == "interpolation"}
+    done: set[tuple[str, float]] = set()
+    for record in find_records([outputs]):
+        made = record.config.get(DERIVED, {})
+        if made.get("kind") == "interpolation" and isinstance(made.get("alpha"), (int, float)):
+            done.update((member, made["alpha"]) for member in members_of(record))
+    return done

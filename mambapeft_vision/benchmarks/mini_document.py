@@ -13,7 +13,7 @@ from mambapeft_vision.benchmarks.mini_settings import SEARCH_TASKS, Choice, Sett
 from mambapeft_vision.results.compare import Paired, holm, paired
 from mambapeft_vision.results.paper import paper_row
 from mambapeft_vision.results.plots import accuracy_against_parameters, differences, group_bars, save
-from mambapeft_vision.results.record import DERIVED, RunRecord, is_derived
+from mambapeft_vision.results.record import DERIVED, RunRecord, is_derived, members_of
 from mambapeft_vision.results.tables import (
     MISSING,
     Collection,
@@ -28,6 +28,7 @@ from mambapeft_vision.results.tables import (
 )
 from mambapeft_vision.utils.atomic import write_text
 from mambapeft_vision.utils.errors import UserError
+from mambapeft_vision.utils.text import plain
 
 BEGIN, END = "<!-- made by mambapeft mini document: begin -->", "<!-- end -->"
 AGAINST = "lora_p_x"
@@ -140,9 +141,8 @@ def _members(collections: Sequence[Collection], records: Sequence[RunRecord], st
     name_of = {record.fingerprint: standard.describe(record.config)[0] for record in records}
     for row in (row for collection in collections for row in collection.rows):
         if not _is_trained(row) and not row.settings:
-            members = {name_of.get(one) for r in row.records.values() for one in r.config[DERIVED]["members"]}
-            names = ", ".join(sorted(filter(None, members)))
-            yield f"{row.preset}: an ensemble of {names}, with one seed each.\n"
+            members = {name_of[one] for r in row.records.values() for one in members_of(r) if one in name_of}
+            yield f"{plain(row.preset)}: an ensemble of {', '.join(sorted(members))}, with one seed each.\n"
 
 
 def _tables(pictures: str, collections: Sequence[Collection]) -> Iterable[str]:

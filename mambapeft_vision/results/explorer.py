@@ -18,7 +18,7 @@ import numpy as np
 
 from mambapeft_vision.results.layout import PREDICTIONS_FILE
 from mambapeft_vision.results.predictions import read_class_names, read_labels
-from mambapeft_vision.results.record import DERIVED, RunRecord
+from mambapeft_vision.results.record import DERIVED, RunRecord, members_of
 from mambapeft_vision.results.tables import Found, Standard
 from mambapeft_vision.utils.errors import UserError
 from mambapeft_vision.utils.text import command, override, plain
@@ -96,9 +96,7 @@ def _command(record: RunRecord, preset: str, settings: Mapping[str, Any], standa
     """The command that repeats a run, as far as its result records it; for derived results, the runs they are from."""
     derived = record.config.get(DERIVED)
     if derived is not None:
-        members = derived.get("members")
-        count = len(members) if isinstance(members, list) else 0
-        return f"made from finished runs: {derived['kind']}, {derived['label']}, {count} runs"
+        return f"made from finished runs: {derived['kind']}, {derived['label']}, {len(members_of(record))} runs"
     methods = preset if preset in standard.presets else f"[{','.join(record.methods)}]"
     backbone = record.config["backbone"].get("name")
     dataset = record.config["dataset"]

@@ -92,6 +92,12 @@ def is_derived(record: RunRecord) -> bool:
     return DERIVED in record.config
 
 
+def members_of(record: RunRecord) -> list[str]:
+    """Fingerprints of the runs that a result was made from; [] for a run's own, and where the record names none."""
+    members = record.config.get(DERIVED, {}).get("members")
+    return [one for one in members if isinstance(one, str)] if isinstance(members, list) else []
+
+
 def write_record(folder: Path, record: RunRecord) -> None:
     """Writes result.json atomically, with a checksum. The last thing a run does."""
     files = {name: sha256_file(folder / name) for name in (METRICS_FILE, PREDICTIONS_FILE) if (folder / name).is_file()}

@@ -98,6 +98,9 @@ def test_ensembles_and_interpolations_are_rows_beside_the_runs(tmp_path):
         "best 2 methods"
     )
     assert "best 2 methods: an ensemble of a, lora_p_x, with one seed each." in text
+    beside[-1].config["derived"]["members"] = "\x1b"  # from somewhere else
+    write_document(file, [*records(), *beside], read_standard(CONFIGS))
+    assert "\x1b" not in file.read_text()
 
 
 def test_a_tuned_method_is_listed_when_all_of_its_runs_are_done(tmp_path):
