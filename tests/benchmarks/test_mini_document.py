@@ -98,6 +98,7 @@ def test_ensembles_and_interpolations_are_rows_beside_the_runs(tmp_path):
         "best 2 methods"
     )
     assert "best 2 methods: an ensemble of a, lora_p_x, with one seed each." in text
+    assert f"\n{len(records())} runs on a GPU" in text  # what is made from runs takes no time of its own
     beside[-1].config["derived"]["members"] = "\x1b"  # from somewhere else
     write_document(file, [*records(), *beside], read_standard(CONFIGS))
     assert "\x1b" not in file.read_text()
