@@ -75,7 +75,7 @@ def _sections(pictures: Path, records: Sequence[RunRecord], standard: Standard) 
     memba = memba_table(records, standard, SEARCH_TASKS)
     if len(memba.rows) > 1:
         yield f"## Memba\n\n{to_markdown(memba)}"
-    yield _provenance(records)
+    yield f"## Runs\n\n{_provenance(records)}"
 
 
 @dataclass(frozen=True)
