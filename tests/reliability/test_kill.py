@@ -238,6 +238,7 @@ def test_a_sweep_killed_at_random_moments(tmp_path):
             jobs = [dataclasses.replace(job, state=state_of(job.plan, inputs)) for job in planned]
             assert {job.folder for job in jobs if job.state is State.FINISHED} == {f.parent for f in finished}
             if len(finished) == len(jobs) == 3:
+                assert sweep(jobs, Command([], 2)) == 0  # repeats nothing, and removes what a late kill has left
                 break
             begun, process = time.monotonic(), crashes.start(do_sweep, jobs, 2)
             if whole_sweep is None:  # the first one is left alone
