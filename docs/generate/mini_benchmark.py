@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 from mambapeft_vision.benchmarks.mini_backbones import comparison
-from mambapeft_vision.benchmarks.mini_document import stages_of, write_document
+from mambapeft_vision.benchmarks.mini_document import BEGIN, END, stages_of, write_document
 from mambapeft_vision.results.record import RunRecord
 from mambapeft_vision.results.tables import Standard, find_records, read_standard
 
@@ -63,7 +63,8 @@ def document(backbone: str = "vim_nano") -> tuple[str, dict[str, bytes]]:
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / ("mini.md" if backbone == "vim_nano" else f"mini-{backbone}.md")
         write_document(page, records(RESULTS / f"{backbone}.runs.json"), read_standard(ROOT / "configs"))
-        return page.read_text(encoding="utf-8"), _pictures(folder)
+        made = page.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+        return made.strip(), _pictures(folder)
 
 
 @cache
@@ -81,7 +82,7 @@ def compared() -> str:
 
 def tables(backbone: str) -> str:
     """All tables of a backbone."""
-    return document(backbone)[0].partition("-->")[2].removesuffix("<!-- end -->\n")
+    return document(backbone)[0]
 
 
 def pictures() -> dict[str, bytes]:

@@ -17,7 +17,7 @@ from mambapeft_vision.utils.atomic import write_text
 from mambapeft_vision.utils.errors import UserError
 
 PUBLISHED = "Vim-S, published"
-TUNED, RECIPE = "settings chosen on val200", "the paper's recipe"
+STAGES = {"tuned": "settings chosen on val200", "recipe": "the paper's recipe"}
 FEWEST = 3  # methods that an order needs
 
 
@@ -35,7 +35,7 @@ class Column:
 
 
 def columns_of(records: Iterable[RunRecord], standard: Standard) -> dict[str, list[Column]]:
-    """For each kind of runs that every backbone has all of, a column for each backbone; the tuned ones first.
+    """For each of `STAGES` that every backbone has all runs of, a column for each backbone.
 
     Raises: UserError where no run is one of the benchmark's.
     """
@@ -46,10 +46,10 @@ def columns_of(records: Iterable[RunRecord], standard: Standard) -> dict[str, li
     found = {name: of for name, of in stages.items() if of.recipe}
     if not found:
         raise UserError("none of the runs is one of the mini benchmark's recipe; run mambapeft mini recipe")
-    recipe = {RECIPE: [_column(name, of.recipe, standard) for name, of in found.items()]}
+    recipe = {"recipe": [_column(name, of.recipe, standard) for name, of in found.items()]}
     if not all(of.tuned and not of.missing for of in found.values()):
         return recipe
-    return {TUNED: [_column(name, of.tuned, standard) for name, of in found.items()], **recipe}
+    return {"tuned": [_column(name, of.tuned, standard) for name, of in found.items()], **recipe}
 
 
 def _column(name: str, records: Sequence[RunRecord], standard: Standard) -> Column:
@@ -151,16 +151,17 @@ def ranks_picture(columns: Sequence[Column]) -> Figure | None:
 
 
 def comparison(pictures: Path, records: Iterable[RunRecord], standard: Standard) -> str:
-    """The comparison as Markdown; its pictures are written to `<pictures>-ranks.png` and so on."""
+    """The comparison as Markdown; its pictures are written to `<pictures>-<stage>-ranks.png`."""
     parts = []
     for stage, columns in columns_of(records, standard).items():
-        parts += [f"## All backbones, with {stage}\n", to_markdown(correlations_table(columns))]
+        settings = STAGES[stage]
+        parts += [f"## All backbones, with {settings}\n", to_markdown(correlations_table(columns))]
         figure = ranks_picture(columns)
         if figure is not None:
-            path = pictures.with_name(f"{pictures.name}-{'tuned' if stage == TUNED else 'recipe'}-ranks.png")
+            path = pictures.with_name(f"{pictures.name}-{stage}-ranks.png")
             save(figure, path)
-            parts.append(f"![ranks of the methods on each backbone, with {stage}]({path.name})\n")
-        parts.append(to_markdown(averages_table(columns, stage)))
+            parts.append(f"![ranks of the methods on each backbone, with {settings}]({path.name})\n")
+        parts.append(to_markdown(averages_table(columns, settings)))
     return "\n".join(parts)
 
 

@@ -28,7 +28,7 @@ from mambapeft_vision.results.tables import (
 )
 from mambapeft_vision.utils.atomic import write_text
 from mambapeft_vision.utils.errors import UserError
-from mambapeft_vision.utils.text import plain
+from mambapeft_vision.utils.text import markdown
 
 BEGIN, END = "<!-- made by mambapeft mini document: begin -->", "<!-- end -->"
 AGAINST = "lora_p_x"
@@ -124,15 +124,17 @@ def _by_method(collection: Collection, standard: Standard) -> Collection:
     """
     rows, mixed = [], []
     for row in collection.rows:
-        average = row.average([collection.tasks])
-        if _is_trained(row):
+        made = row.any_record.config.get(DERIVED)
+        if made is None:
             rows.append(replace(row, settings={}))
-        elif isinstance(average, Score) and average.seeds:
-            made = row.any_record.config[DERIVED]
-            if row.preset in standard.presets:
-                rows.append(replace(row, settings={made["kind"]: made["label"]}))
-            else:
-                mixed.append(replace(row, preset=made["label"], settings={}))
+            continue
+        average = row.average([collection.tasks])
+        if not isinstance(average, Score) or not average.seeds:
+            continue
+        if row.preset in standard.presets:
+            rows.append(replace(row, settings={made["kind"]: made["label"]}))
+        else:
+            mixed.append(replace(row, preset=made["label"], settings={}))
     return replace(collection, rows=(*rows, *mixed))
 
 
@@ -142,7 +144,7 @@ def _members(collections: Sequence[Collection], records: Sequence[RunRecord], st
     for row in (row for collection in collections for row in collection.rows):
         if not _is_trained(row) and not row.settings:
             members = {name_of[one] for r in row.records.values() for one in members_of(r) if one in name_of}
-            yield f"{plain(row.preset)}: an ensemble of {', '.join(sorted(members))}, with one seed each.\n"
+            yield f"{markdown(row.preset)}: an ensemble of {', '.join(sorted(members))}, with one seed each.\n"
 
 
 def _tables(pictures: str, collections: Sequence[Collection]) -> Iterable[str]:

@@ -58,8 +58,10 @@ def memba_table(records: Sequence[RunRecord], standard: Standard, tasks: Sequenc
     """Each variant's mean accuracy on val200 by rate, and its best; missing runs are left out."""
     found: dict[str, dict[float, dict[str, float]]] = {}
     for record in records:
+        if record.task not in tasks or record.config["dataset"]["test_split"] != "val200":
+            continue
         variant = _variant(record, standard)
-        if variant is not None and record.task in tasks and record.config["dataset"]["test_split"] == "val200":
+        if variant is not None:
             by_rate = found.setdefault(variant, {})
             by_rate.setdefault(record.config["trainer"]["learning_rate"], {})[record.task] = 100 * record.accuracy
     means = {
@@ -82,16 +84,18 @@ def memba_table(records: Sequence[RunRecord], standard: Standard, tasks: Sequenc
 
 def _variant(record: RunRecord, standard: Standard) -> str | None:
     """Which variant a run is; None for another one, and for the trials of decay and scale."""
-    preset = standard.presets["memba"]
-    specs, trainer = preset.methods_on(None), {**standard.trainer, **preset.overrides.get("trainer", {})}
-    names = set(record.config["method"])
-    scales = [(spec.get("scale"), specs.get(name, {}).get("scale")) for name, spec in record.config["method"].items()]
-    if record.config["trainer"]["weight_decay"] != trainer["weight_decay"] or any(a != b for a, b in scales):
+    preset, methods = standard.presets["memba"], record.config["method"]
+    specs = preset.methods_on(None)
+    alone = set(methods) == set(specs) - {"memba"}
+    if not alone and set(methods) != set(specs):
         return None
-    if names == set(specs) - {"memba"}:
+    trainer = {**standard.trainer, **preset.overrides.get("trainer", {})}
+    if record.config["trainer"].get("weight_decay") != trainer["weight_decay"]:
+        return None
+    if any(spec.get("scale") != specs[name].get("scale") for name, spec in methods.items()):
+        return None
+    if alone:
         return next(name for name, changed in VARIANTS.items() if changed is None)
-    if names != set(specs):
-        return None
-    published, given = ({key: of["memba"].get(key, False) for key in _KEYS} for of in (specs, record.config["method"]))
+    published, given = ({key: of["memba"].get(key, False) for key in _KEYS} for of in (specs, methods))
     membranes = {name: changed for name, changed in VARIANTS.items() if changed is not None}
     return next((name for name, changed in membranes.items() if {**published, **changed} == given), None)

@@ -71,8 +71,7 @@ def ensemble(members: Sequence[Member], out: Path, label: str | None = None) -> 
 
 def _place(member: Member) -> tuple[list[str], int, str]:
     """A sort key. The result takes its settings from the first member: it must be the same method on every task."""
-    record = member.record
-    return sorted(record.methods), record.seed, record.fingerprint
+    return member.record.methods, member.record.seed, member.record.fingerprint
 
 
 def _sum(total: np.ndarray, shares: np.ndarray) -> np.ndarray:

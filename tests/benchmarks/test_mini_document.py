@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from helpers.fake_records import CONFIGS, fake_record
 
-from mambapeft_vision.benchmarks.mini_backbones import RECIPE, TUNED, columns_of, write_comparison
+from mambapeft_vision.benchmarks.mini_backbones import columns_of, write_comparison
 from mambapeft_vision.benchmarks.mini_document import BEGIN, END, write_document
 from mambapeft_vision.benchmarks.mini_settings import RATES, SEARCH_TASKS
 from mambapeft_vision.results.record import RunRecord
@@ -99,9 +99,10 @@ def test_ensembles_and_interpolations_are_rows_beside_the_runs(tmp_path):
     )
     assert "best 2 methods: an ensemble of a, lora_p_x, with one seed each." in text
     assert f"\n{len(records())} runs on a GPU" in text  # what is made from runs takes no time of its own
-    beside[-1].config["derived"]["members"] = "\x1b"  # from somewhere else
+    for one in beside[-len(a) :]:  # from somewhere else
+        one.config["derived"].update(members="\x1b", label="<b>")
     write_document(file, [*records(), *beside], read_standard(CONFIGS))
-    assert "\x1b" not in file.read_text()
+    assert "\x1b" not in file.read_text() and "<b>" not in file.read_text()
 
 
 def test_a_tuned_method_is_listed_when_all_of_its_runs_are_done(tmp_path):
@@ -114,8 +115,8 @@ def test_a_tuned_method_is_listed_when_all_of_its_runs_are_done(tmp_path):
     assert "\n2 of these runs are left" in tuned
     assert list(rows_of(tuned, "summary")) == ["lora_p_x"]
     assert list(rows_of(tuned, "chosen learning rates")) == ["lora_p_x", "a"]
-    assert list(columns_of(found, read_standard(CONFIGS))) == [RECIPE]
-    assert list(columns_of(records(), read_standard(CONFIGS))) == [TUNED, RECIPE]
+    assert list(columns_of(found, read_standard(CONFIGS))) == ["recipe"]
+    assert list(columns_of(records(), read_standard(CONFIGS))) == ["tuned", "recipe"]
 
 
 def test_what_is_written_by_hand_stays(tmp_path):
@@ -150,7 +151,7 @@ def test_backbones_are_compared_by_the_order_of_their_methods(tmp_path):
         for preset, accuracy in of.items()
         for seed in (0, 1)
     ]
-    columns = columns_of(found, read_standard(CONFIGS))[RECIPE]
+    columns = columns_of(found, read_standard(CONFIGS))["recipe"]
     assert columns[1].ranks(["lora_p_x", "a"]) == {"lora_p_x": 2.0, "a": 1.0}
     file = tmp_path / "mini-backbones.md"
     write_comparison(file, found, read_standard(CONFIGS))
